@@ -1,13 +1,14 @@
 """Attention over sequences packed end to end, for devices where flash-attn is absent.
 
-Registered with transformers under the name `packed_sdpa`; it takes the same variable-length arguments that transformers
-hands to flash-attn (`cu_seq_lens_q`, `max_length_q`, …), so the model's forward call is one and the same on every device.
-No (T, T) mask is ever made: each sequence is one call of PyTorch's scaled-dot-product attention.
+Registered with transformers under the name `packed_sdpa`; it takes the variable-length arguments that transformers
+hands to flash-attn (`cu_seq_lens_q`, `max_length_q`, …), so the model's forward call is one and the same on every
+device. No (T, T) mask is ever made: each sequence is one call of PyTorch's scaled-dot-product attention.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ def packed_sdpa(
         raise ValueError(f"packed_sdpa: a pack has first dimension 1, found {query.shape[0]}")
     num_heads, total, head_dim = query.shape[1:]
     num_groups = num_heads // key.shape[1]
-    # The CPU flash kernel knows no grouped-query attention (enable_gqa falls back to the (L, L) math path), but it takes
+    # The CPU flash kernel knows no grouped-query attention (enable_gqa falls back to the (L, L) math path), but takes
     # stride-0 heads: key-value heads become the batch, the query heads that share one become its heads.
     query = query.view(key.shape[1], num_groups, total, head_dim)
     key = key.transpose(0, 1).expand(-1, num_groups, -1, -1)
@@ -82,7 +83,7 @@ def packed_sdpa(
     if bounds[-1] != total:
         raise ValueError(f"packed_sdpa: cu_seqlens ends at {bounds[-1]}, the pack holds {total} tokens")
     outputs = []
-    for start, stop in zip(bounds[:-1], bounds[1:]):
+    for start, stop in itertools.pairwise(bounds):
         segment = (query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop])
         if sliding_window is not None and stop - start > sliding_window:
             outputs.append(_windowed_attention(*segment, sliding_window, scaling))

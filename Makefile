@@ -1,0 +1,49 @@
+# One line a job; `make help` lists them. Everything runs in .venv, which `make setup` makes from pyproject.toml and
+# constraints.txt.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NPROC ?= 8
+RUNS ?= runs
+
+.PHONY: help setup demo test check rehearse bench reproduce-first-mistral reproduce-zephyr clean
+
+help:  ## list the jobs
+	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
+
+setup: .venv/.installed  ## make .venv with everything the jobs below need
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## build a small collection, train a small reranker from scratch, show what it learned
+	$(BIN)/rankllm-composer demo --folder $(RUNS)/demo
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## lint and types
+	$(BIN)/ruff check rankllm_composer tests benchmarks
+	$(BIN)/mypy
+
+rehearse: setup  ## every recipe of yamls/ on CPU: two ranks under FSDP2, a tiny model of the same architecture
+	$(BIN)/python -m pytest tests/test_rehearse.py -v
+
+bench: setup  ## the figures of benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/run_all.py
+
+# Shards -> train -> export -> the commands that serve the result. Variables: NPROC (processes, one a GPU), DATA (records
+# to build shards from), MODEL (base model), SET (more key=value overrides of the recipe).
+reproduce-first-mistral: setup  ## FirstMistral: combined objective, 8 GPUs
+	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/first_mistral.yaml \
+	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
+
+reproduce-zephyr: setup  ## RankZephyr: generation objective, 8 GPUs
+	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr.yaml \
+	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
+
+clean:  ## remove .venv and runs
+	rm -rf .venv $(RUNS)

@@ -1,0 +1,266 @@
+"""A Hugging Face causal LM as a Composer model that is trained, and read, as a listwise reranker."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from composer.models import HuggingFaceModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rankllm_composer.attention import choose_attention
+from rankllm_composer.flops import training_flops
+from rankllm_composer.objectives import Objective
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torchmetrics import Metric
+    from transformers import PreTrainedTokenizerBase
+
+
+class ModelError(ValueError):
+    """The base model or tokenizer that a recipe names cannot be used."""
+
+
+def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """The transformer layers of a causal LM, first to last, also under PEFT."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
+    """Recompute, not keep, the activations of a share of the layers, spread evenly over the depth.
+
+    Args:
+        model: the causal LM.
+        fraction: 0 = none … 1 = every layer.
+    Raises:
+        ValueError: the fraction is outside [0, 1].
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"model.activation_checkpointing: found {fraction}, allowed is a fraction from 0 to 1")
+    if fraction == 0.0:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.gradient_checkpointing = int((index + 1) * fraction + 1e-9) > int(index * fraction + 1e-9)
+
+
+class ListwiseReranker(HuggingFaceModel):
+    """Packed forward, logits only where the loss needs them, and an objective's loss.
+
+    Args:
+        model: any decoder-only HF causal LM whose forward takes `logits_to_keep` (Mistral, Llama, Qwen, … families).
+        tokenizer: its tokenizer; saved with checkpoints.
+        objective: what is trained.
+        attention: "auto", "flash_attention_2" or "packed_sdpa".
+        device: "gpu" or "cpu", where the forward will run.
+        activation_checkpointing: share of layers whose activations are recomputed, 0 … 1.
+        compile_layers: run each layer through torch.compile.
+        peft_config: a PEFT LoRA configuration. None = all weights are trained.
+        eval_metrics: torchmetrics updated by `update_metric`.
+    Raises:
+        ValueError: the attention cannot run here, or the tokenizer has more tokens than the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        objective: Objective,
+        *,
+        attention: str = "auto",
+        device: str = "cpu",
+        activation_checkpointing: float = 0.0,
+        compile_layers: bool = False,
+        peft_config: PeftConfig | None = None,
+        eval_metrics: list[Metric] | None = None,
+    ) -> None:
+        model.config._attn_implementation = choose_attention(attention, device)
+        model.config.use_cache = False
+        checkpoint_activations(model, activation_checkpointing)
+        super().__init__(
+            model=model,
+            tokenizer=tokenizer,  # type: ignore[arg-type]
+            use_logits=True,
+            metrics=[],
+            eval_metrics=eval_metrics or [],
+            peft_config=peft_config,
+        )
+        self.objective = objective
+        layer_types = {type(layer) for layer in decoder_layers(self.model)}
+        self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types
+        if compile_layers:
+            for layer in decoder_layers(self.model):
+                layer.compile()
+
+    @property
+    def output_head(self) -> torch.nn.Module:
+        return self.model.get_output_embeddings()
+
+    @contextmanager
+    def _head_rows(self, token_ids: torch.Tensor) -> Iterator[None]:
+        """While open, the LM head computes only the rows of these (C,) tokens: (…, D) → (…, C)."""
+        head = self.output_head
+        bias = getattr(head, "bias", None)
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            return F.linear(hidden, head.weight[token_ids], None if bias is None else bias[token_ids])
+
+        head.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del head.forward
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """One packed microbatch through the model.
+
+        Args:
+            batch: a microbatch of `packing.split_batch`. For `ranking` its key "identifier_columns" is set: (S, N)
+                columns of the returned logits.
+        Returns:
+            {"logits": (R, V)}, or (R, C) of the batch's C different identifiers where only `ranking` is trained.
+        """
+        call = functools.partial(
+            self.model,
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            cu_seq_lens_q=batch["cu_seqlens"],
+            cu_seq_lens_k=batch["cu_seqlens"],
+            max_length_q=max(batch["lengths"]),
+            max_length_k=max(batch["lengths"]),
+            logits_to_keep=batch["logit_positions"],
+            use_cache=False,
+        )
+        if self.objective.trains_language_modelling or not batch["record_ids"]:
+            logits = call().logits
+        else:
+            token_ids, columns = torch.unique(batch["identifier_token_ids"], return_inverse=True)
+            batch["identifier_columns"] = columns  # type: ignore[index]
+            with self._head_rows(token_ids):
+                logits = call().logits
+        return {"logits": logits[0]}
+
+    def loss(self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The objective's loss parts of this microbatch; Composer trains `total` and logs all."""
+        return self.objective(outputs["logits"], batch)
+
+    def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> Any:
+        """As `forward`; metrics read identifier scores from the logits."""
+        return self.forward(batch) if outputs is None else outputs
+
+    def update_metric(self, batch: Mapping[str, Any], outputs: Mapping[str, torch.Tensor], metric: Metric) -> None:
+        """Hand logits and batch to a metric of ours."""
+        metric.update(outputs["logits"], batch)
+
+    def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
+        """Floating-point operations of training on a device batch, forward and backward (Composer's SpeedMonitor)."""
+        lengths = [len(s.encoded.input_ids) for s in batch["sequences"] if s.encoded is not None]
+        num_logits = sum(
+            max(1, len(s.encoded.input_ids) - s.encoded.response_start)
+            for s in batch["sequences"]
+            if s.encoded is not None
+        )
+        return training_flops(self.config, lengths, num_logits)
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model; pad falls back to eos.
+
+    Raises:
+        ModelError: it cannot be loaded; says what to check.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"model.tokenizer: cannot load {name_or_path!r}: {_first_line(error)}. "
+            "Check the name, your access to it (HF_TOKEN), or give a local folder."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    config_overrides: Mapping[str, Any] | None = None,
+    on_meta: bool = False,
+) -> PreTrainedModel:
+    """A causal LM in float32 (the master weights), from a checkpoint or with random weights.
+
+    Args:
+        name_or_path: HF id or local folder.
+        revision: branch, tag or commit. None = the default one.
+        trust_remote_code: run Python code that comes with the model. Warns with the model's name.
+        random_weights: build from the configuration alone.
+        config_overrides: HF configuration keys to replace.
+        on_meta: allocate nothing; the weights come from rank 0 when the model is sharded.
+    Returns:
+        The model in training mode.
+    Raises:
+        ModelError: it cannot be loaded, or an override is no key of its configuration.
+    """
+    if trust_remote_code:
+        warnings.warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=2)
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name_or_path: cannot load {name_or_path!r}: {_first_line(error)}. "
+            "Check the name, your access to it (HF_TOKEN), or give a local folder."
+        ) from error
+    _override(config, dict(config_overrides or {}))
+    if on_meta:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    elif random_weights:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                config=config,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+            )
+        except OSError as error:
+            raise ModelError(
+                f"model.name_or_path: cannot load weights of {name_or_path!r}: {_first_line(error)}. "
+                "Weights are read from safetensors only."
+            ) from error
+    return model.float().train()
+
+
+def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
+    unknown = sorted(set(overrides) - set(config.to_dict()))
+    if unknown:
+        raise ModelError(
+            f"model.config_overrides: {', '.join(unknown)} is no key of {type(config).__name__}; "
+            "see config.json of the model for the keys it has"
+        )
+    config.update(overrides)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+

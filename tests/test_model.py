@@ -1,0 +1,229 @@
+"""The packed model against a plain Hugging Face forward of each list alone: losses, gradients, families, checkpointing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from rankllm_composer.losses import LOSSES
+from rankllm_composer.model import ListwiseReranker, ModelError, checkpoint_activations, decoder_layers, load_causal_lm
+from rankllm_composer.objectives import OBJECTIVES, Objective
+from rankllm_composer.packing import Sequence, split_batch
+from rankllm_composer.prompts import EncodedRecord, encode_record
+
+GOLDEN = Path(__file__).parent / "golden"
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+}
+FAMILIES = {
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral_windowed": MistralConfig(**SIZES, sliding_window=9),
+    "mistral_tied": MistralConfig(**SIZES, sliding_window=None, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2_windowed": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+}
+
+
+def new_model(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), attn_implementation="sdpa")
+
+
+def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[Sequence]:
+    """Lists of different lengths and candidate counts; only `ranking` ends at its score position."""
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for index in range(num):
+        num_candidates = int(generator.integers(2, 7))
+        prompt, response = int(generator.integers(8, 30)), 0 if objective == "ranking" else 4 * num_candidates
+        encoded = EncodedRecord(
+            input_ids=generator.integers(0, 96, prompt + response).astype(np.int32),
+            response_start=prompt,
+            score_position=prompt - 1 if objective == "ranking" else prompt,
+            identifier_token_ids=np.arange(10, 10 + num_candidates, dtype=np.int32),
+            ranks=generator.permutation(num_candidates),
+        )
+        sequences.append(Sequence(encoded, f"r{index}", index))
+    return sequences
+
+
+def plain_losses(model: torch.nn.Module, sequences: list[Sequence], objective: Objective) -> dict[str, torch.Tensor]:
+    """Each list alone through the HF model, the losses spelled out in a loop."""
+    token_losses, list_losses = [], []
+    for sequence in sequences:
+        item = sequence.encoded
+        ids = torch.from_numpy(item.input_ids.astype(np.int64))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        for place in range(item.response_start, len(ids)):
+            token_losses.append(-F.log_softmax(logits[place - 1], -1)[ids[place]])
+        scores = logits[item.score_position][torch.from_numpy(item.identifier_token_ids.astype(np.int64))]
+        loss = LOSSES[objective.ranking_loss]
+        list_losses.append(loss(scores[None], torch.from_numpy(item.ranks)[None], **objective.ranking_loss_options))
+    parts = {}
+    if objective.name != "ranking":
+        parts["language_modelling"] = torch.stack(token_losses).mean()
+    if objective.name != "generation":
+        parts["ranking"] = torch.stack(list_losses).mean()
+    weights = {"language_modelling": objective.language_modelling_weight, "ranking": objective.ranking_weight}
+    return {"total": sum(weights[name] * value for name, value in parts.items()), **parts}
+
+
+def packed_losses(model: torch.nn.Module, sequences: list[Sequence], objective: Objective, **options) -> dict:
+    """All lists through ListwiseReranker, summed over microbatches as Composer does; gradients are accumulated."""
+    limit = options.pop("limit", {"max_lists": 100})
+    reranker = ListwiseReranker(model, None, objective, **options)
+    microbatches = split_batch({"sequences": sequences}, **limit)
+    totals: dict[str, torch.Tensor] = {}
+    for batch in microbatches:
+        parts = reranker.loss(reranker(batch), batch)
+        (parts["total"] / len(microbatches)).backward()
+        for name, value in parts.items():
+            totals[name] = totals.get(name, 0) + value.detach() / len(microbatches)
+    return totals
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_step(model, reference, parts, expected) -> None:
+    assert parts.keys() == expected.keys()
+    for name in parts:
+        torch.testing.assert_close(parts[name], expected[name].detach(), rtol=2e-6, atol=1e-6)
+    for name, gradient in gradients(reference).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_packed_step_equals_each_list_alone(family, name):
+    objective = Objective(name, language_modelling_weight=0.5, ranking_weight=3.0)
+    sequences = random_sequences(name)
+    reference = new_model(family)
+    expected = plain_losses(reference, sequences, objective)
+    expected["total"].backward()
+    model = new_model(family)
+    parts = packed_losses(model, sequences, objective, activation_checkpointing=0.5)
+    assert_same_step(model, reference, parts, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_ranking_loss_trains(loss):
+    objective = Objective("combined", ranking_loss=loss)
+    sequences = random_sequences("combined")
+    reference = new_model("mistral")
+    expected = plain_losses(reference, sequences, objective)
+    expected["total"].backward()
+    model = new_model("mistral")
+    assert_same_step(model, reference, packed_losses(model, sequences, objective), expected)
+
+
+@pytest.mark.parametrize("limit", [{"max_lists": 1}, {"max_lists": 2}, {"max_tokens": 60}])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_does_not_depend_on_microbatches(name, limit):
+    objective = Objective(name, ranking_weight=10.0)
+    sequences = random_sequences(name, num=7)
+    whole, split = new_model("mistral"), new_model("mistral")
+    parts = packed_losses(split, sequences, objective, limit=limit)
+    assert_same_step(split, whole, parts, packed_losses(whole, sequences, objective))
+
+
+@pytest.mark.parametrize("fraction, expected", [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4)])
+def test_activation_checkpointing_by_fraction(fraction, expected):
+    model = new_model("mistral")
+    checkpoint_activations(model, fraction)
+    assert sum(layer.gradient_checkpointing for layer in decoder_layers(model)) == expected
+    with pytest.raises(ValueError, match="fraction from 0 to 1"):
+        checkpoint_activations(model, 1.5)
+
+
+def test_logits_only_where_they_count():
+    sequences = random_sequences("combined")
+    (batch,) = split_batch({"sequences": sequences}, max_lists=10)
+    model = ListwiseReranker(new_model("mistral"), None, Objective("combined"))
+    assert model(batch)["logits"].shape == (sum(4 * len(s.encoded.ranks) for s in sequences), 96)
+
+    (batch,) = split_batch({"sequences": random_sequences("ranking")}, max_lists=10)
+    model = ListwiseReranker(new_model("mistral"), None, Objective("ranking"))
+    different = len(np.unique(batch["identifier_token_ids"]))
+    assert model(batch)["logits"].shape == (5, different)
+    assert "forward" not in vars(model.output_head)  # the LM head is whole again
+
+
+def test_a_microbatch_with_nothing_to_train_has_zero_gradient():
+    for name in OBJECTIVES:
+        model = new_model("mistral")
+        parts = packed_losses(model, [Sequence(None, "too long", 0)], Objective(name))
+        assert parts["total"] == 0.0
+        assert all(gradient.abs().max() == 0.0 for gradient in gradients(model).values())
+
+
+TRAJECTORIES = json.loads((GOLDEN / "training_steps.json").read_text())["trajectories"]
+LOSS_OF = {
+    "ranknet": ("ranknet", {"weighted": False}, 1.0),
+    "ranknet_weighted": ("ranknet", {"weighted": True}, 10.0),
+    "listnet": ("listnet", {"target": "self_sorted"}, 0.1),
+    "lambda": ("lambdarank", {"target": "self_sorted"}, 1.0),
+}
+
+
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+@pytest.mark.parametrize("max_lists", [6, 2])
+def test_published_training_steps(trajectory, max_lists, mistral_v3_tokenizer):
+    """Loss parts and gradient norm of five AdamW steps, measured with the published code (tests/golden)."""
+    name, loss_name = trajectory.split("/")
+    loss, options, weight = LOSS_OF[loss_name]
+    objective = Objective(
+        name, ranking_loss=loss, ranking_loss_options=options, ranking_weight=1.0 if name == "ranking" else weight
+    )
+    records = json.loads((GOLDEN / "records.json").read_text())
+    sequences = [
+        Sequence(encode_record(record, mistral_v3_tokenizer, name), record["id"], index)
+        for index, record in enumerate(records)
+    ]
+    model = load_causal_lm(str(GOLDEN / "tiny_mistral"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for expected in TRAJECTORIES[trajectory]:
+        parts = packed_losses(model, sequences, objective, limit={"max_lists": max_lists})
+        for part in ("total", "language_modelling", "ranking"):
+            if expected[part] is None:
+                assert part not in parts
+            else:
+                assert float(parts[part]) == pytest.approx(expected[part], rel=1e-4)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        assert float(norm) == pytest.approx(expected["grad_norm"], rel=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_load_errors_name_the_key(tmp_path):
+    with pytest.raises(ModelError, match=r"model\.name_or_path: cannot load .*give a local folder"):
+        load_causal_lm(str(tmp_path / "absent"))
+    with pytest.raises(ModelError, match=r"config_overrides: hidden_sise is no key of MistralConfig"):
+        load_causal_lm(str(GOLDEN / "tiny_mistral"), config_overrides={"hidden_sise": 3})
+    tied = load_causal_lm(str(GOLDEN / "tiny_mistral"), random_weights=True, config_overrides={"hidden_size": 64})
+    assert tied.config.hidden_size == 64 and tied.dtype == torch.float32
+    meta = load_causal_lm(str(GOLDEN / "tiny_mistral"), on_meta=True)
+    assert all(parameter.is_meta for parameter in meta.parameters())
