@@ -128,7 +128,7 @@ def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "
     found = _BRACKETED.findall(text)
     if SEPARATOR.join(f"[{name}]" for name in found) != text:
         raise PermutationError(
-            f"permutation: found {_shorten(text)}, allowed is identifiers in brackets joined by ' > ' and nothing else, "
+            f"permutation: found {_shorten(text)}, allowed is bracketed identifiers joined by ' > ' and nothing else, "
             f"e.g. '{SEPARATOR.join(f'[{name}]' for name in reversed(names[:2]))}'; correct the response",
         )
     every = identifiers(MAX_CANDIDATES[style], style)
@@ -238,7 +238,7 @@ def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
 def _check(values: Sequence[int], what: str) -> None:
     if sorted(values) != list(range(len(values))):
         raise PermutationError(
-            f"{what}: found {_shorten(str(list(values)))}, allowed is each of 0 to N-1 exactly once (N = {len(values)})",
+            f"{what}: found {_shorten(str(list(values)))}, allowed is each of 0 to {len(values) - 1} exactly once"
         )
 
 
