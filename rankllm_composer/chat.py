@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from rankllm_composer.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
+from rankllm_composer.permutations import IdentifierStyle, identifiers
 from rankllm_composer.user_turn import SYSTEM_MESSAGE, PromptError, render_user_turn
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class _Facts:
 
     state: tuple[Any, ...]
     has_system_role: bool
-    tokens: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    prompt: str
+    tokens: dict[str, int | None] = field(default_factory=dict)
 
 
 _FACTS: WeakKeyDictionary[PreTrainedTokenizerBase, _Facts] = WeakKeyDictionary()
@@ -112,18 +113,17 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def identifier_tokens(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle) -> dict[str, int | None]:
-    """Token of every identifier of a style as it stands in `[A] > [B]` after a prompt; None where it takes several.
+def identifier_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int | None, ...]:
+    """Token of each identifier as it stands in `[A] > [B]` after a prompt; None for one that takes several.
 
     Raises:
         PromptError: an identifier merges with its bracket, or has no token that is the same everywhere.
     """
     facts = _facts(tokenizer)
-    if style not in facts.tokens:
-        prompt = _probe_prompt(tokenizer, facts.has_system_role)
-        names = identifiers(MAX_CANDIDATES[style], style)
-        facts.tokens[style] = {name: _identifier_token(name, prompt, tokenizer) for name in names}
-    return facts.tokens[style]
+    for name in names:
+        if name not in facts.tokens:
+            facts.tokens[name] = _identifier_token(name, facts.prompt, tokenizer)
+    return tuple(facts.tokens[name] for name in names)
 
 
 def identifier_token_ids(
@@ -144,15 +144,15 @@ def identifier_token_ids(
         PermutationError: more candidates than the style can name.
     """
     names = identifiers(num_candidates, style)
-    found = identifier_tokens(tokenizer, style)
-    single = [token for name in names if (token := found[name]) is not None]
-    if len(single) < len(names):
-        first = next(i for i, name in enumerate(names) if found[name] is None)
+    found = identifier_tokens(tokenizer, names)
+    single = tuple(token for token in found if token is not None)
+    if len(single) < num_candidates:
+        first = found.index(None)
         raise PromptError(
             f"{_name(tokenizer)}: identifier [{names[first]}] takes several tokens, allowed is one each, so that "
             f"one position scores all candidates; use letters, lists of at most {first}, or the objective generation"
         )
-    return tuple(single)
+    return single
 
 
 def check_tokenizer(
@@ -176,10 +176,9 @@ def check_tokenizer(
             take several tokens. Each names the remedy.
         PermutationError: more candidates than the style can name.
     """
-    names = identifiers(num_candidates, style)
-    identifier_tokens(tokenizer, style)
+    identifier_tokens(tokenizer, identifiers(num_candidates, style))
     if objective != "generation":
-        identifier_token_ids(tokenizer, len(names), style)
+        identifier_token_ids(tokenizer, num_candidates, style)
     if objective != "ranking":
         end_of_sequence(tokenizer)
 
@@ -210,7 +209,8 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
         has_system_role = _PROBE in render_chat(both, tokenizer)
     except PromptError:
         has_system_role = False
-    prompt = _probe_prompt(tokenizer, has_system_role)
+    turn = render_user_turn(_PROBE, (_PROBE, _PROBE))
+    prompt = render_chat(_messages(SYSTEM_MESSAGE, turn, has_system_role), tokenizer)
     alone = tokenise(prompt, tokenizer)["input_ids"]
     for response in ("[", "[A] > [B]", "[1] > [2]"):
         if tokenise(prompt + response, tokenizer)["input_ids"][: len(alone)] != alone:
@@ -218,7 +218,7 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
                 f"{_name(tokenizer)}: the end of the prompt, {prompt[-20:]!r}, is tokenised otherwise when a response "
                 f"follows, allowed is an end that stays the same; {_OPEN_END}"
             )
-    facts = _Facts(state, has_system_role)
+    facts = _Facts(state, has_system_role, prompt)
     _FACTS[tokenizer] = facts
     return facts
 
@@ -229,11 +229,6 @@ def _messages(system: str, user: str, has_system_role: bool) -> list[dict[str, s
     if has_system_role:
         return [{"role": "system", "content": system}, {"role": "user", "content": user}]
     return [{"role": "user", "content": f"{system}\n {user}"}]
-
-
-def _probe_prompt(tokenizer: PreTrainedTokenizerBase, has_system_role: bool) -> str:
-    user = render_user_turn(_PROBE, (_PROBE, _PROBE))
-    return render_chat(_messages(SYSTEM_MESSAGE, user, has_system_role), tokenizer)
 
 
 def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int | None:

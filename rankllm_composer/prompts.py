@@ -220,9 +220,9 @@ def encode_record(
         raise PromptError(f"{where}: response: {error}") from error
     names = identifiers(num_candidates, style)
     ranks = np.array(ranks_from_permutation(permutation), dtype=np.int64)  # (N,)
-    tokens = identifier_tokens(tokenizer, style)
+    tokens = identifier_tokens(tokenizer, names)
     candidate_tokens: NDArray[np.int32] | None = None  # (N,)
-    if objective != "generation" or all(tokens[name] is not None for name in names):
+    if objective != "generation" or None not in tokens:
         candidate_tokens = np.array(identifier_token_ids(tokenizer, num_candidates, style), dtype=np.int32)
 
     prompt = render_prompt(record, tokenizer)
@@ -234,7 +234,7 @@ def encode_record(
 
     start = len(prompt) + 1  # character of the first identifier
     for index in permutation:
-        token = tokens[names[index]]
+        token = tokens[index]
         if token is not None and ids[encoding.char_to_token(start)] != token:
             raise PromptError(
                 f"{where}: response: identifier [{names[index]}] is not the token {token} that it is elsewhere; use a "

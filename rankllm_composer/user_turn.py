@@ -72,8 +72,8 @@ def document_text(document: Mapping[str, Any]) -> str:
                 break
             return f"Title: {title} Content: {text}" if title else text
     raise PromptError(
-        f"document: found {_shorten(dict(document))}, allowed is a text under one of {', '.join(_DOCUMENT_FIELDS)} and, "
-        "where there is one, a title that is text"
+        f"document: found {_shorten(dict(document))}, allowed is a text under one of {', '.join(_DOCUMENT_FIELDS)}; "
+        "a title, where there is one, is text too"
     )
 
 
