@@ -21,9 +21,9 @@ _OPEN_END = "end the generation prompt of the chat template with a line break or
 
 @dataclass(slots=True)
 class _Facts:
-    """What was found out about a tokenizer, and the state it was in."""
+    """What was found out about a tokenizer with its chat template."""
 
-    state: tuple[Any, ...]
+    chat_template: Any
     has_system_role: bool
     prompt: str
     tokens: dict[str, int | None] = field(default_factory=dict)
@@ -184,10 +184,12 @@ def check_tokenizer(
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
-    """What holds for every prompt, found out once for a tokenizer in its present state."""
-    state = (tokenizer.chat_template, len(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
+    """What holds for every prompt, found out once for a tokenizer and chat template.
+
+    Tokens added later are not looked for (it would cost more than the tokenising): records that meet them are refused.
+    """
     facts = _FACTS.get(tokenizer)
-    if facts is not None and facts.state == state:
+    if facts is not None and facts.chat_template == tokenizer.chat_template:
         return facts
     if not tokenizer.is_fast:
         raise PromptError(
@@ -218,7 +220,7 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
                 f"{_name(tokenizer)}: the end of the prompt, {prompt[-20:]!r}, is tokenised otherwise when a response "
                 f"follows, allowed is an end that stays the same; {_OPEN_END}"
             )
-    facts = _Facts(state, has_system_role, prompt)
+    facts = _Facts(tokenizer.chat_template, has_system_role, prompt)
     _FACTS[tokenizer] = facts
     return facts
 
