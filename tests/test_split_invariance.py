@@ -1,0 +1,61 @@
+"""The gradient of a global batch is the same however it is split: microbatches, ranks, DDP or FSDP2, with noise too.
+
+One update of SGD with learning rate 1 moves the weights by exactly the gradient; everything runs through Composer's loop.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_model import new_model
+
+WORKER = Path(__file__).parent / "workers" / "one_update.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{1: cases, 2: cases} by number of ranks."""
+    folder = tmp_path_factory.mktemp("one_update")
+    new_model("mistral_tied").save_pretrained(folder / "model")
+    for ranks in (1, 2):
+        launcher = Path(sys.executable).with_name("composer")
+        subprocess.run(
+            [sys.executable, launcher, "-n", str(ranks), WORKER, folder], check=True, timeout=600, capture_output=True
+        )
+    return {ranks: torch.load(folder / f"results_{ranks}.pt", weights_only=True) for ranks in (1, 2)}
+
+
+def normalised(weights):
+    """Names as the HF model has them."""
+    return {name.removeprefix("model."): value for name, value in weights.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["generation", "ranking", "combined", "combined with noise"])
+def test_one_update_is_the_same_for_every_split(results, objective):
+    reference_limit = "by_1" if objective == "combined with noise" else "by_3"
+    reference = results[1][objective, reference_limit, "ddp"]
+    moved = 0
+    before = normalised({f"model.{k}": v for k, v in new_model("mistral_tied").state_dict().items()})
+    compared = 0
+    for ranks, cases in results.items():
+        for (name, *how), case in cases.items():
+            if name != objective:
+                continue
+            compared += 1
+            assert case["losses"] == pytest.approx(reference["losses"], rel=2e-6), (ranks, how)
+            for parameter, value in normalised(case["weights"]).items():
+                expected = normalised(reference["weights"])[parameter]
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=3e-6, msg=lambda m: f"{ranks} {how} {m}")
+                moved = max(moved, float((value - before[parameter]).abs().max()))
+    assert moved > 0.01  # the update is far above the tolerance
+    assert compared >= 6
+
+
+def test_noise_changes_the_gradient(results):
+    plain, noised = (results[1][name, "by_1", "ddp"]["losses"] for name in ("combined", "combined with noise"))
+    assert plain != pytest.approx(noised, rel=1e-3)
