@@ -79,6 +79,7 @@ class Source:
     input: str | None = key(
         "Training records: .json, .jsonl or a HF dataset id; null = make them from `run`.", None, unit="path or id"
     )
+    split: str = key("Split of a HF dataset; files have none.", "train", unit="name")
     run: str | None = key("First-stage run in TREC format.", None, unit="path")
     judgments: str | None = key("TREC judgments that order the lists of `run`.", None, unit="path")
     teacher_run: str | None = key("TREC run of a teacher that orders the lists of `run`.", None, unit="path")
@@ -89,6 +90,7 @@ class Source:
     lists_per_query: int = key(
         "Lists made for each query of `run`; 0 = one for each window.", 1, unit="lists", at_least=0
     )
+    depth: int = key("Candidates of `run` that are used, from the top.", 100, unit="candidates", at_least=2)
     max_passage_words: int | None = key(
         "Words kept of a passage; null = the inference client's rule: 300, and 300 * 20 / n in lists of n < 20.",
         None,
@@ -97,6 +99,9 @@ class Source:
     )
     identifiers: IdentifierStyle = key("Identifiers of the candidates of lists made from `run`.", "letters")
     seed: int = key("Seed of the choice of lists.", 42, at_least=0)
+    require_relevant: bool | None = key(
+        "Leave out lists without a relevant candidate; null = where judgments give the order.", None
+    )
     on_error: Literal["stop", "quarantine"] = key(
         "At a bad record: stop the build, or write it aside and count it.", "stop"
     )

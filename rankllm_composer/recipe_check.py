@@ -9,10 +9,23 @@ from typing import Any
 
 from rankllm_composer.permutations import MAX_CANDIDATES
 from rankllm_composer.recipe import RANKING_LOSSES, Recipe, Source, Split
-from rankllm_composer.recipe_schema import Problem, RecipeError, parse_time, repr_yaml, show
+from rankllm_composer.recipe_build import parse_time
+from rankllm_composer.recipe_schema import Problem, RecipeError, repr_yaml, show
 
 MISREAD_NAMES = ("gpt", "gemini", "monot5")
 """The inference client takes a model folder for another kind of reranker if its path holds one of these."""
+
+FROM_RUN = (
+    "window",
+    "stride",
+    "lists_per_query",
+    "depth",
+    "max_passage_words",
+    "identifiers",
+    "seed",
+    "require_relevant",
+)
+"""Keys of a source that say how lists are made from a first-stage run."""
 
 
 def contradictions(recipe: Recipe) -> list[Problem]:
@@ -256,6 +269,9 @@ def _source(source: Source, section: str) -> Iterator[Problem]:
         remedy = f"name the records in {section}.input, or the first-stage run in {section}.run"
         yield Problem(f"{section}.input", found, "one of the two", remedy, (f"{section}.run",))
     if source.run is None:
+        for name in ("judgments", "teacher_run", "queries", "docs"):
+            if getattr(source, name) is not None:
+                yield Problem(f"{section}.{name}", "a path", f"null without {section}.run", "remove it or give the run")
         return
     for name in ("queries", "docs"):
         if getattr(source, name) is None:
@@ -276,6 +292,9 @@ def _source(source: Source, section: str) -> Iterator[Problem]:
             "lower it, or candidates between two lists are never shown",
             (f"{section}.window",),
         )
+    if source.require_relevant and source.judgments is None:
+        found, remedy = f"true without {section}.judgments", "without judgments nothing is relevant: give them"
+        yield Problem(f"{section}.require_relevant", found, "false or null", remedy, (f"{section}.judgments",))
     most = MAX_CANDIDATES[source.identifiers]
     if source.window > most:
         remedy = "use numbers or a smaller window" if source.identifiers == "letters" else "use a smaller window"
@@ -318,10 +337,10 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
     for section, split in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         source = split.source if split is not None else None
         if source is not None and source.input is not None:
-            for name in ("judgments", "teacher_run", "queries", "docs", "window", "stride", "lists_per_query"):
+            for name in FROM_RUN:
                 reasons[f"{section}.source.{name}"] = f"{section}.source.input is given"
-            for name in ("max_passage_words", "identifiers", "seed"):
-                reasons[f"{section}.source.{name}"] = f"{section}.source.input is given"
+        elif source is not None:
+            reasons[f"{section}.source.split"] = f"{section}.source.input is null"
     return reasons
 
 

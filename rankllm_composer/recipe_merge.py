@@ -15,12 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
 from rankllm_composer.recipe import Recipe
+from rankllm_composer.recipe_build import build
 from rankllm_composer.recipe_check import contradictions, surprises, without_effect
 from rankllm_composer.recipe_schema import (
     Problem,
     RecipeError,
     RecipeWarning,
-    build,
     default_tree,
     find_key,
     plain_tree,
@@ -114,7 +114,7 @@ def merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergedRecip
     unresolved = {problem.key for problem in problems}
     recipe, unreadable = build(Recipe, tree)
     problems += [problem for problem in unreadable if problem.key not in unresolved]
-    suspect = [problem.key for problem in problems]
+    suspect = [dotted for problem in problems for dotted in (problem.key, *problem.involved)]
     problems += [
         problem
         for problem in contradictions(recipe)
