@@ -1,0 +1,80 @@
+"""A run's folder: one run at a time writes there, always of the same recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RECIPE_NAME = "recipe.yaml"
+MAY_CHANGE = (
+    "run.max_duration",
+    "logging.",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.loader_timeout_seconds",
+    "parallelism.dist_timeout_seconds",
+)
+"""Keys, and sections, that may differ when a run is resumed: they change no weight."""
+
+
+class RunFolderError(ValueError):
+    """A folder cannot take this run; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def claim_run_folder(folder: Path, recipe_yaml: str) -> Iterator[None]:
+    """Hold a run's folder while it trains, with the resolved recipe in it. For one process a run.
+
+    The lock is the kernel's: it is gone with the process, however that dies.
+
+    Args:
+        folder: made if absent.
+        recipe_yaml: the resolved recipe; compared with the one that is there, then written.
+    Raises:
+        RunFolderError: another process trains there, or the folder holds a run of another recipe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunFolderError(
+                f"run.folder: another process is training in {folder}; wait for it, or give this run its own run.name "
+                "or run.folder"
+            ) from error
+        _check_same_recipe(folder / RECIPE_NAME, recipe_yaml)
+        partial = folder / f".{RECIPE_NAME}.partial"
+        partial.write_text(recipe_yaml)
+        partial.replace(folder / RECIPE_NAME)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_same_recipe(path: Path, recipe_yaml: str) -> None:
+    from omegaconf import OmegaConf
+
+    if not path.exists():
+        return
+    there, now = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (path.read_text(), recipe_yaml))
+    changed = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
+    changed = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    if changed:
+        shown = "; ".join(f"{key} was {there.get(key)!r}, is now {now.get(key)!r}" for key in changed[:5])
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise RunFolderError(
+            f"run.folder: {path.parent} holds a run of another recipe ({shown}{more}). Go on with the same recipe, or "
+            "give this run its own run.name or run.folder"
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, part in tree.items() for key, value in _flatten(part, f"{prefix}{name}.").items()}
