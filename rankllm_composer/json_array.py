@@ -106,7 +106,7 @@ class _SlidingText:
             except (RecursionError, ValueError) as error:  # nested too deep, a number of thousands of digits
                 raise JsonArrayError(index, f"cannot be decoded: {error}; correct the file") from error
             else:
-                if end < len(self._buffer) or self._at_end:  # else a number may go on
+                if end < len(self._buffer) - _CUT_OFF_CHARS or self._at_end:  # else a number may go on
                     num_chars, self._position = end - self._position, end
                     return value, num_chars
             num_pending = len(self._buffer) - self._position

@@ -127,7 +127,7 @@ def open_source(source: str | Path, *, split: str = "train") -> RecordSource:
     """
     path = Path(source)
     name = str(source)
-    if path.is_dir():
+    if name and path.is_dir():
         return DatasetSource(name, split)
     if path.is_file():
         if name.endswith((".jsonl", ".jsonl.gz")):
@@ -264,7 +264,8 @@ def record_from_layout(raw: Any, place: str) -> Record:
     try:
         record = Record.from_conversations(raw)
     except (TypeError, ValueError) as error:
-        raise RecordError(place, record_id if isinstance(record_id, str) else None, str(error)) from error
+        reason = str(error).removeprefix(f"record {record_id!r}: ")
+        raise RecordError(place, record_id if isinstance(record_id, str) else None, reason) from error
     validate_record(record, place)
     return record
 
@@ -290,7 +291,7 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
     for what, text in texts.items():
         if not isinstance(text, str):
             raise bad(f"{what}: found {type(text).__name__}, allowed is text; correct the record")
-        if not text.strip() and what != "system turn":
+        if not text.strip() and what not in ("system turn", "qid"):
             raise bad(f"{what}: found nothing, allowed is text; correct the record or leave it out")
         if not is_unicode(text):
             raise bad(f"{what}: found half of a surrogate pair, allowed is Unicode; write the text again")

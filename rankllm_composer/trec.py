@@ -12,8 +12,8 @@ import random
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class TrecSource:
         judgments: TREC judgments: they give the grades and, without a teacher, the order.
         teacher_run: TREC run of a teacher: gives the order. What it does not rank comes last, in first-stage order.
         window: candidates a list.
-        stride: places from one window to the next.
+        stride: places from one window to the next; above `window` some candidates are in no window.
         lists_per_query: lists a query, see `candidate_lists`; 0 = one for each window.
         depth: candidates of the run that are used.
         max_passage_words: words kept of a passage; None = the client's rule: 300 in lists of 20, more in shorter ones.
@@ -139,7 +139,7 @@ class TrecSource:
             raise TrecError("require_relevant: found true without judgments, where nothing is relevant; give them")
         for name, low, high in (
             ("window", 2, limit),
-            ("stride", 1, self.window),
+            ("stride", 1, 1_000_000),
             ("lists_per_query", 0, 10_000),
             ("depth", 2, 1_000_000),
             ("max_passage_words", 1, 1_000_000),
@@ -196,9 +196,10 @@ class TrecSource:
         """Every query of the queries file in its order, then those that only the run has, which will be dropped."""
         size = self.window * min(self.max_passage_words or passage_word_limit(self.window), 100) * 6
         num_lists = self.lists_per_query or -(-max(0, self.depth - self.window) // self.stride) + 1
-        rows = _Files.of(self).database.execute("SELECT number, qid FROM queries ORDER BY number")
-        for index, (number, qid) in enumerate(rows):
-            yield Item(index, f"{self.name}:query {qid!r}", (number, qid), size * num_lists)
+        with closing(_Files(self)) as files:
+            rows = files.database.execute("SELECT number, qid FROM queries ORDER BY number")
+            for index, (number, qid) in enumerate(rows):
+                yield Item(index, f"{self.name}:query {qid!r}", (number, qid), size * num_lists)
 
     def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
         """Lists of one query.
@@ -207,7 +208,10 @@ class TrecSource:
             RecordError: a candidate comes twice or is not in the docs file, a document has no text, judgments
                 contradict each other.
         """
-        files = _Files.of(self)
+        with closing(_Files(self)) as files:
+            return self._lists(files, item)
+
+    def _lists(self, files: _Files, item: Item) -> list[tuple[str, Record | Dropped]]:
         number, qid = item.raw
         query = files.query(number)
         if query is None:
@@ -259,17 +263,17 @@ class TrecSource:
 
 
 class _Files:
-    """What a process holds open of a prepared source."""
+    """A prepared source, open for reading."""
 
-    def __init__(self, database: str, docs: str) -> None:
-        self.database = sqlite3.connect(f"{Path(database).as_uri()}?mode=ro&immutable=1", uri=True)
-        self._docs = Path(docs).open("rb")  # noqa: SIM115 - open as long as the process builds lists
-        self._docs_name = Path(docs).name
-
-    @staticmethod
-    def of(source: TrecSource) -> _Files:
+    def __init__(self, source: TrecSource) -> None:
         assert source.database is not None, "prepare() comes first"
-        return _open_files(source.database, source.docs)
+        self.database = sqlite3.connect(f"{Path(source.database).as_uri()}?mode=ro&immutable=1", uri=True)
+        self._docs = Path(source.docs).open("rb")  # noqa: SIM115 - closed by close()
+        self._docs_name = Path(source.docs).name
+
+    def close(self) -> None:
+        self.database.close()
+        self._docs.close()
 
     def query(self, number: int) -> str | None:
         return self.database.execute("SELECT text FROM queries WHERE number = ?", (number,)).fetchone()[0]
@@ -306,11 +310,6 @@ class _Files:
             return document_text(json.loads(self._docs.readline()))
         except PromptError as error:
             raise RecordError(place, None, f"document {docid!r} of {self._docs_name}: {error}") from error
-
-
-@lru_cache(maxsize=2)
-def _open_files(database: str, docs: str) -> _Files:
-    return _Files(database, docs)
 
 
 def _import_queries(database: sqlite3.Connection, path: str) -> None:

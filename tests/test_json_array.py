@@ -53,7 +53,7 @@ def test_length_of_an_element_is_that_of_its_text():
     ],
 )
 def test_what_is_no_array_is_named(text, index, reason):
-    with pytest.raises(JsonArrayError, match=".") as caught:
+    with pytest.raises(JsonArrayError) as caught:
         list(iterate_array(io.StringIO(text)))
     assert caught.value.index == index
     assert reason in str(caught.value)
