@@ -1,0 +1,325 @@
+"""The command line: what it costs to start, what it passes on, and how it says that something is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+
+from rankllm_composer import __version__, shards
+from rankllm_composer.cli import app, find_recipe, main, recipe_folder, shards_build
+
+ROOT = Path(__file__).parent.parent
+RECORDS = Path(__file__).parent / "golden" / "records.json"
+YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(caught.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def assert_readable_error(outcome: Outcome, *parts: str) -> None:
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    for part in parts:
+        assert part in outcome.err
+
+
+def commands(command: Any = None, name: str = "") -> list[Any]:
+    command = command or typer.main.get_command(app)
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        return [pytest.param(command, id=name)]
+    return [found for key in inner for found in commands(inner[key], f"{name} {key}".strip())]
+
+
+# Starting
+
+
+def test_help_and_recipes_load_no_heavy_library() -> None:
+    code = """
+import sys
+from rankllm_composer.cli import main
+for arguments in (["--help"], ["shards", "build", "--help"], ["recipes", "list"], ["recipes", "check", "rank_zephyr"]):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert not stop.code, arguments
+    heavy = {"torch", "transformers", "composer", "streaming", "datasets", "numpy", "ftfy"} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_and_option_says_what_it_is(command: Any) -> None:
+    assert command.help
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), parameter.name
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out.strip() == __version__
+
+
+def test_no_arguments_print_help(run: Run) -> None:
+    for arguments in ((), ("shards",), ("recipes",)):
+        outcome = run(*arguments)
+        assert "Usage: rankllm-composer" in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["shard"], "No such command 'shard'"),
+        (["shards", "build"], "--output"),
+        (["shards", "build", "--output", "x", "--identifiers", "roman"], "'roman' is not one of"),
+        (["shards", "build", "--output", "x", "--window", "many"], "--window"),
+        (["shards", "build", "--output", "x", "--processes", "0"], "--processes"),
+    ],
+)
+def test_wrong_usage(run: Run, arguments: list[str], part: str) -> None:
+    assert_readable_error(run(*arguments), part, "Usage: rankllm-composer")
+
+
+# Shards
+
+
+def test_defaults_are_those_of_the_shard_builder() -> None:
+    ours = inspect.signature(shards_build).parameters
+    theirs = inspect.signature(shards.build_shards).parameters
+    renamed = {"processes": "num_processes", "hash": "hashes"}
+    assert {renamed.get(name, name) for name in ours} - {"context"} == set(theirs) - {"report"}
+    for name, parameter in ours.items():
+        if name not in ("context", "output", "hash"):
+            assert parameter.default == theirs[renamed.get(name, name)].default, name
+
+
+@pytest.mark.parametrize(
+    "arguments, passed",
+    [
+        (["--input", "a.jsonl"], {"input": "a.jsonl", "run": None, "hashes": ("xxh64",), "compression": "zstd"}),
+        (["--input", "owner/name", "--split", "test"], {"split": "test"}),
+        (["--run", "r", "--judgments", "j", "--teacher-run", "t"], {"run": "r", "judgments": "j", "teacher_run": "t"}),
+        (["--run", "r", "--queries", "q", "--docs", "d"], {"queries": "q", "docs": "d"}),
+        (["--run", "r", "--window", "5", "--stride", "4"], {"window": 5, "stride": 4}),
+        (["--run", "r", "--lists-per-query", "0", "--depth", "50"], {"lists_per_query": 0, "depth": 50}),
+        (["--run", "r", "--max-passage-words", "30"], {"max_passage_words": 30}),
+        (["--run", "r", "--identifiers", "numbers", "--seed", "7"], {"identifiers": "numbers", "seed": 7}),
+        (["--run", "r", "--no-require-relevant"], {"require_relevant": False}),
+        (["--on-error", "quarantine", "--part", "2/3"], {"on_error": "quarantine", "part": "2/3"}),
+        (["--processes", "3", "--shard-bytes", "99"], {"num_processes": 3, "shard_bytes": 99}),
+        (["--compression", "none"], {"compression": None}),
+        (["--hash", "sha1", "--hash", "xxh3_64"], {"hashes": ("sha1", "xxh3_64")}),
+        (["--overwrite", "--staging", "s"], {"overwrite": True, "staging": "s"}),
+    ],
+)
+def test_options_reach_the_shard_builder(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], passed: dict[str, Any]
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(shards, "build_shards", lambda output, **options: calls.append({"output": output, **options}))
+    outcome = run("shards", "build", "--output", "out", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    (call,) = calls
+    assert {"output": "out", **passed}.items() <= call.items()
+
+
+@pytest.mark.parametrize(
+    "arguments, warned",
+    [
+        (["--input", "a.json", "--window", "20"], "warning: --window has no effect with --input"),
+        (["--input", "a.json", "--no-require-relevant"], "warning: --require-relevant has no effect with --input"),
+        (["--run", "r", "--split", "train"], "warning: --split has no effect with --run"),
+    ],
+)
+def test_options_without_effect_warn(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], warned: str
+) -> None:
+    monkeypatch.setattr(shards, "build_shards", lambda output, **options: None)
+    assert run("shards", "build", "--output", "out", *arguments).err.strip() == warned
+
+
+def test_build_info_verify(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "set"
+    built = run("shards", "build", "--input", RECORDS, "--output", target, "--processes", 1)
+    assert (built.code, built.out) == (0, "")
+    assert "6" in built.err
+    info = run("shards", "info", target)
+    assert info.code == 0
+    assert "6 in 1 shards" in info.out
+    verified = run("shards", "verify", target, "--records")
+    assert verified == Outcome(0, f"{target}: all is well, 6 records in 1 shards\n", "")
+
+    (shard,) = target.glob("*.mds*")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    assert_readable_error(run("shards", "verify", target), "error: ", "problems, see above")
+
+
+def test_parts_are_merged(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "set"
+    for part in ("1/2", "2/2"):
+        build = ("shards", "build", "--input", RECORDS, "--output", target, "--part", part, "--processes", 1)
+        assert run(*build, "--shard-bytes", 4096).code == 0
+    assert run("shards", "merge", target).code == 0
+    assert ": all is well, 6 records in " in run("shards", "verify", target).out
+
+
+def test_lists_from_a_first_stage_run(run: Run, tmp_path: Path) -> None:
+    """Three queries of four candidates each, windows of two, two apart: two lists a query, six in all."""
+    queries, docs, first, judged = (tmp_path / name for name in ("q.jsonl", "d.jsonl", "run.trec", "qrels"))
+    queries.write_text("".join(json.dumps({"qid": f"q{q}", "text": f"what is {q}"}) + "\n" for q in range(3)))
+    docs.write_text("".join(json.dumps({"docid": f"d{d}", "text": f"it is {d}"}) + "\n" for d in range(4)))
+    first.write_text("".join(f"q{q} Q0 d{d} {d + 1} {9 - d} bm25\n" for q in range(3) for d in range(4)))
+    judged.write_text("".join(f"q{q} 0 d{d} 1\n" for q in range(3) for d in (1, 3)))
+    target = tmp_path / "set"
+    files = ("--run", first, "--queries", queries, "--docs", docs, "--judgments", judged)
+    sizes = ("--window", 2, "--stride", 2, "--lists-per-query", 0, "--processes", 1)
+    assert run("shards", "build", "--output", target, *files, *sizes).code == 0
+    assert "6 records" in run("shards", "verify", target, "--records").out
+
+
+def test_errors_of_the_rooms_are_one_line(run: Run, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([{"id": "x", "conversations": []}]))
+    for arguments in (
+        ("shards", "build", "--input", bad, "--output", tmp_path / "set", "--processes", 1),
+        ("shards", "build", "--input", tmp_path / "absent.json", "--output", tmp_path / "set"),
+        ("shards", "build", "--output", tmp_path / "set"),
+        ("shards", "merge", tmp_path / "absent"),
+        ("shards", "verify", tmp_path / "absent"),
+        ("shards", "info", tmp_path / "absent"),
+        ("recipes", "show", "absent"),
+        ("recipes", "copy", "absent", tmp_path),
+        ("recipes", "copy", "rank_zephyr", tmp_path / "absent" / "x.yaml"),
+    ):
+        outcome = run(*arguments)
+        assert_readable_error(outcome, "error: ")
+        assert len(outcome.err.splitlines()) == 1, outcome.err
+
+
+def test_traceback_on_request() -> None:
+    with pytest.raises(ValueError, match="recipe: found absent"):
+        main(["--traceback", "recipes", "show", "absent"])
+
+
+# Recipes
+
+
+def test_recipes_list_and_show(run: Run) -> None:
+    listed = run("recipes", "list").out.splitlines()
+    assert [line.split()[0] for line in listed] == [path.stem for path in YAMLS]
+    for path in YAMLS:
+        first_line = path.read_text(encoding="utf-8").splitlines()[0]
+        assert any(line.endswith(first_line.removeprefix("# ")) for line in listed)
+        assert run("recipes", "show", path.stem).out == path.read_text(encoding="utf-8")
+
+
+def test_recipes_copy(run: Run, tmp_path: Path) -> None:
+    original = find_recipe("rank_zephyr").read_text(encoding="utf-8")
+    assert run("recipes", "copy", "rank_zephyr", tmp_path).out.strip() == str(tmp_path / "rank_zephyr.yaml")
+    assert (tmp_path / "rank_zephyr.yaml").read_text(encoding="utf-8") == original
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("mine")
+    assert_readable_error(run("recipes", "copy", "rank_zephyr", mine), f"found {mine}, which exists", "--force")
+    assert mine.read_text() == "mine"
+    assert run("recipes", "copy", "rank_zephyr", mine, "--force").code == 0
+    assert mine.read_text(encoding="utf-8") == original
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_recipes_check_prints_every_value_with_its_origin(run: Run, path: Path) -> None:
+    outcome = run("recipes", "check", path, "run.seed=7")
+    rows = [line.split(maxsplit=2) for line in outcome.out.splitlines()]
+    assert ["override", "run.seed", "7"] in rows
+    assert ["yaml", "run.name", path.stem] in rows
+    assert run("recipes", "check", path.stem, "run.seed=7") == outcome
+
+
+def test_recipes_check_of_a_usable_recipe(run: Run) -> None:
+    outcome = run("recipes", "check", "rank_zephyr", "--num-ranks", 8)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.endswith("rank_zephyr.yaml: no problems\n")
+
+
+def test_recipes_check_reports_everything_at_once(run: Run) -> None:
+    overrides = (
+        "optimizer.lr=fast",
+        "objective.nam=x",
+        "batch.microbatch_lists=4",
+        "data.train.source.input=gone.json",
+    )
+    outcome = run("recipes", "check", "first_mistral", *overrides)
+    assert_readable_error(
+        outcome,
+        "4 problems",
+        "optimizer.lr: found 'fast'; allowed: number above 0",
+        "objective.nam: found an unknown key",
+        "did you mean objective.name?",
+        "batch.microbatch_lists: found it and microbatch_tokens both",
+        "data.train.source.input: found 'gone.json', which does not exist",
+    )
+    assert ["override", "optimizer.lr", "fast"] in [line.split() for line in outcome.out.splitlines()]
+
+
+def test_recipes_check_knows_ranks_and_warns(run: Run) -> None:
+    assert_readable_error(run("recipes", "check", "rank_zephyr", "-n", 7), "256, which does not divide over 7 ranks")
+    outcome = run("recipes", "check", "rank_zephyr", "objective.ranking_weight=3")
+    assert outcome.code == 0
+    assert outcome.err == "warning: objective.ranking_weight = 3.0 has no effect: objective.name is generation\n"
+
+
+def test_recipes_check_of_no_recipe(run: Run, tmp_path: Path) -> None:
+    assert_readable_error(run("recipes", "check", tmp_path / "absent.yaml"), "found no file")
+    assert_readable_error(run("recipes", "check", "absent"), "recipe: found absent; allowed: ", "rank_zephyr")
+
+
+def test_recipes_keys(run: Run) -> None:
+    assert "  optimizer.lr=required\n" in run("recipes", "keys").out
+    assert "| `optimizer.betas` | `[0.9, 0.999]` |" in run("recipes", "keys", "--markdown").out
+
+
+def test_recipes_are_part_of_the_installed_package(tmp_path: Path) -> None:
+    assert recipe_folder() == ROOT / "yamls"
+    source, built = tmp_path / "source", tmp_path / "built"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("rankllm_composer", "yamls"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", source)
+    (source / "README.md").touch()
+    setup = "import setuptools; setuptools.setup()"
+    build = [sys.executable, "-c", setup, "-q", "build_py", "--build-lib", str(built)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    shutil.rmtree(source)
+    code = f"import sys; sys.path.insert(0, {str(built)!r}); from rankllm_composer.cli import *; print(recipe_folder())"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    folder = Path(found.stdout.strip())
+    assert folder == built / "rankllm_composer" / "yamls"
+    assert sorted(path.name for path in folder.glob("*.yaml")) == [path.name for path in YAMLS]
