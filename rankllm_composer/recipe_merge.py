@@ -225,7 +225,7 @@ def _resolve(config: Any, problems: list[Problem], place: Steps = ()) -> Any:
             value = config[name]
         except (OmegaConfBaseException, RecursionError) as error:
             found = f"{repr_yaml(_written(config, name))}: {str(error).splitlines()[0]}"
-            problems.append(Problem(_dotted(steps), found, "${key} of a key above, or ${oc.env:NAME}", "correct it"))
+            problems.append(Problem(_dotted(steps), found, "${key} of another key, or ${oc.env:NAME}", "correct it"))
             continue
         values[name] = _resolve(value, problems, steps) if OmegaConf.is_config(value) else value
     return list(values.values()) if OmegaConf.is_list(config) else values
