@@ -422,10 +422,11 @@ def main(arguments: Sequence[str]) -> int:
     """The command line of a run: a recipe and what is laid over it. Returns the exit code."""
     from rankllm_composer.recipe import describe_keys
     from rankllm_composer.recipe_merge import load_recipe
+    from rankllm_composer.recipe_schema import keys_as_text
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: composer -n PROCESSES {Path(__file__).name} RECIPE.yaml [key=value ...]\n")
-        print(describe_keys())
+        print(keys_as_text(describe_keys()))
         return 0 if arguments else 2
     try:
         train(load_recipe(arguments[0], arguments[1:]))
