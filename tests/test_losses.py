@@ -362,6 +362,13 @@ def test_lists_with_nothing_to_rank_give_zero(loss):
 
 
 @each_loss
+def test_no_step_of_the_gradient_is_nan(loss):
+    scores, ranks, mask = random_lists([0, 1, 5], width=6, seed=9)
+    with torch.autograd.set_detect_anomaly(True):  # a NaN that is masked away later would stop here
+        loss(scores.requires_grad_(), ranks, mask=mask).backward()
+
+
+@each_loss
 def test_reductions(loss):
     scores, ranks, mask = random_lists([6, 0, 9, 1], seed=10)
     values = loss(scores, ranks, mask=mask, reduction="none")

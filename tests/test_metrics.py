@@ -152,6 +152,13 @@ def test_compare_counts_by_query():
     assert compare({"q": 0.5}, {"q": 0.5 + 1e-9}, tie=0).wins == 1
 
 
+def test_compare_does_not_depend_on_the_order_of_queries():
+    generator = np.random.default_rng(7)
+    before, after = ({f"q{i}": value for i, value in enumerate(generator.uniform(size=30))} for _ in range(2))
+    reversed_before = dict(reversed(before.items()))
+    assert compare(reversed_before, after, num_permutations=100) == compare(before, after, num_permutations=100)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
