@@ -1,0 +1,244 @@
+"""The card of an exported model: what it was made from, how it was trained, what it reached and how to serve it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rankllm_composer import __version__
+from rankllm_composer.contract import DecodingContract
+
+BLOTTED = "[redacted]"
+
+_SECRET_WORD = (
+    r"(?:secret|password|passwd|passphrase|credential|signature|api[_-]?key|access[_-]?key|account[_-]?key|"
+    r"private[_-]?key|(?:access|api|auth|bearer|bot|hf|hub|id|refresh|secret|security|session|private)[_-]?token)"
+)
+_SIGNED_QUERY = re.compile(
+    r"(?:^|[&;])(?:x-amz-|x-goog-|awsaccesskeyid|googleaccessid|key-pair-id|policy=|sig=|se=|key=|apikey=|token=|"
+    rf"[\w-]*{_SECRET_WORD})",
+    re.IGNORECASE,
+)
+_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?\"'<>`]+)\?([^\s\"'<>`)]+)", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@\"'<>`]+@", re.IGNORECASE)
+# name = value, name: value, "name": "value"; values that say there is none stay.
+_NAMED = re.compile(
+    rf"([\w.-]*{_SECRET_WORD}\w*[\"']?\s*[=:]\s*)(?!\s*(?:null|none|true|false)\b)"
+    r"(\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;}&]+)",
+    re.IGNORECASE,
+)
+_SHAPES = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"|\b(?:hf|gh[pousr]|npm|glpat|r8)[_-][A-Za-z0-9_-]{16,}"
+    r"|\bgithub_pat_\w{20,}"
+    r"|\bsk-[A-Za-z0-9_-]{16,}"
+    r"|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\bAIza[0-9A-Za-z_-]{35}"
+    r"|\bya29\.[0-9A-Za-z_-]{20,}"
+    r"|\bdapi[0-9a-f]{32}\b"
+    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+    r"|(?<=[Bb]earer )[\w.~+/=-]{12,}"
+    # The shape of a secret access key: 40 characters with a digit and both cases.
+    r"|(?<![\w/+=.-])(?=[A-Za-z/+]*\d)(?=[a-z\d/+]*[A-Z])(?=[A-Z\d/+]*[a-z])[A-Za-z0-9/+]{40}(?![\w/+=.-])",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card tells; every field as plain text or numbers.
+
+    Attributes:
+        name: of the model.
+        base_model: hub id or path of the model that was fine-tuned; None = trained from scratch.
+        base_licence: SPDX name of its licence, where known.
+        data: where the training lists came from.
+        num_lists: training lists; None = not counted.
+        losses: part of the objective → its weight.
+        hyperparameters: name → value, in the order to be shown.
+        contract: how the model is asked and read.
+        progress: where in training the weights are from.
+        figures: name → measured value.
+        published: name → published value for this recipe, by the same names as `figures`.
+        tolerance: share of a published value a measured one may differ by.
+        notes: sentences that a reader has to know besides.
+    """
+
+    name: str
+    base_model: str | None
+    contract: DecodingContract
+    base_licence: str | None = None
+    data: tuple[str, ...] = ()
+    num_lists: int | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    progress: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    published: Mapping[str, float] = field(default_factory=dict)
+    tolerance: float = 0.025
+    notes: tuple[str, ...] = ()
+
+
+def render_card(facts: CardFacts) -> str:
+    """Markdown text of a card, without secrets and without the paths of the machine it was made on."""
+    base = None if facts.base_model is None else _public(facts.base_model)
+    parts = [
+        _front_matter(facts, base),
+        f"# {facts.name}",
+        _introduction(facts, base),
+        _training(facts),
+        _results(facts),
+        _serving(facts.contract),
+        _licence(facts, base),
+    ]
+    return redact("\n\n".join(parts) + "\n")
+
+
+def verdict(measured: float | None, published: float, tolerance: float = 0.025) -> str:
+    """Measured against published: within, below or above its tolerance, or not measured.
+
+    Args:
+        measured: a figure of ours; None = there is none.
+        published: the figure to hold it against.
+        tolerance: share of the published figure.
+    """
+    if measured is None:
+        return "not measured"
+    if abs(measured - published) <= tolerance * abs(published):
+        return "within tolerance"
+    return "below" if measured < published else "above"
+
+
+def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """Text with whatever looks like a credential blotted out.
+
+    Known shapes of keys and tokens, values behind names such as `password` or `hf_token`, users in URLs, signed query
+    strings, and the values that the environment holds under such names.
+
+    Args:
+        text: any text.
+        environment: variables whose values must not appear. None = those of this process.
+    """
+    for name, value in (os.environ if environment is None else environment).items():
+        if len(value) >= 16 and re.search(rf"{_SECRET_WORD}|token$", name, re.IGNORECASE):
+            text = text.replace(value, BLOTTED)
+    text = _SHAPES.sub(BLOTTED, text)
+    text = _USER_IN_URL.sub(rf"\g<1>{BLOTTED}@", text)
+    text = _URL.sub(lambda url: f"{url[1]}?{BLOTTED}" if _SIGNED_QUERY.search(url[2]) else url[0], text)
+    return _NAMED.sub(lambda pair: pair[0] if BLOTTED in pair[2] else f"{pair[1]}{BLOTTED}", text)
+
+
+def _public(name: str) -> str:
+    """A hub id as it is; of a path, its last part."""
+    is_path = name.startswith(("/", "./", "../", "~")) or "\\" in name or name.count("/") > 1
+    return Path(name).name if is_path else name
+
+
+def _front_matter(facts: CardFacts, base: str | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-ranking"]
+    lines += ["tags:", "  - reranking", "  - listwise-reranking", "  - rank_llm"]
+    if base is not None and "/" in base:
+        lines.append(f"base_model: {json.dumps(base)}")
+    if facts.base_licence is not None:
+        lines.append(f"license: {json.dumps(facts.base_licence)}")
+    return "\n".join([*lines, "---"])
+
+
+def _introduction(facts: CardFacts, base: str | None) -> str:
+    origin = "trained from random weights" if base is None else f"fine-tuned from `{base}`"
+    text = (
+        f"A listwise reranker, {origin} with rankllm-composer {__version__}. Given a query and up to "
+        f"{facts.contract.window_size} passages, it orders the passages by relevance."
+    )
+    if facts.progress:
+        text += f"\n\nWeights: {facts.progress}."
+    return "\n\n".join([text, *facts.notes])
+
+
+def _training(facts: CardFacts) -> str:
+    contract = facts.contract
+    names = f"{contract.identifiers[0]} to {contract.identifiers[-1]}"
+    rows = [("objective", contract.objective), ("identifiers", f"{contract.identifier_style}, {names}")]
+    rows += [(f"weight of {part}", f"{weight:g}") for part, weight in facts.losses.items()]
+    rows.append(("training lists", "not counted" if facts.num_lists is None else f"{facts.num_lists:,}"))
+    rows += [("data", _public(source)) for source in facts.data]
+    rows += [(key, str(value)) for key, value in facts.hyperparameters.items()]
+    return "## Training\n\n" + _table(("setting", "value"), rows)
+
+
+def _results(facts: CardFacts) -> str:
+    names = [*facts.published, *(name for name in facts.figures if name not in facts.published)]
+    if not names:
+        return "## Results\n\nNot measured."
+    if not facts.published:
+        return "## Results\n\n" + _table(("figure", "measured"), [(n, f"{facts.figures[n]:.4f}") for n in names])
+    rows = []
+    for name in names:
+        measured, published = facts.figures.get(name), facts.published.get(name)
+        rows.append(
+            (
+                name,
+                "not measured" if measured is None else f"{measured:.4f}",
+                "–" if published is None else f"{published:.4f}",
+                "–" if published is None else verdict(measured, published, facts.tolerance),
+            )
+        )
+    note = f"Tolerance: {facts.tolerance:.1%} of the published figure."
+    return "## Results\n\n" + _table(("figure", "measured", "published", "verdict"), rows) + f"\n\n{note}"
+
+
+def _serving(contract: DecodingContract) -> str:
+    text = "## Serving\n\n`reranker.json` says how the model is asked and read.\n\n"
+    text += "    rankllm-composer rerank --model PATH --queries queries.jsonl --docs docs.jsonl \\\n"
+    text += "        --run bm25.trec --output out.trec"
+    if contract.append_bracket:
+        return text + (
+            "\n\nTrained by `ranking` alone, the model never learned to write the opening bracket. rank_llm expects it "
+            "to, so it cannot serve this model; the command above appends the bracket to the prompt."
+        )
+    flags = {"use_alpha": contract.identifier_style == "letters", "use_logits": contract.objective == "combined"}
+    options = "".join(f" --{name}" for name, on in flags.items() if on)
+    arguments = "".join(f", {name}=True" for name, on in flags.items() if on)
+    text += (
+        "\n\nWith rank_llm (0.25.7, vLLM), from a path that holds none of the names it picks other rerankers by:\n\n"
+        "    python src/rank_llm/scripts/run_rank_llm.py --model_path=PATH --dataset=dl20 --retrieval_method=bm25 \\\n"
+        f"        --top_k_candidates=100 --context_size={contract.context_size_tokens} --variable_passages{options}\n\n"
+        "or\n\n"
+        "    from rank_llm.rerank.listwise import RankListwiseOSLLM\n\n"
+        f'    reranker = RankListwiseOSLLM(model="PATH", context_size={contract.context_size_tokens}, '
+        f"window_size={contract.window_size},\n"
+        f"                                 stride={contract.stride}{arguments})\n"
+        "    results = reranker.rerank_batch(requests)"
+    )
+    if contract.objective == "combined":
+        text += (
+            "\n\n`use_logits` ranks by the logits of one token (FIRST decoding); without it the whole permutation is "
+            "generated."
+        )
+    if contract.num_bos > 1:
+        text += (
+            f"\n\nPrompts begin with {contract.num_bos} beginning-of-sequence tokens, from the chat template and from "
+            "the tokenizer, in training as in serving."
+        )
+    return text
+
+
+def _licence(facts: CardFacts, base: str | None) -> str:
+    if base is None:
+        text = "The weights were trained from scratch; the terms of the training data apply."
+    else:
+        licence = "its licence" if facts.base_licence is None else f"its licence ({facts.base_licence})"
+        text = f"The weights derive from `{base}`: {licence} and the terms of the training data apply."
+    return f"## Licence\n\n{text} rankllm-composer itself is under Apache-2.0, which says nothing about the weights."
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+
+    return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, rows)])
