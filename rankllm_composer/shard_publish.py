@@ -34,12 +34,7 @@ def find_set(folder: Folder, planned: Manifest, overwrite: bool) -> tuple[tuple[
     index_text = folder.read(INDEX_NAME)
     if index_text is None:
         return None
-    try:
-        manifest_text = folder.read(MANIFEST_NAME)
-        manifest = None if manifest_text is None else parse_manifest(manifest_text, folder.name)
-        shards = parse_index(index_text, folder.name)
-    except ShardError:
-        manifest, shards = None, ()
+    manifest = _manifest(folder)
     if manifest is None or not manifest.is_of(planned):
         if overwrite:
             return None
@@ -47,10 +42,20 @@ def find_set(folder: Folder, planned: Manifest, overwrite: bool) -> tuple[tuple[
             f"{folder.name}: holds another set, of another source or built in another way; "
             "choose another output, or build with --overwrite"
         )
-    files = folder.files() or {}
+    if manifest.index_sha256 != digest(index_text):
+        return None
+    shards, files = parse_index(index_text, folder.name), folder.files() or {}
     stored = [(shard.published, files.get(shard.published.basename)) for shard in shards]
     whole = all(found is not None and found.num_bytes in (None, file.num_bytes) for file, found in stored)
-    return (shards, manifest.tally) if whole and manifest.index_sha256 == digest(index_text) else None
+    return (shards, manifest.tally) if whole else None
+
+
+def _manifest(folder: Folder) -> Manifest | None:
+    text = folder.read(MANIFEST_NAME)
+    try:
+        return None if text is None else parse_manifest(text, folder.name)
+    except ShardError:
+        return None
 
 
 def publish(source: Path, names: Sequence[str], target: Folder, report: Callable[[str], None]) -> None:

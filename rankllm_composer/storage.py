@@ -106,6 +106,7 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         self.name = without_credentials(self.url)
         self._uploader: Any = None
+        self._downloader: Any = None
 
     def files(self) -> dict[str, StoredFile] | None:
         uploader = self._connect()
@@ -139,12 +140,12 @@ class RemoteFolder:
                 raise
 
     def fetch(self, name: str, scratch: Path) -> Path:
-        from streaming.base.storage.download import CloudDownloader
+        from streaming.base.storage.download import DEFAULT_TIMEOUT, CloudDownloader
 
         path = scratch / name
-        files_url = f"{self.url}/{name}"
         try:
-            CloudDownloader.direct_download(files_url, str(path))
+            self._downloader = self._downloader or CloudDownloader.get(self.url)
+            self._downloader.download(f"{self.url}/{name}", str(path), DEFAULT_TIMEOUT)
         except Exception as error:  # as above
             code = getattr(error, "response", {}).get("Error", {}).get("Code")
             if code in ("404", "NoSuchKey"):

@@ -1,0 +1,81 @@
+"""An S3 server on loopback that counts what is put into it, and can fail or stall on purpose."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+class S3Server:
+    """moto's S3 behind a door.
+
+    Attributes:
+        url: address of the server.
+        puts: keys stored so far, in the order their uploads began.
+        on_put: called with each key before it is stored; may block, or return an HTTP status to answer with instead.
+    """
+
+    def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.puts: list[str] = []
+        self.on_put: Callable[[str], int | None] = lambda key: None
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def client(self) -> Any:
+        """A boto3 client of the server."""
+        import boto3
+
+        return boto3.client("s3", endpoint_url=self.url)
+
+    def keys(self, bucket: str) -> dict[str, int]:
+        """Keys of a bucket with their sizes."""
+        return {
+            entry["Key"]: entry["Size"] for entry in self.client().list_objects_v2(Bucket=bucket).get("Contents", ())
+        }
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        key = environ["PATH_INFO"].lstrip("/").partition("/")[2]
+        if environ["REQUEST_METHOD"] == "PUT" and key:
+            self.puts.append(key)
+            status = self.on_put(key)
+            if status is not None:
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                start_response(f"{status} Refused", [("Content-Length", "0")])
+                return [b""]
+        return self._app(environ, start_response)
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """A running server; the environment points to it, with credentials that open nothing else."""
+    server = S3Server()
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT, S3_ENDPOINT_URL=server.url)
+    try:
+        yield server
+    finally:
+        server.close()
+        os.environ.clear()
+        os.environ.update(before)
