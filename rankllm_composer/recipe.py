@@ -26,7 +26,8 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")
 CALLBACKS = ("speed_monitor", "memory_monitor", "lr_monitor", "optimizer_monitor", "nan_monitor")
 
 INTERVAL_UNITS = ("ep", "ba", "sp", "tok", "dur")
-DURATION_UNITS = ("ep", "ba", "sp", "tok")
+DURATION_UNITS = ("ep", "ba", "sp")
+WARMUP_UNITS = ("ep", "ba", "sp", "dur")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ class Optimizer:
 class Schedule:
     name: Literal["cosine", "linear", "constant"] = key("Learning rate after the warmup.", "cosine")
     warmup: str = key(
-        "Linear rise from 0; batches are optimizer updates.", "50ba", unit="Composer time", time_units=INTERVAL_UNITS
+        "Linear rise from 0; batches are optimizer updates.", "50ba", unit="Composer time", time_units=WARMUP_UNITS
     )
     final_lr_fraction: float = key(
         "Learning rate at the end, of the highest.", 0.0, unit="fraction of lr", at_least=0, at_most=1

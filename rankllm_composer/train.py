@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from composer import Callback, LoggerDestination, Trainer
-    from composer.optim import ComposerScheduler
     from transformers import PreTrainedTokenizerBase
 
     from rankllm_composer.contract import DecodingContract
@@ -208,24 +207,6 @@ def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Opti
     return AdamW8bit(weights, **options)
 
 
-def build_schedule(recipe: Recipe) -> ComposerScheduler:
-    """Linear warmup, then the named decay over the rest of the run, stepped once an update."""
-    from composer.optim import (
-        ConstantWithWarmupScheduler,
-        CosineAnnealingWithWarmupScheduler,
-        LinearWithWarmupScheduler,
-    )
-
-    keys = recipe.schedule
-    match keys.name:
-        case "cosine":
-            return CosineAnnealingWithWarmupScheduler(t_warmup=keys.warmup, alpha_f=keys.final_lr_fraction)
-        case "linear":
-            return LinearWithWarmupScheduler(t_warmup=keys.warmup, alpha_f=keys.final_lr_fraction)
-        case _:
-            return ConstantWithWarmupScheduler(t_warmup=keys.warmup)
-
-
 def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
     """metrics.jsonl, the progress line, and the Composer loggers a recipe names."""
     from composer import loggers
@@ -342,6 +323,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
 
     from rankllm_composer.data import build_train_data_spec, lists_per_rank
     from rankllm_composer.neftune import NEFTune
+    from rankllm_composer.schedule import apply_schedule, build_schedule
     from rankllm_composer.sharding import average_sharded_gradients
 
     tokenizer = build_tokenizer(recipe)
@@ -360,19 +342,31 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         mixed_precision=recipe.parallelism.mixed_precision,
         state_dict_type="sharded",
     )
+    data_spec = build_train_data_spec(
+        dataset,
+        microbatch_lists=recipe.batch.microbatch_lists,
+        microbatch_tokens=recipe.batch.microbatch_tokens,
+        num_workers=recipe.data.num_workers,
+        prefetch_factor=recipe.data.prefetch_factor,
+        loader_timeout_seconds=recipe.data.loader_timeout_seconds,
+    )
+    optimizer = build_optimizer(recipe, model)
+    schedule = build_schedule(
+        optimizer,
+        name=recipe.schedule.name,
+        warmup=recipe.schedule.warmup,
+        final_fraction=recipe.schedule.final_lr_fraction,
+        max_duration=recipe.run.max_duration,
+        updates_per_epoch=len(data_spec.dataloader),  # type: ignore[arg-type]
+        lists_per_update=recipe.batch.global_lists,
+    )
     trainer = Trainer(
         model=model,
-        train_dataloader=build_train_data_spec(
-            dataset,
-            microbatch_lists=recipe.batch.microbatch_lists,
-            microbatch_tokens=recipe.batch.microbatch_tokens,
-            num_workers=recipe.data.num_workers,
-            prefetch_factor=recipe.data.prefetch_factor,
-            loader_timeout_seconds=recipe.data.loader_timeout_seconds,
-        ),
+        train_dataloader=data_spec,
         max_duration=recipe.run.max_duration,
-        optimizers=build_optimizer(recipe, model),
-        schedulers=build_schedule(recipe),
+        optimizers=optimizer,
+        schedulers=schedule,
+        step_schedulers_every_batch=True,
         algorithms=algorithms,
         callbacks=build_callbacks(recipe, contract, model, dataset.epoch_size),
         loggers=build_loggers(recipe, folder),
@@ -394,6 +388,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         dist_timeout=recipe.parallelism.dist_timeout_seconds,
     )
     average_sharded_gradients(model)
+    apply_schedule(schedule)
     return trainer
 
 

@@ -16,7 +16,7 @@ from launching import ON_CPU, REPOSITORY, TRAIN, metrics, succeeded, train
 
 from rankllm_composer.recipe_merge import load_recipe, recipe_to_yaml
 from rankllm_composer.run_folder import RunFolderError, claim_run_folder
-from rankllm_composer.train import TrainError, build_optimizer, build_schedule, choose_device, main, prepare_shards
+from rankllm_composer.train import TrainError, build_optimizer, choose_device, main, prepare_shards
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
 
@@ -69,12 +69,6 @@ def test_optimizer_of_the_recipe():
     eight_bit = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, name="adamw_8bit"))
     with pytest.raises(TrainError, match="adamw_8bit needs bitsandbytes"):
         build_optimizer(eight_bit, model)
-
-
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_schedule_of_the_recipe(name):
-    recipe = load_recipe(FIRST_MISTRAL, [f"schedule.name={name}", "schedule.warmup=10ba"])
-    assert build_schedule(recipe).t_warmup == "10ba"
 
 
 def test_a_run_folder_takes_one_run_at_a_time(tmp_path):

@@ -1,0 +1,102 @@
+"""The learning rate of every update: a linear warmup, then a decay that ends with the run."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from composer.core import Time, TimeUnit
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def learning_rate_factor(
+    update: int, *, name: str, num_updates: int, num_warmup: int, final_fraction: float = 0.0
+) -> float:
+    """What the highest learning rate is multiplied by in one update.
+
+        warmup:   update / num_warmup
+        cosine:   f + (1 - f) * (1 + cos(pi * p)) / 2,  p = (update - num_warmup) / (num_updates - num_warmup)
+        linear:   f + (1 - f) * (1 - p)
+        constant: 1
+
+    Args:
+        update: 0 = the first.
+        name: "cosine", "linear" or "constant".
+        num_updates: updates of the whole run; from there on the factor stays at its end.
+        num_warmup: updates of linear rise from 0.
+        final_fraction: f, what cosine and linear end at.
+    Source:
+        `get_cosine_schedule_with_warmup` of transformers, which the published runs used; f = 0 there.
+    """
+    if update < num_warmup:
+        return update / num_warmup
+    if name == "constant":
+        return 1.0
+    done = min(1.0, (update - num_warmup) / max(1, num_updates - num_warmup))
+    shape = 0.5 * (1.0 + math.cos(math.pi * done)) if name == "cosine" else 1.0 - done
+    return final_fraction + (1.0 - final_fraction) * shape
+
+
+def updates_in(time: str, *, updates_per_epoch: int, lists_per_update: int, num_updates: int = 0) -> int:
+    """A Composer time string in optimizer updates, rounded up.
+
+    Args:
+        time: in epochs (ep), batches (ba), samples (sp) or shares of the run (dur).
+        updates_per_epoch: batches of the loader.
+        lists_per_update: the global batch.
+        num_updates: of the whole run, for shares of it.
+    Raises:
+        ValueError: another unit.
+    """
+    parsed = Time.from_timestring(time)
+    match parsed.unit:
+        case TimeUnit.BATCH:
+            return int(parsed.value)
+        case TimeUnit.EPOCH:
+            return int(parsed.value) * updates_per_epoch
+        case TimeUnit.SAMPLE:
+            return math.ceil(parsed.value / lists_per_update)
+        case TimeUnit.DURATION:
+            return math.ceil(parsed.value * num_updates)
+    raise ValueError(f"found {time!r}, allowed are epochs (3ep), batches (50ba), samples (4000sp) or shares (0.1dur)")
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    name: str,
+    warmup: str,
+    final_fraction: float,
+    max_duration: str,
+    updates_per_epoch: int,
+    lists_per_update: int,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A scheduler that counts updates itself; the Trainer steps it after every batch.
+
+    Composer's own schedulers are asked for the next rate before the batch is counted, so their first two updates have
+    the same rate and the last value is never reached.
+
+    Raises:
+        ValueError: unknown name, or a time in a unit that cannot be counted in updates.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule.name: found {name!r}, allowed are {', '.join(SCHEDULES)}")
+    in_updates = partial(updates_in, updates_per_epoch=updates_per_epoch, lists_per_update=lists_per_update)
+    num_updates = in_updates(max_duration)
+    factor = partial(
+        learning_rate_factor,
+        name=name,
+        num_updates=num_updates,
+        num_warmup=in_updates(warmup, num_updates=num_updates),
+        final_fraction=final_fraction,
+    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: factor(update))
+
+
+def apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Set the rate of the next update anew; a checkpoint restores the one that the run had planned when it was saved."""
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, factors):
+        group["lr"] = base * factor
