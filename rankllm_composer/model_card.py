@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,13 +202,11 @@ def _serving(contract: DecodingContract) -> str:
             "\n\nTrained by `ranking` alone, the model never learned to write the opening bracket. rank_llm expects it "
             "to, so it cannot serve this model; the command above appends the bracket to the prompt."
         )
-    flags = {"use_alpha": contract.identifier_style == "letters", "use_logits": contract.objective == "combined"}
-    options = "".join(f" --{name}" for name, on in flags.items() if on)
-    arguments = "".join(f", {name}=True" for name, on in flags.items() if on)
+    options = {"use_alpha": contract.identifier_style == "letters", "use_logits": contract.objective == "combined"}
+    arguments = "".join(f", {name}=True" for name, on in options.items() if on)
     text += (
         "\n\nWith rank_llm (0.25.7, vLLM), from a path that holds none of the names it picks other rerankers by:\n\n"
-        "    python src/rank_llm/scripts/run_rank_llm.py --model_path=PATH --dataset=dl20 --retrieval_method=bm25 \\\n"
-        f"        --top_k_candidates=100 --context_size={contract.context_size_tokens} --variable_passages{options}\n\n"
+        f"{textwrap.indent(serving_command(contract), '    ')}\n\n"
         "or\n\n"
         "    from rank_llm.rerank.listwise import RankListwiseOSLLM\n\n"
         f'    reranker = RankListwiseOSLLM(model="PATH", context_size={contract.context_size_tokens}, '
@@ -226,6 +225,21 @@ def _serving(contract: DecodingContract) -> str:
             "the tokenizer, in training as in serving."
         )
     return text
+
+
+def serving_command(contract: DecodingContract, path: str = "PATH") -> str:
+    """The command by which rank_llm (0.25.7) serves an exported folder.
+
+    Args:
+        contract: of the model; one that needs its bracket appended cannot be served by rank_llm.
+        path: of the folder.
+    """
+    flags = "--use_alpha " if contract.identifier_style == "letters" else ""
+    flags += "--use_logits" if contract.objective == "combined" else ""
+    return (
+        f"python src/rank_llm/scripts/run_rank_llm.py --model_path={path} --dataset=dl20 --retrieval_method=bm25 \\\n"
+        f"    --top_k_candidates=100 --context_size={contract.context_size_tokens} --variable_passages {flags}"
+    ).rstrip()
 
 
 def _licence(facts: CardFacts, base: str | None) -> str:

@@ -96,7 +96,7 @@ def build_schedule(
 
 
 def apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Set the rate of the next update anew; a checkpoint restores the one that the run had planned when it was saved."""
+    """Set the rate of the next update anew; a checkpoint restores the one its run had planned."""
     factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, factors):
         group["lr"] = base * factor

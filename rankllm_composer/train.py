@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -411,6 +412,22 @@ def train(recipe: Recipe) -> None:
         trainer = build_trainer(recipe, folder, device)
         trainer.fit()
         trainer.close()
+        if dist.get_global_rank() == 0 and recipe.export_folder is not None:
+            print(_where_it_is(Path(recipe.export_folder)))
+
+
+def _where_it_is(export_folder: Path) -> str:
+    """The exports of a run, and the command that serves the newest."""
+    from rankllm_composer.contract import CONTRACT_FILE, read_contract
+    from rankllm_composer.model_card import serving_command
+
+    contracts = sorted(export_folder.glob(f"*/{CONTRACT_FILE}"), key=lambda path: path.stat().st_mtime)
+    folders = [path.parent for path in contracts]
+    text = "\n".join(["exported:", *(f"    {folder}" for folder in folders)])
+    contract = read_contract(folders[-1])
+    if contract.append_bracket:
+        return text + f"\nrank with it: rankllm-composer rerank --model {folders[-1]} …"
+    return text + f"\nserve it with rank_llm:\n{textwrap.indent(serving_command(contract, str(folders[-1])), '    ')}"
 
 
 def main(arguments: Sequence[str]) -> int:
