@@ -212,7 +212,13 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"recipe: found {name}; allowed: {known}; choose one, `rankllm-composer recipes list` says more")
 
 
+def _recipe_path(file: str) -> Path:
+    return Path(file) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)
+
+
 RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `recipes list`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the file.")]
 
 
 @recipes_app.command("list")
@@ -259,7 +265,7 @@ def recipes_check(
     from rankllm_composer.recipe_merge import merge_recipe
     from rankllm_composer.recipe_schema import RecipeError, show
 
-    path = Path(file) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)
+    path = _recipe_path(file)
     merged = merge_recipe(path, overrides or [])
     width = max(len(row.key) for row in merged.keys)
     for row in merged.keys:
@@ -287,3 +293,33 @@ def recipes_keys(
 
     rows = describe_keys()
     typer.echo(keys_as_markdown(rows) if markdown else keys_as_text(rows))
+
+
+@app.command("inspect")
+def inspect(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A YAML file, or a name of `recipes list`; none with --model.")
+    ] = None,
+    overrides: Overrides = None,
+    record: Annotated[int, typer.Option(min=0, help="Which record of data.train, counted from 0.")] = 0,
+    loss: Annotated[
+        bool, typer.Option("--loss", help="Load the model on the CPU and compute the record's loss parts.")
+    ] = False,
+    model: Annotated[Path | None, typer.Option(help="Instead of a recipe: an exported folder to check.")] = None,
+) -> None:
+    """Show a record as the model will see it, or check an exported folder. Exit code 2 if something is wrong."""
+    from rankllm_composer.inspection import contract_lines, inspect_folder, inspect_recipe
+    from rankllm_composer.recipe_merge import load_recipe
+
+    if (recipe is None) == (model is None):
+        raise ValueError("inspect: found neither or both of RECIPE and --model; give one of them")
+    if model is not None:
+        contract, problems = inspect_folder(model)
+        lines = [*contract_lines(contract), *(f"problem: {text}" for text in problems)]
+    else:
+        found = inspect_recipe(load_recipe(_recipe_path(str(recipe)), overrides or []), record, loss=loss)
+        lines, problems = list(found.lines(colour=sys.stdout.isatty())), found.problems
+    for line in lines:
+        typer.echo(line)
+    if problems:
+        raise ValueError(f"{model or recipe}: {len(problems)} to put right, see above")
