@@ -26,6 +26,7 @@ from rankllm_composer.record_lookup import RecordLookupError, SplitRecords
 from rankllm_composer.shards import build_shards
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
+ZEPHYR = REPOSITORY / "yamls" / "rank_zephyr.yaml"
 RECORD = Record.from_conversations(conversation(3))
 
 
@@ -186,9 +187,7 @@ def test_command(material, capsys):
 
     code, out, err = run(FIRST_MISTRAL, *overlay(material), "--record", "4")
     assert (code, err) == (0, "") and out.startswith("record q4\n") and "score position  token" in out
-    code, out, err = run(
-        FIRST_MISTRAL, *overlay(material, "data.train.identifiers=numbers", "objective.name=generation")
-    )
+    code, out, err = run(ZEPHYR, *overlay(material, "data.train.identifiers=numbers"))
     assert code == 0 and "⟦1⟧" in out
     code, out, err = run(FIRST_MISTRAL, *overlay(material, "data.max_length_tokens=64"))
     assert code == 2 and "problem: data.max_length_tokens" in out and "1 to put right" in err
