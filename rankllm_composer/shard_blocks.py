@@ -14,7 +14,7 @@ import signal
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -138,16 +138,28 @@ def cut_blocks(items: Iterable[Item], *, part: tuple[int, int], block_bytes: int
         yield Block(number, kept)
 
 
-def write_blocks(blocks: Iterable[Block], writer: BlockWriter, num_processes: int) -> Iterator[WrittenBlock]:
-    """What became of each block, in their order; a single block does not start processes.
+def write_blocks(
+    blocks: Iterable[Block], writer: BlockWriter, num_processes: int, num_alone: int = 1
+) -> Iterator[WrittenBlock]:
+    """What became of each block, in their order.
 
+    Args:
+        blocks: the blocks.
+        writer: what turns them into shards.
+        num_processes: processes to share them; 1 = this one.
+        num_alone: where there are no more blocks than this, no processes are started; otherwise this process writes
+            that many less one before it starts them.
     Raises:
         ShardError: a process ended in the middle.
     """
     blocks = iter(blocks)
-    head: Sequence[Block] = list(islice(blocks, 2))
-    if num_processes == 1 or len(head) < 2:
-        yield from map(writer.write, chain(head, blocks))
+    if num_processes == 1:
+        yield from map(writer.write, blocks)
+        return
+    yield from map(writer.write, islice(blocks, num_alone - 1))
+    head = list(islice(blocks, 2))
+    if len(head) < 2:
+        yield from map(writer.write, head)
         return
     import multiprocessing
 

@@ -60,6 +60,8 @@ OnError = Literal["stop", "quarantine"]
 
 DEFAULT_SHARD_BYTES = 16 << 20
 _PROGRESS_SECONDS = 5.0
+# Worker processes take seconds to import streaming; in that time one process writes about this many blocks.
+_NUM_BLOCKS_ALONE = 8
 
 
 def index_exists(target: str | Path) -> bool:
@@ -179,7 +181,8 @@ def build_from(
         output: folder or object-store URL of the set.
         on_error: "stop" at the first bad record, or "quarantine": write bad records to `quarantine.jsonl`.
         part: "I/N" builds every N-th record, from the I-th on, into `output/part-I-of-N`; `merge_shards` joins parts.
-        num_processes: processes that parse, validate and compress; None = one for each CPU this process may use.
+        num_processes: processes that parse, validate and compress; None = one for each CPU this process may use, once
+            a source proves large enough to be worth their start.
         shard_bytes: about how large a shard is before compression.
         compression: streaming's name of it (`zstd`, `zstd:7`, `gz`, …); None = none.
         hashes: streaming's names of the hashes that the index holds (`xxh64`, `sha1`, …), at least one.
@@ -213,8 +216,7 @@ def build_from(
     def build(target: LocalFolder) -> tuple[tuple[Shard, ...], Tally]:
         with work_folder(target.path) as work:
             writer = BlockWriter(source.prepare(work), work, compression, tuple(sorted(hashes)), on_error == "stop")
-            count = num_processes or len(os.sched_getaffinity(0))
-            names, shards, tally = _write_set(writer, planned, (index, num_parts), count, report)
+            names, shards, tally = _write_set(writer, planned, (index, num_parts), num_processes, report)
             publish(work, names, target, report)
         return shards, tally
 
@@ -242,7 +244,7 @@ def _write_set(
     writer: BlockWriter,
     planned: Manifest,
     part: tuple[int, int],
-    num_processes: int,
+    num_processes: int | None,
     report: Callable[[str], None],
 ) -> tuple[list[str], tuple[Shard, ...], Tally]:
     """All files of a set in the writer's folder, the index under its working name; returns their names."""
@@ -252,7 +254,8 @@ def _write_set(
     folder, name = writer.folder, writer.source.name
     blocks = cut_blocks(writer.source.items(), part=part, block_bytes=planned.options["shard_bytes"])
     with (folder / QUARANTINE_NAME).open("w", encoding="utf-8") as quarantine:
-        for written in write_blocks(blocks, writer, num_processes):
+        count, num_alone = num_processes or len(os.sched_getaffinity(0)), 1 if num_processes else _NUM_BLOCKS_ALONE
+        for written in write_blocks(blocks, writer, count, num_alone):
             if written.refused and writer.stop_at_bad:
                 error = written.refused[0][0]
                 reason = f"{error.reason} (or build with --on-error quarantine, which goes on without it)"

@@ -85,7 +85,10 @@ def test_streaming_reads_a_set_from_the_store(server, source, tmp_path):
     assert [dataset[i]["id"] for i in range(len(dataset))] == [f"q{i}" for i in range(NUM_RECORDS)]
 
 
-BUILD = "from rankllm_composer.shards import build_shards; build_shards({url!r}, input={source!r}, shard_bytes=5_000, num_processes=1)"
+BUILD = """
+from rankllm_composer.shards import build_shards
+build_shards({url!r}, input={source!r}, shard_bytes=5_000, num_processes=1)
+"""
 
 
 def test_an_upload_killed_in_the_middle_leaves_no_index_and_is_gone_on_with(server, source, local):

@@ -202,6 +202,20 @@ def test_a_worker_that_is_ended_from_outside_is_an_error_with_a_remedy():
         list(write_blocks([Block(0, []), Block(1, [])], DyingWriter(), num_processes=2))
 
 
+@pytest.mark.parametrize(("num_blocks", "num_alone", "num_here"), [(4, 4, 4), (1, 1, 1), (0, 1, 0), (5, 3, 2)])
+def test_processes_are_started_for_large_sources_only(num_blocks, num_alone, num_here):
+    written = list(write_blocks([Block(i, []) for i in range(num_blocks)], NamingWriter(), 2, num_alone))
+    assert [number for number, _ in written] == list(range(num_blocks))
+    assert sum(pid == os.getpid() for _, pid in written) == num_here
+
+
+class NamingWriter:
+    """A block writer that tells block and process."""
+
+    def write(self, block):
+        return block.number, os.getpid()
+
+
 class DyingWriter:
     """A block writer whose process does not live to see the end."""
 
