@@ -11,29 +11,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from rankllm_composer.safe_loading import (
+    INDEX_NAME,
+    UnsafeCheckpointError,
+    data_types,
+    explain_unreadable,
+    read_index,
+)
+
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from transformers import PretrainedConfig, PreTrainedModel
 
 Weights = dict[str, torch.Tensor]
 
-# What the index of a sharded checkpoint holds besides plain containers.
-_INDEX_TYPES = {
-    "pathlib": {"PosixPath", "PurePosixPath"},
-    "torch": {"Size", "bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.serialization": {"_get_layout"},
-}
 _MODEL_PREFIX = "state.model."
 
 
@@ -180,31 +171,13 @@ def read_checkpoint_weights(checkpoint: str | Path) -> Weights:
 
 
 def _read_file(path: Path) -> Weights:
-    import datetime
-
-    import numpy as np
-    from torch.torch_version import TorchVersion
-
-    # Arrays in the random states: how numpy pickles one, and the types they have.
-    reconstruct = np.empty(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("uint32", "uint8", "int64", "float32", "float64")]
-    allowed: list[Any] = [datetime.timedelta, TorchVersion, np.dtype, np.ndarray, reconstruct, *kinds]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(data_types()):
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise _unreadable(path, error) from None
+        raise WeightsError(explain_unreadable(path, error)) from None
     state = saved.get("state", {}) if isinstance(saved, dict) else {}
     return dict(state.get("model", {}))
-
-
-class _DataUnpickler(pickle.Unpickler):
-    """Builds nothing but the types a checkpoint's index is made of."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _INDEX_TYPES.get(module, ()):
-            raise pickle.UnpicklingError(f"global {module}.{name}")
-        return super().find_class(module, name)
 
 
 def _read_shards(path: Path) -> Weights:
@@ -212,14 +185,14 @@ def _read_shards(path: Path) -> Weights:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    index = path / ".metadata"
+    index = path / INDEX_NAME
     try:
         with index.open("rb") as stream:
-            metadata: Metadata = _DataUnpickler(stream).load()
+            metadata: Metadata = read_index(stream, str(index))
     except FileNotFoundError:
         raise WeightsError(f"{index}: missing, so the checkpoint was never finished; use an earlier one") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise _unreadable(index, error) from None
+    except UnsafeCheckpointError as error:
+        raise WeightsError(str(error)) from None
 
     class Reader(FileSystemReader):
         def read_metadata(self) -> Metadata:
@@ -237,22 +210,8 @@ def _read_shards(path: Path) -> Weights:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(weights, storage_reader=Reader(path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise _unreadable(path, error) from None
+        raise WeightsError(explain_unreadable(path, error)) from None
     return {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in weights.items()}
-
-
-def _unreadable(path: Path, error: BaseException) -> WeightsError:
-    asked = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if asked:
-        return WeightsError(
-            f"{path}: found a pickle that asks for {asked[1]}, allowed is data alone, as loading it could run any "
-            "code; use a checkpoint from a run you trust",
-        )
-    return WeightsError(f"{path}: found a damaged checkpoint ({_first_line(error)}); use an earlier one")
-
-
-def _first_line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def check_tied(weights: Mapping[str, torch.Tensor], config: PretrainedConfig, head: str, embedding: str) -> None:
