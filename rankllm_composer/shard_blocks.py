@@ -97,13 +97,19 @@ class BlockWriter:
         from streaming import MDSWriter
 
         scratch = self.folder / f"block.{number:05d}"
-        writer = MDSWriter(
-            columns=COLUMNS,
-            out=str(scratch),
-            compression=self.compression,
-            hashes=list(self.hashes),
-            size_limit=None,
-        )
+        try:
+            writer = MDSWriter(
+                columns=COLUMNS,
+                out=str(scratch),
+                compression=self.compression,
+                hashes=list(self.hashes),
+                size_limit=None,
+            )
+        except ValueError as error:
+            raise ShardError(
+                f"compression {self.compression!r}, hashes {', '.join(self.hashes)}: {error} Allowed are zstd, gz, br, "
+                "bz2 (each with a level, as in zstd:7), snappy or none, and hashes such as sha1, sha256, xxh64, xxh128"
+            ) from error
         for record in records:
             writer.write(sample_from_record(record))
         # finish() would also write an index, and may wait whole seconds for an upload that is none.
@@ -182,9 +188,12 @@ def write_blocks(
 
 
 def quarantine_line(error: RecordError, raw: Any) -> str:
-    """A bad record as a line of `quarantine.jsonl`: where it stood, why it was refused, and itself."""
+    """A bad record as a line of `quarantine.jsonl`: where it stood, why it was refused, and what it holds."""
     if isinstance(raw, bytes):
-        raw = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            raw = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
     return json.dumps({"place": error.place, "id": error.record_id, "reason": error.reason, "record": raw}) + "\n"
 
 

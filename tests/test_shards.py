@@ -30,6 +30,7 @@ from rankllm_composer.shards import (
     shards_info,
     verify_shards,
 )
+from rankllm_composer.storage import LocalFolder
 
 
 def report_nothing(line: str) -> None: ...
@@ -121,8 +122,8 @@ def test_compression_and_hashes_are_a_choice(source, whole, tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"compression": "rar"}, "rar"),
-        ({"hashes": ("crc7",)}, "crc7"),
+        ({"compression": "rar"}, "compression 'rar'"),
+        ({"hashes": ("crc7",)}, "Allowed are zstd, gz"),
         ({"hashes": ()}, "hashes: found none"),
         ({"shard_bytes": 0}, "shard_bytes: found 0"),
         ({"num_processes": 0}, "num_processes: found 0"),
@@ -260,6 +261,23 @@ def test_a_full_disk_is_a_readable_error_and_leaves_nothing(source, tmp_path, mo
     assert not (tmp_path / "set").exists()
 
 
+def test_a_build_ended_while_it_is_published_leaves_no_index_and_the_next_one_cleans_up(source, tmp_path, monkeypatch):
+    output = tmp_path / "set"
+
+    def end_before_the_index(self, folder, names, report, put=LocalFolder.put):
+        if "index.json" in names:
+            raise KeyboardInterrupt
+        put(self, folder, names, report)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalFolder, "put", end_before_the_index)
+        build_shards(output, input=source, **SMALL)
+    assert list(output.glob("shard.*")) and not index_exists(output)
+    build_shards(output, input=source, **(SMALL | {"shard_bytes": 20_000}))
+    listed = {shard.published.basename for shard in read_index(output / "index.json")}
+    assert set(content(output)) == listed | {"index.json", "build.json"}
+
+
 def test_only_one_build_of_a_set_at_a_time(tmp_path):
     busy = pytest.raises(ShardError, match="another process builds this set")
     with work_folder(tmp_path / "set"), busy, work_folder(tmp_path / "set"):
@@ -295,7 +313,7 @@ def test_quarantine_writes_bad_records_aside_and_counts_them(tmp_path):
     refused = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["place"] for entry in refused] == ["train.jsonl:record 5 (line 6)", "train.jsonl:record 11 (line 12)"]
     assert "repeated: 'A'" in refused[0]["reason"]
-    assert json.loads(refused[0]["record"])["id"] == "q5"
+    assert refused[0]["record"] == conversation(5, gpt="[A] > [A]")
     assert refused[1]["record"] == "{not json"
     assert any("2 bad records, written to quarantine.jsonl" in line for line in lines)
     assert any("1 records whose id came before" in line for line in lines)
