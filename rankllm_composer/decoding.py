@@ -128,7 +128,7 @@ def score_windows_first_token(
             logits[:, 0, list(eos_token_ids)] = -torch.inf
             own_tokens = logits[:, 0].argmax(dim=-1).tolist()
             for i, own, row in zip(members, own_tokens, logits[:, 1]):
-                opens[i] = own == windows[i].input_ids[-1]
+                opens[i] = own == int(windows[i].input_ids[-1])
                 if opens[i] or append_bracket:
                     scores[i] = read(row, windows[i])
                 else:
