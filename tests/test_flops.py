@@ -33,9 +33,9 @@ def attention_by_query(
     return torch.cat(rows, 1).transpose(0, 1)[None], None
 
 
-def packed_batch(name: str = "combined"):
-    """Two lists of different lengths in one microbatch."""
-    (batch,) = split_batch({"sequences": random_sequences(name, num=2)}, max_lists=10)
+def packed_batch(num_lists: int = 2):
+    """Lists of different lengths in one microbatch."""
+    (batch,) = split_batch({"sequences": random_sequences("combined", num=num_lists)}, max_lists=10)
     return batch
 
 
@@ -94,7 +94,7 @@ def test_recomputed_activations_are_not_counted():
 
 def test_padding_is_not_counted():
     """The plain loop computes each list at the longest one's length, and logits at every place of it."""
-    batch = packed_batch()
+    batch = packed_batch(num_lists=5)
     lengths = batch["lengths"]
     reranker = counted_reranker("llama")
     packed = forward_flops(reranker.config, lengths, len(batch["logit_positions"]))
