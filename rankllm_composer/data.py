@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from typing import TYPE_CHECKING, Any, Literal
@@ -164,7 +165,19 @@ class ListLoader(streaming.StreamingDataLoader):
         """End the workers now. A later `iter` starts new ones."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            _end_workers(iterator, os.getpid())
+
+    def _get_iterator(self) -> Any:
+        iterator = super()._get_iterator()
+        if self.num_workers:
+            # Where the collector takes a loader, its queues may go first, and then torch waits 5 seconds a worker.
+            weakref.finalize(self, _end_workers, iterator, os.getpid())
+        return iterator
+
+
+def _end_workers(iterator: Any, process: int) -> None:
+    if os.getpid() == process:  # a forked worker knows the loaders of its parent, too
+        iterator._shutdown_workers()
 
 
 def collate(rows: list[Sequence]) -> dict[str, list[Sequence]]:

@@ -230,10 +230,13 @@ class ExactStreamingDataset(streaming.StreamingDataset):
             if len(data) == info.bytes and (algorithm is None or get_hash(algorithm, data) == info.hashes[algorithm]):
                 self._checked_shards.add(shard_id)
                 return
-            if not self._source(shard_id).is_cache:
+            if self._source(shard_id).is_cache:
+                self.evict_shard(shard_id)
+            elif len(self._files(shard_id)) > 1:  # it was unpacked from the file beside it
+                raw.unlink(missing_ok=True)
+            else:
                 raise self._shard_error(shard_id, "its content does not match its hash")
-            log.warning("%s: does not match its hash, is fetched again", raw)
-            self.evict_shard(shard_id)
+            log.warning("%s: does not match its hash, is fetched or unpacked again", raw)
         raise self._shard_error(
             shard_id, "it is removed from the cache as fast as it is fetched; raise data.train.cache_limit"
         )

@@ -1,0 +1,58 @@
+"""Small sets of shards, written straight through streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from streaming import MDSWriter
+from synthetic_records import conversation
+
+from rankllm_composer.prompts import Record
+from rankllm_composer.shard_index import COLUMNS, sample_from_record
+
+
+def new_record(index: int, **options) -> Record:
+    """Record `q<index>`, with document ids and grades."""
+    layout = conversation(index, **options)
+    num_candidates = layout["conversations"][2]["value"].count("[")
+    return Record.from_conversations(
+        {
+            **layout,
+            "docids": [f"d{index}-{place}" for place in range(num_candidates)],
+            "grades": [place % 3 for place in range(num_candidates)],
+        }
+    )
+
+
+def write_shards(
+    folder: Path | str,
+    records: Iterable[int | Record],
+    *,
+    per_shard: int = 4,
+    compression: str | None = "zstd",
+    hashes: tuple[str, ...] = ("xxh64",),
+) -> Path:
+    """Write records, or the records of these numbers, into a new folder, some to a shard."""
+    records = [new_record(item) if isinstance(item, int) else item for item in records]
+    for start in range(0, len(records), per_shard):
+        part = Path(folder) / f"{start // per_shard:02}"
+        with MDSWriter(out=str(part), columns=COLUMNS, compression=compression, hashes=list(hashes)) as writer:
+            for record in records[start : start + per_shard]:
+                writer.write(sample_from_record(record))
+    merge_parts(Path(folder))
+    return Path(folder)
+
+
+def merge_parts(folder: Path) -> None:
+    """One index over the parts of a folder."""
+    from streaming.base.util import merge_index
+
+    merge_index(str(folder))
+
+
+def damage(path: Path) -> None:
+    """Change one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)

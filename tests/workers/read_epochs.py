@@ -1,0 +1,96 @@
+"""Read epochs of several sets on two ranks, interrupted and resumed; and one whose shard goes missing on the way.
+
+Launched with 2 ranks; argument: a folder with the sets. Each rank writes what it read, batch by batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from composer.utils import dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rankllm_composer.data import ListLoader
+from rankllm_composer.exact_streaming import ExactStreamingDataset
+from rankllm_composer.shard_index import ShardError
+from rankllm_composer.streams import Stream
+
+# set, rows of a rank in a batch, workers, shuffle, canonical nodes, batches before the interruption
+CASES = [
+    ("lists_10", 2, 0, True, None, 1),
+    ("lists_10", 2, 2, True, None, 2),
+    ("lists_10", 5, 2, False, 1, 1),
+    ("lists_11", 1, 3, True, 4, 3),
+    ("lists_11", 2, 2, True, 2, 0),
+    ("lists_11", 2, 0, False, 1, 2),
+    ("lists_13", 3, 2, True, 64, 1),
+    ("lists_13", 3, 0, True, 64, 2),
+]
+
+
+def new_loader(folder, name, batch_size, workers, shuffle, canonical_nodes):
+    dataset = ExactStreamingDataset(
+        [Stream(local=str(folder / "caches" / name), remote=str(folder / name))],
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=7,
+        num_canonical_nodes=canonical_nodes,
+        download_retry=0,
+    )
+    return ListLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        timeout=60 if workers else 0,
+        collate_fn=lambda rows: {"ids": [row and row["id"] for row in rows]},
+    )
+
+
+def main(folder: Path) -> None:
+    dist.initialize_dist("cpu", timeout=120)
+    answers = []
+    for name, batch_size, workers, shuffle, canonical_nodes, num_before in CASES:
+        options = (folder, name, batch_size, workers, shuffle, canonical_nodes)
+        loader = new_loader(*options)
+        whole = [[batch["ids"] for batch in loader] for _ in range(2)]
+        states = {"after epoch 1": loader.dataset.state_dict(0, True)}
+        dist.barrier()
+
+        loader = new_loader(*options)
+        before = []
+        for batch in loader:
+            before.append(batch["ids"])
+            if len(before) >= num_before:
+                break
+        before = before[:num_before]
+        seen = num_before * batch_size * dist.get_world_size()
+        states["interrupted"] = loader.dataset.state_dict(seen, True)
+        dist.barrier()
+
+        loader = new_loader(*options)
+        if num_before:
+            loader.load_state_dict(states["interrupted"])
+        resumed = [[batch["ids"] for batch in loader] for _ in range(2)]
+        answers.append({"whole": whole, "before": before, "resumed": resumed, "states": states})
+        dist.barrier()
+
+    loader = new_loader(folder, "lists_vanishing", 2, 2, True, None)
+    dist.barrier()
+    if dist.get_global_rank() == 0:
+        (folder / "lists_vanishing" / "01" / "shard.00000.mds.zstd").unlink()
+    dist.barrier()
+    try:
+        list(loader)
+        error = None
+    except ShardError as raised:
+        error = str(raised)
+    answers.append({"error": error})
+    (folder / f"rank_{dist.get_global_rank()}.json").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
