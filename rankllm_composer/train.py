@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from rankllm_composer.model import ListwiseReranker
     from rankllm_composer.recipe import Recipe, Split
 
-CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
-LATEST_NAME = "latest-rank{rank}.pt"
-
 
 class TrainError(ValueError):
     """A run cannot start; the message says where, what was found and what to do."""
@@ -226,11 +223,12 @@ def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
 def build_callbacks(
     recipe: Recipe, contract: DecodingContract, model: ListwiseReranker, num_lists: int
 ) -> list[Callback]:
-    """The epoch's guard, the export, and the Composer callbacks a recipe names."""
+    """The epoch's guard, the export, the Composer callbacks a recipe names, and after all these the checkpoints."""
     from composer import callbacks
 
     from rankllm_composer.epochs import EpochGuard
     from rankllm_composer.export import ExportFolder
+    from rankllm_composer.resumption import CheckpointFolder
 
     kinds = {
         "speed_monitor": callbacks.SpeedMonitor,
@@ -252,7 +250,13 @@ def build_callbacks(
                 dtype="float32" if recipe.parallelism.precision == "fp32" else "bfloat16",
             )
         )
-    return ours + [kinds[name](**options) for name, options in recipe.logging.callbacks.items()]
+    checkpoints = CheckpointFolder(
+        recipe.checkpoint_folder,
+        interval=recipe.checkpoint.interval,
+        keep=recipe.checkpoint.keep,
+        resume=recipe.run.autoresume,
+    )
+    return [*ours, *(kinds[name](**options) for name, options in recipe.logging.callbacks.items()), checkpoints]
 
 
 def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
@@ -373,13 +377,6 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         loggers=build_loggers(recipe, folder),
         run_name=recipe.run.name,
         progress_bar=False,
-        save_folder=recipe.checkpoint_folder,
-        save_filename=CHECKPOINT_NAME,
-        save_latest_filename=LATEST_NAME,
-        save_interval=recipe.checkpoint.interval,
-        save_num_checkpoints_to_keep=recipe.checkpoint.keep,
-        save_overwrite=recipe.run.autoresume,
-        autoresume=recipe.run.autoresume,
         parallelism_config={"fsdp": sharding} if recipe.parallelism.fsdp else None,
         device=device,
         precision=recipe.parallelism.precision,
@@ -410,7 +407,8 @@ def train(recipe: Recipe) -> None:
     with claimed_run_folder(recipe) as folder:
         prepare_shards(recipe.data.train, "data.train")
         trainer = build_trainer(recipe, folder, device)
-        trainer.fit()
+        if trainer.state.timestamp < trainer.state.max_duration:
+            trainer.fit()
         trainer.close()
         if dist.get_global_rank() == 0 and recipe.export_folder is not None:
             print(_where_it_is(Path(recipe.export_folder)))

@@ -1,0 +1,223 @@
+"""A run goes on where its newest whole checkpoint stands, as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import composer.algorithms
+from composer.core import Callback, Event
+from composer.utils import create_interval_scheduler, dist, load_checkpoint, reproducibility
+from composer.utils.checkpoint import save_checkpoint
+
+from rankllm_composer.checkpoints import (
+    CheckpointError,
+    Manifest,
+    check_same_model,
+    clear_stage,
+    prune,
+    publish,
+    stage_folder,
+    weight_shapes,
+    whole_checkpoints,
+)
+from rankllm_composer.safe_loading import (
+    INDEX_NAME,
+    UnsafeCheckpointError,
+    explain_unreadable,
+    holds_only_data,
+    safe_loading,
+)
+
+if TYPE_CHECKING:
+    from composer.core import State
+    from composer.loggers import Logger
+
+log = logging.getLogger(__name__)
+
+WHOLE_FILE = "rank0.pt"
+
+
+class CheckpointFolder(Callback):
+    """Writes checkpoints every so often and at the end, and continues from the newest; stands last among callbacks.
+
+    Composer's own saver writes in place, moves a link in two steps, forgets after a restart what it wrote before, and
+    its Trainer does not restore random numbers in the middle of an epoch; hence this one. Weights, optimizer,
+    schedule, the state of data and callbacks, and the random numbers of every rank are as they were; ranks that the
+    run did not have before start with random numbers of their own.
+
+    At the last batch of an epoch the checkpoint is written after what the end of the epoch does.
+
+    Args:
+        folder: on a disk that all ranks of a machine share.
+        interval: Composer time string.
+        keep: newest checkpoints that are kept; -1 = all.
+        resume: False = start anew; only where there is no checkpoint.
+    Raises:
+        CheckpointError: on every rank: the newest checkpoint is of another model, damaged or no data alone; there are
+            checkpoints but `resume` is False; or one could not be written.
+    """
+
+    def __init__(self, folder: str | Path, *, interval: str, keep: int = 3, resume: bool = True) -> None:
+        self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow the links a user made)
+        self.keep = keep
+        self.resume = resume
+        self.resumed_from: Path | None = None
+        self._is_time: Callable[[State, Event], bool] = create_interval_scheduler(interval)
+        self._is_due = False
+        self._last_batch = -1
+        self._random_states: list[dict[str, Any]] | None = None
+
+    # --- loading ------------------------------------------------------------------------------------------------------
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        found = _agreed(lambda: self._choose(state))
+        if found is None:
+            return
+        path, manifest = found
+        run_name = state.run_name
+        source = path if manifest.is_sharded else path / WHOLE_FILE
+
+        def keep_known(state_dict: dict[str, Any]) -> None:
+            _drop_texts(state_dict)
+            # Callbacks that are new in this run have no state there, and a sharded load would ask for it.
+            callbacks = state_dict["state"].get("callbacks", {})
+            for name in callbacks.keys() - set(manifest.callbacks):
+                del callbacks[name]
+
+        try:
+            with safe_loading():
+                self._random_states = load_checkpoint(
+                    str(source),
+                    state,
+                    logger,
+                    progress_bar=False,
+                    strict_model_weights=True,
+                    ignore_keys=keep_known,
+                    # Composer would evaluate the text it finds for these.
+                    exclude_algorithms=dir(composer.algorithms),
+                )
+        except CheckpointError:
+            raise
+        except Exception as error:  # torch and Composer raise what they come upon
+            raise CheckpointError(explain_unreadable(path, error)) from error
+        state.run_name = run_name
+        self.resumed_from, self._last_batch = path, manifest.batch
+        log.info("continues from %s", path)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        del state, logger
+        if self._random_states is not None:
+            reproducibility.load_rng_state(self._random_states)
+            self._random_states = None
+
+    def _choose(self, state: State) -> tuple[Path, Manifest] | None:
+        found = whole_checkpoints(self.folder)
+        if not found:
+            return None
+        path, manifest = found[-1]
+        if not self.resume:
+            raise CheckpointError(
+                f"run.autoresume: found false, but {path} is a checkpoint of this run; set it to true to go on from "
+                "there, or give this run its own run.name or run.folder"
+            )
+        check_same_model(manifest, weight_shapes(state.model), state.fsdp_sharded_state_dict_enabled, path)
+        if manifest.is_sharded:
+            holds_only_data(path / INDEX_NAME)
+        return path, manifest
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        del logger
+        self._is_due = self._is_time(state, Event.BATCH_CHECKPOINT) or self._is_due
+        if self._is_due and not ends_epoch(state):
+            self.save(state)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        del logger
+        if self._is_time(state, Event.EPOCH_CHECKPOINT) or self._is_due:
+            self.save(state)
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint of this moment, unless there is one. A collective.
+
+        Raises:
+            CheckpointError: it could not be written; earlier ones are as they were.
+        """
+        self._is_due = False
+        if state.timestamp.batch.value == self._last_batch:
+            return
+        rank = dist.get_global_rank()
+        is_sharded = state.fsdp_sharded_state_dict_enabled
+        stage = stage_folder(self.folder)
+        name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
+        _agreed(lambda: clear_stage(self.folder))
+        try:
+            # Composer adds the name itself where it writes a file a rank.
+            target = stage / WHOLE_FILE if is_sharded else stage / name / WHOLE_FILE
+            saved = save_checkpoint(state, str(target), ignore_keys=_drop_texts)
+        except Exception as error:  # torch gathers the errors of all ranks into one of its own
+            raise _write_error(self.folder / name, error) from error
+        own = {} if saved is None else {Path(saved).name: Path(saved).stat().st_size}
+        if is_sharded and rank == 0:
+            own[INDEX_NAME] = (stage / name / INDEX_NAME).stat().st_size
+        files = {name: size for part in dist.all_gather_object(own) for name, size in part.items()}
+        manifest = Manifest(
+            batch=state.timestamp.batch.value,
+            epoch=state.timestamp.epoch.value,
+            num_ranks=dist.get_world_size(),
+            is_sharded=is_sharded,
+            weights=weight_shapes(state.model),
+            callbacks=sorted({type(callback).__qualname__ for callback in state.callbacks}),
+            files=files,
+        )
+
+        def finish() -> None:
+            try:
+                publish(self.folder, manifest)
+            except OSError as error:
+                raise _write_error(self.folder / name, error) from error
+            prune(self.folder, self.keep)
+
+        _agreed(finish)
+        self._last_batch = manifest.batch
+
+
+def _drop_texts(state_dict: dict[str, Any]) -> None:
+    """Leave out the model's configuration and tokenizer, which a sharded checkpoint would hold as a file entry for
+    every token of the vocabulary, and the description of the machine: neither is read when a run goes on."""
+    for name in ("integrations", "metadata"):
+        state_dict["state"].pop(name, None)
+
+
+def ends_epoch(state: State) -> bool:
+    """Whether the batch just trained is the last of its epoch."""
+    length = state.dataloader_len
+    return length is not None and state.timestamp.batch_in_epoch.value >= length.value
+
+
+def _agreed(task: Callable[[], Any]) -> Any:
+    """What rank 0 makes of a short task, on every rank: its result, or its error. A collective."""
+    outcome: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            outcome[0] = task()
+        except (CheckpointError, UnsafeCheckpointError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome
+    if failure is not None:
+        raise CheckpointError(failure)
+    return result
+
+
+def _write_error(checkpoint: Path, error: BaseException) -> CheckpointError:
+    told = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)
+    return CheckpointError(
+        f"{checkpoint}: the checkpoint could not be written ({told.strip()[:200]}); earlier ones are as they were: "
+        "free space or correct the rights there, and start again with the same command"
+    )
