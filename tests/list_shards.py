@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from streaming import MDSWriter
 from synthetic_records import conversation
 
 from rankllm_composer.prompts import Record
-from rankllm_composer.shard_index import COLUMNS, sample_from_record
+from rankllm_composer.shard_index import COLUMNS, dump_index, sample_from_record
 
 
 def new_record(index: int, **options) -> Record:
@@ -46,9 +47,14 @@ def write_shards(
 
 def merge_parts(folder: Path) -> None:
     """One index over the parts of a folder."""
-    from streaming.base.util import merge_index
-
-    merge_index(str(folder))
+    entries = []
+    for index in sorted(folder.glob("*/index.json")):
+        for entry in json.loads(index.read_text())["shards"]:
+            for file in filter(None, (entry["raw_data"], entry["zip_data"])):
+                file["basename"] = f"{index.parent.name}/{file['basename']}"
+            entries.append(entry)
+        index.unlink()
+    (folder / "index.json").write_text(dump_index(entries))
 
 
 def damage(path: Path) -> None:

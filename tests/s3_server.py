@@ -23,6 +23,7 @@ class S3Server:
         url: address of the server.
         puts: keys stored so far, in the order their uploads began.
         on_put: called with each key before it is stored; may block, or return an HTTP status to answer with instead.
+        on_get: the same for each key that is read, or asked about.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class S3Server:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.puts: list[str] = []
         self.on_put: Callable[[str], int | None] = lambda key: None
+        self.on_get: Callable[[str], int | None] = lambda key: None
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
@@ -62,6 +64,11 @@ class S3Server:
             status = self.on_put(key)
             if status is not None:
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                start_response(f"{status} Refused", [("Content-Length", "0")])
+                return [b""]
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD") and key:
+            status = self.on_get(key)
+            if status is not None:
                 start_response(f"{status} Refused", [("Content-Length", "0")])
                 return [b""]
         return self._app(environ, start_response)

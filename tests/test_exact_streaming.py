@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -217,17 +219,70 @@ def test_a_cache_limit_that_cannot_work(remote):
         new_loader(Stream(local=remote.remote), cache_limit="1gb")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_object_store(sets, tmp_path, workers):
+@pytest.fixture(scope="module")
+def store(sets):
+    """13 lists in 4 shards on an S3 server, at s3://lists."""
     with s3_server() as server:
         client = server.client()
         client.create_bucket(Bucket="lists")
-        for path in sorted(p for p in (sets / "lists_13").rglob("*") if p.is_file()):
+        for path in sorted(p for p in (sets / "lists_13").rglob("*") if p.suffix in (".json", ".zstd")):
             client.upload_file(str(path), "lists", str(path.relative_to(sets / "lists_13")))
-        remote = Stream(local=str(tmp_path / "cache"), remote="s3://lists")
-        loader = new_loader(remote, workers=workers)
-        loader.dataset.get_item(0)  # a connection of this process, which its workers must not use
-        assert read(loader, 2) == read(new_loader(Stream(local=str(sets / "lists_13"))), 2)
+        yield server
+
+
+@pytest.fixture()
+def in_store(store, tmp_path):
+    yield Stream(local=str(tmp_path / "cache"), remote="s3://lists")
+    store.on_get = lambda key: None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_object_store(sets, in_store, workers):
+    loader = new_loader(in_store, workers=workers)
+    loader.dataset.get_item(0)  # a connection of this process, which its workers must not use
+    assert read(loader, 2) == read(new_loader(Stream(local=str(sets / "lists_13"))), 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_that_fails_for_a_while_costs_no_list(store, in_store, workers):
+    loader = new_loader(in_store, workers=workers, download_retry=2)
+    refusals = iter([500, 503] * 2)
+    store.on_get = lambda key: next(refusals, None) if key.startswith("02/") else None
+    (epoch,) = read(loader)
+    assert sorted(flat(epoch)) == sorted(ids(*range(13)))
+    assert next(refusals, None) is None  # they were met
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda: 503, "ClientError: .*503"),
+        (lambda: 403, "ClientError: .*(403|permission)"),
+        (lambda: time.sleep(4), "Timeout"),
+    ],
+    ids=["503", "403", "stalled"],
+)
+def test_a_store_that_fails_for_good_stops_the_run(store, in_store, answer, reason, workers):
+    loader = new_loader(in_store, workers=workers, download_timeout_seconds=1)
+    store.on_get = lambda key: answer() if key.startswith("02/") else None
+    with pytest.raises(ShardError, match=rf"shard 02/shard\.00000\.mds\.zstd of s3://lists cannot be used: .*{reason}"):
+        read(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_disk_stops_the_run(remote, monkeypatch, workers):
+    loader = new_loader(remote, workers=workers)
+
+    def copy(source, target):
+        Path(target).write_bytes(b"part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("streaming.base.storage.download.shutil.copy", copy)
+    with pytest.raises(ShardError, match=r"shard 0\d/shard.* cannot be used: OSError: .*No space left on device"):
+        read(loader)
+    monkeypatch.undo()
+    assert sorted(flat(read(new_loader(remote))[0])) == sorted(ids(*range(10)))
 
 
 @pytest.fixture(scope="module")
