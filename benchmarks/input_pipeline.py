@@ -1,0 +1,141 @@
+"""Does the input ever make a step wait? Tokens a second that the loader delivers, by number of workers.
+
+    python benchmarks/input_pipeline.py [--lists 400] [--workers 0,1,2] [--batch-size 16] [--tokenizer FOLDER]
+
+Writes shards (zstd, xxh64) of synthetic lists: 20 passages whose words are lognormal (median 70, sigma 0.6) times a
+factor of the query (sigma 0.35), at most 300, at some 1.35 tokens a word. Then reads epochs of them through
+`data.build_train_data_spec` as a rank does: read, check hashes, chat template, repair text, tokenise, collate, hand
+over. The first epoch, which starts the workers, is reported apart; the rate is that of the epochs after it. Lists over
+4,096 tokens are tokenised, counted and left out, as in training; rates count the tokens delivered. Tokens per CPU
+second of loader and workers together are what a core does when others have the machine, too. Default tokenizer:
+Mistral-7B-Instruct-v0.3's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rankllm_composer.data import ListDataset, build_train_data_spec
+from rankllm_composer.permutations import format_permutation
+from rankllm_composer.prompts import SYSTEM_MESSAGE, Record, encode_record, render_user_turn
+from rankllm_composer.shard_index import COLUMNS, sample_from_record
+from rankllm_composer.streams import Stream
+
+NUM_PASSAGES = 20
+MAX_LENGTH_TOKENS = 4096
+EPOCHS = 2
+
+
+def new_records(num: int, tokenizer: PreTrainedTokenizerBase) -> list[Record]:
+    """Synthetic lists; two words of three are one token, the third is two."""
+    rng = np.random.default_rng(0)
+    pieces = (piece[1:] for piece in sorted(tokenizer.get_vocab()) if piece[0] in "▁Ġ")
+    words = [piece for piece in pieces if piece.isascii() and piece.isalpha() and len(piece) > 1]
+    simple = rng.choice(words, 4_000)
+    joined = [first + second for first, second in rng.choice(words, (2_000, 2))]
+    vocabulary = np.concatenate([simple, joined])
+
+    def text(num_words: int) -> str:
+        return " ".join(rng.choice(vocabulary, num_words))
+
+    records = []
+    for index in range(num):
+        lengths = rng.lognormal(np.log(70), 0.6, NUM_PASSAGES) * rng.lognormal(0, 0.35)
+        passages = [text(int(n)) for n in np.clip(lengths, 3, 300)]
+        order = rng.permutation(NUM_PASSAGES).tolist()
+        records.append(
+            Record(f"q{index}", SYSTEM_MESSAGE, render_user_turn(text(6), passages), format_permutation(order))
+        )
+    return records
+
+
+def write_shards(records: list[Record], folder: Path) -> None:
+    """Write the records as `rankllm-composer shards build` does, a shard per MiB."""
+    from streaming import MDSWriter
+
+    with MDSWriter(
+        out=str(folder), columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=1 << 20
+    ) as writer:
+        for record in records:
+            writer.write(sample_from_record(record))
+
+
+def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, workers: int) -> tuple[float, ...]:
+    """Seconds to the first batch and of the first epoch; lists, tokens a list, tokens a second and a CPU second."""
+    cpu = cpu_seconds()
+    dataset = ListDataset(
+        [Stream(local=str(folder))],
+        tokenizer=tokenizer,
+        objective="combined",
+        max_length_tokens=MAX_LENGTH_TOKENS,
+        batch_size=batch_size,
+    )
+    loader = build_train_data_spec(dataset, microbatch_lists=1, num_workers=workers).dataloader
+    start = time.perf_counter()
+    first_batch = 0.0
+    for _ in loader:
+        first_batch = first_batch or time.perf_counter() - start
+    first_epoch = time.perf_counter() - start
+    num_lists = num_tokens = 0
+    start = time.perf_counter()
+    for _ in range(EPOCHS):
+        for batch in loader:
+            trained = [row for row in batch["sequences"] if row.encoded is not None]
+            num_lists += len(trained)
+            num_tokens += sum(len(row.encoded.input_ids) for row in trained)
+    seconds = time.perf_counter() - start
+    loader.close()  # the CPU time of a process counts once it has ended
+    cpu = (cpu_seconds() - cpu) * EPOCHS / (EPOCHS + 1)
+    return first_batch, first_epoch, num_lists / EPOCHS, num_tokens / num_lists, num_tokens / seconds, num_tokens / cpu
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and its ended children."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lists", type=int, default=400)
+    parser.add_argument("--workers", default="0,1,2")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tokenizer", help="HF folder; default: Mistral-7B-Instruct-v0.3's, built from mistral-common")
+    options = parser.parse_args()
+    if options.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    else:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        from real_tokenizers import build_tokenizer
+
+        tokenizer = build_tokenizer("mistral_v3")
+
+    records = new_records(options.lists, tokenizer)
+    some = records[:50]
+    start = cpu_seconds()
+    for record in some:
+        encode_record(record, tokenizer, "combined")
+    print(f"encode_record alone: {(cpu_seconds() - start) / len(some) * 1e3:.2f} CPU ms a list\n")
+    print("| workers | first batch, s | first epoch, s | lists trained | tokens a list | tokens/s | tokens/CPU s |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(records, Path(folder))
+        for workers in map(int, options.workers.split(",")):
+            first_batch, first_epoch, *rest = measure(Path(folder), tokenizer, options.batch_size, workers)
+            figures = [f"{first_batch:.2f}", f"{first_epoch:.2f}", *(f"{figure:,.0f}" for figure in rest)]
+            print(f"| {workers} | {' | '.join(figures)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
