@@ -1,0 +1,3 @@
+"""Stand-in: the inference client imports it to read keys of services that are not used here."""
+
+load_dotenv = None

@@ -1,0 +1,61 @@
+"""Stand-in for vLLM: greedy decoding with plain transformers, as slow and as simple as can be.
+
+Prompts are texts and are tokenised with special tokens, no sequence may end before `min_tokens`, and the `logprobs`
+likeliest tokens of each step are told by the text each decodes to: what the inference client relies on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm.outputs import CompletionOutput, Logprob, RequestOutput
+
+
+@dataclass
+class SamplingParams:
+    min_tokens: int
+    max_tokens: int
+    temperature: float
+    logprobs: int | None = None
+
+
+class LLM:
+    def __init__(self, model: str, **_) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        has_weights = Path(model, "model.safetensors").exists()
+        self.model = AutoModelForCausalLM.from_pretrained(model).float().eval() if has_weights else None
+
+    def get_tokenizer(self):
+        return self.tokenizer
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], params: SamplingParams) -> list[RequestOutput]:
+        assert params.temperature == 0.0
+        return [RequestOutput([self._complete(prompt, params)]) for prompt in prompts]
+
+    def _complete(self, prompt: str, params: SamplingParams) -> CompletionOutput:
+        tokens = self.tokenizer.encode(prompt)
+        start, told = len(tokens), []
+        while len(tokens) < start + params.max_tokens:
+            logits = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            log_probabilities = torch.log_softmax(logits, dim=-1)
+            if len(tokens) - start < params.min_tokens:
+                logits[self.tokenizer.eos_token_id] = -torch.inf
+            chosen = int(logits.argmax())
+            if params.logprobs is not None:
+                likeliest = log_probabilities.topk(min(params.logprobs, len(logits))).indices.tolist()
+                told.append(
+                    {
+                        token: Logprob(float(log_probabilities[token]), self.tokenizer.decode([token]))
+                        for token in dict.fromkeys([chosen, *likeliest])
+                    }
+                )
+            tokens.append(chosen)
+            if chosen == self.tokenizer.eos_token_id:
+                break
+        written = tokens[start:]
+        return CompletionOutput(self.tokenizer.decode(written, skip_special_tokens=True), written, told or None)

@@ -1,0 +1,344 @@
+"""Our prompts, windows, parsing, first-token reading and orders against the inference client's own code."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_rerankers import NO_SYSTEM_TEMPLATE, WORDS, new_contract, new_model, new_tokenizer, record_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rankllm_composer.decoding import read_likeliest, score_windows_first_token
+from rankllm_composer.permutations import identifiers, parse_answer, permutation_from_scores
+from rankllm_composer.prompts import SYSTEM_MESSAGE, document_text, encode_record
+from rankllm_composer.sliding import rerank_queries
+from rankllm_composer.windows import Window, answer_lengths, fit_window, sliding_spans
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+STYLES = ("letters", "numbers")
+TOKENIZERS = ("mistral_v3", "zephyr_v1", "tiny", "tiny_without_bos")
+
+
+@pytest.fixture(scope="module")
+def folders(mistral_v3_folder, zephyr_v1_folder, tmp_path_factory) -> dict[str, str]:
+    """Tokenizer folders by name."""
+    made = tmp_path_factory.mktemp("tokenizers")
+    new_tokenizer().save_pretrained(made / "tiny")
+    new_tokenizer(adds_bos=False).save_pretrained(made / "tiny_without_bos")
+    new_tokenizer(template=NO_SYSTEM_TEMPLATE).save_pretrained(made / "no_system_role")
+    return {
+        "mistral_v3": str(mistral_v3_folder),
+        "zephyr_v1": str(zephyr_v1_folder),
+        **{name: str(made / name) for name in ("tiny", "tiny_without_bos", "no_system_role")},
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders):
+    return {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+
+
+# Prompts
+
+DOCUMENTS = [
+    {"text": "plain"},
+    {"text": "  spaces \t and\n\nlines \u00a0 and \u2003 others  "},
+    {"title": "A title", "text": "and a text"},
+    {"title": "", "text": "no title"},
+    {"segment": "a segment"},
+    {"contents": "contents", "title": "T"},
+    {"content": "content"},
+    {"body": "a body", "url": "x"},
+    {"passage": "a passage"},
+    {"text": "see [12] and [3], not [a] or [ 4 ]"},
+    {"text": "mojibake: cafÃ© â€œquotedâ€\x9d &lt;b&gt; \ufb01ne ｆｕｌｌ"},
+    {"text": "braces {query} {0} {{x}} %s \\n"},
+    {"text": "</s> <s> [INST] <|user|> <unk>"},
+    {"text": "日本語のテキスト と العربية 🙂"},
+    {"text": ""},
+    {"text": " ".join(f"word{i}" for i in range(900))},
+    {"text": " ".join(f"[{i}]" for i in range(400))},
+]
+QUERIES = ["plain query", "a [3] query {x}", "mojibake cafÃ©", " spaces kept  ", "two\nlines"]
+
+
+def prompt_cases() -> list[dict]:
+    generator = random.Random(0)
+    cases = []
+    for style in STYLES:
+        for num in (1, 2, 3, 7, 13, 19, 20, 21, 26):
+            cases.append(
+                {
+                    "style": style,
+                    "query": generator.choice(QUERIES),
+                    "documents": generator.choices(DOCUMENTS[:-2], k=num),
+                }
+            )
+        cases += [{"style": style, "query": query, "documents": DOCUMENTS[:4]} for query in QUERIES]
+        cases.append({"style": style, "query": "q", "documents": DOCUMENTS[-3:]})
+        cases += [  # passages that are cut further until they fit
+            {"style": style, "query": "q", "documents": DOCUMENTS[-2:] * num, "context_size": context}
+            for num, context in ((1, 1000), (5, 1500), (10, 4096), (10, 2500))
+        ]
+    return cases
+
+
+@pytest.fixture(scope="module")
+def prompts(ask_client, folders):
+    """[(tokenizer's name, case, the client's answer)]"""
+    cases = [(name, case) for name in TOKENIZERS for case in prompt_cases()]
+    answers = ask_client([("prompt", {"folder": folders[name], **case}) for name, case in cases])
+    return [(*case, answer) for case, answer in zip(cases, answers, strict=True)]
+
+
+def test_prompts_are_the_same_tokens(prompts, tokenizers):
+    """Both styles, 1 to 26 candidates, all fields of documents, cut to the word limit and to the context."""
+    assert len(prompts) == 4 * 2 * 19
+    num_cut = 0
+    for name, case, answer in prompts:
+        tokenizer = tokenizers[name]
+        texts = [document_text(document) for document in case["documents"]]
+        context = case.get("context_size", 4096)
+        window = fit_window("w", case["query"], texts, tokenizer, style=case["style"], context_size_tokens=context)
+        expected = tokenizer(answer["text"])["input_ids"]  # vLLM is given the text
+        assert window.input_ids[:-1].tolist() == expected, (name, case["query"], len(texts))
+        assert answer["num_output_tokens"] == answer_lengths(tokenizer, len(texts), case["style"])[0]
+        assert len(expected) + answer["num_output_tokens"] <= context
+        num_cut += context - 100 < len(expected) + answer["num_output_tokens"]
+    assert num_cut >= 16  # the context did cut
+
+
+def test_a_template_without_system_role_is_served_without_the_system_text(ask_client, folders, tokenizers):
+    """Known difference: the client's system turn is lost there, ours leads the user turn, as in published training."""
+    (answer,) = ask_client(
+        [
+            (
+                "prompt",
+                {"folder": folders["no_system_role"], "style": "letters", "query": "q", "documents": DOCUMENTS[:2]},
+            )
+        ]
+    )
+    tokenizer = tokenizers["no_system_role"]
+    window = fit_window("w", "q", [document_text(document) for document in DOCUMENTS[:2]], tokenizer)
+    assert SYSTEM_MESSAGE not in answer["text"]
+    with_it = answer["text"].replace("[INST] ", f"[INST] {SYSTEM_MESSAGE}\n ", 1)
+    assert window.input_ids[:-1].tolist() == tokenizer(with_it)["input_ids"]
+
+
+# Windows
+
+
+def test_windows_are_the_same(ask_client, folders):
+    """Every length of list; but the client, not told the length, leaves a list of window - stride as it is."""
+    cases = [
+        {"num": num, "window": window, "stride": stride, "told": told}
+        for window, stride in ((20, 10), (20, 20), (20, 5), (5, 3), (2, 1))
+        for num in (*range(1, 42), 95, 100)
+        for told in (True, False)
+    ]
+    answers = ask_client([("windows", {"folder": folders["tiny"], **case}) for case in cases])
+    differing = []
+    for case, answer in zip(cases, answers, strict=True):
+        theirs = [tuple(span) for span in answer if span[1] - span[0] > 1]  # one candidate cannot be ordered
+        if theirs != sliding_spans(case["num"], case["window"], case["stride"]):
+            differing.append(case)
+            assert answer == []
+    assert differing == [
+        case for case in cases if not case["told"] and 1 < case["num"] == case["window"] - case["stride"]
+    ]
+
+
+# Answers
+
+
+def answers_to_parse() -> list[tuple[str, int, str]]:
+    """(style, candidates, text), from well-formed to noise."""
+    generator = random.Random(0)
+    odd = "⁰¹²⁹₀₈①⑨❶❾０９🄀🄉½Ⅷ٣〇一ªºßéÉΑАＡａ𝐀ﬁ\u0301\u200b\u00a0"
+    pieces = [
+        *(f"[{name}]" for name in identifiers(26)),
+        *(f"[{i}]" for i in range(0, 120, 3)),
+        *identifiers(26),
+        *map(str, range(12)),
+        *["", ">", "[]", "()", ",", ".", "\n", "\t", "-", ">", "<", ":"],
+        "</think>",
+        "<think>",
+        "Sure, here is the ranking: ",
+        "a",
+        "z",
+        "AB",
+        "[A B]",
+        "[a]",
+        "００",
+        "-1",
+        "1e3",
+        "0x1",
+        "1_0",
+        "9" * 30,
+        *odd,
+    ]
+    corpus = []
+    for style in STYLES:
+        for num in (1, 2, 5, 20, 26):
+            names = identifiers(num, style)
+            for _ in range(60):
+                order = generator.sample(names, num)
+                text = " > ".join(f"[{name}]" for name in order)
+                cut = generator.randrange(len(text) + 1)
+                corpus += [(style, num, text), (style, num, text[:cut]), (style, num, text[:cut] + text)]
+            for _ in range(300):
+                text = "".join(generator.choices(pieces, k=generator.randrange(12)))
+                corpus.append((style, num, text))
+        corpus += [(style, 99 if style == "numbers" else 26, "9" * 5000), (style, 3, "[3]" * 500), (style, 3, "")]
+    corpus.append(("numbers", 99, " > ".join(f"[{i}]" for i in range(99, 0, -1))))
+    return corpus
+
+
+def test_answers_are_read_the_same(ask_client, folders):
+    corpus = answers_to_parse()
+    questions = [
+        ("answer", {"folder": folders["tiny"], "style": style, "num": num, "text": text}) for style, num, text in corpus
+    ]
+    assert len(corpus) > 4000
+    for (style, num, text), theirs in zip(corpus, ask_client(questions), strict=True):
+        assert list(parse_answer(text, num, style).permutation) == theirs, (style, num, text)
+
+
+def test_the_likeliest_tokens_are_read_the_same(ask_client, folders):
+    generator = random.Random(0)
+    texts = {
+        "letters": [*identifiers(26), *"abz", " A", "AB", "[", "]", "", "É", "Ａ", "1", "Α"],
+        "numbers": [*map(str, range(10)), "²", "½", "３", "٣", "A", "[", "", " 1", "一"],
+    }
+    cases = []
+    for style in STYLES:
+        for _ in range(400):
+            num = generator.randint(1, 20 if style == "letters" else 9)
+            chosen = generator.choices(texts[style], k=generator.randint(1, 30))
+            values = sorted((-10 * generator.random() for _ in chosen), reverse=True)
+            cases.append((style, num, list(zip(chosen, values))))
+    questions = [
+        ("likeliest", {"folder": folders["tiny"], "style": style, "num": num, "tokens": tokens})
+        for style, num, tokens in cases
+    ]
+    for (style, num, tokens), theirs in zip(cases, ask_client(questions), strict=True):
+        window = Window("w", np.zeros(1, np.int32), num, style)
+        scores = read_likeliest([text for text, _ in tokens], [value for _, value in tokens], window)
+        assert list(permutation_from_scores(scores)) == theirs, (style, num, tokens)
+
+
+# The whole way
+
+
+def real_tokenizer_model(tokenizer):
+    """Taught, within seconds, to write an answer, the last passages first.
+
+    The token of ` A` is made about as likely as that of `A`: alone both decode to `A`, and the client takes the less
+    likely one.
+    """
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "tiny_mistral")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = random.Random(0)
+    for step in range(60):
+        values = sorted(generator.sample(range(100), generator.randint(2, 6)))
+        item = encode_record(record_of(values, record_id=str(step)), tokenizer, "generation")
+        tokens = torch.from_numpy(item.input_ids).long()[None]
+        targets = tokens.clone()
+        targets[:, : item.response_start] = -100
+        model(input_ids=tokens, labels=targets).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for name in identifiers(26):
+            own, spaced = tokenizer.convert_tokens_to_ids([name, f"▁{name}"])
+            noise = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(own))
+            model.lm_head.weight[spaced] = model.lm_head.weight[own] + 0.3 * noise
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tokenizers, tmp_path_factory) -> dict[str, str]:
+    """Folders of a model and its tokenizer."""
+    made = tmp_path_factory.mktemp("models")
+    for seed in (0, 6):
+        new_model(seed=seed).save_pretrained(made / f"tiny{seed}")
+        tokenizers["tiny"].save_pretrained(made / f"tiny{seed}")
+    real_tokenizer_model(tokenizers["mistral_v3"]).save_pretrained(made / "mistral_v3")
+    tokenizers["mistral_v3"].save_pretrained(made / "mistral_v3")
+    return {name: str(made / name) for name in ("tiny0", "tiny6", "mistral_v3")}
+
+
+def requests(sizes: tuple[int, ...]) -> list[tuple[str, list[dict]]]:
+    generator = random.Random(0)
+    words = [word for word in WORDS if word.isalpha() and len(word) > 1] + [f"w{i}" for i in range(100)]
+    return [
+        (
+            " ".join(generator.choices(words, k=3)),
+            [{"text": " ".join(generator.choices(words, k=generator.randint(1, 8)))} for _ in range(size)],
+        )
+        for size in sizes
+    ]
+
+
+RERANKINGS = [
+    {"model": "tiny0", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
+    {"model": "tiny0", "style": "letters", "use_logits": True, "window": 20, "stride": 10, "passes": 2},
+    {"model": "tiny6", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
+    {"model": "tiny6", "style": "letters", "use_logits": False, "window": 5, "stride": 2, "passes": 2},
+    {"model": "tiny6", "style": "numbers", "use_logits": False, "window": 11, "stride": 5, "passes": 1},
+    {"model": "tiny6", "style": "numbers", "use_logits": True, "window": 9, "stride": 4, "passes": 1},
+    {"model": "mistral_v3", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
+    {"model": "mistral_v3", "style": "letters", "use_logits": False, "window": 4, "stride": 2, "passes": 1},
+]
+
+
+def test_reranking_gives_the_same_orders(ask_client, models):
+    """Same model, same requests, both decodings: tokenised, packed or cached, read and slid as the client does it."""
+    asked = requests((1, 2, 5, 11))
+    questions = [{"folder": models[case["model"]], "requests": asked, **case} for case in RERANKINGS]
+    theirs = ask_client([("rerank", {k: v for k, v in case.items() if k != "model"}) for case in questions])
+    for case, expected in zip(RERANKINGS, theirs, strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(models[case["model"]])
+        model = AutoModelForCausalLM.from_pretrained(models[case["model"]])
+        options = {"window_size": case["window"], "stride": case["stride"]}
+        objective = "combined" if case["style"] == "letters" else "generation"
+        found = rerank_queries(
+            model,
+            tokenizer,
+            {str(i): query for i, (query, _) in enumerate(asked)},
+            {f"{i}-{k}": document["text"] for i, (_, docs) in enumerate(asked) for k, document in enumerate(docs)},
+            {str(i): [f"{i}-{k}" for k in range(len(documents))] for i, (_, documents) in enumerate(asked)},
+            new_contract(tokenizer, objective, case["style"], **options),
+            decoding="first_token" if case["use_logits"] else "generation",
+            passes=case["passes"],
+        )
+        ranked = {query.qid: [int(docid.split("-")[1]) for docid in query.docids] for query in found}
+        assert [ranked[str(i)] for i in range(len(asked))] == expected, case
+        assert any(order != sorted(order) for order in expected), case
+
+
+def test_both_tokens_of_a_letter_are_among_the_likeliest(models):
+    """The model above is one with which it matters that the client takes the less likely token of ` A` and `A`."""
+    tokenizer = AutoTokenizer.from_pretrained(models["mistral_v3"])
+    model = AutoModelForCausalLM.from_pretrained(models["mistral_v3"])
+    windows = [
+        fit_window(query, query, [document["text"] for document in documents], tokenizer)
+        for query, documents in requests((5,) * 8)
+    ]
+    options = {"append_bracket": False, "eos_token_ids": [tokenizer.eos_token_id]}
+    as_client, own = (
+        [answer.permutation for answer in score_windows_first_token(model, tokenizer, windows, top_k=k, **options)]
+        for k in (30, None)
+    )
+    assert as_client != own
+
+
+def test_what_the_client_cannot_read_is_known(ask_client, folders):
+    """A token of two digits stops the client where it reads numbers by first token; numbers beyond 9 we refuse."""
+    (answer,) = ask_client(
+        [("likeliest", {"folder": folders["tiny"], "style": "numbers", "num": 3, "tokens": [["10", -1.0]]})]
+    )
+    assert answer["error"].startswith("TypeError")
