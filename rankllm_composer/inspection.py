@@ -22,6 +22,7 @@ from rankllm_composer.prompts import (
     Record,
     encode_record,
     identifier_token_ids,
+    is_client_wording,
     render_prompt,
 )
 
@@ -228,6 +229,11 @@ def _surprises(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: Enco
         yield f"{num_bos} beginning-of-sequence tokens; the inference client's prompts have as many"
     if record.system != SYSTEM_MESSAGE:
         yield f"the system text is not the inference client's, which is {SYSTEM_MESSAGE!r}"
+    if not is_client_wording(record.user):
+        yield (
+            "the user turn is in another wording than the inference client's; it trains as it stands, the client will "
+            "ask otherwise"
+        )
     written = Counter(tokenizer(record.user, add_special_tokens=False)["input_ids"])
     special = sorted(set(tokenizer.all_special_ids) & set(written))
     if special:

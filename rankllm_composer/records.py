@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from rankllm_composer.json_array import JsonArrayError, iterate_array
 from rankllm_composer.permutations import PermutationError, parse_permutation
-from rankllm_composer.prompts import PromptError, Record, UserTurn, parse_user_turn
+from rankllm_composer.prompts import PromptError, Record, UserTurn, read_user_turn
 
 FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 MAX_LINE_BYTES = 1 << 26
@@ -273,6 +273,8 @@ def record_from_layout(raw: Any, place: str) -> Record:
 def validate_record(record: Record, place: str = "record") -> UserTurn:
     """Check that a record is one list of 2 or more passages under one query, with a complete order of them.
 
+    The user turn may be worded otherwise than the client's: it is trained as it stands (see `read_user_turn`).
+
     Args:
         record: the record.
         place: where it comes from, for the error.
@@ -296,8 +298,8 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
         if not is_unicode(text):
             raise bad(f"{what}: found half of a surrogate pair, allowed is Unicode; write the text again")
     try:
-        turn = parse_user_turn(record.user)
-    except (PromptError, PermutationError) as error:
+        turn = read_user_turn(record.user)
+    except PromptError as error:
         raise bad(str(error)) from error
     num_candidates = len(turn.passages)
     if num_candidates < 2:

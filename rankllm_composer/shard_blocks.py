@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.permutations import SEPARATOR
-from rankllm_composer.prompts import Record
+from rankllm_composer.prompts import Record, is_client_wording
 from rankllm_composer.records import Item, RecordError, RecordSource
 from rankllm_composer.shard_index import COLUMNS, ShardError, sample_from_record
 from rankllm_composer.shard_manifest import Tally
@@ -84,7 +84,11 @@ class BlockWriter:
             for _, record in found:
                 if isinstance(record, Record):
                     records.append(record)
-                    written.tally.count_record(record.response.count(SEPARATOR) + 1, len(record.user))
+                    written.tally.count_record(
+                        record.response.count(SEPARATOR) + 1,
+                        len(record.user),
+                        other_wording=not is_client_wording(record.user),
+                    )
                     written.id_hashes.append(_hash64(record.id))
                 else:
                     written.tally.dropped[record.reason] += 1

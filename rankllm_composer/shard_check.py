@@ -91,6 +91,7 @@ class ShardsInfo:
             yield f"parts         {self.manifest.part or f'merged from {self.manifest.num_parts}'}"
         yield f"left out      {tally.num_quarantined:,} bad, {sum(tally.dropped.values()):,} dropped"
         yield f"repeated ids  {tally.num_duplicates:,}"
+        yield f"wording       {tally.num_other_wordings:,} prompts in another wording than the client's"
         yield "candidates    " + ", ".join(f"{size}: {tally.candidates[size]:,}" for size in sorted(tally.candidates))
         told = ", ".join(f"{share:.0%} ≤ {size:,}" for share, size in self.prompt_quantiles())
         yield f"prompt chars  {told}"

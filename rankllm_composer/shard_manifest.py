@@ -27,6 +27,7 @@ class Tally:
         num_records: lists in the shards.
         num_quarantined: bad records written aside.
         num_duplicates: records whose id came before; they are kept.
+        num_other_wordings: lists whose user turn only `read_user_turn` reads, not `parse_user_turn`; they are kept.
         dropped: lists and queries left out by the rules of the source, by reason.
         candidates: number of lists by their number of candidates.
         prompt_chars: number of lists by the length of their user turn, in steps of 1,000 characters, rounded up.
@@ -35,13 +36,15 @@ class Tally:
     num_records: int = 0
     num_quarantined: int = 0
     num_duplicates: int = 0
+    num_other_wordings: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     candidates: Counter[int] = field(default_factory=Counter)
     prompt_chars: Counter[int] = field(default_factory=Counter)
 
-    def count_record(self, num_candidates: int, num_chars: int) -> None:
+    def count_record(self, num_candidates: int, num_chars: int, *, other_wording: bool) -> None:
         """Count one list."""
         self.num_records += 1
+        self.num_other_wordings += other_wording
         self.candidates[num_candidates] += 1
         self.prompt_chars[-(-num_chars // _BUCKET_CHARS) * _BUCKET_CHARS] += 1
 
@@ -50,6 +53,7 @@ class Tally:
         self.num_records += other.num_records
         self.num_quarantined += other.num_quarantined
         self.num_duplicates += other.num_duplicates
+        self.num_other_wordings += other.num_other_wordings
         self.dropped.update(other.dropped)
         self.candidates.update(other.candidates)
         self.prompt_chars.update(other.prompt_chars)
@@ -60,6 +64,7 @@ class Tally:
             "records": self.num_records,
             "quarantined": self.num_quarantined,
             "duplicate_ids": self.num_duplicates,
+            "other_wordings": self.num_other_wordings,
             "dropped": dict(sorted(self.dropped.items())),
             "candidates": {str(number): self.candidates[number] for number in sorted(self.candidates)},
             "prompt_chars": {str(number): self.prompt_chars[number] for number in sorted(self.prompt_chars)},
@@ -77,6 +82,7 @@ class Tally:
                 num_records=int(counts["records"]),
                 num_quarantined=int(counts["quarantined"]),
                 num_duplicates=int(counts["duplicate_ids"]),
+                num_other_wordings=int(counts.get("other_wordings", 0)),  # an older set took none
                 dropped=Counter({str(reason): int(number) for reason, number in counts["dropped"].items()}),
                 candidates=Counter({int(size): int(number) for size, number in counts["candidates"].items()}),
                 prompt_chars=Counter({int(size): int(number) for size, number in counts["prompt_chars"].items()}),
@@ -169,7 +175,7 @@ class BuildReport:
         num_shards: shards in the index.
         num_bytes: bytes of the stored shard files.
         seconds: time it took.
-        tally: records, bad ones, duplicates, lists dropped, lists by number of candidates.
+        tally: records, bad ones, duplicates, other wordings, lists dropped, lists by number of candidates.
         was_there: True if the same set was there already and nothing was done.
     """
 

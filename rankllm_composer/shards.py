@@ -288,6 +288,10 @@ def _write_set(
     for number, what in (
         (tally.num_quarantined, f"bad records, written to {QUARANTINE_NAME}"),
         (tally.num_duplicates, "records whose id came before; they are kept (shards verify --records names them)"),
+        (
+            tally.num_other_wordings,
+            "prompts in another wording than the client's; they train as they stand, the client will ask otherwise",
+        ),
         *((number, f"dropped: {reason}") for reason, number in sorted(tally.dropped.items())),
     ):
         if number:

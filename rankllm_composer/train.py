@@ -263,9 +263,9 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
     """How the trained model is asked and read; identifiers as the first training list has them."""
     from rankllm_composer.contract import decoding_contract
     from rankllm_composer.permutations import identifiers
-    from rankllm_composer.prompts import PromptError, identifier_token_ids, parse_user_turn
+    from rankllm_composer.prompts import PromptError, identifier_token_ids, read_user_turn
 
-    style = recipe.data.train.identifiers or parse_user_turn(dataset.record(0).user).style
+    style = recipe.data.train.identifiers or read_user_turn(dataset.record(0).user).style
     names = identifiers(20, style)
     try:
         token_ids = identifier_token_ids(dataset.tokenizer, len(names), style)

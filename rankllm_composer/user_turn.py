@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,21 @@ _OPENING_PATTERN = re.compile(
     .replace("NUM", "([1-9][0-9]{0,3})")
     .replace("KIND", "(an alphabetical|a numerical)"),
 )
+# The same parts as prompts of other versions word them.
+_ANY_OPENING = re.compile(
+    r"\s*I will provide you with (?P<num>[1-9][0-9]{0,3}) passages, each indicated by (?:an? )?"
+    r"(?:(?P<letters>alphabet(?:ic|ical)?|letter)|numerical|numeric|number) identifiers? \[\]\.?\s+"
+    r"Rank the passages based on their relevance to (?:the )?(?:search )?query:",
+    re.IGNORECASE,
+)
+# These begin with a letter or break of their own, so that long texts are searched fast.
+_ANY_QUERY_AGAIN = re.compile(r"\n[Ss]earch [Qq]uery:")
+_ANY_CLOSING = re.compile(r"Rank the (?P<num>[1-9][0-9]{0,3}) passages above\b")
+_FIRST_MARK = re.compile(r"\n\[(?:(?P<letters>A)|1)\](?=\s)")
+_MARKS: dict[IdentifierStyle, re.Pattern[str]] = {
+    "letters": re.compile(r"\n\[([A-Z])\](?=\s)"),
+    "numbers": re.compile(r"\n\[([1-9][0-9]?)\](?=\s)"),
+}
 _NUMBER_IN_BRACKETS = re.compile(r"\[(\d+)\]")
 _DOCUMENT_FIELDS = ("text", "segment", "contents", "content", "body", "passage")
 
@@ -44,7 +60,7 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class UserTurn:
-    """What `render_user_turn` makes a user turn of."""
+    """What a user turn is made of; see `render_user_turn`."""
 
     query: str
     passages: tuple[str, ...]
@@ -158,6 +174,100 @@ def parse_user_turn(text: str) -> UserTurn:
             f"user turn: found a passage [{beyond[0]}] where {num} are announced; correct the number or the passages"
         )
     return readings[0]
+
+
+def read_user_turn(text: str) -> UserTurn:
+    """Query, passages and identifier style of a user turn that may be worded otherwise than the client's.
+
+    What `parse_user_turn` takes is read by it. Beside that: white space between the parts, another example or other
+    last words, the query with or without a full stop, the kind of identifier in other words, and passages whose lines
+    look like the layout. Every passage begins at the earliest line that its identifier opens after the one before it.
+    This tells how many passages there are and how they are named; it does not give the text back.
+
+    Raises:
+        PromptError: no opening or closing, identifiers that are missing, out of order or more than announced, two
+            numbers of passages, or two queries.
+    """
+    with suppress(PromptError):
+        return parse_user_turn(text)
+    opening = _ANY_OPENING.match(text)
+    if opening is None:
+        raise PromptError(
+            f"user turn: found {_shorten(text)}, allowed is a text that opens like the client's: "
+            f"{_OPENING.format(num='N', kind='an alphabetical')!r}; correct the record or leave it out"
+        )
+    closing = _last(_ANY_CLOSING, text, opening.end(), len(text))
+    again = closing and _last(_ANY_QUERY_AGAIN, text, opening.end(), closing.start())
+    if closing is None or again is None:
+        raise PromptError(
+            f"user turn: found …{text[-60:]!r} at the end, allowed is a closing like the client's: a line 'Search "
+            f"Query: …', then 'Rank the {opening['num']} passages above …'; correct the record or leave it out"
+        )
+    num, area = int(opening["num"]), (opening.end(), again.start() + 1)  # with the line break
+    # What opens the lines decides: passages may have been renamed and the opening left as it was.
+    kind = _FIRST_MARK.search(text, *area) or opening
+    style: IdentifierStyle = "letters" if kind["letters"] else "numbers"
+    marks = _earliest_marks(text, area, num, style)
+    if int(closing["num"]) != num:
+        raise PromptError(
+            f"user turn: found {num} passages announced and {closing['num']} asked for; correct the record or leave it "
+            "out"
+        )
+    query = text[opening.end() : marks[0].start()].strip()
+    query_again = text[again.end() : closing.start()].strip()
+    if _essence(query) != _essence(query_again):
+        raise PromptError(
+            f"user turn: found the query {_shorten(query)} before the passages and {_shorten(query_again)} after them, "
+            "allowed is one query; correct the record or leave it out"
+        )
+    ends = [*(mark.start() for mark in marks[1:]), area[1]]
+    passages = tuple(text[mark.end() : end].strip() for mark, end in zip(marks, ends))
+    return UserTurn(query.removesuffix(".").rstrip(), passages, style)
+
+
+def is_client_wording(text: str) -> bool:
+    """True if `parse_user_turn` takes the text: the client words such a list in just this way."""
+    try:
+        parse_user_turn(text)
+    except PromptError:
+        return False
+    return True
+
+
+def _earliest_marks(text: str, area: tuple[int, int], num: int, style: IdentifierStyle) -> list[re.Match[str]]:
+    """The lines of `area` that open with the first `num` identifiers in order, each as early as can be."""
+    try:
+        names = identifiers(num, style)
+    except PermutationError as error:
+        raise PromptError(f"user turn: {error}") from error
+    beyond = identifiers(MAX_CANDIDATES[style], style)[num : num + 1]
+    marks: list[re.Match[str]] = []
+    for mark in _MARKS[style].finditer(text, *area):
+        if len(marks) < num and mark[1] == names[len(marks)]:
+            marks.append(mark)
+        elif len(marks) == num and mark[1] in beyond:
+            raise PromptError(
+                f"user turn: found a passage [{mark[1]}] where {num} are announced; correct the number or the passages"
+            )
+    if len(marks) < num:
+        after = f" after [{names[len(marks) - 1]}]" if marks else ""
+        raise PromptError(
+            f"user turn: found no line{after} that opens with [{names[len(marks)]}]; allowed are {num} passages, as "
+            f"announced, named [{names[0]}] to [{names[-1]}] in order; correct the record or leave it out"
+        )
+    return marks
+
+
+def _last(pattern: re.Pattern[str], text: str, start: int, end: int) -> re.Match[str] | None:
+    match = None
+    for match in pattern.finditer(text, start, end):  # noqa: B007 - the last one is wanted
+        pass
+    return match
+
+
+def _essence(query: str) -> str:
+    """What must be the same where a query comes twice: its words, without full stops at the end."""
+    return " ".join(query.split()).rstrip(". ")
 
 
 def _readings(body: str, names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_records import conversation, write_jsonl
 
-from rankllm_composer.prompts import Record
+from rankllm_composer.augmentation import AugmentationError, lay_out_anew
+from rankllm_composer.prompts import PromptError, Record
 from rankllm_composer.records import RecordError, open_source, read_records, validate_record
+from rankllm_composer.windows import record_window
 
 HUMAN = conversation(3)["conversations"][1]["value"]
 
@@ -52,6 +54,32 @@ def test_what_is_known_of_the_candidates_is_kept(tmp_path):
     assert (record.qid, record.docids, record.grades) == ("7", ("a", "b", "c"), (0, 2, 1))
 
 
+# Prompts of other versions, and such as only the tolerant reading takes: what they change in the client's.
+OTHER_WORDINGS = {
+    "blank lines": ("\n", "\n\n"),
+    "other last words": ("Answer concisely and directly and only respond", "Only respond"),
+    "another example": ("e.g., [B] > [A]", "e.g., [D] > [B]"),
+    "another kind in words": ("an alphabetical identifier", "number identifier"),
+    "no full stops": (" number 3.", " number 3"),
+    "several readings": ("\n[B] ", "\nfirst line\n[B] second line\n[B] "),
+}
+
+
+@pytest.mark.parametrize("wording", OTHER_WORDINGS)
+def test_a_prompt_in_another_wording_is_taken_as_it_stands_but_not_laid_out_anew(tmp_path, wording):
+    human = HUMAN.replace(*OTHER_WORDINGS[wording])
+    assert human != HUMAN
+    ((_, record),) = read_records(write_jsonl(tmp_path / "a.jsonl", [conversation(3, human=human)]))
+    assert record.user == human
+    turn = validate_record(record)
+    assert (turn.query, turn.style, len(turn.passages)) == ("where is oar number 3", "letters", 4)
+    for shuffle, style in ((True, None), (False, "numbers")):
+        with pytest.raises(AugmentationError, match="cannot be shuffled or named anew"):
+            lay_out_anew(record, seed=1, epoch=0, shuffle_passages=shuffle, identifiers=style)
+    with pytest.raises(PromptError):
+        record_window(record, None, order=[1, 0, 2, 3])
+
+
 # What is wrong with a record → what the error must say. Record 3 has 4 passages.
 BAD_RECORDS = {
     "a permutation that repeats": (conversation(3, gpt="[B] > [A] > [B] > [D]"), "repeated: 'B'"),
@@ -78,6 +106,34 @@ BAD_RECORDS = {
     "grades that are no numbers": (conversation(3, grades=["high"] * 4), "high"),
     "grades that are no list": (conversation(3, grades=1), "grades: found 1"),
 }
+
+
+# The faults that another wording must not hide.
+FAULTS_OF_LISTS = [
+    "a permutation that repeats",
+    "a permutation that misses",
+    "a permutation that exceeds",
+    "a permutation in numbers",
+    "a permutation with words",
+    "letters beyond Z",
+    "another number of passages",
+    "identifiers out of order",
+    "one passage",
+    "an empty query",
+    "docids of another length",
+]
+
+
+@pytest.mark.parametrize("wording", OTHER_WORDINGS)
+@pytest.mark.parametrize("fault", FAULTS_OF_LISTS)
+def test_a_bad_record_is_refused_in_any_wording(tmp_path, fault, wording):
+    bad, told = BAD_RECORDS[fault]
+    system, human, gpt = bad["conversations"]
+    human = human | {"value": human["value"].replace(*OTHER_WORDINGS[wording])}
+    path = write_jsonl(tmp_path / "a.jsonl", [bad | {"conversations": [system, human, gpt]}])
+    with pytest.raises(RecordError) as caught:
+        list(read_records(path))
+    assert told in str(caught.value) and "q3" in str(caught.value)
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])

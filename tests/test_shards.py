@@ -321,6 +321,30 @@ def test_quarantine_writes_bad_records_aside_and_counts_them(tmp_path):
     assert (checked.problems, checked.num_duplicates, checked.duplicate_ids) == ([], 1, ["q2"])
 
 
+def test_prompts_in_another_wording_are_kept_as_they_are_and_counted(tmp_path):
+    layouts = [conversation(i) for i in range(8)]
+    for i in (2, 5, 6):
+        layouts[i]["conversations"][1]["value"] = layouts[i]["conversations"][1]["value"].replace("\n", "\n\n")
+    path, output, lines = write_jsonl(tmp_path / "train.jsonl", layouts), tmp_path / "set", []
+    built = build_shards(output, input=path, **(SMALL | {"report": lines.append}))
+    assert records_of(output) == expected_records(path)
+    assert (built.tally.num_records, built.tally.num_other_wordings, built.tally.num_quarantined) == (8, 3, 0)
+    assert any("3 prompts in another wording than the client's" in line for line in lines)
+    assert json.loads((output / "build.json").read_text())["counts"]["other_wordings"] == 3
+    assert any("3 prompts in another wording than the client's" in line for line in shards_info(output).lines())
+    assert verify_shards(output, records=True).problems == []
+    build_parts(tmp_path / "parts", path, 2)
+    assert merge_shards(tmp_path / "parts", report=report_nothing).tally == built.tally
+
+
+def test_a_set_from_before_wordings_were_counted_has_none(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "set")
+    manifest = json.loads((folder / "build.json").read_text())
+    assert manifest["counts"].pop("other_wordings") == 0
+    (folder / "build.json").write_text(json.dumps(manifest))
+    assert shards_info(folder).manifest.tally == shards_info(whole).manifest.tally
+
+
 @pytest.mark.parametrize(("layouts", "told"), [([], "0 bad"), (["{", "{"], "2 bad")])
 def test_a_source_that_leaves_no_record_is_an_error(tmp_path, layouts, told):
     path = write_jsonl(tmp_path / "train.jsonl", layouts)

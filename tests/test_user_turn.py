@@ -1,4 +1,4 @@
-"""The user turn: the client's template to the letter, and back to its parts only where there is one reading."""
+"""The user turn: the client's template to the letter, back to its parts, and prompts that are worded otherwise."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from rankllm_composer.user_turn import (
     UserTurn,
     clean_query,
     document_text,
+    is_client_wording,
     num_announced,
     parse_user_turn,
     passage_word_limit,
+    read_user_turn,
     render_user_turn,
     truncate_passage,
 )
@@ -199,6 +201,217 @@ def test_parse_of_a_long_hostile_text_ends() -> None:
     hostile = ".\n[A] " * 3000 + "\n[B] " * 3000
     with pytest.raises(PromptError, match="several readings"):
         parse_user_turn(render_user_turn("query", [hostile, hostile]))
+
+
+OPENING = (
+    "I will provide you with {num} passages, each indicated by {kind} identifier []. Rank the passages based on their "
+    "relevance to the search query: "
+)
+CLOSING = (
+    "Rank the {num} passages above based on their relevance to the search query. All the passages should be included "
+    "and listed using identifiers, in descending order of relevance. The output format should be [] > [], e.g., "
+    "{example}, Only respond with the ranking results, do not say any word or explain."
+)
+NUM_PASSAGES = [2, 9, 20]
+# What prompts of other versions change in the layout: (the client's text, theirs) at every place where it stands.
+WORDINGS: dict[str, list[tuple[str, str]]] = {
+    "blank lines between passages": [("\n[", "\n\n[")],
+    "blank lines before the query": [("\nSearch Query", "\n\nSearch Query")],
+    "blank lines before the last words": [("\nRank the", "\n\nRank the")],
+    "blank lines everywhere": [("\n", "\n\n")],
+    "breaks of Windows": [("\n", "\r\n")],
+    "a space at the end of lines": [("\n", " \n")],
+    "a break in the opening": [("[]. Rank", "[]. \nRank")],
+    "another example": [("[B] > [A]", "[D] > [B]"), ("[2] > [1]", "[4] > [2]")],
+    "the example of the other style": [("[B] > [A]", "[2] > [1]")],
+    "older last words": [("Answer concisely and directly and only respond", "Only respond")],
+    "other last words": [(", do not say any word or explain.", ".")],
+    "a break at the end": [("or explain.", "or explain.\n")],
+    "a break before": [("I will", "\nI will")],
+    "number identifier": [("a numerical identifier", "number identifier")],
+    "a alphabetical identifier": [("an alphabetical", "a alphabetical"), ("a numerical", "an numerical")],
+    "the other kind in words": [("an alphabetical", "a numerical")],
+    "no kind of search": [("to the search query: ", "to query: ")],
+    "no full stops": [("who was first.", "who was first")],
+    "a full stop at first": [("Search Query: who was first.", "Search Query: who was first")],
+    "a full stop at last": [("search query: who was first.", "search query: who was first")],
+    "an identifier on its own line": [("[A] ", "[A]\n"), ("[1] ", "[1]\n")],
+    "a small letter": [("Search Query:", "Search query:")],
+}
+# What passages may hold that looks like the layout, beside which the marks stay where they are.
+PASSAGES = {
+    "plain": "One passage.",
+    "line breaks": "one\n\ntwo\nthree",
+    "its own identifier": "one\n[A] two\n[1] three",
+    "an identifier further on": "one [B] [2] two",
+    "an identifier of no passage": "one\n[Z] two\n[99] three\n[AB] four\n[0] five\n[] six",
+    "a query": "one\nSearch Query: two.\nthree",
+    "a question": "one\nRank the 7 passages above",
+    "nothing": "",
+}
+
+
+def worded(text: str, wording: str) -> str:
+    for clients, theirs in WORDINGS[wording]:
+        text = text.replace(clients, theirs)
+    return text
+
+
+@pytest.mark.parametrize("num_passages", NUM_PASSAGES)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_read_takes_other_wordings(wording: str, style: str, num_passages: int) -> None:
+    passages = tuple(f"passage {i} on [A], [B] and [10]" for i in range(num_passages))
+    clients = render_user_turn("who was first", passages, style)
+    text = worded(clients, wording)
+    found = read_user_turn(text)
+    assert (found.query, found.style) == ("who was first", style)
+    assert tuple(passage.strip() for passage in found.passages) == passages
+    # A break before the query's line may as well end the last passage: rendered, that is this text.
+    assert is_client_wording(text) == (text == clients or wording == "blank lines before the query")
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("wording", WORDINGS)
+@pytest.mark.parametrize("passage", PASSAGES)
+def test_read_takes_passages_that_look_like_the_layout(passage: str, wording: str, style: str) -> None:
+    passages = (PASSAGES[passage], "end")
+    text = worded(render_user_turn("who was first", passages, style), wording)
+    found = read_user_turn(text)
+    assert (found.query, found.style, len(found.passages)) == ("who was first", style, 2)
+    assert [text.split() for text in found.passages] == [worded(f"\n{text}", wording).split() for text in passages]
+
+
+def test_read_takes_all_changes_at_once() -> None:
+    opening = OPENING.format(num=20, kind="number").replace("search query", "query")
+    body = "".join(f"\n\n[{i}] passage {i}\nof two lines" for i in range(1, 21))
+    closing = CLOSING.format(num=20, example="[4] > [2]")
+    text = f"{opening}who was first{body}\n\nSearch Query: who was first. \n{closing}\n"
+    assert read_user_turn(text) == UserTurn(
+        "who was first", tuple(f"passage {i}\nof two lines" for i in range(1, 21)), "numbers"
+    )
+
+
+@pytest.mark.parametrize(
+    ("query", "again", "read"),
+    [
+        ("who", "who", "who"),
+        ("who.", "who.", "who"),
+        ("who..", "who.", "who."),
+        ("who lives in the U.S.", "who lives in the U.S..", "who lives in the U.S"),
+        ("who  was\nfirst.", "who was first", "who  was\nfirst"),
+        (".", "", ""),
+        ("who? [A] or [B]?", "who? [A] or [B]?", "who? [A] or [B]?"),
+    ],
+)
+def test_read_finds_the_query_with_and_without_a_full_stop(query: str, again: str, read: str) -> None:
+    text = f"{OPENING.format(num=2, kind='number')}{query}\n\n[1] one\n\n[2] two\n\nSearch Query: {again}\n\n"
+    assert read_user_turn(text + CLOSING.format(num=2, example="[2] > [1]")).query == read
+
+
+def test_read_begins_each_passage_at_the_earliest_line() -> None:
+    passages = ("one\n[B] two", "three\n[B] four\n[C] five", "six\n[A] seven\n[C] eight")
+    text = render_user_turn("query", passages)
+    with pytest.raises(PromptError, match="several readings"):
+        parse_user_turn(text)
+    assert not is_client_wording(text)
+    #      [A]    [B]                       [C]
+    earliest = ("one", "two\n[B] three\n[B] four", "five\n[C] six\n[A] seven\n[C] eight")
+    assert read_user_turn(text) == UserTurn("query", earliest, "letters")
+
+
+# A fault → what it changes, in letters, in a list of 3, and what the error must say.
+FAULTS: dict[str, tuple[list[tuple[str, str]], str]] = {
+    "a missing identifier": ([("\n[B] ", "\n")], r"no line after \[A\] that opens with \[B\]"),
+    "a missing first identifier": ([("\n[A] ", "\n")], r"no line that opens with \[A\]"),
+    "a missing last identifier": ([("\n[C] ", "\n")], r"no line after \[B\] that opens with \[C\]"),
+    "an identifier within a line": ([("\n[B] ", " [B] ")], r"opens with \[B\]"),
+    "identifiers in another order": (
+        [("\n[A] ", "\n[?] "), ("\n[B] ", "\n[A] "), ("\n[?] ", "\n[B] ")],
+        r"no line after \[A\] that opens with \[B\]",
+    ),
+    "an identifier twice": ([("\n[B] ", "\n[A] ")], r"no line after \[A\] that opens with \[B\]"),
+    "an identifier of the other style": ([("\n[B] ", "\n[2] ")], r"opens with \[B\]"),
+    "a small identifier": ([("\n[B] ", "\n[b] ")], r"opens with \[B\]"),
+    "fewer passages than announced": ([(" 3 passages", " 4 passages")], r"no line after \[C\] that opens with \[D\]"),
+    "more passages than announced": ([(" 3 passages", " 2 passages")], r"found a passage \[C\] where 2 are announced"),
+    "two numbers of passages": ([("Rank the 3", "Rank the 4")], "found 3 passages announced and 4 asked for"),
+    "letters beyond Z": ([(" 3 passages", " 27 passages")], "found 27, allowed with letters is 1 to 26"),
+    "no number": ([("with 3 passages", "with passages")], "opens like the client's"),
+    "no passages": ([(" 3 passages", " 0 passages")], "opens like the client's"),
+    "two queries": (
+        [("Search Query: who", "Search Query: what")],
+        "'what was first.' after them, allowed is one query",
+    ),
+    "no query again": ([("Search Query:", "")], "closing like the client's"),
+    "no closing": ([("Rank the 3 passages above", "")], "closing like the client's"),
+    "another task": ([("I will provide you with", "Below are")], "opens like the client's"),
+    "another kind": ([("an alphabetical", "a Roman")], "opens like the client's"),
+}
+
+
+@pytest.mark.parametrize("wording", ["blank lines everywhere", "older last words", "no full stops"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_read_refuses(fault: str, wording: str) -> None:
+    changes, told = FAULTS[fault]
+    text = render_user_turn("who was first", ["One.", "Two.", "Three."])
+    for whole, broken in changes:
+        assert whole in text
+        text = text.replace(whole, broken)
+    with pytest.raises(PromptError, match=told):
+        read_user_turn(worded(text, wording))
+
+
+@given(any_texts, st.lists(any_texts, min_size=1, max_size=5), st.sampled_from(STYLES))
+def test_read_takes_what_parse_takes_with_the_same_result(query: str, passages: list[str], style: str) -> None:
+    text = render_user_turn(query, passages, style)
+    try:
+        parts = parse_user_turn(text)
+    except PromptError:
+        assert not is_client_wording(text)
+        return
+    assert is_client_wording(text)
+    assert read_user_turn(text) == parts
+
+
+plain_texts = st.lists(st.text("abc.,?! ", min_size=1, max_size=6), min_size=1, max_size=4).map("\n".join)
+
+
+@given(
+    st.text("abc?! ", min_size=1).map(str.strip).filter(bool),
+    st.lists(plain_texts.map(str.strip), min_size=1, max_size=26),
+    st.sampled_from(STYLES),
+    st.sampled_from(list(WORDINGS)),
+)
+def test_read_gives_the_parts_in_any_wording(query: str, passages: list[str], style: str, wording: str) -> None:
+    found = read_user_turn(worded(render_user_turn(query, passages, style), wording))
+    assert (found.query, found.style) == (query, style)
+    assert [text.split() for text in found.passages] == [text.split() for text in passages]
+
+
+@given(st.one_of(st.text(), any_texts))
+def test_read_of_any_text_raises_nothing_else(text: str) -> None:
+    with pytest.raises(PromptError):
+        read_user_turn(text)
+
+
+@given(st.data())
+def test_read_of_damaged_turns_finds_what_is_announced_or_refuses(data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from([LETTERS_TURN, NUMBERS_TURN])).replace("\n", "\n\n")
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 40)))
+    text = text[:start] + data.draw(any_texts) + text[end:]
+    try:
+        parts = read_user_turn(text)
+    except PromptError:
+        return
+    assert f"with {len(parts.passages)} passages" in text
+    assert all(f"\n[{name}]" in text for name in identifiers(len(parts.passages), parts.style))
+
+
+def test_read_of_a_long_hostile_text_ends() -> None:
+    hostile = ".\n[A] \nSearch Query: Rank the 2 passages above" * 20_000 + "\n[B] " * 20_000
+    assert len(read_user_turn(render_user_turn("query", [hostile, hostile])).passages) == 2
 
 
 def test_render_refuses() -> None:
