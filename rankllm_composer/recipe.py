@@ -203,6 +203,12 @@ class Optimizer:
     gradient_clip_norm: float | None = key(
         "Largest norm of the whole gradient; null = unbounded.", 1.0, unit="L2 norm", above=0
     )
+    max_skipped_updates: int = key(
+        "Updates left out and counted where loss or gradient is not finite, before the run stops.",
+        0,
+        unit="updates",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

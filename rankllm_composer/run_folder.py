@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 RECIPE_NAME = "recipe.yaml"
 MAY_CHANGE = (
+    "run.folder",
     "run.max_duration",
+    "checkpoint.interval",
+    "checkpoint.keep",
+    "checkpoint.export",
     "logging.",
     "data.num_workers",
     "data.prefetch_factor",
@@ -26,7 +31,7 @@ class RunFolderError(ValueError):
 
 
 @contextlib.contextmanager
-def claim_run_folder(folder: Path, recipe_yaml: str) -> Iterator[None]:
+def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold a run's folder while it trains, with the resolved recipe in it. For one process a run.
 
     The lock is the kernel's: it is gone with the process, however that dies.
@@ -34,19 +39,18 @@ def claim_run_folder(folder: Path, recipe_yaml: str) -> Iterator[None]:
     Args:
         folder: made if absent.
         recipe_yaml: the resolved recipe; compared with the one that is there, then written.
+        wait_seconds: for another process to end, such as what a killed run leaves for a moment.
     Raises:
         RunFolderError: another process trains there, or the folder holds a run of another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not _try_lock(handle, wait_seconds):
             raise RunFolderError(
                 f"run.folder: another process is training in {folder}; wait for it, or give this run its own run.name "
                 "or run.folder"
-            ) from error
+            )
         _check_same_recipe(folder / RECIPE_NAME, recipe_yaml)
         partial = folder / f".{RECIPE_NAME}.partial"
         partial.write_text(recipe_yaml)
@@ -54,6 +58,18 @@ def claim_run_folder(folder: Path, recipe_yaml: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _try_lock(handle: int, wait_seconds: float) -> bool:
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
 
 
 def _check_same_recipe(path: Path, recipe_yaml: str) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import textwrap
 import warnings
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
     from composer import Callback, LoggerDestination, Trainer
     from transformers import PreTrainedTokenizerBase
 
+    from rankllm_composer.clean_stop import PeerWatch
     from rankllm_composer.contract import DecodingContract
     from rankllm_composer.data import ListDataset
     from rankllm_composer.model import ListwiseReranker
     from rankllm_composer.recipe import Recipe, Split
+
+# The loader workers of a killed run hold its folder until they see that it is gone.
+CLAIM_WAIT_SECONDS = 30.0
 
 
 class TrainError(ValueError):
@@ -55,7 +60,8 @@ def claimed_run_folder(recipe: Recipe) -> Iterator[Path]:
     folder = Path(recipe.run_folder)
     with contextlib.ExitStack() as held:
         run_on_rank_zero(
-            lambda: held.enter_context(claim_run_folder(folder, recipe_to_yaml(recipe))), f"claim of {folder}"
+            lambda: held.enter_context(claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)),
+            f"claim of {folder}",
         )
         yield folder
         dist.barrier()
@@ -223,12 +229,14 @@ def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
 def build_callbacks(
     recipe: Recipe, contract: DecodingContract, model: ListwiseReranker, num_lists: int
 ) -> list[Callback]:
-    """The epoch's guard, the export, the Composer callbacks a recipe names, and after all these the checkpoints."""
+    """The guards, the export, the Composer callbacks a recipe names, and after all these what writes checkpoints."""
     from composer import callbacks
 
     from rankllm_composer.epochs import EpochGuard
     from rankllm_composer.export import ExportFolder
-    from rankllm_composer.resumption import CheckpointFolder
+    from rankllm_composer.loss_guard import LossGuard
+    from rankllm_composer.preemption import Preemption
+    from rankllm_composer.resumption import CheckpointFolder, ends_epoch
 
     kinds = {
         "speed_monitor": callbacks.SpeedMonitor,
@@ -237,7 +245,7 @@ def build_callbacks(
         "optimizer_monitor": callbacks.OptimizerMonitor,
         "nan_monitor": callbacks.NaNMonitor,
     }
-    ours: list[Callback] = [EpochGuard()]
+    ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
     if recipe.export_folder is not None and recipe.checkpoint.export is not None:
         ours.append(
             ExportFolder(
@@ -256,7 +264,8 @@ def build_callbacks(
         keep=recipe.checkpoint.keep,
         resume=recipe.run.autoresume,
     )
-    return [*ours, *(kinds[name](**options) for name, options in recipe.logging.callbacks.items()), checkpoints]
+    named = [kinds[name](**options) for name, options in recipe.logging.callbacks.items()]
+    return [*ours, *named, checkpoints, Preemption(checkpoints.save, ends_epoch)]
 
 
 def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
@@ -328,6 +337,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
 
     from rankllm_composer.data import build_train_data_spec, lists_per_rank
     from rankllm_composer.neftune import NEFTune
+    from rankllm_composer.preemption import ignore_sigterm
     from rankllm_composer.schedule import apply_schedule, build_schedule
     from rankllm_composer.sharding import average_sharded_gradients
 
@@ -355,6 +365,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         prefetch_factor=recipe.data.prefetch_factor,
         loader_timeout_seconds=recipe.data.loader_timeout_seconds,
     )
+    data_spec.dataloader.worker_init_fn = ignore_sigterm  # type: ignore[union-attr]
     optimizer = build_optimizer(recipe, model)
     schedule = build_schedule(
         optimizer,
@@ -390,26 +401,41 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
     return trainer
 
 
-def train(recipe: Recipe) -> None:
-    """Run a recipe from shards to exported folders, from its latest checkpoint if there is one. A collective.
+def train(recipe: Recipe, watch: PeerWatch) -> None:
+    """Run a recipe from shards to exported folders, from its newest checkpoint if there is one. A collective.
 
+    Args:
+        recipe: what to run.
+        watch: ends this rank when another one dies.
     Raises:
         ValueError: whatever stands in the way, as where, what was found, what is allowed, what to do.
     """
     from composer.utils import dist
 
+    from rankllm_composer.preemption import Preempted
     from rankllm_composer.recipe_check import check_world
 
     device = choose_device(recipe.parallelism.device)
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
     dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's own ends a process without a word
+    watch.start()
     check_world(recipe, dist.get_world_size())
     with claimed_run_folder(recipe) as folder:
         prepare_shards(recipe.data.train, "data.train")
         trainer = build_trainer(recipe, folder, device)
+        stopped: Preempted | None = None
         if trainer.state.timestamp < trainer.state.max_duration:
-            trainer.fit()
+            try:
+                trainer.fit()
+            except Preempted as preempted:
+                stopped = preempted
+        watch.stop()
         trainer.close()
+        if stopped is not None:
+            if dist.get_global_rank() == 0:
+                print(stopped, file=sys.stderr)
+            return
         if dist.get_global_rank() == 0 and recipe.export_folder is not None:
             print(_where_it_is(Path(recipe.export_folder)))
 
@@ -430,6 +456,7 @@ def _where_it_is(export_folder: Path) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line of a run: a recipe and what is laid over it. Returns the exit code."""
+    from rankllm_composer.clean_stop import PeerWatch
     from rankllm_composer.recipe import describe_keys
     from rankllm_composer.recipe_merge import load_recipe
     from rankllm_composer.recipe_schema import keys_as_text
@@ -438,11 +465,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"usage: composer -n PROCESSES {Path(__file__).name} RECIPE.yaml [key=value ...]\n")
         print(keys_as_text(describe_keys()))
         return 0 if arguments else 2
+    watch = PeerWatch()
     try:
-        train(load_recipe(arguments[0], arguments[1:]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        train(load_recipe(arguments[0], arguments[1:]), watch)
+    except (Exception, KeyboardInterrupt) as failure:
+        return watch.exit_code(failure)
     return 0
 
 
