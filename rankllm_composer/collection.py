@@ -1,0 +1,200 @@
+"""A small collection made on the spot, of invented words, and the folder of a small model that can read it.
+
+A query is one word; a passage answers it better the more often it says that word. Nothing is copied from anywhere, and
+what has to be learned is the one thing a reranker must do: hold every passage against the query.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankllm_composer.permutations import MAX_CANDIDATES, identifiers
+from rankllm_composer.prompts import SYSTEM_MESSAGE, render_user_turn
+
+PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
+"""What the word-level tokenizer takes as one token: a word or a sign, with the space before it."""
+
+CHAT_TEMPLATE = (
+    "[INST]{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[/INST]{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Files of a collection: queries and documents as JSONL, first-stage runs and judgments in TREC format.
+
+    Attributes:
+        words: the vocabulary of queries and passages.
+        docs, judgments: for all queries.
+        train_queries, train_run: what a model may be trained on.
+        test_queries, test_run: held out: no passage of theirs is shown in training.
+    """
+
+    words: tuple[str, ...]
+    docs: Path
+    judgments: Path
+    train_queries: Path
+    train_run: Path
+    test_queries: Path
+    test_run: Path
+
+
+def invent_words(count: int, seed: int) -> tuple[str, ...]:
+    """Different words of three syllables that no language owns."""
+    source = random.Random(seed)
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words["".join(source.choice("bdfgklmnprstvz") + source.choice("aeiou") for _ in range(3))] = None
+    return tuple(words)
+
+
+def build_collection(
+    folder: Path,
+    *,
+    num_train_queries: int = 20000,
+    num_test_queries: int = 200,
+    num_candidates: int = 4,
+    words_per_passage: int = 4,
+    num_words: int = 16,
+    passages_per_grade: int = 60,
+    seed: int = 42,
+) -> Collection:
+    """Write a collection. The same arguments write the same files.
+
+    A candidate's grade is how often it says the query's word; the candidates of a query have grades 0, 1, 2, …, and
+    come in an order drawn by chance.
+
+    Args:
+        folder: made if absent; its files are replaced.
+        num_train_queries: queries to train on.
+        num_test_queries: held-out queries.
+        num_candidates: passages of a query; at most words_per_passage + 1.
+        words_per_passage: length of a passage, in words.
+        num_words: size of the vocabulary.
+        passages_per_grade: passages written for each word and grade, once for training and once held out.
+        seed: of words, passages and orders.
+    Raises:
+        ValueError: more candidates than there can be grades, or too few words.
+    """
+    if not 2 <= num_candidates <= words_per_passage + 1:
+        raise ValueError(
+            f"num_candidates: found {num_candidates}, allowed are 2 to {words_per_passage + 1}, for a passage of "
+            f"{words_per_passage} words says a word at most that often; make passages longer or lists shorter"
+        )
+    if num_words <= words_per_passage:
+        raise ValueError(f"num_words: found {num_words}, allowed are more than the {words_per_passage} of a passage")
+    source = random.Random(seed)
+    words = invent_words(num_words, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = Collection(
+        words,
+        *(folder / name for name in ("docs.jsonl", "qrels.trec")),
+        *(folder / name for name in ("train_queries.jsonl", "train_run.trec", "test_queries.jsonl", "test_run.trec")),
+    )
+    docs: list[dict[str, str]] = []
+    judgments: list[str] = []
+    for part, queries, run, count in (
+        ("train", files.train_queries, files.train_run, num_train_queries),
+        ("test", files.test_queries, files.test_run, num_test_queries),
+    ):
+        pool = _passages(words, words_per_passage, num_candidates - 1, passages_per_grade, source)
+        by_grade: dict[tuple[str, int], list[int]] = {}
+        for number, passage in enumerate(pool):
+            said = Counter(passage)
+            for word in words:
+                by_grade.setdefault((word, said[word]), []).append(number)
+            docs.append({"docid": f"{part}-{number}", "title": "", "text": " ".join(passage)})
+        asked, ranked = [], []
+        for number in range(count):
+            qid, word = f"{part}-{number}", source.choice(words)
+            asked.append({"qid": qid, "text": word})
+            candidates = [(source.choice(by_grade[word, grade]), grade) for grade in range(num_candidates)]
+            source.shuffle(candidates)
+            for place, (doc, grade) in enumerate(candidates):
+                ranked.append(f"{qid} Q0 {part}-{doc} {place + 1} {num_candidates - place} chance")
+                judgments.append(f"{qid} 0 {part}-{doc} {grade}")
+        _write_json_lines(queries, asked)
+        run.write_text("\n".join(ranked) + "\n")
+    _write_json_lines(files.docs, docs)
+    files.judgments.write_text("\n".join(judgments) + "\n")
+    return files
+
+
+def _passages(
+    words: tuple[str, ...], length: int, max_grade: int, per_grade: int, source: random.Random
+) -> list[list[str]]:
+    passages = []
+    for word in words:
+        others = [other for other in words if other != word]
+        for grade in range(1, max_grade + 1):
+            for _ in range(per_grade):
+                passage = [word] * grade + source.sample(others, length - grade)
+                source.shuffle(passage)
+                passages.append(passage)
+    return passages
+
+
+def _write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def build_model_folder(folder: Path, words: tuple[str, ...], *, hidden_size: int = 64, num_layers: int = 2) -> None:
+    """Write configuration and tokenizer of a small Mistral that reads the client's prompts about these words.
+
+    The tokenizer knows the words of the prompt template, all letters as identifiers, and `words`. The sizes, the wide
+    initialisation and the short rotary period are what learns within minutes; see benchmarks/EXPERIMENTS.md.
+
+    Args:
+        folder: made if absent; holds no weights.
+        words: of the collection.
+        hidden_size: D.
+        num_layers: decoder layers.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import MistralConfig, PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    most = MAX_CANDIDATES["letters"]
+    turns = [render_user_turn(" ".join(words), [" ".join(words)] * count) for count in range(2, most + 1)]
+    pieces = [piece for text in (SYSTEM_MESSAGE, *turns) for piece in re.findall(PIECE, text)]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*special, *identifiers(most), *pieces]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    MistralConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        initializer_range=0.12,
+        rope_theta=1000.0,
+        tie_word_embeddings=False,
+        sliding_window=None,
+        max_position_embeddings=4096,
+        bos_token_id=vocabulary["<s>"],
+        eos_token_id=vocabulary["</s>"],
+        pad_token_id=vocabulary["</s>"],
+    ).save_pretrained(folder)

@@ -1,0 +1,77 @@
+"""The demo's collection and tokenizer: what a passage is worth, what is held out, what the tokenizer reads."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+
+import pytest
+from transformers import AutoTokenizer
+
+from rankllm_composer.collection import build_collection, build_model_folder, invent_words
+from rankllm_composer.prompts import SYSTEM_MESSAGE, Record, check_tokenizer, encode_record, render_user_turn
+from rankllm_composer.retrieval import load_documents, load_judgments, load_queries, load_run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return build_collection(tmp_path_factory.mktemp("collection"), num_train_queries=50, num_test_queries=20)
+
+
+def test_a_grade_is_how_often_a_passage_says_the_query(files):
+    queries = {**load_queries(files.train_queries), **load_queries(files.test_queries)}
+    judgments = load_judgments(files.judgments)
+    texts = {row["docid"]: row["text"] for row in map(json.loads, files.docs.read_text().splitlines())}
+    assert len(queries) == len(judgments) == 70
+    for qid, word in queries.items():
+        for docid, grade in judgments[qid].items():
+            assert Counter(texts[docid].split())[word] == grade
+        assert sorted(judgments[qid].values()) == [0, 1, 2, 3]
+
+
+def test_no_held_out_passage_is_trained_on(files):
+    train, test = load_run(files.train_run), load_run(files.test_run)
+    seen = {docid for docids in train.values() for docid in docids}
+    held_out = {docid for docids in test.values() for docid in docids}
+    assert not seen & held_out
+    assert load_documents(files.docs, seen | held_out).keys() == seen | held_out
+
+
+def test_the_first_stage_is_chance(tmp_path):
+    files = build_collection(tmp_path, num_train_queries=4000, num_test_queries=1)
+    judgments, places = load_judgments(files.judgments), defaultdict(Counter)
+    for qid, docids in load_run(files.train_run).items():
+        for place, docid in enumerate(docids):
+            places[place][judgments[qid][docid]] += 1
+    for counts in places.values():  # each grade comes in each place a quarter of the time; 120 is over 4 deviations
+        assert all(abs(count - 1000) < 120 for count in counts.values())
+
+
+def test_the_same_seed_writes_the_same_files(files, tmp_path):
+    again = build_collection(tmp_path / "again", num_train_queries=50, num_test_queries=20)
+    other = build_collection(tmp_path / "other", num_train_queries=50, num_test_queries=20, seed=1)
+    assert again.docs.read_bytes() == files.docs.read_bytes() and again.words == files.words
+    assert again.judgments.read_bytes() == files.judgments.read_bytes()
+    assert other.docs.read_bytes() != files.docs.read_bytes()
+
+
+def test_sizes_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_candidates: found 6, allowed are 2 to 5"):
+        build_collection(tmp_path, num_candidates=6)
+    with pytest.raises(ValueError, match="num_words: found 4, allowed are more than the 4"):
+        build_collection(tmp_path, num_words=4)
+
+
+@pytest.mark.parametrize("num_candidates", [2, 4, 26])
+def test_the_tokenizer_reads_every_prompt_and_writes_every_answer(tmp_path, num_candidates):
+    words = invent_words(16, seed=3)
+    build_model_folder(tmp_path, words)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    check_tokenizer(tokenizer, "combined", "letters", num_candidates)
+    letters = [chr(ord("A") + index) for index in range(num_candidates)]
+    response = " > ".join(f"[{letter}]" for letter in reversed(letters))
+    turn = render_user_turn(words[0], [" ".join(words[1:5])] * num_candidates)
+    encoded = encode_record(Record("r", SYSTEM_MESSAGE, turn, response), tokenizer, "combined")
+    ids = encoded.input_ids.tolist()
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids[encoded.response_start :], skip_special_tokens=True) == response
