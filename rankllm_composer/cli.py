@@ -323,3 +323,89 @@ def inspect(
         typer.echo(line)
     if problems:
         raise ValueError(f"{model or recipe}: {len(problems)} to put right, see above")
+
+
+@app.command("plan")
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    num_ranks: Annotated[int, typer.Option("--num-ranks", "-n", min=1, help="GPUs that train.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Card: h100-80gb, a100-80gb, rtx4090-24gb, …")] = "h100-80gb",
+    mfu: Annotated[
+        float | None, typer.Option(help="Share of the card's peak you assume; default: 0.4, measured by nobody.")
+    ] = None,
+    lists: Annotated[
+        int | None, typer.Option(min=1, help="Training lists, where neither shards nor source are here.")
+    ] = None,
+) -> None:
+    """Say what a run will take before any GPU is rented: updates, memory of a rank, operations, hours."""
+    from rankllm_composer.plan import plan_recipe
+    from rankllm_composer.recipe_merge import load_recipe
+
+    found = plan_recipe(
+        load_recipe(_recipe_path(recipe), overrides or []),
+        num_ranks,
+        gpu=gpu,
+        mfu=mfu,
+        num_lists=lists,
+        report=_progress,
+    )
+    for line in found.lines():
+        typer.echo(line)
+
+
+@app.command("rerank")
+def rerank(
+    model: Annotated[Path, typer.Option(help="Exported folder, with reranker.json.")],
+    queries: Annotated[Path, typer.Option(help="Queries: JSONL with qid and text.")],
+    docs: Annotated[Path, typer.Option(help="Documents: JSONL with docid, title and text.")],
+    run: Annotated[Path, typer.Option(help="First-stage run in TREC format.")],
+    output: Annotated[Path, typer.Option(help="TREC run to write.")],
+    qrels: Annotated[Path | None, typer.Option(help="TREC judgments: compare with the first stage.")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="ir-measures' name; may be given again.")] = None,
+    decoding: Annotated[
+        Literal["first_token", "generation"] | None, typer.Option(help="Default: what the contract is for.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Candidates in a prompt; default: the contract's.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Candidates a window moves; default: the contract's.")
+    ] = None,
+    passes: Annotated[int, typer.Option(min=1, help="Times over the list, bottom to top.")] = 1,
+    top_k: Annotated[int, typer.Option(min=1, help="Candidates of a query that are reranked.")] = 100,
+    constrained: Annotated[bool, typer.Option("--constrained", help="Generate permutations only.")] = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass.")] = 16384,
+) -> None:
+    """Rerank a run with an exported model; a job that was stopped goes on where it was."""
+    from rankllm_composer.comparison import DEFAULT_MEASURES
+    from rankllm_composer.rerank import rerank_files
+
+    report = rerank_files(
+        model,
+        queries=queries,
+        documents=docs,
+        run=run,
+        output=output,
+        judgments=qrels,
+        measures=measure or DEFAULT_MEASURES,
+        window_size=window,
+        stride=stride,
+        passes=passes,
+        top_k=top_k,
+        decoding=decoding,
+        constrained=constrained,
+        batch_tokens=batch_tokens,
+    )
+    typer.echo(report.text)
+
+
+@app.command("demo")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Takes the collection, the shards, the run and the model.")] = Path(
+        "runs/demo"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Make a small collection, train a small reranker on it from scratch, show what it learned."""
+    from rankllm_composer.demo import run_demo
+
+    run_demo(folder, find_recipe("demo"), overrides or [], report=typer.echo)

@@ -1,0 +1,172 @@
+"""The planned memory of a rank against what real runs on CPU ranks take: Composer's Trainer, FSDP2 or DDP, gloo.
+
+    python benchmarks/plan_vs_measured.py
+
+Measured = the shards of the weights before `fit`, plus the highest sum of what PyTorch's CPU allocator gave and
+took back during it (torch.profiler, profile_memory), the larger of the ranks. Prints a table; exit code 1 if a plan is
+off by more than 10 %.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOLERANCE = 0.1
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "combined": {},
+    "combined, all layers recomputed": {"activation_checkpointing": 1.0},
+    "combined, half of the layers recomputed": {"activation_checkpointing": 0.5},
+    "ranking": {"objective": "ranking"},
+    "generation, one microbatch an update": {"objective": "generation", "accumulates": False},
+    "weights kept between forward and backward": {"reshard_after_forward": False, "activation_checkpointing": 1.0},
+    "short lists, where weights dominate": {"length": 48},
+    "copies (DDP)": {"fsdp": False, "activation_checkpointing": 1.0},
+    "LoRA on one rank": {"lora": True, "num_ranks": 1, "fsdp": False, "activation_checkpointing": 1.0},
+}
+
+
+def workload(case: dict[str, Any]) -> Any:
+    """The plan's view of a case."""
+    from peft import LoraConfig
+    from transformers import MistralConfig
+
+    from rankllm_composer.memory import Workload
+    from rankllm_composer.objectives import Objective
+
+    rest = {key: value for key, value in case.items() if key not in ("objective", "length", "lora")}
+    adapters = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    defaults = {"num_ranks": 2, "precision": "fp32", "attention": "packed_sdpa"}
+    return Workload(
+        config=MistralConfig(**SIZES, sliding_window=None),
+        objective=Objective(case.get("objective", "combined")),
+        lengths=(case.get("length", 512),) * 4,
+        num_targets=40,
+        num_candidates=10,
+        peft_config=adapters if case.get("lora") else None,
+        **{**defaults, **rest},
+    )
+
+
+def measure(case: dict[str, Any]) -> int:
+    """Highest bytes of this rank in two updates of a real run. A collective."""
+    from composer import DataSpec, Trainer
+    from composer.utils import dist
+    from composer.utils.parallelism import FSDP2Config
+    from torch.distributed.tensor import DTensor
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM
+
+    from rankllm_composer import packing
+    from rankllm_composer.memory import lists_without_content
+    from rankllm_composer.model import ListwiseReranker
+    from rankllm_composer.sharding import average_sharded_gradients
+
+    work = workload(case)
+    each = len(work.lengths)
+    rows = lists_without_content(work) * (2 if work.accumulates else 1)
+    base = AutoModelForCausalLM.from_config(work.config)
+    model = ListwiseReranker(
+        base.float().train(),
+        None,
+        work.objective,
+        activation_checkpointing=work.activation_checkpointing,
+        peft_config=work.peft_config,
+    )
+    sampler = dist.get_sampler(rows * (2 * work.num_ranks), shuffle=False)
+    loader = DataLoader(
+        rows * (2 * work.num_ranks), len(rows), sampler=sampler, collate_fn=lambda part: {"sequences": part}
+    )
+    spec = DataSpec(
+        loader,
+        split_batch=lambda batch, _: packing.split_batch(batch, max_lists=each),
+        get_num_samples_in_batch=packing.num_samples_in_batch,
+        get_num_tokens_in_batch=packing.num_tokens_in_batch,
+    )
+    sharding = FSDP2Config(reshard_after_forward=work.reshard_after_forward)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=spec,
+        max_duration="2ba",
+        optimizers=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True),
+        device="cpu",
+        device_train_microbatch_size=each,
+        accumulate_train_batch_on_tokens=True,
+        parallelism_config={"fsdp": sharding} if work.fsdp else None,
+        progress_bar=False,
+        seed=1,
+    )
+    average_sharded_gradients(model)
+    kept = [p.to_local() if isinstance(p, DTensor) else p for p in (*model.parameters(), *model.buffers())]
+    in_use = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+    if not work.fsdp and work.num_ranks > 1:  # DDP makes its buckets when it wraps
+        in_use += sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.fit()
+    trainer.close()
+    highest = in_use
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        in_use += event.nbytes()
+        highest = max(highest, in_use)
+    largest = torch.tensor(highest)
+    dist.all_reduce(largest, reduce_operation="MAX")
+    return int(largest)
+
+
+def run(name: str) -> int:
+    """`measure` of a case in processes of their own."""
+    ranks = workload(CASES[name]).num_ranks
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "bytes.json")
+        launcher = Path(sys.executable).with_name("composer")
+        subprocess.run(
+            [sys.executable, launcher, "-n", str(ranks), __file__, name, result],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        return int(json.loads(result.read_text()))
+
+
+def main() -> int:
+    from rankllm_composer.memory import plan_memory
+
+    worst = 0.0
+    print(f"{'case':<44} {'planned MB':>10} {'measured MB':>11} {'off':>7}")
+    for name, case in CASES.items():
+        planned, measured = plan_memory(workload(case)).peak, run(name)
+        off = planned / measured - 1
+        worst = max(worst, abs(off))
+        print(f"{name:<44} {planned / 1e6:>10.1f} {measured / 1e6:>11.1f} {off:>+7.1%}", flush=True)
+    print(f"the largest difference is {worst:.1%}; allowed is {TOLERANCE:.0%}")
+    return int(worst > TOLERANCE)
+
+
+def worker(name: str, result: str) -> None:
+    from composer.utils import dist
+
+    torch.set_num_threads(1)
+    dist.initialize_dist("cpu")
+    highest = measure(CASES[name])
+    if dist.get_global_rank() == 0:
+        Path(result).write_text(json.dumps(highest))
+
+
+if __name__ == "__main__":
+    sys.exit(main() if len(sys.argv) == 1 else worker(*sys.argv[1:]))
