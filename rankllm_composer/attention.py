@@ -82,15 +82,16 @@ def packed_sdpa(
     bounds = cu_seqlens.tolist()
     if bounds[-1] != total:
         raise ValueError(f"packed_sdpa: cu_seqlens ends at {bounds[-1]}, the pack holds {total} tokens")
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     outputs = []
-    for start, stop in itertools.pairwise(bounds):
-        segment = (query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop])
-        if sliding_window is not None and stop - start > sliding_window:
-            outputs.append(_windowed_attention(*segment, sliding_window, scaling))
+    # split() and not slices: the gradient of each slice would be as large as the pack.
+    for q, k, v in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)):
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            output = _windowed_attention(q, k, v, sliding_window, scaling)
         else:
-            outputs.append(F.scaled_dot_product_attention(*segment, is_causal=True, scale=scaling))
-    output = torch.cat(outputs, dim=2)  # (K, H / K, T, d)
-    return output.reshape(num_heads, total, head_dim).transpose(0, 1).unsqueeze(0)
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        outputs.append(output.permute(2, 0, 1, 3))  # (L, K, H / K, d)
+    return torch.cat(outputs).reshape(1, total, num_heads, head_dim)
 
 
 def _packed_sdpa_forward(
