@@ -21,8 +21,8 @@ PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
 """What the word-level tokenizer takes as one token: a word or a sign, with the space before it."""
 
 CHAT_TEMPLATE = (
-    "[INST]{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}[/INST]{% endif %}"
+    "[INST]{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}[/INST]{% endif %}"
 )
 
 

@@ -365,10 +365,10 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
     """
     from dataclasses import asdict, replace
 
+    from rankllm_composer.assembly import build_model
     from rankllm_composer.augmentation import lay_out_anew
     from rankllm_composer.model import load_tokenizer
     from rankllm_composer.record_lookup import SplitRecords
-    from rankllm_composer.train import build_model
 
     split, keys = recipe.data.train, recipe.model
     sets = [(s.local, s.remote) for s in split.streams] or [(split.local, split.remote)]

@@ -326,9 +326,9 @@ def look_at_lists(recipe: Recipe, num_lists: int | None, sample: int) -> ListLen
 
 def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num_ranks: int) -> Workload:
     """What a rank computes at its fullest: a microbatch up to its limit, of lists of mean length where it is known."""
+    from rankllm_composer.assembly import build_peft_config
     from rankllm_composer.memory import Workload
     from rankllm_composer.objectives import Objective
-    from rankllm_composer.train import _peft_config
 
     batch, limit = recipe.batch, recipe.data.max_length_tokens
     each = batch.global_lists // num_ranks
@@ -365,7 +365,7 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
         activation_checkpointing=recipe.model.activation_checkpointing,
         attention=attention,  # type: ignore[arg-type]
         optimizer=recipe.optimizer.name,
-        peft_config=_peft_config(recipe),
+        peft_config=build_peft_config(recipe),
     )
 
 

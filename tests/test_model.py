@@ -1,4 +1,4 @@
-"""The packed model against a plain Hugging Face forward of each list alone: losses, gradients, families, checkpointing."""
+"""The packed model against a plain Hugging Face forward of each list alone: losses, gradients, model families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient of a global batch is the same however it is split: microbatches, ranks, DDP or FSDP2, with noise too.
+"""The gradient of a global batch is the same however it is split: microbatches, ranks, DDP, FSDP2, noise.
 
 One update of SGD with learning rate 1 moves the weights by exactly the gradient; everything runs through Composer's loop.
 """
@@ -50,7 +50,7 @@ def test_one_update_is_the_same_for_every_split(results, objective):
             assert case["losses"] == pytest.approx(reference["losses"], rel=2e-6), (ranks, how)
             for parameter, value in normalised(case["weights"]).items():
                 expected = normalised(reference["weights"])[parameter]
-                torch.testing.assert_close(value, expected, rtol=1e-4, atol=3e-6, msg=lambda m: f"{ranks} {how} {m}")
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=3e-6, msg=f"{ranks} {how} {parameter}")
                 moved = max(moved, float((value - before[parameter]).abs().max()))
     assert moved > 0.01  # the update is far above the tolerance
     assert compared >= 6

@@ -14,9 +14,10 @@ import pytest
 import torch
 from launching import ON_CPU, REPOSITORY, TRAIN, metrics, succeeded, train
 
+from rankllm_composer.assembly import AssemblyError, build_optimizer, choose_device
 from rankllm_composer.recipe_merge import load_recipe, recipe_to_yaml
 from rankllm_composer.run_folder import RunFolderError, claim_run_folder
-from rankllm_composer.train import TrainError, build_optimizer, choose_device, main, prepare_shards
+from rankllm_composer.train import TrainError, main, prepare_shards
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
 
@@ -48,7 +49,7 @@ def test_errors_are_one_readable_text(tmp_path, capsys):
 
 def test_a_gpu_that_is_not_there_is_an_error():
     assert choose_device("auto") == choose_device("cpu") == "cpu"
-    with pytest.raises(TrainError, match=r"parallelism\.device: found gpu, but this machine shows no CUDA device"):
+    with pytest.raises(AssemblyError, match=r"parallelism\.device: found gpu, but this machine shows no CUDA device"):
         choose_device("gpu")
 
 
@@ -67,7 +68,7 @@ def test_optimizer_of_the_recipe():
     assert type(optimizer) is torch.optim.AdamW and group["params"] == [model.weight]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (5e-6, (0.9, 0.999), 1e-8, 0.0)
     eight_bit = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, name="adamw_8bit"))
-    with pytest.raises(TrainError, match="adamw_8bit needs bitsandbytes"):
+    with pytest.raises(AssemblyError, match="adamw_8bit needs bitsandbytes"):
         build_optimizer(eight_bit, model)
 
 

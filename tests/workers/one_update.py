@@ -86,7 +86,8 @@ def main() -> None:
         for limit_name, limit in LIMITS.items():
             results[objective, limit_name, "ddp"] = run_case(folder, objective, limit, False, False, False)
     results["combined", "by_3", "fsdp2"] = run_case(folder, "combined", LIMITS["by_3"], True, False, False)
-    results["combined", "by_60_tokens", "fsdp2"] = run_case(folder, "combined", LIMITS["by_60_tokens"], True, False, True)
+    by_tokens = LIMITS["by_60_tokens"]
+    results["combined", "by_60_tokens", "fsdp2"] = run_case(folder, "combined", by_tokens, True, False, True)
     results["ranking", "by_1", "fsdp2"] = run_case(folder, "ranking", LIMITS["by_1"], True, False, True)
     for name, sharded in (("ddp", False), ("fsdp2", True)):
         for limit_name in ("by_1", "by_60_tokens"):

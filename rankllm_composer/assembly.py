@@ -1,0 +1,266 @@
+"""The parts of a run, each made from what a recipe says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from composer import Callback, LoggerDestination
+    from transformers import PreTrainedTokenizerBase
+
+    from rankllm_composer.contract import DecodingContract
+    from rankllm_composer.data import ListDataset
+    from rankllm_composer.model import ListwiseReranker
+    from rankllm_composer.recipe import Recipe, Split
+
+
+class AssemblyError(ValueError):
+    """A part that a recipe names cannot be had on this machine; the message says which and what to do."""
+
+
+def choose_device(name: str) -> str:
+    """ "gpu" or "cpu".
+
+    Raises:
+        AssemblyError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    if name == "gpu" and not torch.cuda.is_available():
+        raise AssemblyError("parallelism.device: found gpu, but this machine shows no CUDA device; use cpu or auto")
+    if name == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer, refused before any data is read where it cannot carry the objective."""
+    from rankllm_composer.model import load_tokenizer
+    from rankllm_composer.prompts import check_tokenizer
+
+    keys = recipe.model
+    tokenizer = load_tokenizer(recipe.tokenizer, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
+    check_tokenizer(tokenizer, recipe.objective.name, recipe.data.train.identifiers or "letters", 2)
+    return tokenizer
+
+
+def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> ListDataset:
+    """The lists of a split, streamed and tokenised."""
+    from rankllm_composer.data import ListDataset, lists_per_rank
+    from rankllm_composer.streams import Stream
+
+    streams = [Stream(s.local, s.remote, s.proportion) for s in split.streams]
+    return ListDataset(
+        streams or [Stream(split.local, split.remote)],  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        objective=recipe.objective.name,
+        max_length_tokens=recipe.data.max_length_tokens,
+        batch_size=lists_per_rank(recipe.batch.global_lists),
+        too_long=recipe.data.too_long,
+        shuffle=split.shuffle,
+        seed=recipe.run.seed,
+        shuffle_passages=split.shuffle_passages,
+        identifiers=split.identifiers,
+        num_canonical_nodes=split.num_canonical_nodes,
+        cache_limit=split.cache_limit,
+        download_retry=split.download_retry,
+        download_timeout_seconds=split.download_timeout_seconds,
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str) -> ListwiseReranker:
+    """The model of a recipe. Under FSDP2 rank 0 loads the weights; the others start on the meta device."""
+    from composer.utils import dist, reproducibility
+
+    from rankllm_composer.model import ListwiseReranker, load_causal_lm
+    from rankllm_composer.objectives import Objective
+
+    keys = recipe.model
+    reproducibility.seed_all(recipe.run.seed)  # fresh weights are the same on every rank
+    causal_lm = load_causal_lm(
+        keys.name_or_path,
+        revision=keys.revision,
+        trust_remote_code=keys.trust_remote_code,
+        random_weights=keys.random_weights,
+        config_overrides=keys.config_overrides,
+        on_meta=recipe.parallelism.fsdp and dist.get_global_rank() > 0,
+    )
+    return ListwiseReranker(
+        causal_lm,
+        tokenizer,
+        Objective(
+            recipe.objective.name,
+            language_modelling_weight=recipe.objective.language_modelling_weight,
+            ranking_weight=recipe.objective.ranking_weight,
+            ranking_loss=recipe.objective.ranking_loss,
+            ranking_loss_options=recipe.objective.ranking_loss_options,
+        ),
+        attention=keys.attention,
+        device=device,
+        activation_checkpointing=keys.activation_checkpointing,
+        compile_layers=keys.compile,
+        peft_config=build_peft_config(recipe),
+    )
+
+
+def build_peft_config(recipe: Recipe) -> Any:
+    """PEFT's LoRA configuration; None where all weights are trained."""
+    lora = recipe.model.lora
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Optimizer:
+    """AdamW over the weights that are trained.
+
+    Raises:
+        AssemblyError: adamw_8bit without bitsandbytes.
+    """
+    import torch
+
+    keys = recipe.optimizer
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {
+        "lr": keys.lr,
+        "betas": tuple(keys.betas),
+        "eps": keys.eps,
+        "weight_decay": keys.weight_decay,
+    }
+    if keys.name == "adamw":
+        return torch.optim.AdamW(weights, fused=True, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise AssemblyError(
+            "optimizer.name: adamw_8bit needs bitsandbytes; install the `bitsandbytes` extra, or use adamw"
+        ) from error
+    return AdamW8bit(weights, **options)
+
+
+def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
+    """metrics.jsonl, the progress line, and the Composer loggers a recipe names."""
+    from composer import loggers
+
+    from rankllm_composer.progress import MetricsFile, ProgressLine
+
+    kinds = {"tensorboard": loggers.TensorboardLogger, "wandb": loggers.WandBLogger, "mlflow": loggers.MLFlowLogger}
+    ours: list[LoggerDestination] = []
+    if recipe.logging.metrics_file:
+        ours.append(MetricsFile(folder / "metrics.jsonl"))
+    if recipe.logging.progress:
+        ours.append(ProgressLine())
+    return ours + [kinds[name](**options) for name, options in recipe.logging.loggers.items()]
+
+
+def build_callbacks(
+    recipe: Recipe, contract: DecodingContract, model: ListwiseReranker, num_lists: int
+) -> list[Callback]:
+    """The guards, the export, the Composer callbacks a recipe names, and after all these what writes checkpoints."""
+    from composer import callbacks
+
+    from rankllm_composer.epochs import EpochGuard
+    from rankllm_composer.export import ExportFolder
+    from rankllm_composer.loss_guard import LossGuard
+    from rankllm_composer.preemption import Preemption
+    from rankllm_composer.resumption import CheckpointFolder, ends_epoch
+
+    kinds = {
+        "speed_monitor": callbacks.SpeedMonitor,
+        "memory_monitor": callbacks.MemoryMonitor,
+        "lr_monitor": callbacks.LRMonitor,
+        "optimizer_monitor": callbacks.OptimizerMonitor,
+        "nan_monitor": callbacks.NaNMonitor,
+    }
+    ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
+    if recipe.export_folder is not None and recipe.checkpoint.export is not None:
+        ours.append(
+            ExportFolder(
+                recipe.export_folder,
+                tokenizer=model.tokenizer,  # type: ignore[arg-type]
+                contract=contract,
+                facts=card_facts(recipe, contract, num_lists),
+                interval=recipe.checkpoint.export.interval,
+                generation_config=model.model.generation_config,
+                dtype="float32" if recipe.parallelism.precision == "fp32" else "bfloat16",
+            )
+        )
+    checkpoints = CheckpointFolder(
+        recipe.checkpoint_folder,
+        interval=recipe.checkpoint.interval,
+        keep=recipe.checkpoint.keep,
+        resume=recipe.run.autoresume,
+    )
+    named = [kinds[name](**options) for name, options in recipe.logging.callbacks.items()]
+    return [*ours, *named, checkpoints, Preemption(checkpoints.save, ends_epoch)]
+
+
+def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
+    """How the trained model is asked and read; identifiers as the first training list has them."""
+    from rankllm_composer.contract import decoding_contract
+    from rankllm_composer.permutations import identifiers
+    from rankllm_composer.prompts import PromptError, identifier_token_ids, read_user_turn
+
+    style = recipe.data.train.identifiers or read_user_turn(dataset.record(0).user).style
+    names = identifiers(20, style)
+    try:
+        token_ids = identifier_token_ids(dataset.tokenizer, len(names), style)
+    except PromptError:
+        if recipe.objective.name != "generation":
+            raise
+        token_ids = None
+    return decoding_contract(
+        dataset.tokenizer,
+        objective=recipe.objective.name,
+        identifier_style=style,
+        identifiers=names,
+        identifier_token_ids=token_ids,
+        context_size_tokens=recipe.data.max_length_tokens,
+    )
+
+
+def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int) -> Any:
+    """What the model card tells of a run."""
+    from rankllm_composer.model_card import CardFacts
+
+    train, source = recipe.data.train, recipe.data.train.source
+    data = [s.remote or s.local for s in train.streams] or [
+        (source and (source.input or source.run)) or train.remote or train.local
+    ]
+    weights = {}
+    if recipe.objective.name != "ranking":
+        weights["language modelling"] = recipe.objective.language_modelling_weight
+    if recipe.objective.name != "generation":
+        options = ", ".join(f"{name}={value}" for name, value in recipe.objective.ranking_loss_options.items())
+        loss = recipe.objective.ranking_loss + (f" ({options})" if options else "")
+        weights[loss] = recipe.objective.ranking_weight
+    return CardFacts(
+        name=recipe.run.name,
+        base_model=None if recipe.model.random_weights else recipe.model.name_or_path,
+        contract=contract,
+        data=tuple(str(name) for name in data),
+        num_lists=num_lists,
+        losses=weights,
+        hyperparameters={
+            "lists a step": recipe.batch.global_lists,
+            "duration": recipe.run.max_duration,
+            "optimizer": recipe.optimizer.name,
+            "learning rate": recipe.optimizer.lr,
+            "schedule": f"{recipe.schedule.name}, warmup {recipe.schedule.warmup}",
+            "gradient clipping": recipe.optimizer.gradient_clip_norm,
+            "NEFTune alpha": None if recipe.neftune is None else recipe.neftune.alpha,
+            "arithmetic": recipe.parallelism.precision,
+            "longest list, tokens": recipe.data.max_length_tokens,
+            "seed": recipe.run.seed,
+        },
+    )
