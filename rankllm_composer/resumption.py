@@ -108,8 +108,18 @@ class CheckpointFolder(Callback):
         self.resumed_from, self._last_batch = path, manifest.batch
         log.info("continues from %s", path)
 
-    def fit_start(self, state: State, logger: Logger) -> None:
+    # A loader that starts may draw random numbers: the next epoch's did so in the unbroken run too, that of an epoch
+    # resumed in its middle did not.
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
         del state, logger
+        self._restore_random_numbers()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self._restore_random_numbers()
+
+    def _restore_random_numbers(self) -> None:
         if self._random_states is not None:
             reproducibility.load_rng_state(self._random_states)
             self._random_states = None

@@ -1,0 +1,122 @@
+"""Checkpoints of a small Trainer: written, continued from, refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from composer.core import Callback
+from tiny_training import new_hf_model, new_trainer
+
+from rankllm_composer import resumption
+from rankllm_composer.checkpoints import MANIFEST, CheckpointError, whole_checkpoints
+from rankllm_composer.resumption import CheckpointFolder
+
+
+class Draws(Callback):
+    """Random numbers drawn with each batch, from every source."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, ...]] = []
+
+    def batch_start(self, state, logger):
+        self.seen.append((torch.rand(1).item(), np.random.rand(), random.random()))
+
+
+def train(folder: Path, duration: str, *, interval: str = "1ba", family: str = "mistral", **options):
+    """Batches of 4 an epoch; returns the draws and the final weights."""
+    draws, checkpoints = Draws(), CheckpointFolder(folder, interval=interval, **options)
+    model = new_hf_model(family)
+    trainer = new_trainer(model, duration, callbacks=[draws, checkpoints])
+    trainer.fit()
+    trainer.close()
+    return draws.seen, {name: weight.clone() for name, weight in model.state_dict().items()}, checkpoints
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path, _ in whole_checkpoints(folder)]
+
+
+def test_going_on_is_as_never_having_stopped(tmp_path):
+    draws, weights, _ = train(tmp_path / "whole", "2ep", interval="2ep")
+    assert names(tmp_path / "whole") == ["ep2-ba8"]
+    first, _, _ = train(tmp_path / "parts", "3ba")
+    second, _, resumed = train(tmp_path / "parts", "1ep")
+    assert resumed.resumed_from == tmp_path / "parts" / "ep0-ba3"
+    assert names(tmp_path / "parts") == ["ep0-ba2", "ep0-ba3", "ep1-ba4"]  # the three newest of both runs
+    third, again, _ = train(tmp_path / "parts", "2ep")
+    assert first + second + third == draws
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert not (tmp_path / "parts" / ".partial" / "ep2-ba8").exists()
+
+
+def test_a_half_written_one_is_passed_over(tmp_path):
+    train(tmp_path, "3ba")
+    (tmp_path / "ep0-ba3" / MANIFEST).unlink()
+    _, _, resumed = train(tmp_path, "1ep")
+    assert resumed.resumed_from == tmp_path / "ep0-ba2"
+    assert names(tmp_path) == ["ep0-ba2", "ep0-ba3", "ep1-ba4"]
+
+
+def test_what_stands_in_the_way(tmp_path):
+    train(tmp_path, "2ba", keep=1)
+    with pytest.raises(CheckpointError, match=r"run\.autoresume: found false, but .*ep0-ba2 is a checkpoint of this"):
+        train(tmp_path, "1ep", resume=False)
+    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a checkpoint of another model \(model\.model\.layers"):
+        train(tmp_path, "1ep", family="qwen2")
+    damaged = tmp_path / "ep0-ba2" / "rank0.pt"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a damaged checkpoint"):
+        train(tmp_path, "1ep")
+
+
+class Payload:
+    """Makes a folder when unpickled, or evaluated."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def poison(checkpoint: Path, change) -> None:
+    """Change what is in a checkpoint and make its manifest fit."""
+    content = torch.load(checkpoint / "rank0.pt", weights_only=False)
+    change(content["state"])
+    torch.save(content, checkpoint / "rank0.pt")
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"]["rank0.pt"] = (checkpoint / "rank0.pt").stat().st_size
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    trap = tmp_path / "was run"
+    train(tmp_path / "a", "2ba", keep=1)
+    poison(tmp_path / "a" / "ep0-ba2", lambda state: state.update(callbacks={"x": Payload(trap)}))
+    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a pickle that asks for posix\.mkdir, allowed is data"):
+        train(tmp_path / "a", "1ep")
+    # Composer evaluates the text of an algorithm that a checkpoint says it needs.
+    train(tmp_path / "b", "2ba", keep=1)
+    text = f"BlurPool if __import__('os').mkdir({str(trap)!r}) else None"
+    poison(tmp_path / "b" / "ep0-ba2", lambda state: state.update(algorithms=[("BlurPool", {"repr": text})]))
+    train(tmp_path / "b", "1ep")
+    assert not trap.exists()
+
+
+def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    train(tmp_path, "2ba", keep=1)
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(resumption, "save_checkpoint", full)
+    with pytest.raises(CheckpointError, match=r"ep0-ba3: the checkpoint could not be written \(.*No space left"):
+        train(tmp_path, "1ep")
+    assert names(tmp_path) == ["ep0-ba2"]
