@@ -5,8 +5,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NPROC ?= 8
 RUNS ?= runs
+KILLS ?= 24
 
-.PHONY: help setup demo test check rehearse bench reproduce-first-mistral reproduce-zephyr clean
+.PHONY: help setup demo test check rehearse bench soak reproduce-first-mistral reproduce-zephyr clean
 
 help:  ## list the jobs
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -34,6 +35,9 @@ rehearse: setup  ## every recipe of yamls/ on CPU: two ranks under FSDP2, a tiny
 
 bench: setup  ## the figures of benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run_all.py
+
+soak: setup  ## kill small runs at KILLS random moments and compare them with runs that never died
+	$(BIN)/python benchmarks/kill_soak.py --kills $(KILLS)
 
 # Shards -> train -> export -> the commands that serve the result. Variables: NPROC (processes, one a GPU), DATA (records
 # to build shards from), MODEL (base model), SET (more key=value overrides of the recipe).
