@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from composer import Callback, LoggerDestination
+    from composer import Callback
+    from composer.loggers import LoggerDestination
     from transformers import PreTrainedTokenizerBase
 
     from rankllm_composer.contract import DecodingContract
     from rankllm_composer.data import ListDataset
     from rankllm_composer.model import ListwiseReranker
     from rankllm_composer.recipe import Recipe, Split
+    from rankllm_composer.validation import Validation
 
 
 class AssemblyError(ValueError):
@@ -114,7 +116,7 @@ def build_peft_config(recipe: Recipe) -> Any:
 
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank; a fraction is fine
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
         task_type="CAUSAL_LM",
@@ -163,8 +165,33 @@ def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
     return ours + [kinds[name](**options) for name, options in recipe.logging.loggers.items()]
 
 
+def build_validation(
+    recipe: Recipe, contract: DecodingContract, tokenizer: PreTrainedTokenizerBase
+) -> Validation | None:
+    """Ranking of `data.eval` while training; every n-th window is this rank's. None where the recipe asks for none."""
+    from composer.utils import dist
+
+    from rankllm_composer.validation import Validation
+
+    if recipe.evaluation is None or recipe.data.eval is None:
+        return None
+    windows = build_dataset(recipe, recipe.data.eval, tokenizer)
+    own = range(dist.get_global_rank(), windows.num_samples, dist.get_world_size())
+    return Validation(
+        [windows.record(number) for number in own],
+        tokenizer=tokenizer,
+        contract=contract,
+        interval=recipe.evaluation.interval,
+        decodings=recipe.evaluation.decodings,
+    )
+
+
 def build_callbacks(
-    recipe: Recipe, contract: DecodingContract, model: ListwiseReranker, num_lists: int
+    recipe: Recipe,
+    contract: DecodingContract,
+    model: ListwiseReranker,
+    num_lists: int,
+    validation: Validation | None,
 ) -> list[Callback]:
     """The guards, the export, the Composer callbacks a recipe names, and after all these what writes checkpoints."""
     from composer import callbacks
@@ -183,6 +210,8 @@ def build_callbacks(
         "nan_monitor": callbacks.NaNMonitor,
     }
     ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
+    if validation is not None:
+        ours.append(validation)
     if recipe.export_folder is not None and recipe.checkpoint.export is not None:
         ours.append(
             ExportFolder(
@@ -193,6 +222,7 @@ def build_callbacks(
                 interval=recipe.checkpoint.export.interval,
                 generation_config=model.model.generation_config,
                 dtype="float32" if recipe.parallelism.precision == "fp32" else "bfloat16",
+                figures=lambda: {} if validation is None else validation.figures,
             )
         )
     checkpoints = CheckpointFolder(
@@ -234,9 +264,8 @@ def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int) -> An
     from rankllm_composer.model_card import CardFacts
 
     train, source = recipe.data.train, recipe.data.train.source
-    data = [s.remote or s.local for s in train.streams] or [
-        (source and (source.input or source.run)) or train.remote or train.local
-    ]
+    data: list[str | None] = [s.remote or s.local for s in train.streams]
+    data = data or [(source and (source.input or source.run)) or train.remote or train.local]
     weights = {}
     if recipe.objective.name != "ranking":
         weights["language modelling"] = recipe.objective.language_modelling_weight

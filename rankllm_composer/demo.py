@@ -79,7 +79,7 @@ def _train(recipe_path: Path, overrides: Sequence[str]) -> None:
     from rankllm_composer import train
 
     launcher = Path(sys.executable).with_name("composer")
-    command = [sys.executable, launcher, "-n", "1", train.__file__, recipe_path, *overrides]
+    command = [sys.executable, str(launcher), "-n", "1", str(train.__file__), str(recipe_path), *overrides]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS)}, check=False)
     if done.returncode != 0:
         raise DemoError(f"training ended with exit code {done.returncode}; what it said is above")

@@ -21,7 +21,6 @@ from rankllm_composer.objectives import Objective
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torchmetrics import Metric
     from transformers import PreTrainedTokenizerBase
 
 
@@ -64,7 +63,6 @@ class ListwiseReranker(HuggingFaceModel):
         activation_checkpointing: share of layers whose activations are recomputed, 0 … 1.
         compile_layers: run each layer through torch.compile.
         peft_config: a PEFT LoRA configuration. None = all weights are trained.
-        eval_metrics: torchmetrics updated by `update_metric`.
     Raises:
         ValueError: the attention cannot run here, or the tokenizer has more tokens than the model.
     """
@@ -80,7 +78,6 @@ class ListwiseReranker(HuggingFaceModel):
         activation_checkpointing: float = 0.0,
         compile_layers: bool = False,
         peft_config: PeftConfig | None = None,
-        eval_metrics: list[Metric] | None = None,
     ) -> None:
         model.config._attn_implementation = choose_attention(attention, device)
         model.config.use_cache = False
@@ -90,7 +87,6 @@ class ListwiseReranker(HuggingFaceModel):
             tokenizer=tokenizer,  # type: ignore[arg-type]
             use_logits=True,
             metrics=[],
-            eval_metrics=eval_metrics or [],
             peft_config=peft_config,
         )
         self.objective = objective
@@ -148,17 +144,11 @@ class ListwiseReranker(HuggingFaceModel):
                 logits = call().logits
         return {"logits": logits[0]}
 
-    def loss(self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def loss(  # type: ignore[override]  # a dict is what the Trainer logs by name
+        self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
         """The objective's loss parts of this microbatch; Composer trains `total` and logs all."""
         return self.objective(outputs["logits"], batch)
-
-    def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> Any:
-        """As `forward`; metrics read identifier scores from the logits."""
-        return self.forward(batch) if outputs is None else outputs
-
-    def update_metric(self, batch: Mapping[str, Any], outputs: Mapping[str, torch.Tensor], metric: Metric) -> None:
-        """Hand logits and batch to a metric of ours."""
-        metric.update(outputs["logits"], batch)
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Floating-point operations of training on a device batch, forward and backward (Composer's SpeedMonitor)."""

@@ -95,6 +95,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
     tokenizer = assembly.build_tokenizer(recipe)
     dataset = assembly.build_dataset(recipe, recipe.data.train, tokenizer)
     contract = assembly.build_contract(recipe, dataset)
+    validation = assembly.build_validation(recipe, contract, tokenizer)
     model = assembly.build_model(recipe, tokenizer, device)
     algorithms: list[Any] = []
     if recipe.optimizer.gradient_clip_norm is not None:
@@ -135,7 +136,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         schedulers=schedule,
         step_schedulers_every_batch=True,
         algorithms=algorithms,
-        callbacks=assembly.build_callbacks(recipe, contract, model, dataset.epoch_size),
+        callbacks=assembly.build_callbacks(recipe, contract, model, dataset.epoch_size, validation),
         loggers=assembly.build_loggers(recipe, folder),
         run_name=recipe.run.name,
         progress_bar=False,
@@ -175,6 +176,8 @@ def train(recipe: Recipe, watch: PeerWatch) -> None:
     check_world(recipe, dist.get_world_size())
     with claimed_run_folder(recipe) as folder:
         prepare_shards(recipe.data.train, "data.train")
+        if recipe.data.eval is not None and recipe.evaluation is not None:
+            prepare_shards(recipe.data.eval, "data.eval")
         trainer = build_trainer(recipe, folder, device)
         stopped: Preempted | None = None
         if trainer.state.timestamp < trainer.state.max_duration:

@@ -13,6 +13,7 @@ from launching import ON_CPU, REPOSITORY, metrics, succeeded, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from rankllm_composer.contract import chat_template_sha256, read_contract
+from rankllm_composer.progress import read_metrics
 from rankllm_composer.prompts import encode_record
 from rankllm_composer.recipe_merge import load_recipe
 
@@ -33,6 +34,7 @@ def material(tmp_path_factory, golden, mistral_v3_tokenizer, zephyr_v1_tokenizer
     records = json.loads((golden / "records.json").read_text())
     copies = [dict(record, id=f"{record['id']}-{copy}") for copy in range(4) for record in records]
     (folder / "records.json").write_text(json.dumps(copies))
+    (folder / "windows.json").write_text(json.dumps(records[:3]))
     bases = {
         "mistral": (mistral_v3_tokenizer, {"vocab_size": 32768, "sliding_window": None, "rope_theta": 1e6}),
         "zephyr": (zephyr_v1_tokenizer, {"vocab_size": 32000, "sliding_window": 4096}),
@@ -64,6 +66,8 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
         "parallelism.fsdp=true",
         "schedule.warmup=2ba",
         "checkpoint.interval=1ep",
+        f"data.eval={{local: windows, source: {{input: {material / 'windows.json'}}}}}",
+        "evaluation={interval: 1ep, decodings: [first_token]}",
     ]
     succeeded(train(recipe, *overlay, "run.max_duration=1ep", folder=tmp_path))
     succeeded(train(recipe, *overlay, "run.max_duration=2ep", folder=tmp_path))
@@ -77,7 +81,12 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
         assert [line["lr"] / keys.optimizer.lr for line in lines[3:]] == pytest.approx(shape)
     assert lines[-1]["data/lists_trained"] == 24 and lines[-1]["data/lists_too_long"] == 0
 
+    validated = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/windows" in line]
+    assert [line["eval/windows"] for line in validated] == [3, 3]
+    assert all(-1 <= line["eval/first_token/tau"] <= 1 for line in validated)
+
     export = tmp_path / "run" / "hf" / "epoch_1"
+    assert "eval/first_token/tau" in (export / "README.md").read_text()
     contract = read_contract(export)
     tokenizer = AutoTokenizer.from_pretrained(export)
     model = AutoModelForCausalLM.from_pretrained(export)

@@ -1,6 +1,6 @@
-"""The gradient of a global batch is the same however it is split: microbatches, ranks, DDP, FSDP2, noise.
+"""The gradient of a global batch is the same however it is split over microbatches and ranks, DDP or FSDP2.
 
-One update of SGD with learning rate 1 moves the weights by exactly the gradient; everything runs through Composer's loop.
+One update of SGD with learning rate 1 moves the weights by exactly the gradient; all runs through Composer's loop.
 """
 
 from __future__ import annotations
