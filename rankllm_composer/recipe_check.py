@@ -145,23 +145,13 @@ def _loss_options(loss: str, options: dict[str, Any]) -> Iterator[Problem]:
 def _times(recipe: Recipe) -> Iterator[Problem]:
     warmup, duration = parse_time(recipe.schedule.warmup), parse_time(recipe.run.max_duration)
     assert warmup is not None and duration is not None  # both were read by recipe_schema.build
-    units = {"ep": ("ep", "ba", "dur"), "ba": ("ep", "ba", "dur")}.get(duration[1], (duration[1], "dur"))
-    involved = ("run.max_duration",)
-    if warmup[1] not in units:
-        yield Problem(
-            "schedule.warmup",
-            f"'{recipe.schedule.warmup}' with run.max_duration={recipe.run.max_duration}",
-            f"a duration in {', '.join(units)}",
-            "give both in the same unit, or the warmup as a share of the run such as 0.03dur",
-            involved,
-        )
-    elif warmup[0] >= (1 if warmup[1] == "dur" else duration[0]) and warmup[1] in (duration[1], "dur"):
+    if warmup[0] >= (1 if warmup[1] == "dur" else duration[0]) and warmup[1] in (duration[1], "dur"):
         yield Problem(
             "schedule.warmup",
             f"'{recipe.schedule.warmup}', the whole run of run.max_duration={recipe.run.max_duration}",
             "less than the run",
             "shorten it or train longer",
-            involved,
+            ("run.max_duration",),
         )
 
 
