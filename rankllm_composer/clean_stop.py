@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -87,8 +88,11 @@ class PeerWatch:
             130 for an interrupt, 2 for what a user can correct, 1 for anything else.
         """
         self.stop()
+        if self.peers:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, to those that are left: heard already
         code = 130 if isinstance(failure, KeyboardInterrupt) else 2 if isinstance(failure, ValueError) else 1
-        gone = self.lost(GRACE_SECONDS / 2) if code == 1 or (code == 2 and self.rank > 0) else []
+        patience = GRACE_SECONDS if self.rank else GRACE_SECONDS / 4  # rank 0 speaks first, and is then gone
+        gone = self.lost(patience) if code == 1 or (code == 2 and self.rank) else []
         if code == 130:
             if self.rank == 0:
                 say(f"error: interrupted; {GO_ON}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,9 @@ from rankllm_composer.clean_stop import Peer, PeerWatch
 def hurried(monkeypatch):
     monkeypatch.setattr(clean_stop, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(clean_stop, "POLL_SECONDS", 0.02)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture()
