@@ -181,7 +181,7 @@ def build_model_folder(folder: Path, words: tuple[str, ...], *, hidden_size: int
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
-    fast.save_pretrained(folder)
+    fast.save_pretrained(folder)  # type: ignore[attr-defined]
     MistralConfig(
         vocab_size=len(vocabulary),
         hidden_size=hidden_size,

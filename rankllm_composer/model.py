@@ -91,7 +91,7 @@ class ListwiseReranker(HuggingFaceModel):
         )
         self.objective = objective
         layer_types = {type(layer) for layer in decoder_layers(self.model)}
-        self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types
+        self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types  # type: ignore[assignment]
         if compile_layers:
             for layer in decoder_layers(self.model):
                 layer.compile()
@@ -104,10 +104,11 @@ class ListwiseReranker(HuggingFaceModel):
     def _head_rows(self, token_ids: torch.Tensor) -> Iterator[None]:
         """While open, the LM head computes only the rows of these (C,) tokens: (…, D) → (…, C)."""
         head = self.output_head
-        bias = getattr(head, "bias", None)
+        bias: torch.Tensor | None = getattr(head, "bias", None)
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
-            return F.linear(hidden, head.weight[token_ids], None if bias is None else bias[token_ids])
+            weight: torch.Tensor = head.weight  # type: ignore[assignment]  # read here: under FSDP2 it is whole only now
+            return F.linear(hidden, weight[token_ids], None if bias is None else bias[token_ids])
 
         head.forward = forward  # type: ignore[method-assign]
         try:

@@ -299,14 +299,14 @@ def look_at_lists(recipe: Recipe, num_lists: int | None, sample: int) -> ListLen
     from rankllm_composer.record_lookup import RecordLookupError, SplitRecords
 
     split, keys = recipe.data.train, recipe.model
-    sets = [(s.local, s.remote) for s in split.streams] or [(split.local, split.remote)]
+    sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
     limit = f"taken to be {recipe.data.max_length_tokens:,} tokens each, the longest allowed (assumed)"
     try:
         records = SplitRecords(sets, None if split.source is None else asdict(split.source))  # type: ignore[arg-type]
         found = len(records)
     except RecordLookupError:
-        number = f"{num_lists:,} (given)" if num_lists is not None else "number not known"
-        return ListLengths((), (), num_lists, f"{number}; no data here, {limit}")
+        told = f"{num_lists:,} (given)" if num_lists is not None else "number not known"
+        return ListLengths((), (), num_lists, f"{told}; no data here, {limit}")
     if any(stream.proportion is not None for stream in split.streams):
         found = sum(round((s.proportion or 0) * found) for s in split.streams)
     try:
@@ -393,7 +393,8 @@ def _remedies(
     if alone:
         yield from alone
         return
-    changed, done, ranks = recipe, [], num_ranks
+    changed, ranks = recipe, num_ranks
+    done: list[str] = []
     for told, change, wanted in changes:
         if wanted < ranks:
             continue
@@ -426,7 +427,9 @@ def _changes(recipe: Recipe, num_ranks: int) -> Iterator[tuple[str, Callable[[Re
         if batch.microbatch_tokens is not None and fewer < tokens:
             yield (
                 f"batch.microbatch_tokens={fewer}",
-                lambda r, fewer=fewer: replace(r, batch=replace(r.batch, microbatch_tokens=fewer)),
+                lambda r, fewer=fewer: replace(  # type: ignore[misc]
+                    r, batch=replace(r.batch, microbatch_tokens=fewer)
+                ),
                 num_ranks,
             )
     if recipe.optimizer.name != "adamw_8bit":

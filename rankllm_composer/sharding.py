@@ -29,5 +29,5 @@ def average_sharded_gradients(model: torch.nn.Module) -> float:
     factor = float(reduced)
     if factor != 1.0:
         for module in sharded:
-            module.set_all_reduce_hook(lambda gradient: gradient.div_(factor))
+            module.set_all_reduce_hook(lambda gradient: gradient.div_(factor))  # type: ignore[arg-type]
     return factor

@@ -1,0 +1,147 @@
+"""The design, held true: which room may import which, what importing costs, and how long a room may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rankllm_composer
+
+ROOMS = sorted(Path(rankllm_composer.__file__).parent.glob("*.py"))
+ALLOWED = {
+    "__init__": "",
+    "assembly": (
+        "contract data epochs export loss_guard model model_card objectives permutations preemption "
+        "progress prompts recipe resumption streams validation"
+    ),
+    "attention": "",
+    "augmentation": "permutations prompts",
+    "chat": "permutations user_turn",
+    "checkpoints": "",
+    "claims": "",
+    "clean_stop": "",
+    "cli": (
+        "comparison demo inspection permutations plan recipe recipe_check recipe_merge recipe_schema "
+        "rerank shards"
+    ),
+    "collection": "permutations prompts",
+    "comparison": "metrics",
+    "contract": "",
+    "data": "augmentation exact_streaming packing permutations prompts shard_index streams",
+    "decoding": "inference permutations prompts windows",
+    "demo": "collection comparison contract export model permutations prompts recipe recipe_merge rerank train",
+    "epochs": "",
+    "evaluation": "augmentation contract decoding metrics permutations prompts windows",
+    "exact_streaming": "claims epochs shard_index streams",
+    "export": "contract model_card staging weights",
+    "flops": "",
+    "inference": "attention",
+    "inspection": "assembly augmentation contract model objectives packing prompts record_lookup",
+    "json_array": "",
+    "loss_guard": "",
+    "losses": "",
+    "memory": "model objectives packing prompts",
+    "metrics": "",
+    "model": "attention flops objectives",
+    "model_card": "contract",
+    "neftune": "",
+    "objectives": "losses",
+    "packing": "prompts",
+    "permutations": "",
+    "plan": "assembly flops memory model objectives prompts recipe recipe_check record_lookup schedule",
+    "preemption": "",
+    "progress": "",
+    "prompts": "chat permutations user_turn",
+    "recipe": "permutations recipe_schema",
+    "recipe_build": "recipe_schema",
+    "recipe_check": "permutations recipe recipe_build recipe_schema",
+    "recipe_merge": "recipe recipe_build recipe_check recipe_schema",
+    "recipe_schema": "",
+    "record_lookup": "prompts records shard_index storage trec",
+    "records": "json_array permutations prompts",
+    "rerank": "comparison contract evaluation retrieval sliding",
+    "resumption": "checkpoints safe_loading",
+    "retrieval": "prompts trec_files",
+    "run_folder": "",
+    "safe_loading": "",
+    "schedule": "",
+    "shard_blocks": "permutations prompts records shard_index shard_manifest",
+    "shard_check": "records shard_index shard_manifest storage",
+    "shard_index": "prompts",
+    "shard_manifest": "shard_index",
+    "shard_merge": "shard_blocks shard_index shard_manifest storage",
+    "shard_publish": "shard_index shard_manifest storage",
+    "sharding": "",
+    "shards": (
+        "permutations records shard_blocks shard_check shard_index shard_manifest shard_merge "
+        "shard_publish storage trec"
+    ),
+    "sliding": "contract decoding evaluation windows",
+    "staging": "",
+    "storage": "",
+    "streams": "claims shard_index storage",
+    "train": (
+        "assembly clean_stop contract data export model_card neftune preemption recipe recipe_check "
+        "recipe_merge recipe_schema run_folder schedule sharding shards"
+    ),
+    "trec": "permutations prompts records trec_files",
+    "trec_files": "records",
+    "user_turn": "permutations",
+    "validation": "contract evaluation prompts weights",
+    "weights": "safe_loading",
+    "windows": "permutations prompts",
+}
+KNOW_THE_RECIPE = {"train", "assembly", "plan", "memory", "cli", "demo", "inspection", "record_lookup"}
+"""Rooms that take a whole recipe; every other takes plain arguments."""
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Our rooms that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rankllm_composer":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names} - {"__version__"}
+    return found
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
+def test_a_room_imports_what_the_table_allows(path):
+    assert rooms_imported(path) == set(ALLOWED[path.stem].split())
+
+
+def test_rooms_form_no_cycle():
+    seen, order = set(), []
+
+    def visit(room, above):
+        assert room not in above, f"cycle: {' → '.join((*above, room))}"
+        if room not in seen:
+            seen.add(room)
+            for other in ALLOWED[room].split():
+                visit(other, (*above, room))
+            order.append(room)
+
+    for room in ALLOWED:
+        visit(room, ())
+
+
+def test_only_the_outer_rooms_know_the_recipe():
+    for room, imported in ALLOWED.items():
+        if {"recipe", "recipe_merge"} & set(imported.split()):
+            assert room in KNOW_THE_RECIPE or room.startswith("recipe")
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
+def test_a_room_holds_one_concept(path):
+    assert len(path.read_text().splitlines()) <= 480
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, rankllm_composer; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
