@@ -147,7 +147,7 @@ def test_cranfield_through_two_sharded_ranks(tmp_path, shared, model_folder):
         "run.folder=run",
         f"model.name_or_path={model_folder}",
         "data.train.local=shards",
-        f"data.train.source={{{source}, window: 5, max_passage_words: 60}}",
+        f"data.train.source={{{source}, window: 5, stride: 5, max_passage_words: 60}}",
         "data.max_length_tokens=2048",
         "batch.global_lists=32",
         "batch.microbatch_tokens=4096",
