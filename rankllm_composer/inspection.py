@@ -264,7 +264,7 @@ def add_losses(found: Inspection, model: ListwiseReranker) -> None:
     (batch,) = packing.split_batch({"sequences": [row]}, max_lists=1)
     model.eval()
     with torch.no_grad():
-        outputs = model.eval_forward(batch)
+        outputs = model.forward(batch)
         found.losses = {name: float(value) for name, value in model.loss(outputs, batch).items()}
         if found.encoded.identifier_token_ids is not None:
             found.scores = identifier_scores(outputs["logits"], batch)[0].numpy()
