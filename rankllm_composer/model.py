@@ -151,6 +151,10 @@ class ListwiseReranker(HuggingFaceModel):
         """The objective's loss parts of this microbatch; Composer trains `total` and logs all."""
         return self.objective(outputs["logits"], batch)
 
+    def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> Any:
+        """As `forward`; the Trainer's evaluation calls it."""
+        return self.forward(batch) if outputs is None else outputs
+
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Floating-point operations of training on a device batch, forward and backward (Composer's SpeedMonitor)."""
         lengths = [len(s.encoded.input_ids) for s in batch["sequences"] if s.encoded is not None]
