@@ -117,13 +117,3 @@ def test_another_number_of_ranks(tmp_path_factory, request, overlay, unbroken, r
 
 
 ON_ONE_RANK: pytest.StashKey[Path] = pytest.StashKey()
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_error(tmp_path, overlay):
-    run = Run(RECIPE, [*overlay, "optimizer.lr=1e30", "optimizer.gradient_clip_norm=null"], tmp_path)
-    assert run.finish() == 2
-    output = run.output()
-    assert output.count("error: batch 3: found a loss that is not finite (rank 0: ") == 1
-    assert "; rank 1: " in output and "Traceback" not in output
-    assert [line["batch"] for line in comparable_metrics(tmp_path)] == [1, 2]
