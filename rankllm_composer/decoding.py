@@ -99,8 +99,8 @@ def score_windows_first_token(
             a second forward only for windows where it is not `[`.
         eos_token_ids: tokens the model may not write first.
         top_k: only identifiers among the `top_k` likeliest tokens count, and a token counts as the identifier it
-            decodes to: the client's rule, by which the token of ` A`, where it is likely enough, takes the place of the
-            token of `A`. None = the log-probabilities of the identifiers' own tokens, all of them.
+            decodes to: the client's rule. ` A` is not `A`, though servers of a year (vLLM from June 2025 to July 2026)
+            drop the space and with it mix up the two. None = the log-probabilities of the identifiers' own tokens.
         batch_tokens: tokens in one forward, at most, unless a window alone has more.
         attention: see `attention.choose_attention`.
         lockstep: the model is sharded: all ranks call this together and run as many forwards as the busiest one.
@@ -210,7 +210,10 @@ class _Reader:
 
     def _decode(self, token: int) -> str:
         if token not in self._decoded:
-            self._decoded[token] = self._tokenizer.decode([token])
+            text = self._tokenizer.decode([token])
+            # SentencePiece drops the space that a text begins with; it is part of the token.
+            lost = self._tokenizer.convert_ids_to_tokens(token).startswith("▁") and not text.startswith(" ")
+            self._decoded[token] = " " + text if lost else text
         return self._decoded[token]
 
 

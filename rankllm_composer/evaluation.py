@@ -170,7 +170,8 @@ def summarise(results: Iterable[WindowResult]) -> dict[str, float]:
         - D/shuffled/ndcg@10, /ndcg@10_deviation (standard deviation over the K shuffles of a window), /tau (to the
           ranking of the window as it is); D/reversed/ndcg@10, /tau: position bias.
     """
-    windows = list({result.id: result for result in reversed(list(results))}.values())
+    # In the order of their ids, so that no figure depends on which rank had which window.
+    windows = [window for _, window in sorted({result.id: result for result in reversed(list(results))}.items())]
     judged = [window for window in windows if _is_judged(window)]
     figures: dict[str, float] = {"windows": len(windows), "judged_windows": len(judged)}
 

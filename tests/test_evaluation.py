@@ -170,6 +170,18 @@ def test_the_model_is_left_as_it_was(tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_adapters_and_checkpointed_layers_change_nothing(tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    expected = evaluate(new_model(), RECORDS, num_shuffles=1)
+    checkpointed = new_model().train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed.config.use_cache = False
+    assert evaluate(checkpointed, RECORDS, num_shuffles=1) == expected
+    adapted = get_peft_model(new_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert evaluate(adapted, RECORDS, num_shuffles=1) == expected  # a new adapter adds nothing
+
+
 def test_a_forward_holds_many_windows(tokenizer):
     model, windows = KnownReranker(), several_windows(tokenizer)
     total = sum(len(window.input_ids) for window in windows)
@@ -414,8 +426,6 @@ def test_ranks_with_a_sharded_model_and_different_shares(tmp_path):
     ranks = [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in (0, 1)]
     tokenizer = new_tokenizer()
     for constrained in (False, True):
-        whole = evaluate_windows(
-            new_model(), tokenizer, records, new_contract(tokenizer), constrained=constrained
-        )
+        whole = evaluate_windows(new_model(), tokenizer, records, new_contract(tokenizer), constrained=constrained)
         for name in ("uneven", "one has none"):
             assert [*ranks[0][name, constrained], *ranks[1][name, constrained]] == whole

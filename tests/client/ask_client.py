@@ -9,10 +9,35 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import dataclass
+from unittest.mock import MagicMock
 
-from rank_llm.data import Candidate, Query, Request, Result
-from rank_llm.rerank.listwise.rank_listwise_os_llm import RankListwiseOSLLM
-from vllm.outputs import Logprob
+import vllm
+
+# Rerankers on T5, which the client imports beside ours and transformers 5 does not have the parts for.
+sys.modules["rank_llm.rerank.listwise.lit5.model"] = MagicMock()
+
+from rank_llm.data import Candidate, Query, Request, Result  # noqa: E402
+from rank_llm.rerank.listwise.rank_listwise_os_llm import RankListwiseOSLLM  # noqa: E402
+
+start_server = vllm.LLM
+
+
+@functools.cache
+def server(model: str):
+    """One server a model, at full precision and without compilation, which a small machine has no time for."""
+    return start_server(model=model, dtype="float32", enforce_eager=True, max_logprobs=30, max_model_len=4096)
+
+
+vllm.LLM = lambda model, **_: server(model)
+
+
+@dataclass
+class Logprob:
+    """What vLLM tells of a token, as far as the client reads it."""
+
+    logprob: float
+    decoded_token: str
 
 
 @functools.cache

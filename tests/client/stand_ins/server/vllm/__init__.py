@@ -50,7 +50,7 @@ class LLM:
                 likeliest = log_probabilities.topk(min(params.logprobs, len(logits))).indices.tolist()
                 told.append(
                     {
-                        token: Logprob(float(log_probabilities[token]), self.tokenizer.decode([token]))
+                        token: Logprob(float(log_probabilities[token]), self._text(token))
                         for token in dict.fromkeys([chosen, *likeliest])
                     }
                 )
@@ -59,3 +59,9 @@ class LLM:
                 break
         written = tokens[start:]
         return CompletionOutput(self.tokenizer.decode(written, skip_special_tokens=True), written, told or None)
+
+    def _text(self, token: int) -> str:
+        """Text of a token, with the leading space that decoding drops, as vLLM tells it since July 2026."""
+        text = self.tokenizer.decode([token])
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        return " " * (piece[:1] == "▁" and text[:1] != " ") + text
