@@ -7,6 +7,7 @@ what has to be learned is the one thing a reranker must do: hold every passage a
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -34,7 +35,7 @@ class Collection:
         words: the vocabulary of queries and passages.
         docs, judgments: for all queries.
         train_queries, train_run: what a model may be trained on.
-        test_queries, test_run: held out: no passage of theirs is shown in training.
+        test_queries, test_run: held out: no passage of theirs is shown in training, not even under another id.
     """
 
     words: tuple[str, ...]
@@ -63,7 +64,8 @@ def build_collection(
     num_candidates: int = 4,
     words_per_passage: int = 4,
     num_words: int = 16,
-    passages_per_grade: int = 60,
+    passages_per_grade: int = 40,
+    test_passages_per_grade: int = 20,
     seed: int = 42,
 ) -> Collection:
     """Write a collection. The same arguments write the same files.
@@ -78,10 +80,11 @@ def build_collection(
         num_candidates: passages of a query; at most words_per_passage + 1.
         words_per_passage: length of a passage, in words.
         num_words: size of the vocabulary.
-        passages_per_grade: passages written for each word and grade, once for training and once held out.
+        passages_per_grade, test_passages_per_grade: passages written for each word and grade to train on, and held
+            out; no two of all have the same text.
         seed: of words, passages and orders.
     Raises:
-        ValueError: more candidates than there can be grades, or too few words.
+        ValueError: more candidates than there can be grades, too few words, or more passages than there are texts.
     """
     if not 2 <= num_candidates <= words_per_passage + 1:
         raise ValueError(
@@ -90,6 +93,7 @@ def build_collection(
         )
     if num_words <= words_per_passage:
         raise ValueError(f"num_words: found {num_words}, allowed are more than the {words_per_passage} of a passage")
+    _check_texts(num_words, words_per_passage, num_candidates - 1, passages_per_grade + test_passages_per_grade)
     source = random.Random(seed)
     words = invent_words(num_words, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,11 +104,12 @@ def build_collection(
     )
     docs: list[dict[str, str]] = []
     judgments: list[str] = []
-    for part, queries, run, count in (
-        ("train", files.train_queries, files.train_run, num_train_queries),
-        ("test", files.test_queries, files.test_run, num_test_queries),
+    written: set[tuple[str, ...]] = set()
+    for part, queries, run, count, per_grade in (
+        ("train", files.train_queries, files.train_run, num_train_queries, passages_per_grade),
+        ("test", files.test_queries, files.test_run, num_test_queries, test_passages_per_grade),
     ):
-        pool = _passages(words, words_per_passage, num_candidates - 1, passages_per_grade, source)
+        pool = _passages(words, words_per_passage, num_candidates - 1, per_grade, source, written)
         by_grade: dict[tuple[str, int], list[int]] = {}
         for number, passage in enumerate(pool):
             said = Counter(passage)
@@ -127,17 +132,41 @@ def build_collection(
     return files
 
 
+def _check_texts(num_words: int, length: int, max_grade: int, per_grade: int) -> None:
+    """Stop where there are fewer different texts than passages of a grade."""
+    for grade in range(1, max_grade + 1):
+        others = length - grade
+        texts = math.comb(length, grade) * math.perm(num_words - 1, others)
+        if grade == 1:
+            texts //= length  # each of its words is said once, so it could be written for any of them
+        if per_grade > texts:
+            raise ValueError(
+                f"passages_per_grade + test_passages_per_grade: found {per_grade}, allowed are {texts}, as many as there "
+                f"are texts of {length} words that say one of them {grade} times; write fewer, or longer ones"
+            )
+
+
 def _passages(
-    words: tuple[str, ...], length: int, max_grade: int, per_grade: int, source: random.Random
-) -> list[list[str]]:
-    passages = []
+    words: tuple[str, ...],
+    length: int,
+    max_grade: int,
+    per_grade: int,
+    source: random.Random,
+    written: set[tuple[str, ...]],
+) -> list[tuple[str, ...]]:
+    """Passages that say a word 1 to `max_grade` times, each of them new; `written` grows by them."""
+    passages: list[tuple[str, ...]] = []
     for word in words:
         others = [other for other in words if other != word]
         for grade in range(1, max_grade + 1):
-            for _ in range(per_grade):
-                passage = [word] * grade + source.sample(others, length - grade)
-                source.shuffle(passage)
-                passages.append(passage)
+            goal = len(passages) + per_grade
+            while len(passages) < goal:
+                drawn = [word] * grade + source.sample(others, length - grade)
+                source.shuffle(drawn)
+                passage = tuple(drawn)
+                if passage not in written:
+                    written.add(passage)
+                    passages.append(passage)
     return passages
 
 

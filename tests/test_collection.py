@@ -37,6 +37,24 @@ def test_no_held_out_passage_is_trained_on(files):
     assert load_documents(files.docs, seen | held_out).keys() == seen | held_out
 
 
+def test_no_two_passages_have_the_same_text(files):
+    texts = [json.loads(line)["text"] for line in files.docs.read_text().splitlines()]
+    assert len(set(texts)) == len(texts) == 16 * 3 * (40 + 20)  # words, grades 1 to 3, passages to train on + held out
+
+
+def test_a_passage_without_the_query_repeats_words_as_often(files):
+    """Otherwise repetition alone would tell relevance, and nobody would have to read the query."""
+    queries = {**load_queries(files.train_queries), **load_queries(files.test_queries)}
+    texts = {row["docid"]: row["text"] for row in map(json.loads, files.docs.read_text().splitlines())}
+    most_said: dict[int, set[int]] = defaultdict(set)
+    for qid, graded in load_judgments(files.judgments).items():
+        for docid, grade in graded.items():
+            if queries[qid] not in texts[docid].split():
+                assert grade == 0
+                most_said[grade].add(max(Counter(texts[docid].split()).values()))
+    assert most_said[0] == {1, 2, 3}
+
+
 def test_the_first_stage_is_chance(tmp_path):
     files = build_collection(tmp_path, num_train_queries=4000, num_test_queries=1)
     judgments, places = load_judgments(files.judgments), defaultdict(Counter)
@@ -60,6 +78,9 @@ def test_sizes_that_cannot_be_are_refused(tmp_path):
         build_collection(tmp_path, num_candidates=6)
     with pytest.raises(ValueError, match="num_words: found 4, allowed are more than the 4"):
         build_collection(tmp_path, num_words=4)
+    # A word three times and one of 15 others in one of 4 places: 60 texts.
+    with pytest.raises(ValueError, match="passages_per_grade: found 61, allowed are 60"):
+        build_collection(tmp_path, passages_per_grade=41)
 
 
 @pytest.mark.parametrize("num_candidates", [2, 4, 26])
