@@ -33,8 +33,8 @@ check: setup  ## lint and types
 rehearse: setup  ## every recipe of yamls/ on CPU: two ranks under FSDP2, a tiny model of the same architecture
 	$(BIN)/python -m pytest tests/test_rehearse.py -v
 
-bench: setup  ## shard building, the input pipeline, planned against measured memory
-	for question in shard_build input_pipeline plan_vs_measured; do $(BIN)/python benchmarks/$$question.py || exit 1; done
+bench: setup  ## speed, memory and scaling on this machine, written into benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/run_all.py
 
 soak: setup  ## kill small runs at KILLS random moments and compare them with runs that never died
 	$(BIN)/python benchmarks/kill_soak.py --kills $(KILLS)

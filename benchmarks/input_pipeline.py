@@ -1,6 +1,6 @@
 """Does the input ever make a step wait? Tokens a second that the loader delivers, by number of workers.
 
-    python benchmarks/input_pipeline.py [--lists 400] [--workers 0,1,2] [--batch-size 16] [--tokenizer FOLDER]
+    python benchmarks/input_pipeline.py [--lists 400] [--workers 0,1,2] [--batch-size 16] [--shape SHAPE]
 
 Writes shards (zstd, xxh64) of synthetic lists: 20 passages whose words are lognormal (median 70, sigma 0.6) times a
 factor of the query (sigma 0.35), at most 300, at some 1.35 tokens a word. Then reads epochs of them through
@@ -8,7 +8,7 @@ factor of the query (sigma 0.35), at most 300, at some 1.35 tokens a word. Then 
 over. The first epoch, which starts the workers, is reported apart; the rate is that of the epochs after it. Lists over
 4,096 tokens are tokenised, counted and left out, as in training; rates count the tokens delivered. Tokens per CPU
 second of loader and workers together are what a core does when others have the machine, too. Default tokenizer:
-Mistral-7B-Instruct-v0.3's.
+Mistral-7B-Instruct-v0.3's. Last comes what a training step eats: one packed list of a model of --shape, on all cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from report import NUM_CORES, in_own_process
+from steps import new_stepper
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from workload import SHAPES, WARM_UP_LENGTHS, new_lists, new_model, typical_lengths
 
 from rankllm_composer.data import ListDataset, build_train_data_spec
 from rankllm_composer.permutations import format_permutation
@@ -100,6 +103,18 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, w
     return first_batch, first_epoch, num_lists / EPOCHS, num_tokens / num_lists, num_tokens / seconds, num_tokens / cpu
 
 
+def step_rate(shape: str, threads: int) -> float:
+    """Tokens a second of a packed training step on one typical list, after a step that is not timed."""
+    import torch
+
+    torch.set_num_threads(threads)
+    step = new_stepper("packed", new_model(shape))
+    step(new_lists(WARM_UP_LENGTHS, shape))
+    lengths = typical_lengths(1)
+    seconds, _ = step(new_lists(lengths, shape))
+    return sum(lengths) / seconds
+
+
 def cpu_seconds() -> float:
     """CPU seconds of this process and its ended children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -111,6 +126,7 @@ def main() -> None:
     parser.add_argument("--lists", type=int, default=400)
     parser.add_argument("--workers", default="0,1,2")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--tokenizer", help="HF folder; default: Mistral-7B-Instruct-v0.3's, built from mistral-common")
     options = parser.parse_args()
     if options.tokenizer:
@@ -129,12 +145,20 @@ def main() -> None:
     print(f"encode_record alone: {(cpu_seconds() - start) / len(some) * 1e3:.2f} CPU ms a list\n")
     print("| workers | first batch, s | first epoch, s | lists trained | tokens a list | tokens/s | tokens/CPU s |")
     print("|---|---|---|---|---|---|---|")
+    rates = {}
     with tempfile.TemporaryDirectory() as folder:
         write_shards(records, Path(folder))
         for workers in map(int, options.workers.split(",")):
             first_batch, first_epoch, *rest = measure(Path(folder), tokenizer, options.batch_size, workers)
+            rates[workers] = rest[2]
             figures = [f"{first_batch:.2f}", f"{first_epoch:.2f}", *(f"{figure:,.0f}" for figure in rest)]
             print(f"| {workers} | {' | '.join(figures)} |", flush=True)
+    eaten = in_own_process(step_rate, options.shape, NUM_CORES, threads=NUM_CORES)
+    workers, delivered = max(rates.items())
+    print(
+        f"\nA training step of {options.shape} on {NUM_CORES} threads eats {eaten:,.0f} tokens/s; "
+        f"{workers} workers deliver {delivered / eaten:,.0f} times as much."
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The planned memory of a rank against what real runs on CPU ranks take: Composer's Trainer, FSDP2 or DDP, gloo.
+"""Does a rank take the memory that was planned?
 
     python benchmarks/plan_vs_measured.py
+
+The plan of each case against a real run of it on CPU ranks: Composer's Trainer, FSDP2 or DDP, gloo.
 
 Measured = the shards of the weights before `fit`, plus the highest sum of what PyTorch's CPU allocator gave and
 took back during it (torch.profiler, profile_memory), the larger of the ranks. Prints a table; exit code 1 if a plan is

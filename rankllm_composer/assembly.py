@@ -201,6 +201,7 @@ def build_callbacks(
     from rankllm_composer.loss_guard import LossGuard
     from rankllm_composer.preemption import Preemption
     from rankllm_composer.resumption import CheckpointFolder, ends_epoch
+    from rankllm_composer.storage import is_remote
 
     kinds = {
         "speed_monitor": callbacks.SpeedMonitor,
@@ -225,14 +226,16 @@ def build_callbacks(
                 figures=lambda: {} if validation is None else validation.figures,
             )
         )
+    is_url = is_remote(recipe.checkpoint_folder)
     checkpoints = CheckpointFolder(
-        recipe.checkpoint_folder,
+        Path(recipe.run_folder, "checkpoints") if is_url else recipe.checkpoint_folder,
         interval=recipe.checkpoint.interval,
         keep=recipe.checkpoint.keep,
         resume=recipe.run.autoresume,
+        url=recipe.checkpoint_folder if is_url else None,
     )
     named = [kinds[name](**options) for name, options in recipe.logging.callbacks.items()]
-    return [*ours, *named, checkpoints, Preemption(checkpoints.save, ends_epoch)]
+    return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop, ends_epoch)]
 
 
 def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:

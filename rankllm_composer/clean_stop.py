@@ -44,11 +44,14 @@ class PeerWatch:
 
     Args:
         end: ends the process with an exit code, at once.
+    Attributes:
+        who_is_behind: asked when this rank fails while the others live: ranks that it may have waited for, or "".
     """
 
     def __init__(self, end: Callable[[int], object] = os._exit) -> None:
         self.rank = 0
         self.peers: list[Peer] = []
+        self.who_is_behind: Callable[[], str] = str
         self._end = end
         self._stopped = threading.Event()
 
@@ -104,7 +107,9 @@ class PeerWatch:
             say(f"error: rank {self.rank}: {failure}" if self.rank else f"error: {failure}")
         else:
             traceback.print_exception(failure)
-            say(f"error: rank {self.rank}: {type(failure).__name__}: {failure}; {GO_ON}")
+            behind = self.who_is_behind() if self.peers else ""
+            stalled = f"; others wait for {behind}" if behind else ""
+            say(f"error: rank {self.rank}: {type(failure).__name__}: {failure}{stalled}; {GO_ON}")
         if self.peers:
             threading.Thread(target=self._end_later, args=(code,), name="end", daemon=True).start()
         return code

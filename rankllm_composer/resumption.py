@@ -13,6 +13,7 @@ from composer.core import Callback, Event
 from composer.utils import create_interval_scheduler, dist, load_checkpoint, reproducibility
 from composer.utils.checkpoint import save_checkpoint
 
+from rankllm_composer.checkpoint_store import CheckpointStore
 from rankllm_composer.checkpoints import (
     CheckpointError,
     Manifest,
@@ -24,6 +25,7 @@ from rankllm_composer.checkpoints import (
     weight_shapes,
     whole_checkpoints,
 )
+from rankllm_composer.export import run_on_rank_zero
 from rankllm_composer.safe_loading import (
     INDEX_NAME,
     UnsafeCheckpointError,
@@ -52,19 +54,24 @@ class CheckpointFolder(Callback):
     At the last batch of an epoch the checkpoint is written after what the end of the epoch does.
 
     Args:
-        folder: on a disk that all ranks of a machine share.
+        folder: on a disk that all ranks share.
         interval: Composer time string.
         keep: newest checkpoints that are kept; -1 = all.
         resume: False = start anew; only where there is no checkpoint.
+        url: of copies in an object store, such as s3://bucket/run; they are made while training goes on, and a newer
+            one than those in `folder` is fetched. None = no copies.
     Raises:
         CheckpointError: on every rank: the newest checkpoint is of another model, damaged or no data alone; there are
             checkpoints but `resume` is False; or one could not be written.
     """
 
-    def __init__(self, folder: str | Path, *, interval: str, keep: int = 3, resume: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path, *, interval: str, keep: int = 3, resume: bool = True, url: str | None = None
+    ) -> None:
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow the links a user made)
         self.keep = keep
         self.resume = resume
+        self.store = None if url is None else CheckpointStore(url, keep)
         self.resumed_from: Path | None = None
         self._is_time: Callable[[State, Event], bool] = create_interval_scheduler(interval)
         self._is_due = False
@@ -74,6 +81,8 @@ class CheckpointFolder(Callback):
     # --- loading ------------------------------------------------------------------------------------------------------
 
     def before_load(self, state: State, logger: Logger) -> None:
+        if self.store is not None:
+            run_on_rank_zero(self._fetch_newer, "fetch of the newest checkpoint")
         found = _agreed(lambda: self._choose(state))
         if found is None:
             return
@@ -123,6 +132,12 @@ class CheckpointFolder(Callback):
         if self._random_states is not None:
             reproducibility.load_rng_state(self._random_states)
             self._random_states = None
+
+    def _fetch_newer(self) -> None:
+        assert self.store is not None
+        here, there = whole_checkpoints(self.folder), self.store.newest()
+        if there is not None and (not here or there.batch > here[-1][1].batch):
+            self.store.fetch(there, self.folder)
 
     def _choose(self, state: State) -> tuple[Path, Manifest] | None:
         found = whole_checkpoints(self.folder)
@@ -188,13 +203,29 @@ class CheckpointFolder(Callback):
 
         def finish() -> None:
             try:
-                publish(self.folder, manifest)
+                checkpoint = publish(self.folder, manifest)
             except OSError as error:
                 raise _write_error(self.folder / name, error) from error
+            if self.store is not None:
+                self.store.start_upload(checkpoint, manifest)
             prune(self.folder, self.keep)
 
-        _agreed(finish)
+        run_on_rank_zero(finish, f"checkpoint {name}")
         self._last_batch = manifest.batch
+
+    def finish(self) -> None:
+        """Wait for the copy in the object store. A collective."""
+        if self.store is not None:
+            run_on_rank_zero(self.store.finish, "upload of the newest checkpoint")
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self.finish()
+
+    def save_to_stop(self, state: State) -> None:
+        """Write a checkpoint of this moment and wait until all of it is where it belongs. A collective."""
+        self.save(state)
+        self.finish()
 
 
 def _drop_texts(state_dict: dict[str, Any]) -> None:

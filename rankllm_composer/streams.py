@@ -128,7 +128,7 @@ def check_stream(stream: Stream, download_retry: int = 2, download_timeout_secon
         shards = read_index(Path(stream.local) / INDEX_NAME)
     if not shards:
         raise ShardError(f"{stream.place}: the index lists no shards; build the set (rankllm-composer shards build)")
-    _check_sizes(stream, shards)
+    _check_sizes(stream, shards, download_retry)
     algorithm = _hash_algorithm(shards)
     if algorithm is None:
         log.warning("%s: its shards have no hashes, so damage inside a shard cannot be noticed", stream.place)
@@ -189,7 +189,9 @@ def _clean_cache(folder: Path, shards: Sequence[Shard]) -> None:
                 path.unlink()
 
 
-def _check_sizes(stream: Stream, shards: Sequence[Shard]) -> None:
+def _check_sizes(stream: Stream, shards: Sequence[Shard], download_retry: int) -> None:
+    from streaming.base.util import retry
+
     files = [shard.published for shard in shards]
     try:
         size_of = _size_reader(stream)
@@ -197,7 +199,7 @@ def _check_sizes(stream: Stream, shards: Sequence[Shard]) -> None:
             log.warning("%s: no sizes can be asked for here; its shards are checked as they are fetched", stream.place)
             return
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-            sizes = list(pool.map(size_of, [file.basename for file in files]))
+            sizes = list(pool.map(retry(num_attempts=download_retry + 1)(size_of), [file.basename for file in files]))
     except Exception as error:  # each backend has errors of its own
         raise ShardError(
             f"{stream.place}: its shards cannot be asked for: {cause(error, stream)}; check the URL, the credentials "

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # The loader workers of a killed run hold its folder until they see that it is gone.
 CLAIM_WAIT_SECONDS = 30.0
+WHEREABOUTS = ".ranks"
 
 
 class TrainError(ValueError):
@@ -91,6 +93,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
     from rankllm_composer.preemption import ignore_sigterm
     from rankllm_composer.schedule import apply_schedule, build_schedule
     from rankllm_composer.sharding import average_sharded_gradients
+    from rankllm_composer.whereabouts import Whereabouts
 
     tokenizer = assembly.build_tokenizer(recipe)
     dataset = assembly.build_dataset(recipe, recipe.data.train, tokenizer)
@@ -136,7 +139,10 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         schedulers=schedule,
         step_schedulers_every_batch=True,
         algorithms=algorithms,
-        callbacks=assembly.build_callbacks(recipe, contract, model, dataset.epoch_size, validation),
+        callbacks=[
+            Whereabouts(folder / WHEREABOUTS),
+            *assembly.build_callbacks(recipe, contract, model, dataset.epoch_size, validation),
+        ],
         loggers=assembly.build_loggers(recipe, folder),
         run_name=recipe.run.name,
         progress_bar=False,
@@ -167,6 +173,7 @@ def train(recipe: Recipe, watch: PeerWatch) -> None:
     from rankllm_composer.assembly import choose_device
     from rankllm_composer.preemption import Preempted
     from rankllm_composer.recipe_check import check_world
+    from rankllm_composer.whereabouts import who_is_behind
 
     device = choose_device(recipe.parallelism.device)
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
@@ -175,6 +182,7 @@ def train(recipe: Recipe, watch: PeerWatch) -> None:
     watch.start()
     check_world(recipe, dist.get_world_size())
     with claimed_run_folder(recipe) as folder:
+        watch.who_is_behind = partial(who_is_behind, folder / WHEREABOUTS, dist.get_world_size())
         prepare_shards(recipe.data.train, "data.train")
         if recipe.data.eval is not None and recipe.evaluation is not None:
             prepare_shards(recipe.data.eval, "data.eval")

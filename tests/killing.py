@@ -44,7 +44,7 @@ class Run:
     def output(self) -> str:
         return (self.folder / "output.txt").read_text()
 
-    def wait_until(self, moment: Callable[[], bool], timeout: float = 600) -> None:
+    def wait_until(self, moment: Callable[[], bool], timeout: float = 1800) -> None:
         """Until the moment comes; fails where the run ends before."""
         deadline = time.monotonic() + timeout
         while not moment():
@@ -66,7 +66,7 @@ class Run:
         """The training processes, rank 0 first."""
         return psutil.Process(self.process.pid).children()
 
-    def finish(self, timeout: float = 600) -> int:
+    def finish(self, timeout: float = 1800) -> int:
         """The launcher's exit code, once every process of the run is gone; what stays fails the test."""
         code = self.process.wait(timeout)
         deadline = time.monotonic() + 60

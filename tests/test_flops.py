@@ -6,14 +6,18 @@ import copy
 
 import pytest
 import torch
+from composer import DataSpec, Trainer
+from composer.callbacks import SpeedMonitor
+from composer.loggers import InMemoryLogger
 from test_model import FAMILIES, random_sequences
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from rankllm_composer.flops import forward_flops, layer_matmul_parameters, training_flops
 from rankllm_composer.model import ListwiseReranker
 from rankllm_composer.objectives import Objective
-from rankllm_composer.packing import split_batch
+from rankllm_composer.packing import num_samples_in_batch, num_tokens_in_batch, split_batch
 
 HEAD_DIM, HEADS, LAYERS, HIDDEN, VOCABULARY = 8, 4, 4, 32, 96  # of test_model's models
 
@@ -138,3 +142,38 @@ def test_flops_of_a_device_batch_are_those_of_its_microbatches():
         for batch in split_batch({"sequences": sequences}, max_lists=2)
     ]
     assert reranker.flops_per_batch({"sequences": sequences}) == sum(parts)
+
+
+def test_the_training_log_has_the_real_operations():
+    """Composer's SpeedMonitor: each update's own FLOPs, of all its microbatches; MFU is their rate over the card's."""
+    batches = [{"sequences": random_sequences("combined", num=num)} for num in (4, 3, 5)]
+    reranker, logger = counted_reranker("mistral"), InMemoryLogger()
+    reranker.model.config._attn_implementation = "packed_sdpa"
+    loader = DataLoader(batches, batch_size=None)
+    trainer = Trainer(
+        model=reranker,
+        train_dataloader=DataSpec(
+            loader,
+            split_batch=lambda batch, _: split_batch(batch, max_lists=2),
+            get_num_samples_in_batch=num_samples_in_batch,
+            get_num_tokens_in_batch=num_tokens_in_batch,
+        ),
+        max_duration="3ba",
+        optimizers=torch.optim.AdamW(reranker.parameters()),
+        callbacks=[SpeedMonitor(window_size=2, gpu_flops_available=1e9)],
+        loggers=[logger],
+        device="cpu",
+        device_train_microbatch_size=2,
+        accumulate_train_batch_on_tokens=True,
+        progress_bar=False,
+    )
+    trainer.fit()
+    trainer.close()
+    logged = {name: entries[-1][1] for name, entries in logger.data.items() if name.startswith("throughput")}
+    seconds = 2 / logged["throughput/batches_per_sec"]  # of the last two updates
+    lengths = [[len(s.encoded.input_ids) for s in batch["sequences"]] for batch in batches[1:]]
+    responses = [[4 * len(s.encoded.ranks) for s in batch["sequences"]] for batch in batches[1:]]
+    flops = sum(training_flops(reranker.config, some, sum(rows)) for some, rows in zip(lengths, responses))
+    assert logged["throughput/flops_per_sec"] * seconds == pytest.approx(flops, rel=1e-6)
+    assert logged["throughput/device/mfu"] * seconds * 1e9 == pytest.approx(flops, rel=1e-6)
+    assert logged["throughput/tokens_per_sec"] * seconds == pytest.approx(sum(map(sum, lengths)), rel=1e-6)

@@ -16,11 +16,12 @@ ALLOWED = {
     "__init__": "",
     "assembly": (
         "contract data epochs export loss_guard model model_card objectives permutations preemption "
-        "progress prompts recipe resumption streams validation"
+        "progress prompts recipe resumption storage streams validation"
     ),
     "attention": "",
     "augmentation": "permutations prompts",
     "chat": "permutations user_turn",
+    "checkpoint_store": "checkpoints storage",
     "checkpoints": "",
     "claims": "",
     "clean_stop": "",
@@ -64,7 +65,7 @@ ALLOWED = {
     "record_lookup": "prompts records shard_index storage trec",
     "records": "json_array permutations prompts",
     "rerank": "comparison contract evaluation retrieval sliding",
-    "resumption": "checkpoints safe_loading",
+    "resumption": "checkpoint_store checkpoints export safe_loading",
     "retrieval": "prompts trec_files",
     "run_folder": "",
     "safe_loading": "",
@@ -86,13 +87,14 @@ ALLOWED = {
     "streams": "claims shard_index storage",
     "train": (
         "assembly clean_stop contract data export model_card neftune preemption recipe recipe_check "
-        "recipe_merge recipe_schema run_folder schedule sharding shards"
+        "recipe_merge recipe_schema run_folder schedule sharding shards whereabouts"
     ),
     "trec": "permutations prompts records trec_files",
     "trec_files": "records",
     "user_turn": "permutations",
     "validation": "contract evaluation prompts weights",
     "weights": "safe_loading",
+    "whereabouts": "",
     "windows": "permutations prompts",
 }
 KNOW_THE_RECIPE = {"train", "assembly", "plan", "memory", "cli", "demo", "inspection", "record_lookup"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 
@@ -157,6 +158,20 @@ def test_activation_checkpointing_by_fraction(fraction, expected):
     assert sum(layer.gradient_checkpointing for layer in decoder_layers(model)) == expected
     with pytest.raises(ValueError, match="fraction from 0 to 1"):
         checkpoint_activations(model, 1.5)
+
+
+def test_compiled_layers_compute_the_same(monkeypatch):
+    """What torch.compile traces of a layer, on lengths that change, checked without the minute its C++ takes."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    objective = Objective("combined", ranking_weight=3.0)
+    for num in (2, 5):
+        sequences = random_sequences("combined", num=num, seed=num)
+        reference, model = new_model("mistral"), new_model("mistral")
+        expected = packed_losses(reference, sequences, objective)
+        parts = packed_losses(model, sequences, objective, compile_layers=True, activation_checkpointing=1.0)
+        assert all(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+        assert_same_step(model, reference, parts, expected)
 
 
 def test_logits_only_where_they_count():

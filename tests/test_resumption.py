@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from composer.core import Callback
+from s3_server import s3_server
 from tiny_training import new_hf_model, new_trainer
 
 from rankllm_composer import resumption
@@ -120,3 +121,49 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"ep0-ba3: the checkpoint could not be written \(.*No space left"):
         train(tmp_path, "1ep")
     assert names(tmp_path) == ["ep0-ba2"]
+
+
+# --- copies in an object store ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def server():
+    with s3_server() as running:
+        for bucket in ("copies", "newest", "refused"):  # the servers of a process share what they hold
+            running.client().create_bucket(Bucket=bucket)
+        yield running
+
+
+def copies(server, bucket: str) -> set[str]:
+    return {key.split("/")[1] for key in server.keys(bucket) if key.endswith(MANIFEST)}
+
+
+def test_copies_in_an_object_store(tmp_path, server):
+    draws, _, _ = train(tmp_path / "whole", "2ep", interval="2ep")
+    first, _, _ = train(tmp_path / "a", "3ba", keep=2, url="s3://copies/run")
+    assert copies(server, "copies") == {"ep0-ba2", "ep0-ba3"}  # the two newest, there as here
+    order = [key for key in server.puts if key.startswith("run/ep0-ba3/")]
+    assert order == ["run/ep0-ba3/rank0.pt", f"run/ep0-ba3/{MANIFEST}"]
+    server.client().delete_object(Bucket="copies", Key="run/ep0-ba3/rank0.pt")  # never arrived
+    second, _, resumed = train(tmp_path / "another machine", "2ep", keep=2, url="s3://copies/run")
+    assert resumed.resumed_from == tmp_path / "another machine" / "ep0-ba2"
+    # Not Python's own random numbers: a client of the store draws those for its pauses, while training goes on.
+    assert [draw[:2] for draw in first[:2] + second] == [draw[:2] for draw in draws] and len(second) == 6
+    assert copies(server, "copies") == {"ep1-ba7", "ep2-ba8"}
+
+
+def test_the_newest_of_both_places(tmp_path, server):
+    train(tmp_path / "a", "2ba", url="s3://newest/run")
+    train(tmp_path / "a", "3ba")
+    _, _, resumed = train(tmp_path / "a", "1ep", url="s3://newest/run")
+    assert resumed.resumed_from == tmp_path / "a" / "ep0-ba3"
+
+
+def test_a_store_that_refuses(tmp_path, server):
+    server.on_put = lambda key: 403
+    with pytest.raises(CheckpointError, match=r"checkpoint\.folder: s3://refused/run: ep0-ba1/rank0\.pt cannot"):
+        train(tmp_path, "2ba", url="s3://refused/run")
+    assert "ep0-ba1" in names(tmp_path) and copies(server, "refused") == set()  # nothing here is lost
+    server.on_put = lambda key: None
+    train(tmp_path, "1ep", url="s3://refused/run")
+    assert "ep1-ba4" in copies(server, "refused")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_absent_shards_name_the_command(tmp_path):
         prepare_shards(recipe.data.train, "data.train")
 
 
-def test_optimizer_of_the_recipe():
+def test_optimizer_of_the_recipe(monkeypatch):
     recipe = load_recipe(FIRST_MISTRAL)
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
@@ -68,8 +69,16 @@ def test_optimizer_of_the_recipe():
     assert type(optimizer) is torch.optim.AdamW and group["params"] == [model.weight]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (5e-6, (0.9, 0.999), 1e-8, 0.0)
     eight_bit = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, name="adamw_8bit"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(AssemblyError, match="adamw_8bit needs bitsandbytes"):
         build_optimizer(eight_bit, model)
+    installed = SimpleNamespace(AdamW8bit=lambda weights, **options: (weights, options))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=installed))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", installed)
+    weights, options = build_optimizer(eight_bit, model)
+    assert weights == [model.weight]
+    assert options == {"lr": 5e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
 def test_a_run_folder_takes_one_run_at_a_time(tmp_path):

@@ -1,0 +1,110 @@
+"""How much faster and smaller is the packed step than a plain Hugging Face loop?
+
+    python benchmarks/packed_step.py [--cases SHAPE:LISTS:CHECKPOINTING,…] [--repeats 2] [--threads N]
+
+Both steps (`steps.py`) train the same lists (`workload.py`) on the same weights with the same objective: forward,
+backward and optimizer step of one microbatch. The plain loop pads to the longest list and makes logits at every place,
+as the published training does; its attention is transformers' default on this machine. CHECKPOINTING is the share of
+layers whose activations are recomputed, 1 in the published runs, for both.
+
+Every figure comes from a process of its own that warms up on short lists and then takes one step; plain and packed
+alternate, and figures are medians over the repeats. The losses of both must agree to 1 in 10,000, or the benchmark
+stops. Useful tokens are real ones, whatever was computed. Peak memory is the highest resident memory of the process
+(`ru_maxrss`) with all that it holds: libraries, weights, gradients and Adam's two moments too, which are the same for
+both; column "before" is the peak ahead of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from typing import NamedTuple
+
+from report import NUM_CORES, in_own_process, peak_gib, print_columns, print_head, print_row
+from workload import WARM_UP_LENGTHS, new_lists, new_model, typical_lengths, useful_share
+
+CASES = "smollm2-135m:2:1,smollm2-135m:1:0,mistral-30m:4:1,mistral-30m:2:0"
+TOLERANCE = 1e-4
+
+
+class Measured(NamedTuple):
+    """One step in a process of its own: seconds, loss, GiB resident before the step, GiB at the peak."""
+
+    seconds: float
+    loss: float
+    before: float
+    peak: float
+
+
+def measure(kind: str, shape: str, lengths: list[int], checkpointing: float, threads: int) -> Measured:
+    """One step of a kind, "plain" or "packed", in this process."""
+    import torch
+    from steps import new_stepper
+
+    torch.set_num_threads(threads)
+    step = new_stepper(kind, new_model(shape), activation_checkpointing=checkpointing)
+    step(new_lists(WARM_UP_LENGTHS, shape))
+    before = peak_gib()
+    seconds, loss = step(new_lists(lengths, shape))
+    return Measured(seconds, loss, before, peak_gib())
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=NUM_CORES)
+    options = parser.parse_args()
+    print_head(options.threads)
+    print_columns(
+        [
+            "shape",
+            "recomputed layers",
+            "lists",
+            "useful of padded tokens",
+            "plain tokens/s",
+            "packed tokens/s",
+            "**speed**",
+            "before GiB",
+            "plain peak GiB",
+            "packed peak GiB",
+            "**memory**",
+            "loss plain",
+            "loss packed",
+        ]
+    )
+    for case in options.cases.split(","):
+        shape, num_lists, checkpointing = case.split(":")
+        lengths = typical_lengths(int(num_lists))
+        plain, packed = [], []
+        for _ in range(options.repeats):
+            for kind, results in (("plain", plain), ("packed", packed)):
+                arguments = kind, shape, lengths, float(checkpointing), options.threads
+                results.append(in_own_process(measure, *arguments, threads=options.threads))
+        if any(abs(p.loss / q.loss - 1) > TOLERANCE for p in plain for q in packed):
+            sys.exit(f"{case}: the losses differ, plain {plain[0].loss}, packed {packed[0].loss}")
+        plain_seconds, packed_seconds = (statistics.median(r.seconds for r in rows) for rows in (plain, packed))
+        plain_peak, packed_peak = (statistics.median(r.peak for r in rows) for rows in (plain, packed))
+        print_row(
+            [
+                shape,
+                f"{float(checkpointing):.0%}",
+                num_lists,
+                f"{sum(lengths):,} of {max(lengths) * len(lengths):,} ({useful_share(lengths):.0%})",
+                f"{sum(lengths) / plain_seconds:,.0f}",
+                f"{sum(lengths) / packed_seconds:,.0f}",
+                f"**{plain_seconds / packed_seconds:.2f}×**",
+                f"{statistics.median(r.before for r in plain + packed):.2f}",
+                f"{plain_peak:.2f}",
+                f"{packed_peak:.2f}",
+                f"**{packed_peak / plain_peak:.2f}×**",
+                f"{plain[0].loss:.5f}",
+                f"{packed[0].loss:.5f}",
+            ]
+        )
+
+
+if __name__ == "__main__":
+    main()

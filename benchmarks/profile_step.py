@@ -1,0 +1,141 @@
+"""Where does the time of one step go, in a plain Hugging Face loop and in the packed step?
+
+    python benchmarks/profile_step.py [--shape SHAPE] [--lists 2] [--checkpointing 1] [--top 8] [--threads N]
+
+One step of each under torch.profiler, after a warm-up on short lists. An operator belongs to the part of the model that
+called it; one of the backward pass to the part whose forward made it. Self CPU time counts an operator without those it
+calls; it includes the threads it waits for. The profiler itself takes time: `packed_step.py` has the speeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from report import NUM_CORES, print_columns, print_head, print_row
+from steps import STEPS, new_stepper
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AttentionInterface, PreTrainedModel
+from workload import SHAPES, WARM_UP_LENGTHS, new_lists, new_model, typical_lengths, useful_share
+
+from rankllm_composer.model import decoder_layers
+
+LINEAR, ATTENTION, HEAD = "linear layers", "attention", "LM head and losses"
+NORMS, ACTIVATION = "norms, rotary embedding", "activation of the MLP"
+OPTIMIZER, REST = "optimizer", "rest (embedding, residuals)"
+PARTS = (LINEAR, ATTENTION, HEAD, NORMS, ACTIVATION, OPTIMIZER, REST)
+NODE = "autograd::engine::evaluate_function: "  # of the backward pass, before its name
+
+
+def named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its operators recorded under a part's name."""
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        with record_function(part):
+            return function(*arguments, **options)
+
+    return recorded
+
+
+@contextmanager
+def named_parts(model: PreTrainedModel) -> Iterator[None]:
+    """While open, a model's operators are recorded under the innermost part around them."""
+    parts: dict[torch.nn.Module, str] = {model: HEAD, model.model: REST, **dict.fromkeys(decoder_layers(model), REST)}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.nn.Linear):
+            parts[module] = HEAD if name == "lm_head" else LINEAR
+        elif kind.endswith(("Norm", "RotaryEmbedding", "Attention")):  # in Attention the rotary embedding is applied
+            parts[module] = NORMS
+        elif kind.endswith("MLP"):
+            parts[module] = ACTIVATION
+    for module, part in parts.items():
+        module.forward = named(part, module.forward)  # type: ignore[method-assign]
+    name = model.config._attn_implementation
+    attention = AttentionInterface()[name]
+    AttentionInterface.register(name, named(ATTENTION, attention))
+    try:
+        yield
+    finally:
+        AttentionInterface.register(name, attention)
+        for module in parts:
+            del module.forward
+
+
+def enclosing_part(event: Any) -> str | None:
+    """The innermost part around an operator."""
+    while event is not None and event.name not in PARTS:
+        event = event.cpu_parent
+    return event and event.name
+
+
+def by_operator(events: list[Any]) -> Counter[tuple[str, str]]:
+    """Self CPU seconds of each part's operators."""
+    # A node of the backward pass has the number of the operator that made it: the last to start with that number.
+    forward_parts = {event.sequence_nr: part for event in events if (part := enclosing_part(event))}
+    seconds: Counter[tuple[str, str]] = Counter()
+    for event in events:
+        part, node = enclosing_part(event), event
+        while part is None and node is not None:
+            if node.name.startswith(NODE):
+                part = forward_parts.get(node.sequence_nr)
+            node = node.cpu_parent
+        operator = "(between operators)" if event.name in PARTS else event.name.removeprefix(NODE)
+        seconds[part or REST, operator] += event.self_cpu_time_total / 1e6
+    return seconds
+
+
+def measure(kind: str, shape: str, lengths: list[int], checkpointing: float) -> Counter[tuple[str, str]]:
+    """Self CPU seconds of one step of a kind, "plain" or "packed", by part and operator."""
+    model = new_model(shape)
+    step = new_stepper(kind, model, activation_checkpointing=checkpointing)
+    step(new_lists(WARM_UP_LENGTHS, shape))
+    lists = new_lists(lengths, shape)
+    step.loss = named(HEAD, step.loss)
+    step.optimizer.step = named(OPTIMIZER, step.optimizer.step)  # type: ignore[method-assign]
+    step.optimizer.zero_grad = named(OPTIMIZER, step.optimizer.zero_grad)  # type: ignore[method-assign]
+    with named_parts(model), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step(lists)
+    return by_operator(profiler.events())
+
+
+def main() -> None:
+    """Print the seconds by part, then the operators that take the most."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
+    parser.add_argument("--lists", type=int, default=2)
+    parser.add_argument("--checkpointing", type=float, default=1.0)
+    parser.add_argument("--top", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=NUM_CORES)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print_head(options.threads)
+    lengths = typical_lengths(options.lists)
+    print(
+        f"{options.shape}, {len(lengths)} lists, {sum(lengths):,} tokens ({useful_share(lengths):.0%} of padded), "
+        f"{options.checkpointing:.0%} of the layers recomputed\n"
+    )
+    found = {kind: measure(kind, options.shape, lengths, options.checkpointing) for kind in STEPS}
+    totals = {kind: sum(found[kind].values()) for kind in STEPS}
+
+    def cells(kind: str, seconds: float) -> list[str]:
+        return [f"{seconds:.2f}", f"{seconds / totals[kind]:.0%}"]
+
+    print_columns(["part, self CPU seconds", *(name for kind in STEPS for name in (kind, "share"))])
+    for part in PARTS:
+        seconds = {kind: sum(s for (p, _), s in found[kind].items() if p == part) for kind in STEPS}
+        print_row([part, *(cell for kind in STEPS for cell in cells(kind, seconds[kind]))])
+    print_row(["all", *(cell for kind in STEPS for cell in cells(kind, totals[kind]))])
+    for kind in STEPS:
+        print(f"\nOperators of the {kind} step:\n")
+        print_columns(["operator", "part", "self CPU seconds", "share"], num_text=2)
+        for (part, operator), seconds in found[kind].most_common(options.top):
+            print_row([f"`{operator}`", part, *cells(kind, seconds)])
+
+
+if __name__ == "__main__":
+    main()

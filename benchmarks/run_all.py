@@ -1,0 +1,120 @@
+"""Run every benchmark and write RESULTS.md beside this file: `make bench`.
+
+    python benchmarks/run_all.py [--only packed_step,ranks] [--output FILE]
+
+One after the other, each in a process of its own, on a machine that should have nothing else to do: the load average
+ahead of each is written down with it. RESULTS.md is written anew after every benchmark; with --only, the sections of
+the others stay. A benchmark that fails or takes longer than its limit is written down as such, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from report import machine
+
+FOLDER = Path(__file__).parent
+# name: what is asked of it beside its defaults
+BENCHMARKS: dict[str, list[str]] = {
+    "packed_step": [],
+    "machine_limit": [],
+    "profile_step": [],
+    "scaling": [],
+    "ranks": [],
+    "compile_layers": [],
+    "plan_vs_measured": [],
+    "input_pipeline": [],
+    "shard_build": [],
+}
+LIMIT_SECONDS = 900
+HEAD = """# Measured
+
+Written by `make bench`; one file of this folder a question, whose docstring says how it is measured. Each runs alone.
+Figures of one table come from one run on one machine; compare ratios, not figures, across machines.
+"""
+
+
+def question(name: str) -> str:
+    """The first line of a benchmark's docstring."""
+    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    assert text is not None
+    return text.splitlines()[0]
+
+
+def run(name: str, arguments: list[str]) -> tuple[str, bool]:
+    """A benchmark's section of the results, and whether it succeeded; what it prints is shown as it comes."""
+    heading = f"<!-- {name} -->\n## {question(name)}\n\n    python benchmarks/{' '.join([f'{name}.py', *arguments])}\n"
+    here, started = machine(), time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", FOLDER / f"{name}.py", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    limit = threading.Timer(LIMIT_SECONDS, os.killpg, (process.pid, signal.SIGTERM))
+    limit.start()
+    lines = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        code = process.wait()
+    finally:
+        limit.cancel()
+        if process.poll() is None:  # we were told to stop, and so is what we started
+            os.killpg(process.pid, signal.SIGTERM)
+    seconds = time.monotonic() - started
+    output = "".join(lines).strip()
+    if "|---" not in output:
+        output = f"```\n{output}\n```"
+    if here.split(";")[0] not in output:
+        output = f"{here}\n\n{output}"
+    end = f"Took {seconds:.0f} s."
+    if code:
+        end = f"**Failed** with exit code {code} after {seconds:.0f} s."
+    return f"{heading}\n{output}\n\n{end}\n", code == 0
+
+
+def sections(path: Path) -> dict[str, str]:
+    """The sections of an earlier results file, by benchmark."""
+    if not path.exists():
+        return {}
+    parts = re.split(r"^(?=<!-- (\w+) -->$)", path.read_text(), flags=re.MULTILINE)[1:]
+    return {name: text.rstrip() + "\n" for name, text in zip(parts[::2], parts[1::2]) if name in BENCHMARKS}
+
+
+def main() -> int:
+    """Write the results; 1 if a benchmark failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(BENCHMARKS))
+    parser.add_argument("--output", type=Path, default=FOLDER / "RESULTS.md")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - set(BENCHMARKS):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is no benchmark; there are {', '.join(BENCHMARKS)}")
+    found = sections(options.output)
+    failed = []
+    for name in chosen:
+        print(f"\n=== {name}", flush=True)
+        found[name], succeeded = run(name, BENCHMARKS[name])
+        if not succeeded:
+            failed.append(name)
+        written = [found[each] for each in BENCHMARKS if each in found]
+        options.output.write_text("\n".join([HEAD, *written]))
+    print(f"\n{options.output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

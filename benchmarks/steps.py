@@ -1,0 +1,103 @@
+"""The two training steps that are compared: ours, and a plain Hugging Face loop that works as the published one does.
+
+Both train the combined objective of FirstMistral, LM + 10 × weighted RankNet, on the same lists with the same fused
+AdamW. Its learning rate is 0: the arithmetic is that of any other, and the weights stay, so that losses can be compared
+after any number of steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from rankllm_composer.model import ListwiseReranker, checkpoint_activations
+from rankllm_composer.objectives import Objective
+from rankllm_composer.packing import Sequence, split_batch
+
+RANKING_WEIGHT = 10.0
+STEPS = ("plain", "packed")
+
+
+def plain_loss(model: PreTrainedModel, lists: list[Sequence]) -> torch.Tensor:
+    """Right-padded to the longest list, logits at every place, then list by list and pair by pair.
+
+    The LM part is the model's own loss with `labels`; scores are read from the full logits at each list's score
+    position. Attention is transformers' default where flash-attn is absent (SDPA with a padding mask).
+    """
+    longest = max(len(item.encoded.input_ids) for item in lists)
+    input_ids = torch.zeros(len(lists), longest, dtype=torch.int64)  # (B, L)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for row, item in enumerate(lists):
+        ids = torch.from_numpy(item.encoded.input_ids).long()
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, item.encoded.response_start : len(ids)] = ids[item.encoded.response_start :]
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False)
+    list_losses = []
+    for row, item in enumerate(lists):
+        token_ids = torch.from_numpy(item.encoded.identifier_token_ids).long()
+        scores = outputs.logits[row, item.encoded.score_position][token_ids]
+        pair_losses = [
+            F.softplus(scores[worse] - scores[better]) / float(2 + ranks[better] + ranks[worse])
+            for ranks in [item.encoded.ranks]
+            for better, worse in itertools.permutations(range(len(ranks)), 2)
+            if ranks[better] < ranks[worse]
+        ]
+        list_losses.append(torch.stack(pair_losses).mean())
+    return outputs.loss + RANKING_WEIGHT * torch.stack(list_losses).mean()
+
+
+def packed_loss(reranker: ListwiseReranker, lists: list[Sequence]) -> torch.Tensor:
+    """All lists as one packed microbatch of ours."""
+    (batch,) = split_batch({"sequences": lists}, max_lists=len(lists))
+    return reranker.loss(reranker(batch), batch)["total"]
+
+
+@dataclass
+class Stepper:
+    """A model, its optimizer and the loss that one of the two steps computes."""
+
+    model: torch.nn.Module
+    loss: Callable[[torch.nn.Module, list[Sequence]], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def __call__(self, lists: list[Sequence]) -> tuple[float, float]:
+        """One optimizer step. Returns seconds and the loss."""
+        started = time.perf_counter()
+        loss = self.loss(self.model, lists)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started, float(loss)
+
+
+def new_stepper(
+    kind: str, model: PreTrainedModel, *, activation_checkpointing: float = 0.0, compile_layers: bool = False
+) -> Stepper:
+    """A step ready to run.
+
+    Args:
+        kind: "plain" or "packed".
+        model: from `workload.new_model`.
+        activation_checkpointing: share of layers whose activations are recomputed.
+        compile_layers: torch.compile of each layer; packed only.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    if kind == "plain":
+        checkpoint_activations(model, activation_checkpointing)
+        return Stepper(model, plain_loss, optimizer)
+    reranker = ListwiseReranker(
+        model,
+        None,
+        Objective("combined", ranking_weight=RANKING_WEIGHT),
+        activation_checkpointing=activation_checkpointing,
+        compile_layers=compile_layers,
+    )
+    return Stepper(reranker, packed_loss, optimizer)

@@ -1,0 +1,144 @@
+"""What is trained in the benchmarks: models of known shapes with random weights, lists of realistic lengths.
+
+A list is 160 prompt tokens, 20 passages at 1.35 tokens a word, and 80 response tokens. A passage's words are lognormal
+(median 70, sigma 0.6) times a factor of its query (lognormal, median 1, sigma 0.35), at most 300: passages differ
+within a list, and lists differ from each other. Lists over 4,096 tokens are left out, as the recipes leave them out.
+Token ids are random; what a step costs does not depend on them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rankllm_composer.packing import Sequence
+
+NUM_PASSAGES = 20
+PROMPT_TOKENS, RESPONSE_TOKENS = 160, 80
+TOKENS_PER_WORD = 1.35
+MAX_PASSAGE_WORDS = 300
+MAX_LIST_TOKENS = 4096
+WARM_UP_LENGTHS = [200, 150]  # of a step that is not timed: threads start, Adam makes its moments
+
+# name: architecture, then its configuration
+SHAPES = {
+    "smollm2-135m": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "rope_theta": 100_000,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral-30m": (  # Mistral-7B's proportions and vocabulary: F = 3.5 D, 4 query heads a key-value head, untied
+        "mistral",
+        {
+            "vocab_size": 32768,
+            "hidden_size": 256,
+            "intermediate_size": 896,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "rope_theta": 1_000_000,
+            "max_position_embeddings": 8192,
+            "sliding_window": None,
+        },
+    ),
+    "mistral-4-layers": (
+        "mistral",
+        {
+            "vocab_size": 32768,
+            "hidden_size": 256,
+            "intermediate_size": 896,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "rope_theta": 1_000_000,
+            "max_position_embeddings": 8192,
+            "sliding_window": None,
+        },
+    ),
+    "toy": (
+        "llama",
+        {
+            "vocab_size": 128,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def new_model(shape: str) -> PreTrainedModel:
+    """A causal LM of a shape, float32, with the same random weights on every call."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture, sizes = SHAPES[shape]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+
+
+def list_lengths(num_lists: int, seed: int) -> list[int]:
+    """Tokens of each of some lists, drawn as the module's text says."""
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
+    while len(lengths) < num_lists:
+        words = rng.lognormal(np.log(70), 0.6, NUM_PASSAGES) * rng.lognormal(0, 0.35)
+        passages = np.ceil(np.minimum(words, MAX_PASSAGE_WORDS)) * TOKENS_PER_WORD
+        length = PROMPT_TOKENS + int(passages.sum()) + RESPONSE_TOKENS
+        if length <= MAX_LIST_TOKENS:
+            lengths.append(length)
+    return lengths
+
+
+def useful_share(lengths: list[int]) -> float:
+    """Share of real tokens where every list is padded to the longest."""
+    return sum(lengths) / (len(lengths) * max(lengths))
+
+
+def typical_lengths(num_lists: int, num_draws: int = 1000) -> list[int]:
+    """The draw nearest to the mean over draws, in tokens and in the useful share together: no lucky batch."""
+    draws = [list_lengths(num_lists, seed) for seed in range(num_draws)]
+    figures = np.array([(sum(lengths), useful_share(lengths)) for lengths in draws])
+    distance = np.abs(figures / figures.mean(axis=0) - 1).sum(axis=1)
+    return draws[int(distance.argmin())]
+
+
+def new_lists(lengths: list[int], shape: str) -> list[Sequence]:
+    """Teacher-ranked lists of these lengths, encoded for the combined objective."""
+    from rankllm_composer.packing import Sequence
+    from rankllm_composer.prompts import EncodedRecord
+
+    rng = np.random.default_rng(0)
+    vocabulary = SHAPES[shape][1]["vocab_size"]
+    return [
+        Sequence(
+            EncodedRecord(
+                input_ids=rng.integers(0, vocabulary, length).astype(np.int32),
+                response_start=length - RESPONSE_TOKENS,
+                score_position=length - RESPONSE_TOKENS,
+                identifier_token_ids=np.arange(30, 30 + NUM_PASSAGES, dtype=np.int32),
+                ranks=rng.permutation(NUM_PASSAGES),
+            ),
+            record_id=f"list-{index}",
+            record_key=index,
+        )
+        for index, length in enumerate(lengths)
+    ]

@@ -1,0 +1,164 @@
+"""The benchmarks at their smallest: what they compare is the same, what they count is right, what they write holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankllm_composer.flops import forward_flops
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture()
+def benchmark(monkeypatch):
+    """Loads a benchmark by name, as its own folder lies on the path of one that is run."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("checkpointing", [0.0, 1.0])
+def test_both_steps_compute_the_same_loss_and_gradient(benchmark, checkpointing):
+    steps, workload = benchmark("steps"), benchmark("workload")
+    lists = workload.new_lists([190, 150, 240], "toy")
+    found = {}
+    for kind in steps.STEPS:
+        step = steps.new_stepper(kind, workload.new_model("toy"), activation_checkpointing=checkpointing)
+        loss = step.loss(step.model, lists)
+        loss.backward()
+        found[kind] = [loss.detach(), *(parameter.grad for parameter in step.model.parameters())]
+    assert len(found["plain"]) == len(found["packed"]) > 10
+    for plain, packed in zip(found["plain"], found["packed"]):
+        torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_the_products_are_those_of_the_model(benchmark):
+    """All forward products, as often as a layer has them, are the FLOPs counted but for attention."""
+    products = benchmark("machine_limit").products("toy", 30, 7)
+    config = benchmark("workload").new_model("toy").config
+    times = {"query, output": 2, "key, value": 2, "gate, up": 2, "down": 1}
+    flops = {name: 2 * m * k * n for name, (m, k, n) in products.items()}
+    layers = sum(count * flops[name] for name, count in times.items())
+    pairs = 10 * 11 // 2 + 20 * 21 // 2
+    attention = 4 * config.hidden_size * pairs  # per layer: scores and sums, H·d = D
+    assert forward_flops(config, [10, 20], 7) == config.num_hidden_layers * (layers + attention) + flops["LM head"]
+    for name in (*times, "LM head"):  # both gradients cost what the product costs
+        assert flops[f"{name}, input's gradient"] == flops[f"{name}, weight's gradient"] == flops[name]
+
+
+def test_the_lists_are_alike_on_every_run(benchmark):
+    workload = benchmark("workload")
+    lengths = workload.typical_lengths(4, num_draws=50)
+    assert lengths == workload.typical_lengths(4, num_draws=50)
+    assert all(240 < length <= workload.MAX_LIST_TOKENS for length in lengths)
+    assert workload.useful_share([100, 50, 50]) == pytest.approx(2 / 3)
+    assert [len(item.encoded.input_ids) for item in workload.new_lists(lengths, "toy")] == lengths
+
+
+TABLES = {
+    "packed_step": (["--cases", "toy:2:1", "--repeats", "1"], ["toy"]),
+    "machine_limit": (["--cases", "toy:1:0", "--repeats", "1"], ["toy"]),
+    "profile_step": (["--shape", "toy", "--lists", "1"], ["linear layers", "attention", "all"]),
+    "scaling": (["--shape", "toy", "--tokens", "120,150", "--lists", "1,2", "--seconds", "0"], ["120", "150"]),
+    "compile_layers": (
+        ["--shape", "toy", "--lists", "1", "--steps", "1", "--repeats", "1"],
+        ["as they are", "compiled"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_benchmark_prints_its_table(benchmark, monkeypatch, capsys, name):
+    arguments, first_cells = TABLES[name]
+    module = benchmark(name)
+    if name in ("packed_step", "compile_layers"):  # a process of its own is needed for peak memory alone
+        monkeypatch.setattr(module, "in_own_process", lambda function, *given, threads: function(*given))
+    if name == "compile_layers":  # what compiling does to a layer has tests of its own; here it would take a minute
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: None)
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--threads", "1"])
+    module.main()
+    printed = capsys.readouterr().out
+    assert "no GPU" in printed and "1 threads" in printed
+    for cell in first_cells:
+        assert re.search(rf"^\| {cell} \|( [^|]+ \|)+$", printed, re.MULTILINE), printed
+
+
+# Those that start processes anyway: what is replaced to start few, their arguments, and the row that must be there.
+RUNS = {
+    "ranks": (
+        {"RUNS": {"2 ranks, 1 thread each, FSDP2": (2, 1, True)}},
+        ["--shape", "toy", "--lists", "2", "--steps", "1"],
+        r"\| 2 ranks, 1 thread each, FSDP2 \|( [^|]+ \|){4}",
+    ),
+    "plan_vs_measured": (
+        {"CASES": {"LoRA on one rank": None}},
+        [],
+        r"LoRA on one rank +[\d.]+ +[\d.]+ +[+-]\d\.\d%",
+    ),
+    "shard_build": ({}, ["--records", "12", "--processes", "1"], r"\| 12 \|( [^|]+ \|){10}"),
+    "input_pipeline": (
+        {"in_own_process": lambda function, *given, threads: function(*given)},
+        ["--lists", "8", "--workers", "0", "--batch-size", "4", "--shape", "toy"],
+        r"\| 0 \|( [^|]+ \|){6}\n\nA training step of toy",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_benchmark_of_whole_runs_prints_its_table(benchmark, monkeypatch, capsys, name):
+    replaced, arguments, row = RUNS[name]
+    module = benchmark(name)
+    for what, value in replaced.items():
+        whole = getattr(module, what)
+        monkeypatch.setattr(module, what, {k: whole[k] for k in value} if isinstance(value, dict) else value)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    assert not module.main()
+    assert re.search(row, capsys.readouterr().out)
+
+
+def test_results_are_written_a_section_a_benchmark(benchmark, monkeypatch, tmp_path):
+    run_all = benchmark("run_all")
+    monkeypatch.setattr(run_all, "FOLDER", tmp_path)
+    monkeypatch.setattr(run_all, "BENCHMARKS", {"good": ["--fast"], "bad": []})
+    good = '"""Is it good?\n\nMore."""\nimport sys\nprint("| a |\\n|---|\\n|", sys.argv[1], "|")'
+    (tmp_path / "good.py").write_text(good)
+    (tmp_path / "bad.py").write_text('"""Is it bad?"""\nraise SystemExit(3)')
+    results = tmp_path / "RESULTS.md"
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run_all", "--output", str(results), *arguments])
+        return run_all.main()
+
+    assert call() == 1
+    text = results.read_text()
+    assert "## Is it good?\n\n    python benchmarks/good.py --fast\n" in text and "| --fast |" in text
+    assert "## Is it bad?" in text and "**Failed** with exit code 3" in text
+    (tmp_path / "good.py").write_text('"""Is it better?"""\nprint("yes")')
+    assert call("--only", "good") == 0
+    text = results.read_text()
+    assert "## Is it better?" in text and "Is it good" not in text and "## Is it bad?" in text
+
+
+def test_every_benchmark_of_the_list_is_there_and_asks_a_question(benchmark):
+    run_all = benchmark("run_all")
+    for name in run_all.BENCHMARKS:
+        assert run_all.question(name).endswith("?")
+        assert f"python benchmarks/{name}.py" in ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+
+
+def test_every_section_of_the_results_has_its_command(benchmark):
+    run_all = benchmark("run_all")
+    found = run_all.sections(FOLDER / "RESULTS.md")
+    assert set(found) == set(run_all.BENCHMARKS)
+    for name, text in found.items():
+        assert f"    python benchmarks/{name}.py" in text
+        assert re.search(r"\d{4}-\d\d-\d\d", text), f"{name}: no date"
+        assert "cores" in text and "Failed" not in text

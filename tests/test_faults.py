@@ -1,0 +1,348 @@
+"""Every row of the table of faults: the fault is made, and what follows is what the row says."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import test_claims
+import test_exact_streaming as streaming_tests
+import test_export
+import test_loss_guard
+import test_resumption
+from killing import Run, kill
+from list_shards import damage, write_shards
+from s3_server import s3_server
+from small_run import RECIPE, small_run
+from tiny_training import new_hf_model, new_tokenizer
+
+from rankllm_composer.chat import check_tokenizer
+from rankllm_composer.checkpoints import whole_checkpoints
+from rankllm_composer.claims import clear_dead_claims
+from rankllm_composer.loss_guard import LossGuard
+from rankllm_composer.model import ListwiseReranker
+from rankllm_composer.objectives import Objective
+from rankllm_composer.recipe_merge import load_recipe, recipe_to_yaml
+from rankllm_composer.run_folder import claim_run_folder
+from rankllm_composer.streams import Stream, check_stream
+
+TABLE = Path(__file__).parent.parent / "docs" / "faults.md"
+ROW = re.compile(
+    r"^\| (?P<key>[a-z-]+) \| [^|]+ \| (?P<code>[012]) \| (`(?P<message>[^`]+)`)? ?\| [^|]+ \|$", re.MULTILINE
+)
+ROWS = {row["key"]: row for row in ROW.finditer(TABLE.read_text())}
+ALL_LISTS = sorted(streaming_tests.ids(*range(10)))
+
+
+class Ended(NamedTuple):
+    """Exit code of a run and what it said."""
+
+    code: int
+    said: str
+
+
+WENT_ON = Ended(0, "")
+DRIVERS: dict[str, Callable[..., Ended]] = {}
+
+
+def makes(*keys: str) -> Callable[[Callable[..., Ended]], Callable[..., Ended]]:
+    """The function makes these faults; it is told the key and the test's tools."""
+
+    def enter(driver: Callable[..., Ended]) -> Callable[..., Ended]:
+        DRIVERS.update(dict.fromkeys(keys, driver))
+        return driver
+
+    return enter
+
+
+class Tools:
+    """What the drivers share.
+
+    Attributes:
+        folder: of this fault alone.
+        patch: pytest's monkeypatch.
+        request: pytest's, for the fixtures that few drivers need.
+    """
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+        self.folder, self.patch, self.request = folder, patch, request
+
+    def shards(self, num_lists: int = 10, name: str = "set") -> Path:
+        return write_shards(self.folder / name, range(num_lists))
+
+    def cached(self) -> Stream:
+        """A stream of 10 lists in 3 shards through a cache that is still empty."""
+        return Stream(local=str(self.folder / "cache"), remote=str(self.shards()))
+
+    def fixture(self, name: str):
+        return self.request.getfixturevalue(name)
+
+
+def read(stream: Stream, **options) -> list[str]:
+    """Ids of one epoch, as training reads it."""
+    return sorted(
+        filter(None, streaming_tests.flat(streaming_tests.read(streaming_tests.new_loader(stream, **options))[0]))
+    )
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory, mistral_v3_folder) -> list[str]:
+    """A run of seconds."""
+    return small_run(tmp_path_factory.mktemp("small"), mistral_v3_folder)
+
+
+def test_every_row_is_made_and_everything_made_has_a_row():
+    num_rows = sum(line.startswith("| ") for line in TABLE.read_text().splitlines()) - 1
+    assert set(ROWS) == set(DRIVERS) and len(ROWS) == num_rows > 25
+
+
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=pytest.mark.slow if key.startswith("rank-") else ()) for key in ROWS]
+)
+def test_what_happens_is_what_the_table_says(key, tmp_path, monkeypatch, request):
+    try:
+        ended = DRIVERS[key](key, Tools(tmp_path, monkeypatch, request))
+    except ValueError as error:  # what train.py tells in one line, with exit code 2
+        ended = Ended(2, str(error))
+    assert ended.code == int(ROWS[key]["code"]), ended.said
+    message = ROWS[key]["message"] or ""
+    pattern = ".*".join(re.escape(part) for part in message.split("…"))
+    assert re.search(pattern, ended.said, re.DOTALL), f"the table says\n  {message}\nthe run said\n  {ended.said}"
+
+
+# --- the object store -------------------------------------------------------------------------------------------------
+
+
+@makes("store-fails-a-while", "store-fails-for-good", "store-times-out", "wrong-credentials")
+def object_store(key: str, tools: Tools) -> Ended:
+    folder = tools.shards()
+    with s3_server() as server:
+        client = server.client()
+        client.create_bucket(Bucket="lists")
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".zstd")):
+            client.upload_file(str(path), "lists", path.relative_to(folder).as_posix())
+        stream = Stream(local=str(tools.folder / "cache"), remote="s3://lists")
+        refusals = iter([500, 503, 503, 500])
+        answers = {
+            "store-fails-a-while": lambda: next(refusals, None),
+            "store-fails-for-good": lambda: 503,
+            "store-times-out": lambda: time.sleep(4),
+        }
+        try:
+            if key == "wrong-credentials":
+                server.on_get = lambda name: 403
+                check_stream(stream, download_retry=0)
+            if key == "store-fails-a-while":  # when the set is looked at, too
+                server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
+                assert read(stream, download_retry=2) == ALL_LISTS and next(refusals, None) is None
+                return WENT_ON
+            loader = streaming_tests.new_loader(stream, download_timeout_seconds=1)
+            server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
+            streaming_tests.read(loader)
+            return WENT_ON
+        finally:
+            server.on_get = lambda name: None
+            clear_store(client)
+
+
+def clear_store(client) -> None:
+    """Servers of one process share what they hold."""
+    for entry in client.list_objects_v2(Bucket="lists").get("Contents", ()):
+        client.delete_object(Bucket="lists", Key=entry["Key"])
+    client.delete_bucket(Bucket="lists")
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@makes("shard-missing", "shard-truncated", "index-damaged", "path-outside")
+def damaged_set(key: str, tools: Tools) -> Ended:
+    folder = tools.shards()
+    index = folder / "index.json"
+    if key == "shard-missing":
+        (folder / "01" / "shard.00000.mds.zstd").unlink()
+    elif key == "shard-truncated":
+        (folder / "02" / "shard.00000.mds.zstd").write_bytes(b"abc")
+    elif key == "index-damaged":
+        index.write_text(index.read_text()[:40])
+    else:
+        index.write_text(index.read_text().replace("02/shard", "../shard"))
+    check_stream(Stream(local=str(tools.folder / "cache"), remote=str(folder)), download_retry=0)
+    return WENT_ON
+
+
+@makes("shard-corrupted")
+def corrupted_shard(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+    damage(Path(str(stream.remote)) / "01" / "shard.00000.mds.zstd")
+    try:
+        read(stream)
+    finally:
+        assert not list(Path(str(stream.local), "01").glob("shard*"))
+    return WENT_ON
+
+
+@makes("cached-shard-corrupted")
+def corrupted_cache(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+    read(stream)
+    damage(Path(str(stream.local)) / "01" / "shard.00000.mds")
+    assert read(stream) == ALL_LISTS
+    return WENT_ON
+
+
+@makes("two-runs-one-cache")
+def shared_cache(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+    read(stream)
+    before = {path: path.read_bytes() for path in Path(str(stream.local)).rglob("*") if path.is_file()}
+    try:
+        check_stream(Stream(local=stream.local, remote=str(tools.shards(5, "other"))))
+    finally:
+        assert {path: path.read_bytes() for path in before} == before
+    return WENT_ON
+
+
+@makes("fewer-lists-than-a-batch")
+def small_set(key: str, tools: Tools) -> Ended:
+    from rankllm_composer.data import ListDataset, build_train_data_spec
+
+    dataset = ListDataset(
+        [Stream(local=str(tools.shards(3)))],
+        tokenizer=tools.fixture("mistral_v3_tokenizer"),
+        objective="combined",
+        batch_size=4,
+        max_length_tokens=4096,
+    )
+    build_train_data_spec(dataset, microbatch_tokens=4096, num_workers=0)
+    return WENT_ON
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+def no_space(*arguments, **options):
+    raise OSError(28, os.strerror(28))
+
+
+@makes("disk-full-cache")
+def full_cache_disk(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+
+    def copy(source, target):
+        Path(target).write_bytes(b"part")
+        no_space()
+
+    loader = streaming_tests.new_loader(stream)  # the index is cached
+    with tools.patch.context() as patch:
+        patch.setattr("streaming.base.storage.download.shutil.copy", copy)
+        with pytest.raises(ValueError, match="No space") as raised:
+            streaming_tests.read(loader)
+    assert read(stream) == ALL_LISTS  # the same command, once there is space
+    return Ended(2, str(raised.value))
+
+
+@makes("disk-full-checkpoint", "checkpoint-of-another-model", "checkpoint-damaged")
+def checkpoint(key: str, tools: Tools) -> Ended:
+    test_resumption.train(tools.folder, "2ba", keep=1)
+    ((path, _),) = whole_checkpoints(tools.folder)
+    if key == "checkpoint-damaged":
+        damaged = path / "rank0.pt"
+        damaged.write_bytes(bytes(damaged.stat().st_size))
+    if key == "disk-full-checkpoint":
+        tools.patch.setattr("rankllm_composer.resumption.save_checkpoint", no_space)
+    family = "qwen2" if key == "checkpoint-of-another-model" else "mistral"
+    try:
+        test_resumption.train(tools.folder, "1ep", family=family)
+    finally:
+        assert test_resumption.names(tools.folder) == ["ep0-ba2"]
+    return WENT_ON
+
+
+@makes("disk-full-export")
+def full_export_disk(key: str, tools: Tools) -> Ended:
+    folder, report = tools.folder / "runs" / "model", tools.folder / "report"
+    assert test_export.run_in_a_child(test_export.write_on_a_full_disk, folder, report) == 0
+    assert not list(folder.parent.iterdir())
+    return Ended(2, report.read_text())
+
+
+# --- other runs -------------------------------------------------------------------------------------------------------
+
+
+@makes("stale-shared-memory")
+def stale_shared_memory(key: str, tools: Tools) -> Ended:
+    tools.patch.setattr(tempfile, "tempdir", str(tools.folder))
+    number = int(test_claims.in_a_child(test_claims.names_of_a_dataset, then_die=True))
+    assert test_claims.exists(f"{number:06}_locals")
+    assert read(tools.cached()) == ALL_LISTS
+    clear_dead_claims()
+    assert not test_claims.exists(f"{number:06}_locals")
+    return WENT_ON
+
+
+@makes("two-runs-one-folder", "folder-of-another-recipe")
+def run_folder(key: str, tools: Tools) -> Ended:
+    first = recipe_to_yaml(load_recipe(RECIPE))
+    second = recipe_to_yaml(load_recipe(RECIPE, ["optimizer.lr=1e-4"]))
+    folder = tools.folder / "run"
+    if key == "two-runs-one-folder":
+        with claim_run_folder(folder, first), claim_run_folder(folder, first):
+            return WENT_ON
+    with claim_run_folder(folder, first):
+        pass
+    try:
+        with claim_run_folder(folder, second):
+            return WENT_ON
+    finally:
+        assert (folder / "recipe.yaml").read_text() == first
+
+
+# --- numbers and ranks ------------------------------------------------------------------------------------------------
+
+
+@makes("loss-not-finite", "loss-not-finite-skipped")
+def bad_loss(key: str, tools: Tools) -> Ended:
+    guard = LossGuard(max_skipped_updates=int(key.endswith("skipped")))
+    weights = test_loss_guard.run([0.5, 0.5, 0.25, test_loss_guard.NAN, 0.25, 0.25], guard)
+    assert weights == [0.5, 0.5, 0.25] and guard.num_skipped == 1
+    return WENT_ON
+
+
+@makes("rank-stalls", "rank-dies")
+def lost_rank(key: str, tools: Tools) -> Ended:
+    overlay = [*tools.fixture("overlay"), "parallelism.dist_timeout_seconds=20"]
+    run = Run(RECIPE, overlay, tools.folder)
+    run.wait_until(lambda: run.batches() >= 3)
+    kill(run.ranks()[1:], signal.SIGSTOP if key == "rank-stalls" else signal.SIGKILL)
+    code = run.finish()
+    assert whole_checkpoints(tools.folder / "run" / "checkpoints")
+    return Ended(1 if code else 0, run.output())
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+@makes("no-pad-token", "no-chat-template")
+def tokenizer(key: str, tools: Tools) -> Ended:
+    found = new_tokenizer()
+    assert found.pad_token is None
+    if key == "no-chat-template":
+        found.chat_template = None
+    check_tokenizer(found, "generation")
+    return WENT_ON
+
+
+@makes("tokens-unknown-to-the-model")
+def extra_tokens(key: str, tools: Tools) -> Ended:
+    found = new_tokenizer()
+    found.add_tokens([f"new{index}" for index in range(40)])
+    ListwiseReranker(new_hf_model(), found, Objective("combined"))
+    return WENT_ON
