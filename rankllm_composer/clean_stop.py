@@ -45,7 +45,7 @@ class PeerWatch:
     Args:
         end: ends the process with an exit code, at once.
     Attributes:
-        who_is_behind: asked when this rank fails while the others live: ranks that it may have waited for, or "".
+        who_is_behind: asked when this rank's waiting for others timed out: whom it waited for, or "".
     """
 
     def __init__(self, end: Callable[[int], object] = os._exit) -> None:
@@ -107,8 +107,8 @@ class PeerWatch:
             say(f"error: rank {self.rank}: {failure}" if self.rank else f"error: {failure}")
         else:
             traceback.print_exception(failure)
-            behind = self.who_is_behind() if self.peers else ""
-            stalled = f"; others wait for {behind}" if behind else ""
+            behind = self.who_is_behind() if "timed out" in str(failure).lower() else ""
+            stalled = f"; it waited for {behind}" if behind else ""
             say(f"error: rank {self.rank}: {type(failure).__name__}: {failure}{stalled}; {GO_ON}")
         if self.peers:
             threading.Thread(target=self._end_later, args=(code,), name="end", daemon=True).start()

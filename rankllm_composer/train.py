@@ -182,7 +182,9 @@ def train(recipe: Recipe, watch: PeerWatch) -> None:
     watch.start()
     check_world(recipe, dist.get_world_size())
     with claimed_run_folder(recipe) as folder:
-        watch.who_is_behind = partial(who_is_behind, folder / WHEREABOUTS, dist.get_world_size())
+        watch.who_is_behind = partial(
+            who_is_behind, folder / WHEREABOUTS, dist.get_global_rank(), dist.get_world_size()
+        )
         prepare_shards(recipe.data.train, "data.train")
         if recipe.data.eval is not None and recipe.evaluation is not None:
             prepare_shards(recipe.data.eval, "data.eval")

@@ -19,6 +19,8 @@ DOING = {
     Event.EPOCH_END: "evaluation, checkpoint or export after the epoch",
 }
 _NOTE_BYTES = 120
+# How long ranks that wait for the same one may differ in seeing that they wait in vain.
+NOTICE_SECONDS = 1.0
 
 
 class Note(NamedTuple):
@@ -70,16 +72,24 @@ def read_notes(folder: Path, num_ranks: int) -> dict[int, Note]:
     return notes
 
 
-def who_is_behind(folder: Path, num_ranks: int) -> str:
-    """The ranks that have gone the fewest steps, as "rank 1 (batch 3: forward pass, for 62 s)"; "" if all are level."""
+def who_is_behind(folder: Path, rank: int, num_ranks: int) -> str:
+    """Whom this rank waited for in vain, as "rank 1 (batch 3: forward pass, for 62 s)"; "" if nobody is behind.
+
+    That is who has gone the fewest steps, and no more than this rank, and has not noticed that it waits in vain itself.
+    A rank that asks counts as one that has noticed: its note goes.
+    """
+    own = read_notes(folder, num_ranks).get(rank)
+    _note_path(folder, rank).unlink(missing_ok=True)
+    time.sleep(NOTICE_SECONDS)
     notes = read_notes(folder, num_ranks)
-    fewest = min((note.num_steps for note in notes.values()), default=0)
-    behind = {rank: note for rank, note in notes.items() if note.num_steps == fewest}
-    if len(behind) == len(notes):
+    if own is None or not notes:
         return ""
+    fewest = min(note.num_steps for note in notes.values())
     now = time.time()
     return " and ".join(
-        f"rank {rank} (batch {note.batch}: {note.doing}, for {now - note.since:.0f} s)" for rank, note in behind.items()
+        f"rank {other} (batch {note.batch}: {note.doing}, for {now - note.since:.0f} s)"
+        for other, note in notes.items()
+        if note.num_steps == fewest <= own.num_steps
     )
 
 
