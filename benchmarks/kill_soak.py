@@ -1,4 +1,4 @@
-"""Kill a small run at random moments until it is done, many times over, and compare it with one that never died.
+"""Does a run that is killed at random moments end as one that never died?
 
     python benchmarks/kill_soak.py --kills 24 --seed 1
 

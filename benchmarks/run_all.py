@@ -35,7 +35,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "input_pipeline": [],
     "shard_build": [],
 }
-LIMIT_SECONDS = 900
+LIMIT_SECONDS = 1800
 HEAD = """# Measured
 
 Written by `make bench`; one file of this folder a question, whose docstring says how it is measured. Each runs alone.
