@@ -14,7 +14,7 @@ import argparse
 import statistics
 from typing import NamedTuple
 
-from report import NUM_CORES, in_own_process, peak_gib, print_columns, print_head, print_row
+from report import NUM_CORES, in_own_process, on_one_heap, peak_gib, print_columns, print_head, print_row
 from workload import SHAPES, list_lengths, new_lists, new_model
 
 NUM_FIRST_STEPS = 2
@@ -75,4 +75,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_one_heap()
     main()

@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 import torch
-from report import NUM_CORES, print_columns, print_head, print_row
+from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from steps import new_stepper
 from workload import RESPONSE_TOKENS, SHAPES, WARM_UP_LENGTHS, new_lists, new_model, typical_lengths
 
@@ -139,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_one_heap()
     main()

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from report import NUM_CORES, print_columns, print_head, print_row
+from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from steps import STEPS, new_stepper
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AttentionInterface, PreTrainedModel
@@ -138,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_one_heap()
     main()

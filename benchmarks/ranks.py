@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import print_columns, print_head, print_row
+from report import on_one_heap, print_columns, print_head, print_row
 from workload import SHAPES, WARM_UP_LENGTHS, new_lists, new_model, typical_lengths
 
 # name: ranks, threads a rank, sharded
@@ -146,4 +146,5 @@ if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].startswith("["):
         worker(sys.argv[1])
     else:
+        on_one_heap()
         main()

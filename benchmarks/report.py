@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import Any
 
 NUM_CORES = len(os.sched_getaffinity(0))
+# What glibc does with freed memory decides over a third of a CPU step's time and half of its resident memory: by itself
+# it gives large blocks back to the system at once, which then clears them page by page when they are asked for again,
+# and keeps a heap a thread. `heap.py` measures what this changes.
+ONE_HEAP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "20000000000",
+    "MALLOC_ARENA_MAX": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 def machine() -> str:
@@ -33,7 +42,8 @@ def machine() -> str:
 
 def print_head(threads: int | str) -> None:
     """Machine and threads, ahead of a benchmark's table."""
-    print(f"{machine()}; {threads} threads, float32\n", flush=True)
+    heap = ", one heap of large pages" if all(name in os.environ for name in ONE_HEAP) else ""
+    print(f"{machine()}; {threads} threads, float32{heap}\n", flush=True)
 
 
 def print_row(cells: Sequence[Any]) -> None:
@@ -45,6 +55,12 @@ def print_columns(names: Sequence[str], *, num_text: int = 1) -> None:
     """Head of a Markdown table; the first `num_text` columns are text, the others figures."""
     print_row(names)
     print(f"|{'---|' * num_text}{'---:|' * (len(names) - num_text)}", flush=True)
+
+
+def on_one_heap() -> None:
+    """Start this command again where its environment does not ask for one heap of large pages that is kept."""
+    if any(name not in os.environ for name in ONE_HEAP):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**ONE_HEAP, **os.environ})
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any, threads: int) -> Any:

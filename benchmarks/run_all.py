@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "scaling": [],
     "ranks": [],
     "compile_layers": [],
+    "heap": [],
     "plan_vs_measured": [],
     "input_pipeline": [],
     "shard_build": [],

@@ -14,7 +14,7 @@ import argparse
 import statistics
 
 import torch
-from report import NUM_CORES, print_columns, print_head, print_row
+from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from steps import Stepper, new_stepper
 from workload import RESPONSE_TOKENS, SHAPES, WARM_UP_LENGTHS, new_lists, new_model
 
@@ -63,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_one_heap()
     main()

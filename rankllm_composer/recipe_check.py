@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rankllm_composer.permutations import MAX_CANDIDATES
 from rankllm_composer.recipe import RANKING_LOSSES, Recipe, Source, Split
 from rankllm_composer.recipe_build import parse_time
-from rankllm_composer.recipe_schema import Problem, RecipeError, repr_yaml, show
+from rankllm_composer.recipe_schema import Problem, RecipeError, plain_tree, repr_yaml, show
 
 MISREAD_NAMES = ("gpt", "gemini", "monot5")
 """The inference client takes a model folder for another kind of reranker if its path holds one of these."""
+
+_SECRET_NAME = re.compile(r"(?:key|token|secret|password|passphrase|credentials?)$", re.IGNORECASE)
+"""Names of arguments that hold a secret; compared with the last word of a key."""
 
 FROM_RUN = (
     "window",
@@ -37,6 +42,7 @@ def contradictions(recipe: Recipe) -> list[Problem]:
         *_hardware(recipe),
         *_splits(recipe),
         *_outputs(recipe),
+        *_secrets(plain_tree(recipe)),
     ]
 
 
@@ -307,6 +313,28 @@ def _outputs(recipe: Recipe) -> Iterator[Problem]:
     if recipe.evaluation is not None and not recipe.evaluation.decodings:
         remedy = "name one, or set evaluation: null"
         yield Problem("evaluation.decodings", "[]", "first_token, generation or both", remedy)
+
+
+def _secrets(tree: Any, dotted: str = "") -> Iterator[Problem]:
+    """Credentials; the recipe of a run is written beside it, and parts of it go to loggers."""
+    remedy = "remove it, and give it where its client looks for it: the environment, or the client's own file"
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            below = f"{dotted}.{name}".lstrip(".")
+            if isinstance(value, str) and value and _SECRET_NAME.search(name):
+                yield Problem(below, "a value that looks like a secret", "no secrets in recipes", remedy)
+            else:
+                yield from _secrets(value, below)
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from _secrets(value, f"{dotted}.{index}")
+    elif isinstance(tree, str) and "://" in tree:
+        try:
+            parts = urlsplit(tree)
+        except ValueError:
+            return
+        if parts.password or parts.query:
+            yield Problem(dotted, "a URL with credentials", "a URL without password or query", remedy)
 
 
 def without_effect(recipe: Recipe) -> dict[str, str]:

@@ -50,6 +50,12 @@ class Ended(NamedTuple):
 
 WENT_ON = Ended(0, "")
 DRIVERS: dict[str, Callable[..., Ended]] = {}
+SIGNALS = {
+    "rank-stalls": signal.SIGSTOP,
+    "rank-dies": signal.SIGKILL,
+    "interrupted": signal.SIGINT,
+    "asked-to-stop": signal.SIGTERM,
+}
 
 
 def makes(*keys: str) -> Callable[[Callable[..., Ended]], Callable[..., Ended]]:
@@ -103,9 +109,7 @@ def test_every_row_is_made_and_everything_made_has_a_row():
     assert set(ROWS) == set(DRIVERS) and len(ROWS) == num_rows > 25
 
 
-@pytest.mark.parametrize(
-    "key", [pytest.param(key, marks=pytest.mark.slow if key.startswith("rank-") else ()) for key in ROWS]
-)
+@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow if key in SIGNALS else ()) for key in ROWS])
 def test_what_happens_is_what_the_table_says(key, tmp_path, monkeypatch, request):
     try:
         ended = DRIVERS[key](key, Tools(tmp_path, monkeypatch, request))
@@ -316,15 +320,27 @@ def bad_loss(key: str, tools: Tools) -> Ended:
     return WENT_ON
 
 
-@makes("rank-stalls", "rank-dies")
-def lost_rank(key: str, tools: Tools) -> Ended:
+@makes(*SIGNALS)
+def signalled(key: str, tools: Tools) -> Ended:
+    segments = set(os.listdir("/dev/shm"))
     overlay = [*tools.fixture("overlay"), "parallelism.dist_timeout_seconds=20"]
     run = Run(RECIPE, overlay, tools.folder)
     run.wait_until(lambda: run.batches() >= 3)
-    kill(run.ranks()[1:], signal.SIGSTOP if key == "rank-stalls" else signal.SIGKILL)
+    if key == "interrupted":  # a terminal tells it to every process
+        os.killpg(run.process.pid, SIGNALS[key])
+    else:
+        kill(run.ranks() if key == "asked-to-stop" else run.ranks()[1:], SIGNALS[key])
     code = run.finish()
-    assert whole_checkpoints(tools.folder / "run" / "checkpoints")
-    return Ended(1 if code else 0, run.output())
+    folder = tools.folder / "run"
+    assert whole_checkpoints(folder / "checkpoints")
+    with claim_run_folder(folder, (folder / "recipe.yaml").read_text()):  # not held by anybody
+        pass
+    if key in ("interrupted", "asked-to-stop"):
+        assert set(os.listdir("/dev/shm")) <= segments
+        assert "Traceback" not in run.output()
+    clear_dead_claims()
+    assert set(os.listdir("/dev/shm")) <= segments
+    return Ended(min(code, 1), run.output())
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

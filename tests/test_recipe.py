@@ -612,6 +612,57 @@ def test_references_that_lead_nowhere(smallest: Path, override: str) -> None:
     assert problem.found.startswith("'${")
 
 
+def test_secrets_are_not_repeated(smallest: Path) -> None:
+    overrides = ["data.train.remote='s3://key:hushhush@host/set'", "logging.loggers={wandb: {api_key: hushhush}}"]
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(smallest, overrides)
+    assert str(raised.value).count("give it where its client looks for it") == 2
+    assert "hushhush" not in str(raised.value)
+
+
+SMALLEST_LINES = st.lists(
+    st.sampled_from(
+        [
+            "run:",
+            "  name: x",
+            "model:",
+            "  name_or_path: m",
+            "data:",
+            "  train:",
+            "    local: x",
+            "    streams: [{local: a}, 3, null]",
+            "batch: {global_lists: 8}",
+            "objective: [combined]",
+            "schedule: {warmup: 3parsecs}",
+            "logging: {loggers: {wandb: 3}}",
+            "- a",
+            "  ? [b]",
+            "x: &y [*y]",
+            "${run.name}: ${run.nome}",
+            "run: !!python/object/apply:os.getcwd []",
+            "\t",
+            "optimizer: {lr: .inf, betas: [1, 2, 3]}",
+        ]
+    )
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=30),
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(lines=SMALLEST_LINES, overrides=st.lists(st.text(max_size=20), max_size=2))
+def test_whatever_a_file_holds_the_outcome_is_a_recipe_or_a_recipe_error(
+    lines: list[str], overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = write(tmp_path_factory.mktemp("any"), "\n".join(lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecipeWarning)
+        try:
+            assert load_recipe(path, overrides).run.name
+        except RecipeError as error:
+            assert str(path) in str(error)
+
+
 def test_a_key_marked_as_missing_is_missing(smallest: Path) -> None:
     assert problems(smallest, "run.name=???")["run.name"].found == "nothing"
 
@@ -699,6 +750,15 @@ CPU = "parallelism.device=cpu"
         ),
         (["checkpoint.keep=0"], "checkpoint.keep", "0"),
         (["model.lora.target_modules=[]"], "model.lora.target_modules", "[]"),
+        (["data.train.remote='s3://key:word@host/set'"], "data.train.remote", "a URL with credentials"),
+        (["checkpoint.folder='https://host/set?sig=abc'"], "checkpoint.folder", "a URL with credentials"),
+        (
+            ["data.train={streams: [{local: x, remote: 'sftp://me:word@host/a'}]}"],
+            "data.train.streams.0.remote",
+            "a URL with credentials",
+        ),
+        (["logging.loggers={wandb: {api_key: word}}"], "logging.loggers.wandb.api_key", "looks like a secret"),
+        (["logging.loggers={mlflow: {x: {Token: word}}}"], "logging.loggers.mlflow.x.Token", "looks like a secret"),
     ],
 )
 def test_contradictions(smallest: Path, overrides: list[str], key: str, part: str) -> None:
@@ -725,6 +785,7 @@ def test_contradictions(smallest: Path, overrides: list[str], key: str, part: st
         ],
         ["batch.microbatch_lists=null", "batch.microbatch_tokens=4096"],
         ["checkpoint.keep=-1"],
+        ["data.train.remote='sftp://me@host/a'", "model.config_overrides={pad_token_id: 3, token: null}"],
     ],
 )
 def test_no_contradiction(smallest: Path, overrides: list[str]) -> None:

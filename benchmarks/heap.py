@@ -1,0 +1,58 @@
+"""What does it change on CPU that freed memory is kept for what comes next?
+
+    python benchmarks/heap.py [--shape SHAPE] [--lists 2] [--repeats 2] [--threads N]
+
+One packed step (forward, backward, optimizer, every layer recomputed) with the C library's own settings, and with those
+that the other benchmarks, the demo and the CPU recipe run under: `report.ONE_HEAP`, one heap of large pages that is
+never given back. Every figure comes from a process of its own; the two alternate, and figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+
+from packed_step import Measured, measure
+from report import NUM_CORES, ONE_HEAP, in_own_process, print_columns, print_head, print_row
+from workload import SHAPES, typical_lengths
+
+SETTINGS = {"the C library's own": False, "one heap of large pages": True}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
+    parser.add_argument("--lists", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=NUM_CORES)
+    options = parser.parse_args()
+    print_head(options.threads)
+    lengths = typical_lengths(options.lists)
+    results: dict[str, list[Measured]] = {name: [] for name in SETTINGS}
+    for _ in range(options.repeats):
+        for name, is_one_heap in SETTINGS.items():
+            for variable, value in ONE_HEAP.items():
+                os.environ.pop(variable, None)
+                if is_one_heap:
+                    os.environ[variable] = value
+            arguments = "packed", options.shape, lengths, 1.0, options.threads
+            results[name].append(in_own_process(measure, *arguments, threads=options.threads))
+    seconds = {name: statistics.median(result.seconds for result in rows) for name, rows in results.items()}
+    print(f"{options.shape}, {len(lengths)} lists, {sum(lengths):,} tokens\n")
+    print_columns(["freed memory", "seconds a step", "tokens/s", "speed", "peak GiB"])
+    for name, rows in results.items():
+        print_row(
+            [
+                name,
+                f"{seconds[name]:.1f}",
+                f"{sum(lengths) / seconds[name]:,.0f}",
+                f"{seconds[next(iter(SETTINGS))] / seconds[name]:.2f}×",
+                f"{statistics.median(result.peak for result in rows):.2f}",
+            ]
+        )
+
+
+if __name__ == "__main__":
+    main()
