@@ -6,6 +6,7 @@ BIN := .venv/bin
 NPROC ?= 8
 RUNS ?= runs
 KILLS ?= 24
+STAGES ?= 1
 
 .PHONY: help setup demo test check rehearse bench soak reproduce-first-mistral reproduce-zephyr clean
 
@@ -40,14 +41,21 @@ soak: setup  ## kill small runs at KILLS random moments and compare them with ru
 	$(BIN)/python benchmarks/kill_soak.py --kills $(KILLS)
 
 # Shards -> train -> export -> the commands that serve the result. Variables: NPROC (processes, one a GPU), DATA (records
-# to build shards from), MODEL (base model), SET (more key=value overrides of the recipe).
+# to build shards from; DATA2 for the second stage), MODEL (base model), SET (more key=value overrides of the recipe).
 reproduce-first-mistral: setup  ## FirstMistral: combined objective, 8 GPUs
 	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/first_mistral.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
 
-reproduce-zephyr: setup  ## RankZephyr: generation objective, 8 GPUs
+reproduce-zephyr: setup  ## RankZephyr: generation objective, 8 GPUs; STAGES=2: a large set, then a small one (DATA2)
+ifeq ($(STAGES),2)
+	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr_stage1.yaml \
+	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
+	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr_stage2.yaml \
+	  $(if $(DATA2),data.train.source.input=$(DATA2)) $(SET)
+else
 	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
+endif
 
 clean:  ## remove .venv and runs
 	rm -rf .venv $(RUNS)

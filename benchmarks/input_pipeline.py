@@ -8,7 +8,8 @@ factor of the query (sigma 0.35), at most 300, at some 1.35 tokens a word. Then 
 over. By number of workers; the first epoch, which starts them, is reported apart, and the rate is that of the epochs
 after it. Lists over 4,096 tokens are tokenised, counted and left out, as in training; rates count the tokens delivered.
 Tokens per CPU second of loader and workers together are what a core does when others have the machine, too. Default
-tokenizer: Mistral-7B-Instruct-v0.3's. Last comes what a training step eats: one packed list of a model of --shape, on all cores.
+tokenizer: Mistral-7B-Instruct-v0.3's. Last comes what a training step eats: one packed list of a model of --shape, on
+all cores.
 """
 
 from __future__ import annotations

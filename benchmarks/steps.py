@@ -21,14 +21,16 @@ from rankllm_composer.objectives import Objective
 from rankllm_composer.packing import Sequence, split_batch
 
 RANKING_WEIGHT = 10.0
+SMOOTHING = 0.0
 STEPS = ("plain", "packed")
 
 
 def plain_loss(model: PreTrainedModel, lists: list[Sequence]) -> torch.Tensor:
-    """Right-padded to the longest list, logits at every place, then list by list and pair by pair.
+    """Right-padded to the longest list, logits at every place, then list by list and pair by pair, as published.
 
-    The LM part is the model's own loss with `labels`; scores are read from the full logits at each list's score
-    position. Attention is transformers' default where flash-attn is absent (SDPA with a padding mask).
+    The LM part takes the log-softmax of all logits but the last place's, and its sum over the vocabulary besides, for a
+    label smoothing of 0 that counts all the same; scores are read from the full logits at each list's score position.
+    Attention is transformers' default where flash-attn is absent (SDPA with a padding mask).
     """
     longest = max(len(item.encoded.input_ids) for item in lists)
     input_ids = torch.zeros(len(lists), longest, dtype=torch.int64)  # (B, L)
@@ -39,11 +41,17 @@ def plain_loss(model: PreTrainedModel, lists: list[Sequence]) -> torch.Tensor:
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
         labels[row, item.encoded.response_start : len(ids)] = ids[item.encoded.response_start :]
-    outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, L, V)
+    shifted, targets = logits[:, :-1].contiguous(), labels[:, 1:]
+    surprise = -F.log_softmax(shifted, dim=-1)
+    is_target = targets != -100
+    per_token = surprise.gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(is_target, 0.0)
+    smoothing = surprise.sum(-1, dtype=torch.float32).where(is_target, 0.0).sum()
+    language_modelling = per_token.sum() / is_target.sum() + SMOOTHING * smoothing
     list_losses = []
     for row, item in enumerate(lists):
         token_ids = torch.from_numpy(item.encoded.identifier_token_ids).long()
-        scores = outputs.logits[row, item.encoded.score_position][token_ids]
+        scores = logits[row, item.encoded.score_position][token_ids]
         pair_losses = [
             F.softplus(scores[worse] - scores[better]) / float(2 + ranks[better] + ranks[worse])
             for ranks in [item.encoded.ranks]
@@ -51,7 +59,7 @@ def plain_loss(model: PreTrainedModel, lists: list[Sequence]) -> torch.Tensor:
             if ranks[better] < ranks[worse]
         ]
         list_losses.append(torch.stack(pair_losses).mean())
-    return outputs.loss + RANKING_WEIGHT * torch.stack(list_losses).mean()
+    return language_modelling + RANKING_WEIGHT * torch.stack(list_losses).mean()
 
 
 def packed_loss(reranker: ListwiseReranker, lists: list[Sequence]) -> torch.Tensor:

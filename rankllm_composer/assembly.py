@@ -74,6 +74,7 @@ def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBa
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str) -> ListwiseReranker:
     """The model of a recipe. Under FSDP2 rank 0 loads the weights; the others start on the meta device."""
+    import torch
     from composer.utils import dist, reproducibility
 
     from rankllm_composer.model import ListwiseReranker, load_causal_lm
@@ -88,6 +89,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str)
         random_weights=keys.random_weights,
         config_overrides=keys.config_overrides,
         on_meta=recipe.parallelism.fsdp and dist.get_global_rank() > 0,
+        dtype=torch.bfloat16 if keys.lora is not None and keys.lora.frozen_precision == "bf16" else torch.float32,
     )
     return ListwiseReranker(
         causal_lm,
@@ -171,7 +173,7 @@ def build_validation(
     """Ranking of `data.eval` while training; every n-th window is this rank's. None where the recipe asks for none."""
     from composer.utils import dist
 
-    from rankllm_composer.validation import Validation
+    from rankllm_composer.validation import EVALUATIONS_FILE, Validation
 
     if recipe.evaluation is None or recipe.data.eval is None:
         return None
@@ -183,6 +185,10 @@ def build_validation(
         contract=contract,
         interval=recipe.evaluation.interval,
         decodings=recipe.evaluation.decodings,
+        constrained=recipe.evaluation.constrained,
+        num_shuffles=recipe.evaluation.num_shuffles,
+        seed=recipe.run.seed,
+        details=Path(recipe.run_folder, EVALUATIONS_FILE),
     )
 
 
@@ -221,9 +227,11 @@ def build_callbacks(
                 contract=contract,
                 facts=card_facts(recipe, contract, num_lists),
                 interval=recipe.checkpoint.export.interval,
+                merge_lora=recipe.checkpoint.export.merge_lora,
                 generation_config=model.model.generation_config,
                 dtype="float32" if recipe.parallelism.precision == "fp32" else "bfloat16",
                 figures=lambda: {} if validation is None else validation.figures,
+                best_by=None if recipe.evaluation is None else recipe.evaluation.best_by,
             )
         )
     is_url = is_remote(recipe.checkpoint_folder)

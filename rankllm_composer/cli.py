@@ -398,6 +398,32 @@ def rerank(
     typer.echo(report.text)
 
 
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, shown side by side.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file; default: report.html in the first run's folder.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for the same pictures as PNG files.")] = None,
+) -> None:
+    """Draw what runs did: losses, learning rate, throughput, nDCG, gains, lengths, position bias, in one HTML page."""
+    from rankllm_composer.plan import look_at_lists
+    from rankllm_composer.recipe_merge import load_recipe
+    from rankllm_composer.recipe_schema import RecipeError
+    from rankllm_composer.report import read_run, write_report
+
+    records = []
+    for folder in runs:
+        try:
+            lengths = look_at_lists(load_recipe(folder / "recipe.yaml"), None, 1000).tokens
+        except RecipeError:
+            lengths = ()
+        records.append(read_run(folder, lengths))
+    target = output or runs[0] / "report.html"
+    drawn = write_report(records, target, png)
+    typer.echo(f"{target}: {', '.join(drawn) or 'no pictures, nothing was measured'}")
+
+
 @app.command("demo")
 def demo(
     folder: Annotated[Path, typer.Option(help="Takes the collection, the shards, the run and the model.")] = Path(

@@ -141,8 +141,8 @@ def _check_texts(num_words: int, length: int, max_grade: int, per_grade: int) ->
             texts //= length  # each of its words is said once, so it could be written for any of them
         if per_grade > texts:
             raise ValueError(
-                f"passages_per_grade + test_passages_per_grade: found {per_grade}, allowed are {texts}, as many as there "
-                f"are texts of {length} words that say one of them {grade} times; write fewer, or longer ones"
+                f"passages_per_grade + test_passages_per_grade: found {per_grade}, allowed are {texts}, as many as "
+                f"there are texts of {length} words that say one of them {grade} times; write fewer, or longer ones"
             )
 
 

@@ -211,6 +211,14 @@ def summarise(results: Iterable[WindowResult]) -> dict[str, float]:
     return figures
 
 
+def window_ndcg(result: WindowResult) -> dict[str, float]:
+    """nDCG@10 of one window as presented and by each decoding; empty where nothing in it is known to be relevant."""
+    if not _is_judged(result):
+        return {}
+    orders = {"presented": tuple(range(len(result.teacher))), **result.permutations}
+    return {name: value for name, order in orders.items() if (value := _ndcg(result, order)) is not None}
+
+
 def position_matrix(results: Iterable[WindowResult], decoding: Decoding) -> NDArray[np.int64]:
     """Where candidates end up by where they were shown, counted over shuffled windows: the position-bias heat map.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import re
 import threading
@@ -39,6 +40,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 Dtype = Literal["bfloat16", "float16", "float32"]
 # Other ranks hear from rank 0 this often while it writes, so that no collective runs into its timeout.
 HEARTBEAT_SECONDS = 10.0
+BEST = "best"
 
 
 class ExportError(ValueError):
@@ -171,6 +173,8 @@ class ExportFolder(Callback):
         dtype: of the weights on disk.
         merge_lora: False = an adapter is exported apart from the model it changes.
         figures: called at each export for the figures measured so far. None = the Trainer's evaluation metrics.
+        best_by: name of a figure, without its `eval/`; `best` in the folder is a link to the export of which it was
+            highest, the first of equals. None = no link.
     Raises:
         ExportError: an interval in another unit, or a folder that is not local.
     """
@@ -187,6 +191,7 @@ class ExportFolder(Callback):
         dtype: Dtype = "bfloat16",
         merge_lora: bool = True,
         figures: Callable[[], Mapping[str, float]] | None = None,
+        best_by: str | None = None,
     ) -> None:
         self.folder = _local_path(folder)
         self.tokenizer = tokenizer
@@ -196,6 +201,8 @@ class ExportFolder(Callback):
         self.dtype: Dtype = dtype
         self.merge_lora = merge_lora
         self.figures = figures
+        self.best_by = best_by
+        self._best = -math.inf
         self._interval = Time.from_input(interval, TimeUnit.EPOCH)
         if self._interval.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or self._interval.value < 1:
             raise ExportError(f"interval: found {interval!r}, allowed are at least 1ep (epochs) or 1ba (batches)")
@@ -227,17 +234,24 @@ class ExportFolder(Callback):
         weights = gather_full_state_dict(state.model, merge_lora=self.merge_lora, dtype=DTYPES[self.dtype])
         target = self.folder / name
         run_on_rank_zero(lambda: self._write(state, target, weights), f"export of {target}")
+        figure = None if self.best_by is None else self._figures(state).get(f"eval/{self.best_by}")
+        if figure is not None and figure > self._best:
+            self._best = figure
+            run_on_rank_zero(lambda: _link(self.folder / BEST, name), f"link to {target}")
         self._last_batch = state.timestamp.batch.value
         log.info("exported %s", target)
 
+    def _figures(self, state: State) -> dict[str, float]:
+        figures = self.figures() if self.figures is not None else state.eval_metric_values
+        return {name: float(value) for name, value in figures.items()}
+
     def _write(self, state: State, target: Path, weights: Weights) -> None:
         inner: Any = hf_module(state.model)
-        figures = self.figures() if self.figures is not None else state.eval_metric_values
         adapters = getattr(inner, "peft_config", None)
         facts = replace(
             self.facts,
             progress=f"{target.name} (after {state.timestamp.batch.value} batches)",
-            figures={name: float(value) for name, value in figures.items()},
+            figures=self._figures(state),
         )
         write_model_folder(
             target,
@@ -251,6 +265,12 @@ class ExportFolder(Callback):
             model_class=causal_lm_class(inner),
             adapter_config=next(iter(adapters.values())) if adapters and not self.merge_lora else None,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best = state["best"]
 
 
 def run_on_rank_zero(task: Callable[[], None], what: str) -> None:
@@ -287,6 +307,14 @@ def run_on_rank_zero(task: Callable[[], None], what: str) -> None:
         raise failure[0]
     if error is not None:
         raise ExportError(f"rank 0, {what}: {error}")
+
+
+def _link(link: Path, target: str) -> None:
+    """Make a link, or turn it, so that it is there at every moment."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)
 
 
 def _is_finished(state: State) -> bool:

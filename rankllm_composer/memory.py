@@ -58,6 +58,7 @@ class Workload:
         attention: "flash_attention_2" or "packed_sdpa".
         optimizer: "adamw" or "adamw_8bit".
         peft_config: of the adapters; None = all weights are trained.
+        frozen_precision: "fp32" or "bf16", of the weights that adapters change.
     """
 
     config: PretrainedConfig
@@ -75,6 +76,7 @@ class Workload:
     attention: Literal["flash_attention_2", "packed_sdpa"] = "flash_attention_2"
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     peft_config: PeftConfig | None = None
+    frozen_precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -291,8 +293,9 @@ def _build(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     from composer.distributed.fsdp2_utils import generate_composer_model_policy
     from composer.utils.parallelism import FSDP2Config
 
+    dtype = torch.bfloat16 if work.frozen_precision == "bf16" else torch.float32
     model = ListwiseReranker(
-        AutoModelForCausalLM.from_config(work.config).float().train(),
+        AutoModelForCausalLM.from_config(work.config).to(dtype).train(),
         None,
         work.objective,
         attention="packed_sdpa",

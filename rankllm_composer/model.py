@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankllm_composer.attention import choose_attention
-from rankllm_composer.flops import training_flops
+from rankllm_composer.flops import forward_flops, training_flops
 from rankllm_composer.objectives import Objective
 
 if TYPE_CHECKING:
@@ -163,7 +163,10 @@ class ListwiseReranker(HuggingFaceModel):
             for s in batch["sequences"]
             if s.encoded is not None
         )
-        return training_flops(self.config, lengths, num_logits)
+        if all(weight.requires_grad for weight in self.model.parameters()):
+            return training_flops(self.config, lengths, num_logits)
+        # Frozen weights need no gradient of their own, which is a third of the products.
+        return 2 * forward_flops(self.config, lengths, num_logits)
 
 
 def load_tokenizer(
@@ -175,9 +178,7 @@ def load_tokenizer(
         ModelError: it cannot be loaded; says what to check.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelError(
             f"model.tokenizer: cannot load {name_or_path!r}: {_first_line(error)}. "
@@ -196,8 +197,9 @@ def load_causal_lm(
     random_weights: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
     on_meta: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A causal LM in float32 (the master weights), from a checkpoint or with random weights.
+    """A causal LM, from a checkpoint or with random weights.
 
     Args:
         name_or_path: HF id or local folder.
@@ -206,6 +208,7 @@ def load_causal_lm(
         random_weights: build from the configuration alone.
         config_overrides: HF configuration keys to replace.
         on_meta: allocate nothing; the weights come from rank 0 when the model is sharded.
+        dtype: of the weights: float32 for those that are trained; for frozen ones bfloat16 too.
     Returns:
         The model in training mode.
     Raises:
@@ -214,9 +217,7 @@ def load_causal_lm(
     if trust_remote_code:
         warnings.warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=2)
     try:
-        config = AutoConfig.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.name_or_path: cannot load {name_or_path!r}: {_first_line(error)}. "
@@ -236,14 +237,14 @@ def load_causal_lm(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
-                torch_dtype=torch.float32,
+                torch_dtype=dtype,
             )
         except OSError as error:
             raise ModelError(
                 f"model.name_or_path: cannot load weights of {name_or_path!r}: {_first_line(error)}. "
                 "Weights are read from safetensors only."
             ) from error
-    return model.float().train()
+    return model.to(dtype).train()
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
@@ -258,4 +259,3 @@ def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-

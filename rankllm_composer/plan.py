@@ -366,6 +366,7 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
         attention=attention,  # type: ignore[arg-type]
         optimizer=recipe.optimizer.name,
         peft_config=build_peft_config(recipe),
+        frozen_precision="fp32" if recipe.model.lora is None else recipe.model.lora.frozen_precision,
     )
 
 

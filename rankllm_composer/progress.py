@@ -160,8 +160,8 @@ class ProgressLine(LoggerDestination):
                 continue
             if name.startswith(LOSS_PREFIX):
                 self._losses[name.removeprefix(LOSS_PREFIX)] = number
-            elif "ndcg" in name.lower():
-                self._quality[name.rsplit("/", 1)[-1]] = number
+            elif name.endswith(("first_token/ndcg@10", "generation/ndcg@10")):
+                self._quality[" ".join(name.split("/")[-2:])] = number
 
     def fit_start(self, state: State, logger: Logger) -> None:
         del logger

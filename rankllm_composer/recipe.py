@@ -46,6 +46,9 @@ class Lora:
     rank: int = key("Rank of the adapters.", 16, unit="dimensions", at_least=1)
     alpha: float = key("Scale of the adapters: alpha / rank.", 32.0, above=0)
     dropout: float = key("Dropout before the adapters.", 0.05, unit="fraction", at_least=0, below=1)
+    frozen_precision: Literal["fp32", "bf16"] = key(
+        "What the weights that are not trained are held in; bf16 takes half the memory, on one GPU or with DDP.", "fp32"
+    )
     target_modules: tuple[str, ...] = key(
         "Linear layers that get an adapter.",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -243,6 +246,7 @@ class Export:
         "How often a HF folder is written.", "1ep", unit="Composer time", time_units=INTERVAL_UNITS, nonzero=True
     )
     folder: str | None = key("Where the HF folders go; null = <run folder>/hf.", None, unit="path")
+    merge_lora: bool = key("Add the adapters to the weights they change; false = export them apart.", True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +266,18 @@ class Evaluation:
     )
     decodings: tuple[Literal["first_token", "generation"], ...] = key(
         "How rankings are read: from one forward pass, from generated text, or both.", ("first_token", "generation")
+    )
+    constrained: bool = key("Let generation write well-formed answers only.", False)
+    num_shuffles: int = key(
+        "Random orders each window is shown in besides, to measure position bias by the first token; 0 = none.",
+        0,
+        unit="orders",
+        at_least=0,
+    )
+    best_by: str | None = key(
+        "Figure by which <export folder>/best points to the best export, such as first_token/ndcg@10; null = none.",
+        None,
+        unit="figure",
     )
 
 

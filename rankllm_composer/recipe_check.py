@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rankllm_composer.permutations import MAX_CANDIDATES
-from rankllm_composer.recipe import RANKING_LOSSES, Recipe, Source, Split
+from rankllm_composer.recipe import RANKING_LOSSES, Evaluation, Export, Recipe, Source, Split
 from rankllm_composer.recipe_build import parse_time
 from rankllm_composer.recipe_schema import Problem, RecipeError, plain_tree, repr_yaml, show
 
@@ -40,6 +40,7 @@ def contradictions(recipe: Recipe) -> list[Problem]:
         *_objective(recipe),
         *_times(recipe),
         *_hardware(recipe),
+        *_frozen_weights(recipe),
         *_splits(recipe),
         *_outputs(recipe),
         *_secrets(plain_tree(recipe)),
@@ -183,6 +184,23 @@ def _hardware(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _frozen_weights(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.model.lora is None or recipe.model.lora.frozen_precision == "fp32":
+        return
+    for dotted, value, allowed in (
+        ("parallelism.fsdp", recipe.parallelism.fsdp, False),
+        ("parallelism.precision", recipe.parallelism.precision, "amp_bf16"),
+    ):
+        if value != allowed:
+            yield Problem(
+                "model.lora.frozen_precision",
+                f"bf16 with {dotted}: {show(value)}",
+                f"fp32, or {dotted}: {show(allowed)}",
+                "change one of the two",
+                (dotted,),
+            )
+
+
 def _splits(recipe: Recipe) -> Iterator[Problem]:
     yield from _split(recipe.data.train, "data.train")
     if recipe.data.eval is not None:
@@ -310,9 +328,43 @@ def _outputs(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.lora is not None and not recipe.model.lora.target_modules:
         remedy = "name the layers, or set model.lora: null"
         yield Problem("model.lora.target_modules", "[]", "at least one module name", remedy)
-    if recipe.evaluation is not None and not recipe.evaluation.decodings:
+    if recipe.evaluation is not None:
+        yield from _evaluation(recipe.evaluation, recipe.checkpoint.export)
+
+
+def _evaluation(evaluation: Evaluation, export: Export | None) -> Iterator[Problem]:
+    if not evaluation.decodings:
         remedy = "name one, or set evaluation: null"
         yield Problem("evaluation.decodings", "[]", "first_token, generation or both", remedy)
+    for name, value in (("num_shuffles", evaluation.num_shuffles), ("constrained", evaluation.constrained)):
+        needed = "first_token" if name == "num_shuffles" else "generation"
+        if value and needed not in evaluation.decodings:
+            yield Problem(
+                f"evaluation.{name}",
+                f"{repr_yaml(value)} without {needed} in evaluation.decodings",
+                "0" if name == "num_shuffles" else "false",
+                f"remove it, or add {needed}",
+                ("evaluation.decodings",),
+            )
+    if evaluation.best_by is None:
+        return
+    figures = [f"{name}/{figure}" for name in evaluation.decodings for figure in ("ndcg@10", "mrr@10", "tau")]
+    if evaluation.best_by not in figures:
+        yield Problem(
+            "evaluation.best_by",
+            f"'{evaluation.best_by}'",
+            " or ".join(figures) or "null",
+            "name one of them, or null",
+            ("evaluation.decodings",),
+        )
+    if export is None or export.interval != evaluation.interval:
+        yield Problem(
+            "evaluation.best_by",
+            "exports at other times than evaluations" if export else "a figure, but checkpoint.export is null",
+            "checkpoint.export.interval equal to evaluation.interval",
+            "export when it is evaluated",
+            ("checkpoint.export.interval", "evaluation.interval"),
+        )
 
 
 def _secrets(tree: Any, dotted: str = "") -> Iterator[Problem]:
@@ -350,6 +402,8 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
     if not recipe.parallelism.fsdp:
         for name in ("reshard_after_forward", "mixed_precision"):
             reasons[f"parallelism.{name}"] = "parallelism.fsdp is false"
+    if recipe.model.lora is None and recipe.checkpoint.export is not None:
+        reasons["checkpoint.export.merge_lora"] = "model.lora is null"
     if recipe.evaluation is None:
         reasons["data.eval"] = "evaluation is null"
     for section, split in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):

@@ -206,13 +206,17 @@ def train(recipe: Recipe, watch: PeerWatch) -> None:
 
 
 def _where_it_is(export_folder: Path) -> str:
-    """The exports of a run, and the command that serves the newest."""
+    """The exports of a run, and the command that serves the best, or the newest where none is."""
     from rankllm_composer.contract import CONTRACT_FILE, read_contract
+    from rankllm_composer.export import BEST
     from rankllm_composer.model_card import serving_command
 
     contracts = sorted(export_folder.glob(f"*/{CONTRACT_FILE}"), key=lambda path: path.stat().st_mtime)
-    folders = [path.parent for path in contracts]
+    folders = [path.parent for path in contracts if not path.parent.is_symlink()]
     text = "\n".join(["exported:", *(f"    {folder}" for folder in folders)])
+    if (export_folder / BEST).is_symlink():
+        folders.append(export_folder / BEST)
+        text += f"\n    {export_folder / BEST} is {(export_folder / BEST).readlink()}"
     contract = read_contract(folders[-1])
     if contract.append_bracket:
         return text + f"\nrank with it: rankllm-composer rerank --model {folders[-1]} …"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
-from rankllm_composer.evaluation import DECODINGS, Decoding, evaluate_windows, summarise
+from rankllm_composer.evaluation import (
+    DECODINGS,
+    Decoding,
+    WindowResult,
+    evaluate_windows,
+    position_matrix,
+    summarise,
+    window_ndcg,
+)
 from rankllm_composer.weights import hf_module
 
 if TYPE_CHECKING:
@@ -19,6 +29,7 @@ if TYPE_CHECKING:
     from rankllm_composer.prompts import Record
 
 PREFIX = "eval/"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 class Validation(Callback):
@@ -32,6 +43,8 @@ class Validation(Callback):
         contract: how the model is read.
         interval: Composer time string.
         decodings: "first_token", "generation" or both.
+        constrained, num_shuffles, seed: see `evaluate_windows`.
+        details: rank 0 adds a line an evaluation to this file, see `read_details`. None = nowhere.
         batch_tokens: tokens in one forward pass.
     """
 
@@ -43,6 +56,10 @@ class Validation(Callback):
         contract: DecodingContract,
         interval: str,
         decodings: Sequence[Decoding] = DECODINGS,
+        constrained: bool = False,
+        num_shuffles: int = 0,
+        seed: int = 0,
+        details: Path | None = None,
         batch_tokens: int = 16384,
     ) -> None:
         self.figures: dict[str, float] = {}
@@ -50,6 +67,8 @@ class Validation(Callback):
         self._tokenizer = tokenizer
         self._contract = contract
         self._decodings = tuple(decodings)
+        self._options = {"constrained": constrained, "num_shuffles": num_shuffles, "seed": seed}
+        self._details = details
         self._batch_tokens = batch_tokens
         self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events={Event.BATCH_END})
 
@@ -64,7 +83,39 @@ class Validation(Callback):
                 decodings=self._decodings,
                 batch_tokens=self._batch_tokens,
                 lockstep=dist.get_world_size() > 1,
+                **self._options,
             )
             every = [result for share in dist.all_gather_object(own) for result in share]
             self.figures = {PREFIX + name: value for name, value in summarise(every).items()}
             logger.log_metrics(self.figures)
+            if self._details is not None and dist.get_global_rank() == 0:
+                with self._details.open("a") as file:
+                    file.write(json.dumps(_details(state, every)) + "\n")
+
+
+def _details(state: State, results: Sequence[WindowResult]) -> dict[str, Any]:
+    return {
+        "batch": state.timestamp.batch.value,
+        "epoch": state.timestamp.epoch.value,
+        "ndcg@10": {result.id: window_ndcg(result) for result in results},
+        "positions": {
+            name: counts.tolist() for name in DECODINGS if (counts := position_matrix(results, name)).size
+        },
+    }
+
+
+def read_details(path: Path) -> Iterator[dict[str, Any]]:
+    """What evaluations found, by batch, each once, also where a resumed run came by it again.
+
+    Yields:
+        batch, epoch; "ndcg@10": window → "presented" or decoding → figure, of windows with a relevant candidate;
+        "positions": decoding → counts, see `position_matrix`.
+    """
+    found = {}
+    for line in path.read_text().splitlines():
+        try:
+            details = json.loads(line)
+            found[details["batch"]] = details
+        except (ValueError, KeyError, TypeError):  # torn by a kill; written anew after it
+            continue
+    yield from (found[batch] for batch in sorted(found))

@@ -1,4 +1,4 @@
-"""Data and checkpoints in an object store, over HTTP: a run that loses its machine goes on as if nothing had happened."""
+"""Data and checkpoints in an object store, over HTTP: a run that loses its machine goes on as if it had not."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ RECIPE = REPOSITORY / "yamls" / "demo.yaml"
 @pytest.mark.slow
 def test_the_demo_goes_all_the_way(tmp_path):
     told: list[str] = []
-    figures = run_demo(tmp_path, RECIPE, ["run.max_duration=4ba", "schedule.warmup=1ba"], num_train_queries=256, report=told.append)
+    short = ["run.max_duration=4ba", "schedule.warmup=1ba"]
+    figures = run_demo(tmp_path, RECIPE, short, num_train_queries=256, report=told.append)
     assert list(figures) == ["first stage", "untrained", "trained", "oracle"]
     assert all(0.5 < value <= 1.0 for value in figures.values()) and figures["oracle"] == 1.0
     assert figures["first stage"] == pytest.approx(0.8, abs=0.03)  # chance

@@ -322,7 +322,7 @@ def bad_loss(key: str, tools: Tools) -> Ended:
 
 @makes(*SIGNALS)
 def signalled(key: str, tools: Tools) -> Ended:
-    segments = set(os.listdir("/dev/shm"))
+    segments = set(Path("/dev/shm").iterdir())
     overlay = [*tools.fixture("overlay"), "parallelism.dist_timeout_seconds=20"]
     run = Run(RECIPE, overlay, tools.folder)
     run.wait_until(lambda: run.batches() >= 3)
@@ -336,10 +336,10 @@ def signalled(key: str, tools: Tools) -> Ended:
     with claim_run_folder(folder, (folder / "recipe.yaml").read_text()):  # not held by anybody
         pass
     if key in ("interrupted", "asked-to-stop"):
-        assert set(os.listdir("/dev/shm")) <= segments
+        assert set(Path("/dev/shm").iterdir()) <= segments
         assert "Traceback" not in run.output()
     clear_dead_claims()
-    assert set(os.listdir("/dev/shm")) <= segments
+    assert set(Path("/dev/shm").iterdir()) <= segments
     return Ended(min(code, 1), run.output())
 
 

@@ -26,8 +26,8 @@ ALLOWED = {
     "claims": "",
     "clean_stop": "",
     "cli": (
-        "comparison demo inspection permutations plan recipe recipe_check recipe_merge recipe_schema "
-        "rerank shards"
+        "comparison demo inspection permutations plan recipe recipe_check recipe_merge recipe_schema report rerank "
+        "shards"
     ),
     "collection": "permutations prompts",
     "comparison": "metrics",
@@ -64,6 +64,7 @@ ALLOWED = {
     "recipe_schema": "",
     "record_lookup": "prompts records shard_index storage trec",
     "records": "json_array permutations prompts",
+    "report": "evaluation model_card progress run_folder validation",
     "rerank": "comparison contract evaluation retrieval sliding",
     "resumption": "checkpoint_store checkpoints export safe_loading",
     "retrieval": "prompts trec_files",

@@ -237,10 +237,11 @@ def test_quality_is_shown_once_measured(tmp_path):
     class Measure(Callback):
         def batch_end(self, state, logger) -> None:
             if state.timestamp.batch == 2:
-                logger.log_metrics({"metrics/eval/nDCG@10": torch.tensor(0.5)})
+                logger.log_metrics({"eval/first_token/ndcg@10": torch.tensor(0.5), "eval/chance/ndcg@10": 0.1})
 
     lines = shown(tmp_path, io.StringIO(), "1ep", interval_seconds=0, callbacks=[Measure()]).splitlines()
-    assert ["nDCG@10 0.5000" in line for line in lines] == [False, True, True, True]
+    assert [line.count("first_token ndcg@10 0.5000") for line in lines] == [0, 1, 1, 1]
+    assert "0.1000" not in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,8 @@ def test_keys_without_effect() -> None:
     from_run = {f"data.train.source.{name}" for name in (*from_run, "require_relevant")}
     ranking = {"objective.ranking_weight", "objective.ranking_loss", "objective.ranking_loss_options"}
     first, zephyr = (load_recipe(path) for path in PUBLISHED)
-    assert set(without_effect(first)) == {"data.eval", *from_run}
-    assert set(without_effect(zephyr)) == {"data.eval", *from_run, *ranking}
+    assert set(without_effect(first)) == {"data.eval", "checkpoint.export.merge_lora", *from_run}
+    assert set(without_effect(zephyr)) == {*without_effect(first), *ranking}
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
@@ -750,6 +750,12 @@ CPU = "parallelism.device=cpu"
         ),
         (["checkpoint.keep=0"], "checkpoint.keep", "0"),
         (["model.lora.target_modules=[]"], "model.lora.target_modules", "[]"),
+        (["model.lora.frozen_precision=bf16"], "model.lora.frozen_precision", "bf16 with parallelism.fsdp: true"),
+        (
+            ["model.lora.frozen_precision=bf16", "parallelism={fsdp: false, precision: fp32}"],
+            "model.lora.frozen_precision",
+            "bf16 with parallelism.precision: fp32",
+        ),
         (["data.train.remote='s3://key:word@host/set'"], "data.train.remote", "a URL with credentials"),
         (["checkpoint.folder='https://host/set?sig=abc'"], "checkpoint.folder", "a URL with credentials"),
         (

@@ -69,6 +69,8 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
         f"data.eval={{local: windows, source: {{input: {material / 'windows.json'}}}}}",
         "evaluation={interval: 1ep, decodings: [first_token]}",
     ]
+    if load_recipe(recipe).model.lora is not None:
+        overlay.append("model.lora.frozen_precision=fp32")
     succeeded(train(recipe, *overlay, "run.max_duration=1ep", folder=tmp_path))
     succeeded(train(recipe, *overlay, "run.max_duration=2ep", folder=tmp_path))
 

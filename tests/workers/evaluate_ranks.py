@@ -29,7 +29,13 @@ def evaluate(rank: int, folder: str) -> None:
     fully_shard(model)
     results = {
         (name, constrained): evaluate_windows(
-            model, tokenizer, share[rank], new_contract(tokenizer), constrained=constrained, lockstep=True, batch_tokens=250
+            model,
+            tokenizer,
+            share[rank],
+            new_contract(tokenizer),
+            constrained=constrained,
+            lockstep=True,
+            batch_tokens=250,
         )
         for name, share in SHARES.items()
         for constrained in (False, True)
