@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+from rankllm_composer.redaction import redact
+
 POLL_SECONDS = 0.5
 # How long a rank may take to see by itself that another one is gone, and to end once it has failed.
 GRACE_SECONDS = 5.0
@@ -106,7 +108,7 @@ class PeerWatch:
         elif code == 2:
             say(f"error: rank {self.rank}: {failure}" if self.rank else f"error: {failure}")
         else:
-            traceback.print_exception(failure)
+            say("".join(traceback.format_exception(failure)).rstrip())
             behind = self.who_is_behind() if "timed out" in str(failure).lower() else ""
             stalled = f"; it waited for {behind}" if behind else ""
             say(f"error: rank {self.rank}: {type(failure).__name__}: {failure}{stalled}; {GO_ON}")
@@ -137,5 +139,5 @@ def loss_of_peers(rank: int, gone: list[Peer]) -> str:
 
 
 def say(text: str) -> None:
-    """Print to standard error at once."""
-    print(text, file=sys.stderr, flush=True)
+    """Print to standard error at once, without secrets: errors of a store's client may hold a signed URL."""
+    print(redact(text), file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import typer
 
 from rankllm_composer import __version__
 from rankllm_composer.permutations import IdentifierStyle
+from rankllm_composer.redaction import redact
 
 app = typer.Typer(
     name="rankllm-composer",
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--traceback" in given:
             raise
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        typer.echo(f"error: {text}", err=True)
+        typer.echo(f"error: {redact(text)}", err=True)
         raise SystemExit(2) from None
 
 

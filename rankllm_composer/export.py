@@ -18,7 +18,8 @@ from composer.core import Callback, Time, TimeUnit
 from composer.utils import dist
 
 from rankllm_composer.contract import CONTRACT_FILE, DecodingContract, chat_template_sha256, warn_of_serving_name
-from rankllm_composer.model_card import CardFacts, redact, render_card
+from rankllm_composer.model_card import CardFacts, render_card
+from rankllm_composer.redaction import redact
 from rankllm_composer.staging import staged_folder
 from rankllm_composer.weights import (
     Weights,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,42 +10,7 @@ from pathlib import Path
 
 from rankllm_composer import __version__
 from rankllm_composer.contract import DecodingContract
-
-BLOTTED = "[redacted]"
-
-_SECRET_WORD = (
-    r"(?:secret|password|passwd|passphrase|credential|signature|api[_-]?key|access[_-]?key|account[_-]?key|"
-    r"private[_-]?key|(?:access|api|auth|bearer|bot|hf|hub|id|refresh|secret|security|session|private)[_-]?token)"
-)
-_SIGNED_QUERY = re.compile(
-    r"(?:^|[&;])(?:x-amz-|x-goog-|awsaccesskeyid|googleaccessid|key-pair-id|policy=|sig=|se=|key=|apikey=|token=|"
-    rf"[\w-]*{_SECRET_WORD})",
-    re.IGNORECASE,
-)
-_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?\"'<>`]+)\?([^\s\"'<>`)]+)", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@\"'<>`]+@", re.IGNORECASE)
-# name = value, name: value, "name": "value"; values that say there is none stay.
-_NAMED = re.compile(
-    rf"([\w.-]*{_SECRET_WORD}\w*[\"']?\s*[=:]\s*)(?!\s*(?:null|none|true|false)\b)"
-    r"(\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;}&]+)",
-    re.IGNORECASE,
-)
-_SHAPES = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
-    r"|\b(?:hf|gh[pousr]|npm|glpat|r8)[_-][A-Za-z0-9_-]{16,}"
-    r"|\bgithub_pat_\w{20,}"
-    r"|\bsk-[A-Za-z0-9_-]{16,}"
-    r"|\bxox[abprs]-[A-Za-z0-9-]{10,}"
-    r"|\bAIza[0-9A-Za-z_-]{35}"
-    r"|\bya29\.[0-9A-Za-z_-]{20,}"
-    r"|\bdapi[0-9a-f]{32}\b"
-    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
-    r"|(?<=[Bb]earer )[\w.~+/=-]{12,}"
-    # The shape of a secret access key: 40 characters with a digit and both cases.
-    r"|(?<![\w/+=.-])(?=[A-Za-z/+]*\d)(?=[a-z\d/+]*[A-Z])(?=[A-Z\d/+]*[a-z])[A-Za-z0-9/+]{40}(?![\w/+=.-])",
-    re.DOTALL,
-)
+from rankllm_composer.redaction import redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,25 +76,6 @@ def verdict(measured: float | None, published: float, tolerance: float = 0.025) 
     if abs(measured - published) <= tolerance * abs(published):
         return "within tolerance"
     return "below" if measured < published else "above"
-
-
-def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """Text with whatever looks like a credential blotted out.
-
-    Known shapes of keys and tokens, values behind names such as `password` or `hf_token`, users in URLs, signed query
-    strings, and the values that the environment holds under such names.
-
-    Args:
-        text: any text.
-        environment: variables whose values must not appear. None = those of this process.
-    """
-    for name, value in (os.environ if environment is None else environment).items():
-        if len(value) >= 16 and re.search(rf"{_SECRET_WORD}|token$", name, re.IGNORECASE):
-            text = text.replace(value, BLOTTED)
-    text = _SHAPES.sub(BLOTTED, text)
-    text = _USER_IN_URL.sub(rf"\g<1>{BLOTTED}@", text)
-    text = _URL.sub(lambda url: f"{url[1]}?{BLOTTED}" if _SIGNED_QUERY.search(url[2]) else url[0], text)
-    return _NAMED.sub(lambda pair: pair[0] if BLOTTED in pair[2] else f"{pair[1]}{BLOTTED}", text)
 
 
 def _public(name: str) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.evaluation import DECODINGS
-from rankllm_composer.model_card import redact
 from rankllm_composer.progress import LOSS_PREFIX, read_metrics
+from rankllm_composer.redaction import redact
 from rankllm_composer.run_folder import RECIPE_NAME
 from rankllm_composer.validation import EVALUATIONS_FILE, PREFIX, read_details
 

@@ -24,10 +24,10 @@ ALLOWED = {
     "checkpoint_store": "checkpoints storage",
     "checkpoints": "",
     "claims": "",
-    "clean_stop": "",
+    "clean_stop": "redaction",
     "cli": (
-        "comparison demo inspection permutations plan recipe recipe_check recipe_merge recipe_schema report rerank "
-        "shards"
+        "comparison demo inspection permutations plan recipe recipe_check recipe_merge recipe_schema redaction report "
+        "rerank shards"
     ),
     "collection": "permutations prompts",
     "comparison": "metrics",
@@ -38,7 +38,7 @@ ALLOWED = {
     "epochs": "",
     "evaluation": "augmentation contract decoding metrics permutations prompts windows",
     "exact_streaming": "claims epochs shard_index streams",
-    "export": "contract model_card staging weights",
+    "export": "contract model_card redaction staging weights",
     "flops": "",
     "inference": "attention",
     "inspection": "assembly augmentation contract model objectives packing prompts record_lookup",
@@ -48,7 +48,7 @@ ALLOWED = {
     "memory": "model objectives packing prompts",
     "metrics": "",
     "model": "attention flops objectives",
-    "model_card": "contract",
+    "model_card": "contract redaction",
     "neftune": "",
     "objectives": "losses",
     "packing": "prompts",
@@ -64,7 +64,8 @@ ALLOWED = {
     "recipe_schema": "",
     "record_lookup": "prompts records shard_index storage trec",
     "records": "json_array permutations prompts",
-    "report": "evaluation model_card progress run_folder validation",
+    "redaction": "",
+    "report": "evaluation progress redaction run_folder validation",
     "rerank": "comparison contract evaluation retrieval sliding",
     "resumption": "checkpoint_store checkpoints export safe_loading",
     "retrieval": "prompts trec_files",
