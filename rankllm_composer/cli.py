@@ -364,6 +364,10 @@ def rerank(
     output: Annotated[Path, typer.Option(help="TREC run to write.")],
     qrels: Annotated[Path | None, typer.Option(help="TREC judgments: compare with the first stage.")] = None,
     measure: Annotated[list[str] | None, typer.Option(help="ir-measures' name; may be given again.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="With --qrels: of this set in figures, such as dl20-bm25; default: --run's name.")
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="With --qrels: add the figures to the model's card.")] = False,
     decoding: Annotated[
         Literal["first_token", "generation"] | None, typer.Option(help="Default: what the contract is for.")
     ] = None,
@@ -378,8 +382,11 @@ def rerank(
 ) -> None:
     """Rerank a run with an exported model; a job that was stopped goes on where it was."""
     from rankllm_composer.comparison import DEFAULT_MEASURES
+    from rankllm_composer.model_card import add_figures
     from rankllm_composer.rerank import rerank_files
 
+    if qrels is None and (card or name is not None):
+        raise ValueError("rerank: found --card or --name without --qrels, so nothing is measured; give --qrels")
     report = rerank_files(
         model,
         queries=queries,
@@ -388,6 +395,7 @@ def rerank(
         output=output,
         judgments=qrels,
         measures=measure or DEFAULT_MEASURES,
+        name=name,
         window_size=window,
         stride=stride,
         passes=passes,
@@ -397,6 +405,9 @@ def rerank(
         batch_tokens=batch_tokens,
     )
     typer.echo(report.text)
+    if card and report.measured is not None:
+        add_figures(model / "README.md", report.measured.figures())
+        typer.echo(f"{model / 'README.md'}: figures of {report.measured.name} added")
 
 
 @app.command("report")
@@ -406,12 +417,17 @@ def report(
         Path | None, typer.Option(help="HTML file; default: report.html in the first run's folder.")
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for the same pictures as PNG files.")] = None,
+    reranked: Annotated[
+        list[Path] | None, typer.Option(help="OUTPUT.figures.json of `rerank --qrels`; may be given again.")
+    ] = None,
 ) -> None:
     """Draw what runs did: losses, learning rate, throughput, nDCG, gains, lengths, position bias, in one HTML page."""
+    from rankllm_composer.comparison import read_measured
     from rankllm_composer.plan import look_at_lists
     from rankllm_composer.recipe_merge import load_recipe
     from rankllm_composer.recipe_schema import RecipeError
-    from rankllm_composer.report import read_run, write_report
+    from rankllm_composer.report import write_report
+    from rankllm_composer.run_record import read_run, with_reranked
 
     records = []
     for folder in runs:
@@ -420,6 +436,7 @@ def report(
         except RecipeError:
             lengths = ()
         records.append(read_run(folder, lengths))
+    records = with_reranked(records, runs, map(read_measured, reranked or ()))
     target = output or runs[0] / "report.html"
     drawn = write_report(records, target, png)
     typer.echo(f"{target}: {', '.join(drawn) or 'no pictures, nothing was measured'}")

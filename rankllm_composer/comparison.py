@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from rankllm_composer.metrics import Comparison, compare
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10")
+QUERIES_TOLD = 5  # of the most that were won, and as many of those lost
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSet:
+    """What a reranking was measured to be worth on one set of queries; `OUTPUT.figures.json`.
+
+    Attributes:
+        name: of the set: queries and first stage, such as dl20-bm25.
+        model: folder of the model.
+        decoding: first_token or generation.
+        comparisons: one a measure.
+    """
+
+    name: str
+    model: str
+    decoding: str
+    comparisons: tuple[MeasureComparison, ...]
+
+    def figures(self) -> dict[str, float]:
+        """Mean of each measure after reranking, by the set's name and the measure's: dl20-bm25/nDCG@10."""
+        return {f"{self.name}/{row.measure}": row.comparison.second_mean for row in self.comparisons}
 
 
 class ComparisonError(ValueError):
@@ -82,6 +107,50 @@ def comparison_table(comparisons: Sequence[MeasureComparison]) -> str:
             f"{counts:>16}  {_p_text(result.p_value)}"
         )
     return "\n".join(lines)
+
+
+def query_lines(row: MeasureComparison, num: int = QUERIES_TOLD) -> Iterator[str]:
+    """Lines of the queries that changed most, the largest gains first, then the largest losses.
+
+    Args:
+        row: one measure of both runs.
+        num: queries of each kind, at most.
+    """
+    change = {qid: row.reranked[qid] - row.first_stage[qid] for qid in row.reranked}
+    for what, sign in (("gained", 1), ("lost", -1)):
+        most = sorted((qid for qid in change if sign * change[qid] > 0), key=lambda qid: (-sign * change[qid], qid))
+        for qid in most[:num]:
+            places = f"{row.first_stage[qid]:.4f} → {row.reranked[qid]:.4f}"
+            yield f"{row.measure}  {what:<6}  {places}  {change[qid]:+.4f}  query {qid}"
+
+
+def write_measured(path: str | Path, measured: MeasuredSet) -> None:
+    """Keep what was measured, query by query, for the report of the run that the model is from."""
+    rows = {row.measure: {"first_stage": row.first_stage, "reranked": row.reranked} for row in measured.comparisons}
+    told = {"name": measured.name, "model": measured.model, "decoding": measured.decoding, "measures": rows}
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_measured(path: str | Path) -> MeasuredSet:
+    """What `write_measured` kept.
+
+    Raises:
+        ComparisonError: the file is none of these.
+    """
+    try:
+        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = tuple(
+            MeasureComparison(name, compare(row["first_stage"], row["reranked"]), row["first_stage"], row["reranked"])
+            for name, row in told["measures"].items()
+        )
+        return MeasuredSet(told["name"], told["model"], told["decoding"], rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ComparisonError(
+            f"{path}: found no figures of a reranking ({error!r}), allowed is the .figures.json that `rankllm-composer "
+            "rerank --qrels` writes beside its output; rerank again"
+        ) from error
 
 
 def _p_text(p_value: float) -> str:

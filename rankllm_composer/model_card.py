@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,12 @@ from pathlib import Path
 
 from rankllm_composer import __version__
 from rankllm_composer.contract import DecodingContract
+from rankllm_composer.published import TOLERANCE
 from rankllm_composer.redaction import redact
+
+
+class CardError(ValueError):
+    """A file that is no card of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class CardFacts:
     progress: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
-    tolerance: float = 0.025
+    tolerance: float = TOLERANCE
     notes: tuple[str, ...] = ()
 
 
@@ -56,14 +62,41 @@ def render_card(facts: CardFacts) -> str:
         f"# {facts.name}",
         _introduction(facts, base),
         _training(facts),
-        _results(facts),
+        _results_section(facts.figures, facts.published, facts.tolerance),
         _serving(facts.contract),
         _licence(facts, base),
     ]
     return redact("\n\n".join(parts) + "\n")
 
 
-def verdict(measured: float | None, published: float, tolerance: float = 0.025) -> str:
+def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
+    """Add measured figures to the results of a card, with the verdict where one is published.
+
+    Args:
+        card: file that `render_card` made, changed since or not.
+        figures: name → value; those of the same name are replaced.
+    Raises:
+        CardError: the file has no section of results.
+    """
+    path = Path(card)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise CardError(
+            f"{path}: found no section '## Results', allowed is the card of an export; export the model again"
+        )
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].splitlines() if "|" in line]
+    measured: dict[str, float] = {}
+    published: dict[str, float] = {}
+    for name, *cells in rows[2:]:
+        for place, values in enumerate((measured, published)):
+            if place < len(cells) and re.fullmatch(r"-?\d+\.\d+", cells[place]):
+                values[name] = float(cells[place])
+    section = _results_section(measured | dict(figures), published, TOLERANCE)
+    path.write_text(text[: found.start()] + section + "\n\n" + text[found.end() :], encoding="utf-8")
+
+
+def verdict(measured: float | None, published: float, tolerance: float = TOLERANCE) -> str:
     """Measured against published: within, below or above its tolerance, or not measured.
 
     Args:
@@ -116,24 +149,24 @@ def _training(facts: CardFacts) -> str:
     return "## Training\n\n" + _table(("setting", "value"), rows)
 
 
-def _results(facts: CardFacts) -> str:
-    names = [*facts.published, *(name for name in facts.figures if name not in facts.published)]
+def _results_section(figures: Mapping[str, float], published: Mapping[str, float], tolerance: float) -> str:
+    names = [*published, *(name for name in figures if name not in published)]
     if not names:
         return "## Results\n\nNot measured."
-    if not facts.published:
-        return "## Results\n\n" + _table(("figure", "measured"), [(n, f"{facts.figures[n]:.4f}") for n in names])
+    if not published:
+        return "## Results\n\n" + _table(("figure", "measured"), [(name, f"{figures[name]:.4f}") for name in names])
     rows = []
     for name in names:
-        measured, published = facts.figures.get(name), facts.published.get(name)
+        ours, theirs = figures.get(name), published.get(name)
         rows.append(
             (
                 name,
-                "not measured" if measured is None else f"{measured:.4f}",
-                "–" if published is None else f"{published:.4f}",
-                "–" if published is None else verdict(measured, published, facts.tolerance),
+                "not measured" if ours is None else f"{ours:.4f}",
+                "–" if theirs is None else f"{theirs:.4f}",
+                "–" if theirs is None else verdict(ours, theirs, tolerance),
             )
         )
-    note = f"Tolerance: {facts.tolerance:.1%} of the published figure."
+    note = f"Tolerance: {tolerance:.1%} of the published figure."
     return "## Results\n\n" + _table(("figure", "measured", "published", "verdict"), rows) + f"\n\n{note}"
 
 

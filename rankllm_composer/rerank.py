@@ -16,7 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankllm_composer.comparison import DEFAULT_MEASURES, MeasureComparison, compare_runs, comparison_table
+from rankllm_composer.comparison import (
+    DEFAULT_MEASURES,
+    MeasureComparison,
+    MeasuredSet,
+    compare_runs,
+    comparison_table,
+    query_lines,
+    write_measured,
+)
 from rankllm_composer.contract import ContractError, DecodingContract, chat_template_sha256, read_contract
 from rankllm_composer.evaluation import Decoding
 from rankllm_composer.retrieval import load_documents, load_judgments, load_queries, load_run
@@ -33,15 +41,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TAG = "rankllm-composer"
+FIGURES_SUFFIX = ".figures.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RerankReport:
-    """What a job did: the queries as written, the comparisons (empty without judgments), and all of it as text."""
+    """What a job did: the queries as written; their measures, where there are judgments; all of it as text."""
 
     queries: tuple[RerankedQuery, ...]
-    comparisons: tuple[MeasureComparison, ...]
+    measured: MeasuredSet | None
     text: str
+
+    @property
+    def comparisons(self) -> tuple[MeasureComparison, ...]:
+        """One a measure; empty without judgments."""
+        return () if self.measured is None else self.measured.comparisons
 
 
 def rerank_files(
@@ -53,6 +67,7 @@ def rerank_files(
     output: str | Path,
     judgments: str | Path | None = None,
     measures: Sequence[str] = DEFAULT_MEASURES,
+    name: str | None = None,
     window_size: int | None = None,
     stride: int | None = None,
     passes: int = 1,
@@ -69,12 +84,15 @@ def rerank_files(
 ) -> RerankReport:
     """Rerank a run with an exported model, and compare it with the first stage where judgments are given.
 
+    What was measured is kept in `OUTPUT.figures.json`, see `comparison.write_measured`.
+
     Args:
         folder: an exported model, with its decoding contract.
         queries, documents, judgments: see `retrieval`.
         run: TREC run of the first stage.
         output: path of the reranked run.
         measures: see `compare_runs`.
+        name: of the set of queries and its first stage, in figures; None = the run's file name without its ending.
         window_size, stride: None = the contract's.
         passes, …, tag: see `rerank_run`; device, dtype: see `load_reranker`.
     Returns:
@@ -117,9 +135,11 @@ def rerank_files(
         progress_bar=progress_bar,
     )
     seconds = time.monotonic() - began
-    comparisons: list[MeasureComparison] = []
+    measured: MeasuredSet | None = None
     if grades is not None:
-        comparisons = compare_runs(first_stage, {query.qid: query.docids for query in ranked}, grades, measures)
+        rows = compare_runs(first_stage, {query.qid: query.docids for query in ranked}, grades, measures)
+        measured = MeasuredSet(name or Path(run).stem, str(Path(folder).resolve()), decoding, tuple(rows))
+        write_measured(f"{output}{FIGURES_SUFFIX}", measured)
     lines = [f"{output}: {len(ranked)} queries reranked by {decoding} in {seconds:.1f} s", *_counts(ranked)]
     for what, qids in (
         ("queries given that have no candidates in the run", texts.keys() - first_stage.keys()),
@@ -129,9 +149,11 @@ def rerank_files(
     ):
         if qids:
             lines.append(f"{len(qids)} {what}, such as {', '.join(sorted(qids)[:3])}")
-    if comparisons:
-        lines += ["", f"{len(comparisons[0].reranked)} queries", comparison_table(comparisons)]
-    return RerankReport(tuple(ranked), tuple(comparisons), "\n".join(lines))
+    if measured is not None:
+        rows = list(measured.comparisons)
+        lines += ["", f"{measured.name}: {len(rows[0].reranked)} queries", comparison_table(rows)]
+        lines += ["", *query_lines(rows[0])]
+    return RerankReport(tuple(ranked), measured, "\n".join(lines))
 
 
 def load_reranker(

@@ -67,7 +67,7 @@ class Validation(Callback):
         self._tokenizer = tokenizer
         self._contract = contract
         self._decodings = tuple(decodings)
-        self._options = {"constrained": constrained, "num_shuffles": num_shuffles, "seed": seed}
+        self._options: dict[str, Any] = {"constrained": constrained, "num_shuffles": num_shuffles, "seed": seed}
         self._details = details
         self._batch_tokens = batch_tokens
         self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events={Event.BATCH_END})

@@ -16,7 +16,7 @@ ALLOWED = {
     "__init__": "",
     "assembly": (
         "contract data epochs export loss_guard model model_card objectives permutations preemption "
-        "progress prompts recipe resumption storage streams validation"
+        "progress prompts published recipe resumption storage streams validation"
     ),
     "attention": "",
     "augmentation": "permutations prompts",
@@ -26,8 +26,8 @@ ALLOWED = {
     "claims": "",
     "clean_stop": "redaction",
     "cli": (
-        "comparison demo inspection permutations plan recipe recipe_check recipe_merge recipe_schema redaction report "
-        "rerank shards"
+        "comparison demo inspection model_card permutations plan recipe recipe_check recipe_merge recipe_schema "
+        "redaction report rerank run_record shards"
     ),
     "collection": "permutations prompts",
     "comparison": "metrics",
@@ -48,15 +48,17 @@ ALLOWED = {
     "memory": "model objectives packing prompts",
     "metrics": "",
     "model": "attention flops objectives",
-    "model_card": "contract redaction",
+    "model_card": "contract published redaction",
     "neftune": "",
     "objectives": "losses",
     "packing": "prompts",
     "permutations": "",
+    "pictures": "evaluation progress run_record",
     "plan": "assembly flops memory model objectives prompts recipe recipe_check record_lookup schedule",
     "preemption": "",
     "progress": "",
     "prompts": "chat permutations user_turn",
+    "published": "",
     "recipe": "permutations recipe_schema",
     "recipe_build": "recipe_schema",
     "recipe_check": "permutations recipe recipe_build recipe_schema",
@@ -65,11 +67,12 @@ ALLOWED = {
     "record_lookup": "prompts records shard_index storage trec",
     "records": "json_array permutations prompts",
     "redaction": "",
-    "report": "evaluation progress redaction run_folder validation",
+    "report": "evaluation model_card pictures progress published run_record",
     "rerank": "comparison contract evaluation retrieval sliding",
     "resumption": "checkpoint_store checkpoints export safe_loading",
     "retrieval": "prompts trec_files",
     "run_folder": "",
+    "run_record": "comparison progress published redaction run_folder validation",
     "safe_loading": "",
     "schedule": "",
     "shard_blocks": "permutations prompts records shard_index shard_manifest",

