@@ -2,10 +2,10 @@
 
     python benchmarks/machine_limit.py [--cases SHAPE:LISTS:CHECKPOINTING,…] [--repeats 3] [--threads N]
 
-The limit is the fastest of the model's own matrix products on the same cores: every (tokens × in) · (in × out) of a
-layer and of the LM head, forward and both of its gradients, into memory already there, each the best of several runs.
-It is taken anew before each step, and a share is that step's FLOPs / seconds / the GEMM rate just measured; medians
-over the repeats.
+The limit is the fastest of a square product of 2,048 and of the model's own matrix products on the same cores: every
+(tokens × in) · (in × out) of a layer and of the LM head, forward and both of its gradients, into memory already there,
+each the best of several runs. It is taken anew before each step, and a share is that step's FLOPs / seconds / the GEMM
+rate just measured; medians over the repeats.
 
 Useful FLOPs are those of `rankllm_composer.flops`: matrix products of real tokens, forward and twice that backward, and
 the causal half of attention. Recomputed activations are not useful work; the last column adds them, for the cases that
@@ -22,16 +22,25 @@ from typing import Any
 import torch
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from steps import new_stepper
-from workload import RESPONSE_TOKENS, SHAPES, WARM_UP_LENGTHS, new_lists, new_model, typical_lengths
+from workload import (
+    RESPONSE_TOKENS,
+    SHAPES,
+    WARM_UP_LENGTHS,
+    new_lists,
+    new_model,
+    recomputed_flops,
+    typical_lengths,
+)
 
-from rankllm_composer.flops import forward_flops, training_flops
+from rankllm_composer.flops import training_flops
 
 CASES = "smollm2-135m:1:0,smollm2-135m:1:1,mistral-30m:2:0"
 GEMM_RUNS = 4
+SQUARE = 2048
 
 
 def products(shape: str, num_tokens: int, num_logits: int) -> dict[str, tuple[int, int, int]]:
-    """(m, k, n) of the matrix products of a shape: forward, gradient of the input, gradient of the weight."""
+    """(m, k, n) of a square product and of a shape's: forward, gradient of the input, gradient of the weight."""
     sizes = SHAPES[shape][1]
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     head_dim = hidden // sizes["num_attention_heads"]
@@ -42,7 +51,7 @@ def products(shape: str, num_tokens: int, num_logits: int) -> dict[str, tuple[in
         "down": (num_tokens, inner, hidden),
         "LM head": (num_logits, hidden, sizes["vocab_size"]),
     }
-    found = {}
+    found = {"square": (SQUARE, SQUARE, SQUARE)}
     for name, (m, k, n) in linear.items():
         found[name] = (m, k, n)
         found[f"{name}, input's gradient"] = (m, n, k)
@@ -69,9 +78,7 @@ def measure(shape: str, lengths: list[int], checkpointing: float, repeats: int) 
     step = new_stepper("packed", model, activation_checkpointing=checkpointing)
     step(new_lists(WARM_UP_LENGTHS, shape))
     useful = training_flops(config, lengths, num_logits)
-    # A layer's forward again but for its last product, whose output no gradient needs.
-    last_products = 2 * config.intermediate_size * config.hidden_size * config.num_hidden_layers * sum(lengths)
-    recomputed = checkpointing * (forward_flops(config, lengths, 0) - last_products)
+    recomputed = checkpointing * recomputed_flops(config, lengths)
     lists = new_lists(lengths, shape)
     seconds, peaks, shares = [], [], []
     fastest = ""

@@ -5,7 +5,10 @@
 Both steps (`steps.py`) train the same lists (`workload.py`) on the same weights with the same objective: forward,
 backward and optimizer step of one microbatch. The plain loop pads to the longest list and makes logits at every place,
 as the published training does; its attention is transformers' default on this machine. CHECKPOINTING is the share of
-layers whose activations are recomputed, 1 in the published runs, for both.
+layers whose activations are recomputed, 1 in the published runs, for both; two numbers, 1/0.5, are the plain loop's and
+the packed step's. Column "by FLOPs" is the speed that the arithmetic alone would give: matrix products and the causal
+half of attention of what each computes, recomputed layers too. 30 layers cost much and the LM head little, four layers
+the other way round, so the same saving shows in one as a fraction and in the other as a multiple.
 
 Every figure comes from a process of its own that warms up on short lists and then takes one step; plain and packed
 alternate, and figures are medians over the repeats. The losses of both must agree to 1 in 10,000, or the benchmark
@@ -22,10 +25,26 @@ import statistics
 import sys
 from typing import NamedTuple
 
+import torch
 from report import NUM_CORES, in_own_process, on_one_heap, peak_gib, print_columns, print_head, print_row
-from workload import WARM_UP_LENGTHS, new_lists, new_model, typical_lengths, useful_share
+from steps import STEPS, new_stepper
+from workload import (
+    RESPONSE_TOKENS,
+    WARM_UP_LENGTHS,
+    model_config,
+    new_lists,
+    new_model,
+    recomputed_flops,
+    typical_lengths,
+    useful_share,
+)
 
-CASES = "smollm2-135m:3:1,smollm2-135m:1:0,mistral-30m:4:1,mistral-30m:2:0"
+from rankllm_composer.flops import training_flops
+
+CASES = (
+    "smollm2-135m:3:1,smollm2-135m:3:1/0.5,smollm2-135m:1:0,mistral-30m:4:1,mistral-30m:2:0,"
+    "smollm2-4-layers:4:1,smollm2-4-layers:2:0"
+)
 TOLERANCE = 1e-4
 
 
@@ -40,15 +59,22 @@ class Measured(NamedTuple):
 
 def measure(kind: str, shape: str, lengths: list[int], checkpointing: float, threads: int) -> Measured:
     """One step of a kind, "plain" or "packed", in this process."""
-    import torch
-    from steps import new_stepper
-
     torch.set_num_threads(threads)
     step = new_stepper(kind, new_model(shape), activation_checkpointing=checkpointing)
     step(new_lists(WARM_UP_LENGTHS, shape))
     before = peak_gib()
     seconds, loss = step(new_lists(lengths, shape))
     return Measured(seconds, loss, before, peak_gib())
+
+
+def computed_flops(kind: str, shape: str, lengths: list[int], checkpointing: float) -> float:
+    """Operations of one step of a kind: padding, every logit and recomputed layers where it computes them."""
+    if kind == "plain":
+        lengths, num_logits = [max(lengths)] * len(lengths), max(lengths) * len(lengths)
+    else:
+        num_logits = RESPONSE_TOKENS * len(lengths)
+    config = model_config(shape)
+    return training_flops(config, lengths, num_logits) + checkpointing * recomputed_flops(config, lengths)
 
 
 def main() -> None:
@@ -68,6 +94,7 @@ def main() -> None:
             "plain tokens/s",
             "packed tokens/s",
             "**speed**",
+            "by FLOPs",
             "before GiB",
             "plain peak GiB",
             "packed peak GiB",
@@ -77,12 +104,14 @@ def main() -> None:
         ]
     )
     for case in options.cases.split(","):
-        shape, num_lists, checkpointing = case.split(":")
+        shape, num_lists, fractions = case.split(":")
+        recomputed = dict(zip(STEPS, map(float, fractions.split("/") * 2)))
         lengths = typical_lengths(int(num_lists))
+        flops = {kind: computed_flops(kind, shape, lengths, recomputed[kind]) for kind in STEPS}
         plain, packed = [], []
         for _ in range(options.repeats):
             for kind, results in (("plain", plain), ("packed", packed)):
-                arguments = kind, shape, lengths, float(checkpointing), options.threads
+                arguments = kind, shape, lengths, recomputed[kind], options.threads
                 results.append(in_own_process(measure, *arguments, threads=options.threads))
         if any(abs(p.loss / q.loss - 1) > TOLERANCE for p in plain for q in packed):
             sys.exit(f"{case}: the losses differ, plain {plain[0].loss}, packed {packed[0].loss}")
@@ -91,12 +120,13 @@ def main() -> None:
         print_row(
             [
                 shape,
-                f"{float(checkpointing):.0%}",
+                " / ".join(f"{fraction:.0%}" for fraction in dict.fromkeys(recomputed.values())),
                 num_lists,
                 f"{sum(lengths):,} of {max(lengths) * len(lengths):,} ({useful_share(lengths):.0%})",
                 f"{sum(lengths) / plain_seconds:,.0f}",
                 f"{sum(lengths) / packed_seconds:,.0f}",
                 f"**{plain_seconds / packed_seconds:.2f}×**",
+                f"{flops['plain'] / flops['packed']:.2f}×",
                 f"{statistics.median(r.before for r in plain + packed):.2f}",
                 f"{plain_peak:.2f}",
                 f"{packed_peak:.2f}",

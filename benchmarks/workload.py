@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from rankllm_composer.packing import Sequence
 
@@ -33,6 +33,20 @@ SHAPES = {
             "hidden_size": 576,
             "intermediate_size": 1536,
             "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "rope_theta": 100_000,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm2-4-layers": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 4,
             "num_attention_heads": 9,
             "num_key_value_heads": 3,
             "rope_theta": 100_000,
@@ -84,15 +98,30 @@ SHAPES = {
 }
 
 
+def model_config(shape: str) -> PretrainedConfig:
+    """The configuration of a shape."""
+    from transformers import AutoConfig
+
+    architecture, sizes = SHAPES[shape]
+    return AutoConfig.for_model(architecture, **sizes)
+
+
 def new_model(shape: str) -> PreTrainedModel:
     """A causal LM of a shape, float32, with the same random weights on every call."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    architecture, sizes = SHAPES[shape]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **sizes)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    return AutoModelForCausalLM.from_config(model_config(shape), attn_implementation="sdpa").train()
+
+
+def recomputed_flops(config: PretrainedConfig, lengths: list[int]) -> int:
+    """What a step with every layer recomputed does again: each layer's forward but for its last product, whose output
+    no gradient needs."""
+    from rankllm_composer.flops import forward_flops
+
+    last_products = 2 * config.intermediate_size * config.hidden_size * config.num_hidden_layers * sum(lengths)
+    return forward_flops(config, lengths, 0) - last_products
 
 
 def list_lengths(num_lists: int, seed: int) -> list[int]:

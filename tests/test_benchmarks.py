@@ -50,8 +50,29 @@ def test_the_products_are_those_of_the_model(benchmark):
     pairs = 10 * 11 // 2 + 20 * 21 // 2
     attention = 4 * config.hidden_size * pairs  # per layer: scores and sums, H·d = D
     assert forward_flops(config, [10, 20], 7) == config.num_hidden_layers * (layers + attention) + flops["LM head"]
+    assert products["square"] == (2048, 2048, 2048)
     for name in (*times, "LM head"):  # both gradients cost what the product costs
         assert flops[f"{name}, input's gradient"] == flops[f"{name}, weight's gradient"] == flops[name]
+
+
+def test_the_speed_that_arithmetic_alone_would_give(benchmark):
+    """Lists of 10 and 20 tokens, 5 of them response: what each step multiplies, counted by hand."""
+    packed_step, workload = benchmark("packed_step"), benchmark("workload")
+    packed_step.RESPONSE_TOKENS = 5
+    sizes = workload.SHAPES["toy"][1]
+    hidden, inner, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
+    layer = 2 * (2 * hidden**2 + hidden**2 + 3 * hidden * inner)  # a token; keys and values have half the width
+    pairs = {10: 55, 20: 210}
+
+    def forward(lengths):
+        return 2 * sum(layer * length + 4 * hidden * pairs[length] for length in lengths)
+
+    head = 2 * hidden * vocabulary
+    again = {lengths: forward(lengths) - 2 * 2 * inner * hidden * sum(lengths) for lengths in ((20, 20), (10, 20))}
+    for share in (0.0, 0.5):
+        plain, packed = (packed_step.computed_flops(kind, "toy", [10, 20], share) for kind in ("plain", "packed"))
+        assert plain == 3 * (forward([20, 20]) + head * 40) + share * again[20, 20]
+        assert packed == 3 * (forward([10, 20]) + head * 10) + share * again[10, 20]
 
 
 def test_the_lists_are_alike_on_every_run(benchmark):

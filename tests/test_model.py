@@ -187,6 +187,41 @@ def test_logits_only_where_they_count():
     assert "forward" not in vars(model.output_head)  # the LM head is whole again
 
 
+def list_of(prompt: int, objective: str) -> Sequence:
+    """One list of this many prompt tokens, 4 candidates and a response of 16 tokens."""
+    encoded = EncodedRecord(
+        input_ids=np.arange(prompt + (0 if objective == "ranking" else 16), dtype=np.int32) % 96,
+        response_start=prompt,
+        score_position=prompt - 1 if objective == "ranking" else prompt,
+        identifier_token_ids=np.arange(10, 14, dtype=np.int32),
+        ranks=np.array([2, 0, 3, 1]),
+    )
+    return Sequence(encoded, "r", 0)
+
+
+def peak_of_a_step(vocabulary: int, prompt: int, objective: str) -> int:
+    """Most bytes that one forward and backward pass held at once, by what torch's allocator gave and took back."""
+    torch.manual_seed(0)
+    config = MistralConfig(**{**SIZES, "vocab_size": vocabulary}, sliding_window=None)
+    model = ListwiseReranker(AutoModelForCausalLM.from_config(config), None, Objective(objective))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        (batch,) = split_batch({"sequences": [list_of(prompt, objective)]}, max_lists=1)
+        model.loss(model(batch), batch)["total"].backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(in_use.max())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_peak_memory_does_not_grow_with_vocabulary_times_prompt(name):
+    """A longer prompt costs the same at any vocabulary: there is no row of logits for each of its places."""
+    small, large, short, long = 4_000, 40_000, 200, 1_000
+    growth = {size: peak_of_a_step(size, long, name) - peak_of_a_step(size, short, name) for size in (small, large)}
+    every_place = 4 * (large - small) * (long - short)
+    assert abs(growth[large] - growth[small]) < 0.05 * every_place
+    assert peak_of_a_step(large, long, name) < 0.5 * every_place
+
+
 def test_a_microbatch_with_nothing_to_train_has_zero_gradient():
     for name in OBJECTIVES:
         model = new_model("mistral")
