@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import new_model
+from test_model import new_model, plain_losses, random_sequences
+from workers.one_update import FAMILIES
+
+from rankllm_composer.objectives import Objective
 
 WORKER = Path(__file__).parent / "workers" / "one_update.py"
 
@@ -20,7 +23,8 @@ WORKER = Path(__file__).parent / "workers" / "one_update.py"
 def results(tmp_path_factory):
     """{1: cases, 2: cases} by number of ranks."""
     folder = tmp_path_factory.mktemp("one_update")
-    new_model("mistral_tied").save_pretrained(folder / "model")
+    for family in ("mistral_tied", *FAMILIES):
+        new_model(family).save_pretrained(folder / family)
     for ranks in (1, 2):
         launcher = Path(sys.executable).with_name("composer")
         subprocess.run(
@@ -59,3 +63,22 @@ def test_one_update_is_the_same_for_every_split(results, objective):
 def test_noise_changes_the_gradient(results):
     plain, noised = (results[1][name, "by_1", "ddp"]["losses"] for name in ("combined", "combined with noise"))
     assert plain != pytest.approx(noised, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("activations", ["kept", "recomputed"])
+def test_a_sharded_update_is_that_of_each_list_alone(results, family, activations):
+    """Two ranks under FSDP2, packed by a token budget, against a plain Hugging Face forward of one list at a time."""
+    reference = new_model(family)
+    before = {name: weight.detach().clone() for name, weight in reference.named_parameters()}
+    sequences = random_sequences("combined", num=7, seed=5)
+    losses = plain_losses(reference, sequences, Objective("combined", ranking_weight=3.0))
+    losses["total"].backward()
+    case = results[2][family, activations, "fsdp2"]
+    assert case["losses"]["loss/train/total"] == pytest.approx(float(losses["total"]), rel=2e-6)
+    after = normalised(case["weights"])
+    assert after.keys() == before.keys()
+    for name, weight in reference.named_parameters():
+        gradient = before[name] - after[name]
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=3e-6, msg=lambda text, n=name: f"{n}: {text}")
+        assert weight.grad.abs().max() > 1e-4

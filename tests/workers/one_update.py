@@ -1,6 +1,6 @@
 """One SGD update of learning rate 1 through Composer's Trainer for several splits of the same global batch.
 
-Launched with 1 or 2 ranks; argument: a folder with a model in `model/`; rank 0 writes the updated weights of each case.
+Launched with 1 or 2 ranks; argument: a folder with models in `<family>/`; rank 0 writes each case's updated weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,18 @@ class Rows(IterableDataset):
         return len(self.rows)
 
 
-def run_case(folder: Path, objective: str, limit: dict[str, int], sharded: bool, noise: bool, checkpointed: bool):
+FAMILIES = ("mistral", "mistral_windowed", "llama", "qwen2", "qwen2_windowed")
+
+
+def run_case(
+    folder: Path,
+    objective: str,
+    limit: dict[str, int],
+    sharded: bool,
+    noise: bool,
+    checkpointed: bool,
+    family: str = "mistral_tied",
+):
     sequences = random_sequences(objective, num=7, seed=5)
     rank, world = dist.get_global_rank(), dist.get_world_size()
     mine = sequences[rank::world]
@@ -52,7 +63,7 @@ def run_case(folder: Path, objective: str, limit: dict[str, int], sharded: bool,
         get_num_samples_in_batch=num_samples_in_batch,
         get_num_tokens_in_batch=num_tokens_in_batch,
     )
-    base = load_causal_lm(str(folder / "model"), on_meta=sharded and rank > 0)
+    base = load_causal_lm(str(folder / family), on_meta=sharded and rank > 0)
     model = ListwiseReranker(
         base, None, Objective(objective, ranking_weight=3.0), activation_checkpointing=0.5 if checkpointed else 0.0
     )
@@ -93,6 +104,11 @@ def main() -> None:
         for limit_name in ("by_1", "by_60_tokens"):
             case = run_case(folder, "combined", LIMITS[limit_name], sharded, True, sharded)
             results["combined with noise", limit_name, name] = case
+    if dist.get_world_size() == 2:
+        for family in FAMILIES:
+            for checkpointed in (False, True):
+                case = run_case(folder, "combined", by_tokens, True, False, checkpointed, family)
+                results[family, "recomputed" if checkpointed else "kept", "fsdp2"] = case
     if dist.get_global_rank() == 0:
         torch.save(results, folder / f"results_{dist.get_world_size()}.pt")
 
