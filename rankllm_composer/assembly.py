@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,13 +165,38 @@ def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
         ours.append(MetricsFile(folder / "metrics.jsonl"))
     if recipe.logging.progress:
         ours.append(ProgressLine())
-    return ours + [kinds[name](**options) for name, options in recipe.logging.loggers.items()]
+    return ours + [_named("loggers", name, kinds[name], options) for name, options in recipe.logging.loggers.items()]
+
+
+def _named(section: str, name: str, kind: type, options: dict[str, Any]) -> Any:
+    """Composer's logger or callback of this name.
+
+    Raises:
+        AssemblyError: its library is not installed, or it knows no such argument.
+    """
+    key, allowed = f"logging.{section}.{name}", inspect.signature(kind).parameters
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise AssemblyError(
+            f"{key}: found {', '.join(unknown)}, allowed are {', '.join(allowed)}; these are the arguments of "
+            f"Composer's {kind.__name__}"
+        )
+    try:
+        return kind(**options)
+    except ImportError as error:
+        raise AssemblyError(
+            f"{key}: found that its library is not installed; install the `loggers` extra, or remove {key}"
+        ) from error
 
 
 def build_validation(
     recipe: Recipe, contract: DecodingContract, tokenizer: PreTrainedTokenizerBase
 ) -> Validation | None:
-    """Ranking of `data.eval` while training; every n-th window is this rank's. None where the recipe asks for none."""
+    """Ranking of `data.eval` while training; every n-th window is this rank's. None where the recipe asks for none.
+
+    Raises:
+        AssemblyError: the best export is to be told by a figure that these windows cannot have.
+    """
     from composer.utils import dist
 
     from rankllm_composer.validation import EVALUATIONS_FILE, Validation
@@ -178,6 +204,13 @@ def build_validation(
     if recipe.evaluation is None or recipe.data.eval is None:
         return None
     windows = build_dataset(recipe, recipe.data.eval, tokenizer)
+    best_by = recipe.evaluation.best_by
+    grades = (windows.record(number).grades for number in range(windows.num_samples))
+    if best_by is not None and not best_by.endswith("/tau") and not any(max(own or (0,)) >= 1 for own in grades):
+        raise AssemblyError(
+            f"evaluation.best_by: found {best_by}, but no window of data.eval has a relevant candidate (grade 1 or "
+            f"more); build data.eval with judgments, or use {best_by.partition('/')[0]}/tau"
+        )
     own = range(dist.get_global_rank(), windows.num_samples, dist.get_world_size())
     return Validation(
         [windows.record(number) for number in own],
@@ -242,7 +275,7 @@ def build_callbacks(
         resume=recipe.run.autoresume,
         url=recipe.checkpoint_folder if is_url else None,
     )
-    named = [kinds[name](**options) for name, options in recipe.logging.callbacks.items()]
+    named = [_named("callbacks", name, kinds[name], options) for name, options in recipe.logging.callbacks.items()]
     return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop, ends_epoch)]
 
 

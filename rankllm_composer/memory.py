@@ -7,6 +7,8 @@ ranks is planned on a laptop. Every allocation of a forward and backward pass is
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -260,7 +262,7 @@ def plan_memory(work: Workload) -> Memory:
     Raises:
         ValueError: this process has a process group already.
     """
-    with _silent_ranks(work.num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with _without_remarks(), _silent_ranks(work.num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger()
         model = _build(work, mesh)
         for tensor in (*model.parameters(), *model.buffers()):
@@ -285,6 +287,20 @@ def plan_memory(work: Workload) -> Memory:
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             num_trained=sum(parameter.numel() for parameter in trained),
         )
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without what Composer says of a missing tokenizer and of FSDP2's age: a plan is about neither."""
+    log = logging.getLogger("composer.models.huggingface")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _build(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:

@@ -183,8 +183,9 @@ class Plan:
         yield f"  at the update: {held}"
         card = f"{_gib(self.gpu.memory_bytes)} of the card, {RESERVE:.0%} of it kept back (assumed)"
         yield f"  {'fits' if self.fits else 'does not fit'} in {_gib(self.usable_bytes)}: {card}"
-        host = 4 * self.memory.num_parameters
-        yield f"  main memory of the first rank: at least {_gib(host)}, the whole model in fp32 while it loads"
+        loaded = work.frozen_precision
+        host = {"fp32": 4, "bf16": 2}[loaded] * self.memory.num_parameters
+        yield f"  main memory of the first rank: at least {_gib(host)}, the whole model in {loaded} while it loads"
         for change, memory in self.remedies:
             yield f"  would fit: {change} ({_gib(memory.peak)})"
         if not self.fits and not self.remedies:
