@@ -7,8 +7,10 @@ NPROC ?= 8
 RUNS ?= runs
 KILLS ?= 24
 STAGES ?= 1
+# On CPU: the C library keeps freed memory for what comes next (benchmarks/heap.py).
+ONE_HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
 
-.PHONY: help setup demo browser test serve-check check rehearse bench soak reproduce-first-mistral reproduce-zephyr clean
+.PHONY: help setup demo browser test serve-check check docs rehearse bench soak reproduce-first-mistral reproduce-zephyr clean
 
 help:  ## list the jobs
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -22,7 +24,7 @@ setup: .venv/.installed  ## make .venv with everything the jobs below need
 	touch $@
 
 demo: setup  ## build a small collection, train a small reranker from scratch, show what it learned
-	$(BIN)/rankllm-composer demo --folder $(RUNS)/demo
+	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(RUNS)/demo
 
 test: setup browser  ## all tests
 	$(BIN)/python -m pytest
@@ -42,9 +44,13 @@ serve-check: setup .venv-vllm/.installed  ## rerank through rank_llm on the real
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-check: setup  ## lint and types
+check: setup  ## lint, format and types
 	$(BIN)/ruff check rankllm_composer tests benchmarks
+	$(BIN)/ruff format --check rankllm_composer tests benchmarks
 	$(BIN)/mypy
+
+docs: setup  ## write docs/recipe.md, the page of every key, from the dataclasses
+	$(BIN)/rankllm-composer recipes keys --markdown > docs/recipe.md
 
 rehearse: setup  ## every recipe of yamls/ on CPU: two ranks under FSDP2, a tiny model of the same architecture
 	$(BIN)/python -m pytest tests/test_rehearse.py -v

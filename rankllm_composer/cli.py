@@ -286,7 +286,7 @@ def recipes_check(
 
 @recipes_app.command("keys")
 def recipes_keys(
-    markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/recipe.md.")] = False,
 ) -> None:
     """Print every key a recipe can hold, with default, unit, meaning and what is allowed."""
     from rankllm_composer.recipe import describe_keys

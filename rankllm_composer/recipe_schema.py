@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import textwrap
 import types
 import typing
@@ -241,8 +242,16 @@ def keys_as_text(rows: Sequence[KeyDescription], width: int = 100) -> str:
 
 
 def keys_as_markdown(rows: Sequence[KeyDescription]) -> str:
-    """The table of keys for a page."""
-    lines = ["| key | default | unit | what it is | allowed |", "|---|---|---|---|---|"]
-    for row in rows:
-        lines.append(f"| `{row.key}` | `{row.default}` | {row.unit} | {row.help} | {row.type} |")
+    """The page of all keys: a table for each section of a recipe."""
+    lines = [
+        "# Every key of a recipe",
+        "",
+        "Made by `rankllm-composer recipes keys --markdown` from the dataclasses of `rankllm_composer/recipe.py`. `[]`",
+        "stands for each element of a list; a key whose default is `required` has to be given.",
+    ]
+    for name, group in itertools.groupby(rows, key=lambda row: row.key.partition(".")[0]):
+        lines += ["", f"## {name}", "", "| key | default | unit | what it is | allowed |", "|---|---|---|---|---|"]
+        for row in group:
+            meaning = row.help.replace("<", "\\<")  # a reader would take it for HTML
+            lines.append(f"| `{row.key}` | `{row.default}` | {row.unit} | {meaning} | {row.type} |")
     return "\n".join(lines)

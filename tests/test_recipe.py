@@ -101,7 +101,8 @@ def test_key_table_as_text_and_page() -> None:
     text, page = keys_as_text(describe_keys()), keys_as_markdown(describe_keys())
     for row in describe_keys():
         assert f"  {row.key}={row.default}" in text
-        assert f"| `{row.key}` | `{row.default}` | {row.unit} | {row.help} | {row.type} |" in page
+        meaning = row.help.replace("<", "\\<")
+        assert f"| `{row.key}` | `{row.default}` | {row.unit} | {meaning} | {row.type} |" in page
     assert max(map(len, text.splitlines())) <= 120
 
 
