@@ -107,7 +107,7 @@ def score_windows_first_token(
     Returns:
         One answer a window.
     Raises:
-        DecodingError: a window has numbers beyond 9.
+        DecodingError: a window has numbers beyond 9, or logits are no numbers.
     Source:
         Gangi Reddy et al. 2024 (FIRST, arXiv:2406.15657); rank_llm 0.25.7.
     """
@@ -167,6 +167,7 @@ def generate_windows(
         One answer a window.
     Raises:
         PromptError: constrained, and an identifier takes several tokens.
+        DecodingError: logits are no numbers.
     """
     answers: list[GeneratedAnswer | None] = [None] * len(windows)
     lengths = [answer_lengths(tokenizer, window.num_candidates, window.style) for window in windows]
@@ -201,6 +202,7 @@ class _Reader:
 
     def __call__(self, logits: torch.Tensor, window: Window) -> NDArray[np.float64]:
         log_probabilities = torch.log_softmax(logits, dim=-1)  # (V,)
+        _refuse_no_numbers(log_probabilities[None], [window])
         if self._top_k is None:
             names = identifier_token_ids(self._tokenizer, window.num_candidates, window.style)
             return log_probabilities[list(names)].double().cpu().numpy()
@@ -243,10 +245,13 @@ def _write(
     """The model's own next `num_tokens` tokens after each prompt."""
     batch = CachedBatch(model, [window.input_ids[:-1] for window in windows])
     written: list[torch.Tensor] = []
+    no_number = torch.zeros(len(batch.logits), dtype=torch.bool, device=batch.logits.device)
     while True:
+        no_number |= batch.logits.isnan().any(dim=-1)
         batch.logits[:, list(eos_token_ids)] = -torch.inf
         written.append(batch.logits.argmax(dim=-1))  # (B,)
         if len(written) == num_tokens:
+            _refuse_no_numbers(torch.where(no_number, torch.nan, 0.0)[:, None], windows)
             return torch.stack(written, dim=1).tolist()
         batch.feed(written[-1][:, None])
 
@@ -262,6 +267,7 @@ def _choose_in_turn(
     following = [[int(window.input_ids[-1])] for window in windows] or [[0]]
     for _ in range(num_choices):
         logits = batch.feed(torch.tensor(following, device=model.device)).cpu()
+        _refuse_no_numbers(logits, windows)
         following = [[0, *separator] for separator in between]  # a list that has no candidate left goes on idly
         for i, tokens in enumerate(names):
             left = [k for k in range(len(tokens)) if k not in orders[i]]
@@ -277,6 +283,16 @@ def _separator(tokenizer: PreTrainedTokenizerBase, window: Window) -> list[int]:
     first, second = identifier_token_ids(tokenizer, 2, window.style)
     tokens = tokenizer(format_permutation((0, 1), window.style))["input_ids"]
     return tokens[tokens.index(first) + 1 : tokens.index(second)]
+
+
+def _refuse_no_numbers(logits: torch.Tensor, windows: Sequence[Window]) -> None:
+    """Stop where (B, V) logits of B windows hold NaN: any order read from them would be an accident."""
+    for window, found in zip(windows, logits.isnan().any(dim=-1).tolist()):
+        if found:
+            raise DecodingError(
+                f"window {window.id}: found logits that are no numbers (NaN), allowed are numbers; look at the "
+                "weights: the training went wrong, or they overflow in half precision, where float32 helps"
+            )
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,10 @@ class ExportFolder(Callback):
         target = self.folder / name
         run_on_rank_zero(lambda: self._write(state, target, weights), f"export of {target}")
         figure = None if self.best_by is None else self._figures(state).get(f"eval/{self.best_by}")
+        if self.best_by is not None and figure is None and dist.get_global_rank() == 0:
+            warnings.warn(
+                f"best_by: found no figure {self.best_by} at {name}; {self.folder / BEST} stays as it is", stacklevel=2
+            )
         if figure is not None and figure > self._best:
             self._best = figure
             run_on_rank_zero(lambda: _link(self.folder / BEST, name), f"link to {target}")

@@ -25,7 +25,7 @@ STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "h1{margin-bottom:.2rem}h2{margin:2rem 0 .3rem;border-bottom:2px solid #ddd}p{margin:.2rem 0 .6rem;color:#555}"
     "table{border-collapse:collapse;margin:.4rem 0 1rem}th,td{padding:.15rem .8rem;border-bottom:1px solid #ddd;"
-    "text-align:right;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left}"
+    "text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left}"
     "th{background:#f2f2f2}.pair{display:flex;flex-wrap:wrap;gap:1rem}.pair section{flex:1 1 28rem;min-width:0}"
     "img{max-width:100%}summary{cursor:pointer}pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}"
 )
@@ -154,16 +154,14 @@ def _reranked(runs: Sequence[RunRecord]) -> str:
                 rows.append(
                     (
                         f"{measured.name}/{row.measure}",
-                        run.name,
-                        Path(measured.model).name,
-                        measured.decoding.replace("_", " "),
+                        f"{run.name}, {Path(measured.model).name}, {measured.decoding.replace('_', ' ')}",
                         f"{result.first_mean:.4f} → {result.second_mean:.4f}",
                         f"{result.difference:+.4f}",
                         f"{result.wins}/{result.ties}/{result.losses}",
                         "< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}",
                     )
                 )
-    head = ("figure", "run", "model", "decoding", "first stage → reranked", "difference", "wins/ties/losses", "p")
+    head = ("figure", "run, model, decoding", "first stage → reranked", "difference", "wins/ties/losses", "p")
     return _table(head, rows)
 
 

@@ -70,10 +70,15 @@ class Validation(Callback):
         self._options: dict[str, Any] = {"constrained": constrained, "num_shuffles": num_shuffles, "seed": seed}
         self._details = details
         self._batch_tokens = batch_tokens
-        self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events={Event.BATCH_END})
+        self._last_batch = -1
+        ends = {Event.BATCH_END, Event.EPOCH_END}  # of training: the one or the other, by the unit of its duration
+        self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        if event in (Event.BATCH_END, Event.EPOCH_END) and self._is_due(state, event):
+        batch = state.timestamp.batch.value
+        # At the end of training the end of a batch and that of an epoch both fall due.
+        if event in (Event.BATCH_END, Event.EPOCH_END) and self._is_due(state, event) and batch != self._last_batch:
+            self._last_batch = batch
             model: Any = hf_module(state.model)
             own = evaluate_windows(
                 model,
@@ -98,9 +103,7 @@ def _details(state: State, results: Sequence[WindowResult]) -> dict[str, Any]:
         "batch": state.timestamp.batch.value,
         "epoch": state.timestamp.epoch.value,
         "ndcg@10": {result.id: window_ndcg(result) for result in results},
-        "positions": {
-            name: counts.tolist() for name in DECODINGS if (counts := position_matrix(results, name)).size
-        },
+        "positions": {name: counts.tolist() for name in DECODINGS if (counts := position_matrix(results, name)).size},
     }
 
 

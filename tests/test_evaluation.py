@@ -241,6 +241,23 @@ def test_numbers_beyond_nine_have_no_first_token(tokenizer):
         score_windows_first_token(new_model(), tokenizer, [window], append_bracket=True)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_stop_and_name_the_window(value, tokenizer):
+    """One weight of the head is broken: no order is made up from what it gives."""
+    model = new_model()
+    with torch.no_grad():
+        model.lm_head.weight[40, 0] = value  # times the hidden state: NaN, inf or -inf
+    windows = [record_window(record_of([1, 3, 2], record_id=name), tokenizer) for name in ("one", "two")]
+    message = "window one: found logits that are no numbers" if math.isnan(value) else "no numbers"
+    for top_k in (30, None):
+        with pytest.raises(DecodingError, match=message):
+            score_windows_first_token(model, tokenizer, windows, append_bracket=True, top_k=top_k)
+    if math.isnan(value):
+        for constrained in (False, True):
+            with pytest.raises(DecodingError, match=message):
+                generate_windows(model, tokenizer, windows, constrained=constrained)
+
+
 # Windows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core import Callback
 from composer.models import HuggingFaceModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -287,6 +289,57 @@ def test_figures_of_the_moment_are_on_the_card(tmp_path):
     trainer.fit()
     trainer.close()
     assert "| held-out nDCG@10 | 0.5000 |" in (tmp_path / "epoch_0" / "README.md").read_text()
+
+
+def exports_with(folder, figures, best=None):
+    """Where `best` points after each of four exports that these figures were measured at."""
+    measured = iter(figures)
+    exporter = new_exporter(folder, figures=lambda: next(measured), best_by="first_token/ndcg@10")
+    if best is not None:
+        exporter.load_state_dict(best)
+    pointed = []
+
+    class Look(Callback):
+        def epoch_checkpoint(self, state, logger):
+            link = folder / "best"
+            pointed.append(link.readlink().name if link.is_symlink() else None)
+
+    exporter._write = lambda state, target, weights: target.mkdir(parents=True, exist_ok=True)
+    trainer = new_trainer(new_hf_model(), "4ep", callbacks=[exporter, Look()])
+    trainer.fit()
+    trainer.close()
+    return pointed, exporter.state_dict()
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0.5, 0.7, 0.7, 0.6], ["epoch_0", "epoch_1", "epoch_1", "epoch_1"]),  # of equals the first
+        ([math.nan, 0.1, math.nan, 0.2], [None, "epoch_1", "epoch_1", "epoch_3"]),
+        ([-0.5, -0.7, 0.0, 0.0], ["epoch_0", "epoch_0", "epoch_2", "epoch_2"]),
+    ],
+)
+def test_the_best_export_is_linked(tmp_path, values, expected):
+    pointed, state = exports_with(tmp_path / "hf", [{"eval/first_token/ndcg@10": value} for value in values])
+    assert pointed == expected
+    assert state["best"] == max(value for value in values if not math.isnan(value))
+
+
+def test_a_resumed_run_knows_the_best_before(tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "best").symlink_to("epoch_9")
+    figures = [{"eval/first_token/ndcg@10": value} for value in (0.5, 0.8, 0.81, 0.1)]
+    pointed, _ = exports_with(folder, figures, best={"best": 0.8})
+    assert pointed == ["epoch_9", "epoch_9", "epoch_2", "epoch_2"]
+
+
+def test_a_figure_that_was_not_measured_warns_and_links_nothing(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"best_by: found no figure first_token/ndcg@10 at epoch_0; .*best stays as it"
+    ):
+        pointed, _ = exports_with(tmp_path / "hf", [{}, {"eval/first_token/ndcg@10": 0.1}, {}, {}])
+    assert pointed == [None, "epoch_1", "epoch_1", "epoch_1"]
 
 
 @pytest.mark.parametrize("interval", ["0ep", "10tok", "0.5dur"])

@@ -13,8 +13,9 @@ from launching import ON_CPU, REPOSITORY, metrics, succeeded, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from rankllm_composer.contract import chat_template_sha256, read_contract
+from rankllm_composer.evaluation import evaluate_windows, summarise
 from rankllm_composer.progress import read_metrics
-from rankllm_composer.prompts import encode_record
+from rankllm_composer.prompts import Record, encode_record
 from rankllm_composer.recipe_merge import load_recipe
 
 RECIPES = sorted((REPOSITORY / "yamls").glob("*.yaml"))
@@ -96,5 +97,11 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
     assert type(model).__name__ == "MistralForCausalLM" and model.config.use_cache
     record = json.loads((material / "records.json").read_text())[3]
     ids = encode_record(record, tokenizer, contract.objective).input_ids
+    windows = [Record.from_conversations(record) for record in json.loads((material / "windows.json").read_text())]
+    told = summarise(evaluate_windows(model, tokenizer, windows, contract, decodings=["first_token"]))
+    # Of two ranks that shared three windows and a sharded model, and of the exported one alone.
+    assert {f"eval/{name}": value for name, value in told.items()} == pytest.approx(
+        {name: value for name, value in validated[-1].items() if name.startswith("eval/")}
+    )
     with torch.no_grad():
         assert model(torch.from_numpy(ids.astype(np.int64))[None]).logits.isfinite().all()
