@@ -1,12 +1,13 @@
 """How fast are shards built, and how much memory does it take, as records grow?
 
-    python benchmarks/shard_build.py [--records 10000,100000] [--processes 1,2] [--folder DIR]
+    python benchmarks/shard_build.py [--records 10000,100000,1000000] [--processes 1,2] [--folder DIR]
 
-Builds sets from synthetic records in `.jsonl` (20 passages of 30 to 80 words, about 8 kB a record) and prints, for each
-size: records/s and MB/s of source text from the first record to the published index, records per CPU second (what one
-core does when others have the machine too), and the peak resident memory of the building process, before the build
-(libraries) and after, and of its largest worker. Each build runs in a process of its own, whose start is not counted;
-the start of its workers is. Needs about 1.5 times the source's size on disk.
+Builds sets from synthetic records in `.jsonl` (20 passages of 30 to 80 words, about 8 kB a record; every record has an
+id of its own, texts come again after 10,000, which is more than a shard holds) and prints, for each size: records/s and
+MB/s of source text from the first record to the published index, records per CPU second (what one core does when others
+have the machine too), and the peak resident memory of the building process, before the build (libraries) and after, and
+of its largest worker. Each build runs in a process of its own, whose start is not counted; the start of its workers is.
+Needs about 1.5 times the source's size on disk.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rankllm_composer.permutations import format_permutation
 from rankllm_composer.prompts import SYSTEM_MESSAGE, render_user_turn
 
 NUM_PASSAGES = 20
+NUM_TEXTS = 10_000
 
 
 def write_source(path: Path, num_records: int) -> None:
@@ -32,14 +34,17 @@ def write_source(path: Path, num_records: int) -> None:
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(20_000)]
     words = rng.choices(vocabulary, k=1_000_000)
+    bodies = []
+    for _ in range(min(num_records, NUM_TEXTS)):
+        places = [rng.randrange(len(words) - 80) for _ in range(NUM_PASSAGES)]
+        passages = [" ".join(words[place : place + 30 + place % 51]) for place in places]
+        order = sorted(range(NUM_PASSAGES), key=places.__getitem__)
+        turns = (SYSTEM_MESSAGE, render_user_turn(passages[0][:40], passages), format_permutation(order))
+        conversation = [{"from": who, "value": text} for who, text in zip(("system", "human", "gpt"), turns)]
+        bodies.append(json.dumps(conversation))
     with path.open("w") as file:
         for i in range(num_records):
-            places = [rng.randrange(len(words) - 80) for _ in range(NUM_PASSAGES)]
-            passages = [" ".join(words[place : place + 30 + place % 51]) for place in places]
-            order = sorted(range(NUM_PASSAGES), key=places.__getitem__)
-            turns = (SYSTEM_MESSAGE, render_user_turn(passages[0][:40], passages), format_permutation(order))
-            conversation = [{"from": who, "value": text} for who, text in zip(("system", "human", "gpt"), turns)]
-            file.write(json.dumps({"id": f"q{i}", "conversations": conversation}) + "\n")
+            file.write(f'{{"id": "q{i}", "conversations": {bodies[i % len(bodies)]}}}\n')
 
 
 def measure(source: Path, output: Path, num_processes: int, results: Any) -> None:
@@ -65,7 +70,7 @@ def peak_and_cpu() -> tuple[float, float, float, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", default="10000,100000")
+    parser.add_argument("--records", default="10000,100000,1000000")
     parser.add_argument("--processes", default="1,2")
     parser.add_argument("--folder", default=None)
     options = parser.parse_args()
