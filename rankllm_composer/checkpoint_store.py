@@ -12,6 +12,7 @@ from rankllm_composer.checkpoints import (
     MANIFEST,
     CheckpointError,
     Manifest,
+    batch_of,
     clear_stage,
     parse_manifest,
     publish,
@@ -49,7 +50,7 @@ class CheckpointStore:
         """
         try:
             listing = self._listing()
-            for name in sorted(listing, key=_batch, reverse=True):
+            for name in sorted(listing, key=batch_of, reverse=True):
                 if MANIFEST in listing[name]:
                     manifest = self._manifest(name)
                     if manifest is not None and manifest.name == name and _has_all(listing[name], manifest):
@@ -122,9 +123,9 @@ class CheckpointStore:
         if urlsplit(self.url).scheme != "s3":
             return
         listing = self._listing()
-        complete = sorted((name for name, files in listing.items() if MANIFEST in files), key=_batch)
+        complete = sorted((name for name, files in listing.items() if MANIFEST in files), key=batch_of)
         for name, files in listing.items():
-            if name not in complete[-self.keep :] and _batch(name) < _batch(complete[-1]):
+            if name not in complete[-self.keep :] and batch_of(name) < batch_of(complete[-1]):
                 # The manifest first: what is left of a copy is never taken for one.
                 self._remote.remove(f"{name}/{file}" for file in sorted(files, key=lambda file: file != MANIFEST))
 
@@ -136,16 +137,10 @@ class CheckpointStore:
         listing: dict[str, dict[str, StoredFile]] = {}
         for path, stored in files.items():
             name, _, file = path.partition("/")
-            if _batch(name) >= 0 and file:
+            if batch_of(name) >= 0 and file:
                 listing.setdefault(name, {})[file] = stored
         return listing
 
 
 def _has_all(files: dict[str, StoredFile], manifest: Manifest) -> bool:
     return all(name in files and files[name].num_bytes in (None, size) for name, size in manifest.files.items())
-
-
-def _batch(name: str) -> int:
-    """The batch in a checkpoint's name; -1 for any other name."""
-    epoch, _, batch = name.partition("-ba")
-    return int(batch) if epoch.startswith("ep") and epoch[2:].isdigit() and batch.isdigit() else -1

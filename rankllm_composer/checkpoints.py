@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
-_NAME = re.compile(r"ep(\d+)-ba(\d+)")
+_NAME = re.compile(r"ep(\d{1,18})-ba(\d{1,18})", re.ASCII)
 _STAGE = ".partial"
 
 
@@ -65,10 +65,27 @@ def parse_manifest(text: str | bytes) -> Manifest | None:
     """The manifest in a `checkpoint.json`; None if it is torn, or of another format."""
     try:
         manifest = Manifest(**json.loads(text))
-        whole = all(isinstance(size, int) and "/" not in name for name, size in manifest.files.items())
-        return manifest if whole and manifest.format == FORMAT and manifest.files else None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, RecursionError):
         return None
+    whole = (
+        _NAME.fullmatch(manifest.name) is not None
+        and all(_is_count(number) for number in (manifest.batch, manifest.epoch, manifest.num_ranks, manifest.format))
+        and isinstance(manifest.is_sharded, bool)
+        and all(isinstance(table, dict) for table in (manifest.weights, manifest.files))
+        and isinstance(manifest.callbacks, list)
+        and all(isinstance(name, str) for name in manifest.callbacks)
+        and all(_is_count(size) and _is_file_name(name) for name, size in manifest.files.items())
+    )
+    return manifest if whole and manifest.format == FORMAT and manifest.files else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names a file of the checkpoint's own folder, and nothing outside."""
+    return name not in ("", ".", "..", MANIFEST) and not any(char in name for char in "/\\:\0")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -140,7 +157,7 @@ def prune(folder: Path, keep: int) -> list[str]:
         return []
     kept = {path for path, _ in whole[-keep:]}
     oldest = whole[-keep][1].batch
-    removed = [path for path in _checkpoint_folders(folder) if path not in kept and _batch_of(path) <= oldest]
+    removed = [path for path in _checkpoint_folders(folder) if path not in kept and batch_of(path.name) <= oldest]
     for path in removed:
         remove(path)
     return [path.name for path in removed]
@@ -184,10 +201,10 @@ def _checkpoint_folders(folder: Path) -> Iterator[Path]:
         yield from (path for path in sorted(folder.iterdir()) if _NAME.fullmatch(path.name) and path.is_dir())
 
 
-def _batch_of(checkpoint: Path) -> int:
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[2])
+def batch_of(name: str) -> int:
+    """The batch in a checkpoint's name; -1 for any other name."""
+    match = _NAME.fullmatch(name)
+    return -1 if match is None else int(match[2])
 
 
 def _sync(path: Path) -> None:

@@ -8,6 +8,8 @@ the name has to do, and where it lists nothing everything is uploaded again.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import random
 import re
 import shutil
 import tempfile
@@ -19,6 +21,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 UPLOAD_ATTEMPTS = 3
 UPLOAD_THREADS = 4
+# Clients of object stores draw from Python's own random numbers, for their pauses and temporary names.
+_DRAWING_MODULES = (
+    "botocore.retries.standard",
+    "botocore.retryhandler",
+    "botocore.utils",
+    "s3transfer",
+    "s3transfer.utils",
+    "streaming.base.util",
+)
 # Above this size boto3 uploads in pieces of it, and the checksum is one of checksums.
 _S3_PIECE_BYTES = 8 << 20
 
@@ -68,6 +79,20 @@ def open_folder(target: str | Path, *below: str) -> Folder:
     if is_remote(target):
         return RemoteFolder("/".join([str(target).rstrip("/"), *below]))
     return LocalFolder(Path(target, *below))
+
+
+def spare_random_numbers() -> None:
+    """Let the S3 client and streaming draw from random numbers of their own.
+
+    They draw in threads beside training, whenever a store keeps them waiting; the numbers of a run, and of the
+    checkpoint that another goes on from, must not depend on that.
+    """
+    own = random.Random()
+    for name in _DRAWING_MODULES:
+        module: Any = importlib.import_module(name)
+        module.random = own
+    backoff: Any = importlib.import_module("botocore.retries.standard").ExponentialBackoff.__init__
+    backoff.__defaults__ = tuple(own.random if value == random.random else value for value in backoff.__defaults__)
 
 
 class LocalFolder:
@@ -190,6 +215,7 @@ class RemoteFolder:
         if self._uploader is None:
             from streaming.base.storage.upload import CloudUploader
 
+            spare_random_numbers()
             try:
                 self._uploader = CloudUploader.get(self.url, keep_local=True, retry=UPLOAD_ATTEMPTS)
             except Exception as error:  # as above, and what a missing client library raises

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rankllm_composer.claims import claim_cache
 from rankllm_composer.shard_index import INDEX_NAME, Shard, ShardError, parse_index, read_index
-from rankllm_composer.storage import is_remote, without_credentials
+from rankllm_composer.storage import is_remote, spare_random_numbers, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ def check_streams(
     """
     from streaming.base.distributed import all_gather_object, get_local_rank
 
+    if any(is_remote(stream.root) for stream in streams):
+        spare_random_numbers()
     found: tuple[StreamContents, ...] = ()
     error = None
     if get_local_rank() == 0:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
 
 from rankllm_composer.checkpoints import (
     MANIFEST,
     CheckpointError,
     Manifest,
+    batch_of,
     check_same_model,
     clear_stage,
     parse_manifest,
@@ -107,6 +111,37 @@ def test_a_manifest_round_trips():
     manifest = Manifest(12, 2, 2, True, WEIGHTS, ["EpochGuard"], {"a": 3})
     assert parse_manifest(manifest.to_json()) == manifest
     assert parse_manifest(dataclasses.replace(manifest, format=2).to_json()) is None
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "a\\b", "/etc", "c:x", MANIFEST])
+def test_a_manifest_names_files_of_its_own_folder_alone(name):
+    assert parse_manifest(Manifest(1, 0, 1, False, WEIGHTS, [], {name: 3}).to_json()) is None
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(changed=st.dictionaries(st.sampled_from([*Manifest.__dataclass_fields__, "other"]), ANYTHING, max_size=3))
+def test_whatever_a_manifest_holds_it_is_one_or_none(changed):
+    whole = dataclasses.asdict(Manifest(12, 2, 2, True, WEIGHTS, ["EpochGuard"], {"a": 3}))
+    manifest = parse_manifest(json.dumps({**whole, **changed}))
+    if manifest is not None:
+        assert batch_of(manifest.name) == manifest.batch >= 0 and manifest.num_ranks >= 0
+        assert all(Path("folder", name).parent == Path("folder") for name in manifest.files)
+
+
+@given(text=st.text() | st.binary())
+def test_no_text_that_is_none_is_taken_for_a_manifest(text):
+    assert parse_manifest(text) is None
+
+
+@pytest.mark.parametrize("name", ["ep1-ba²", "ep1-ba", "ep-ba1", "ba1", "ep1-ba1 ", "ep1-ba1.whole", "ep٣-ba٣", ""])
+def test_other_names_are_no_checkpoint(name):
+    assert batch_of(name) == -1 and batch_of("ep1-ba20") == 20
 
 
 @pytest.mark.parametrize("keep, left", [(1, [8]), (2, [6, 8]), (9, [2, 4, 6, 8]), (-1, [2, 4, 6, 8])])
