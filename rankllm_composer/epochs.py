@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from composer.core import Callback
 from composer.utils import dist
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from composer.core import State
@@ -24,7 +25,7 @@ class EpochError(ValueError):
     """An epoch ended before every list of it was trained."""
 
 
-def interleave(num_samples: int, num_canonical_nodes: int) -> np.ndarray:
+def interleave(num_samples: int, num_canonical_nodes: int) -> NDArray[np.int64]:
     """Places of an epoch in the order they are trained: one from each canonical node's span in turn.
 
     Args:
@@ -36,12 +37,13 @@ def interleave(num_samples: int, num_canonical_nodes: int) -> np.ndarray:
     bounds = np.arange(num_canonical_nodes + 1) * num_samples // num_canonical_nodes
     starts, sizes = bounds[:-1], np.diff(bounds)
     steps = np.arange(sizes.max(initial=0))[:, None]  # (longest span, C)
-    return (starts + steps)[steps < sizes].astype(np.int64)
+    places: NDArray[np.int64] = (starts + steps)[steps < sizes].astype(np.int64)
+    return places
 
 
 def rank_rows(
-    order: np.ndarray, seen: int, *, node: int, num_nodes: int, rank_of_node: int, ranks_per_node: int
-) -> tuple[np.ndarray, int]:
+    order: NDArray[np.int64], seen: int, *, node: int, num_nodes: int, rank_of_node: int, ranks_per_node: int
+) -> tuple[NDArray[np.int64], int]:
     """The samples of one rank in what is left of an epoch.
 
     Args:
@@ -57,8 +59,8 @@ def rank_rows(
 
 
 def worker_rows(
-    samples: np.ndarray, num_padding: int, batch_size: int, worker: int, num_workers: int
-) -> tuple[np.ndarray, int]:
+    samples: NDArray[np.int64], num_padding: int, batch_size: int, worker: int, num_workers: int
+) -> tuple[NDArray[np.int64], int]:
     """The part of a rank's samples that one of its loader workers reads: every `num_workers`-th batch.
 
     Returns:
@@ -126,4 +128,4 @@ class EpochGuard(Callback):
 
 
 def _epoch_size(state: State) -> int:
-    return state.train_dataloader.dataset.epoch_size  # type: ignore[union-attr]
+    return int(state.train_dataloader.dataset.epoch_size)  # type: ignore[union-attr]

@@ -14,12 +14,14 @@ def layer_matmul_parameters(config: PretrainedConfig) -> int:
 
         per layer: D·H·d (query) + 2·D·K·d (key, value) + H·d·D (output) + 3·D·F (gate, up, down)
     """
-    hidden = config.hidden_size
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    hidden: int = config.hidden_size
+    heads: int = config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or hidden // heads
+    key_value_heads: int = getattr(config, "num_key_value_heads", None) or heads
     attention = 2 * hidden * heads * head_dim + 2 * hidden * key_value_heads * head_dim
-    return config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)
+    num_layers: int = config.num_hidden_layers
+    inner: int = config.intermediate_size
+    return num_layers * (attention + 3 * hidden * inner)
 
 
 def forward_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: int) -> int:
@@ -34,9 +36,9 @@ def forward_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: 
     Returns:
         Multiplications and additions, each counted.
     """
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    window = getattr(config, "sliding_window", None)
+    heads: int = config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window: int | None = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
     pairs = 0
@@ -44,8 +46,8 @@ def forward_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: 
         seen = length if window is None else min(length, window)
         pairs += seen * (seen + 1) // 2 + (length - seen) * seen
     matmuls = 2 * layer_matmul_parameters(config) * sum(lengths)
-    attention = 4 * config.num_hidden_layers * heads * head_dim * pairs
-    head = 2 * config.hidden_size * config.vocab_size * num_logits
+    attention: int = 4 * config.num_hidden_layers * heads * head_dim * pairs
+    head: int = 2 * config.hidden_size * config.vocab_size * num_logits
     return matmuls + attention + head
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer.utils import dist
+from numpy.typing import NDArray
 
 from rankllm_composer.prompts import EncodedRecord
 
@@ -39,7 +40,7 @@ class Sequence:
     encoded: EncodedRecord | None
     record_id: str
     record_key: int
-    grades: np.ndarray | None = None
+    grades: NDArray[np.int64] | None = None
     docids: tuple[str, ...] | None = None
 
 
@@ -137,7 +138,7 @@ def pack(sequences: list[Sequence]) -> dict[str, Any]:
             grades[index, :count] = sequence.grades
     token_ids = [np.zeros(1, np.int64)] if empty else [e.input_ids for e in encoded]  # type: ignore[union-attr]
 
-    def as_int64(parts: list[np.ndarray]) -> torch.Tensor:
+    def as_int64(parts: list[NDArray[Any]]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return {
@@ -188,8 +189,8 @@ def split_batch(
     """
     rows = list(batch["sequences"])
     trained = [s for s in rows if s.encoded is not None]
-    lengths = [len(s.encoded.input_ids) for s in trained]  # type: ignore[union-attr]
-    num_targets = sum(length - s.encoded.response_start for length, s in zip(lengths, trained))  # type: ignore[union-attr]
+    lengths = [len(s.encoded.input_ids) for s in trained]
+    num_targets = sum(length - s.encoded.response_start for length, s in zip(lengths, trained))
     own = count_microbatches(lengths, max_lists=max_lists, max_tokens=max_tokens)
     (num_microbatches,) = _reduce_over_ranks([own], "MAX")
     num_targets, num_lists = _reduce_over_ranks([num_targets, len(trained)], "SUM")

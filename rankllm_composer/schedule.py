@@ -57,9 +57,9 @@ def updates_in(time: str, *, updates_per_epoch: int, lists_per_update: int, num_
         case TimeUnit.EPOCH:
             return int(parsed.value) * updates_per_epoch
         case TimeUnit.SAMPLE:
-            return math.ceil(parsed.value / lists_per_update)
+            return math.ceil(int(parsed.value) / lists_per_update)
         case TimeUnit.DURATION:
-            return math.ceil(parsed.value * num_updates)
+            return math.ceil(float(parsed.value) * num_updates)
     raise ValueError(f"found {time!r}, allowed are epochs (3ep), batches (50ba), samples (4000sp) or shares (0.1dur)")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ ALLOWED = {
     "clean_stop": "redaction",
     "cli": (
         "comparison demo inspection model_card permutations plan recipe recipe_check recipe_merge recipe_schema "
-        "redaction report rerank run_record shards"
+        "redaction report rerank run_record serving_check shards"
     ),
     "collection": "permutations prompts",
     "comparison": "metrics",
@@ -41,7 +42,7 @@ ALLOWED = {
     "export": "contract model_card redaction staging weights",
     "flops": "",
     "inference": "attention",
-    "inspection": "assembly augmentation contract model objectives packing prompts record_lookup",
+    "inspection": "assembly augmentation model objectives packing prompts record_lookup serving_check",
     "json_array": "",
     "loss_guard": "",
     "losses": "",
@@ -61,7 +62,7 @@ ALLOWED = {
     "published": "",
     "recipe": "permutations recipe_schema",
     "recipe_build": "recipe_schema",
-    "recipe_check": "permutations recipe recipe_build recipe_schema",
+    "recipe_check": "permutations recipe recipe_build recipe_schema redaction",
     "recipe_merge": "recipe recipe_build recipe_check recipe_schema",
     "recipe_schema": "",
     "record_lookup": "prompts records shard_index storage trec",
@@ -75,6 +76,7 @@ ALLOWED = {
     "run_record": "comparison progress published redaction run_folder validation",
     "safe_loading": "",
     "schedule": "",
+    "serving_check": "contract model permutations prompts windows",
     "shard_blocks": "permutations prompts records shard_index shard_manifest",
     "shard_check": "records shard_index shard_manifest storage",
     "shard_index": "prompts",
@@ -152,3 +154,22 @@ def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, rankllm_composer; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_make_check_finds_nothing():
+    """Lint, format and types, by the very commands of `make check`."""
+    root = Path(__file__).parent.parent
+    said = subprocess.run(["make", "-n", "check"], cwd=root, capture_output=True, text=True, check=True).stdout
+    commands = [line.split() for line in said.splitlines() if line.startswith((".venv/bin/ruff", ".venv/bin/mypy"))]
+    assert [command[0].rpartition("/")[2] for command in commands] == ["ruff", "ruff", "mypy"]
+    for program, *arguments in commands:
+        here = Path(sys.executable).with_name(Path(program).name)
+        done = subprocess.run([here, *arguments], cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rooms_that_are_typed_strictly_are_there():
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    strict = set(re.findall(r'^ {4}"rankllm_composer\.(\w+)",$', project, re.MULTILINE))
+    assert strict <= set(ALLOWED) and {"losses", "permutations", "prompts", "packing", "recipe"} <= strict
