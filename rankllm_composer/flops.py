@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def layer_matmul_parameters(config: PretrainedConfig) -> int:
     """Weights of the matrix products of all layers of a Llama-like decoder (Llama, Mistral, Qwen).
 
-        per layer: D·H·d (query) + 2·D·K·d (key, value) + H·d·D (output) + 3·D·F (gate, up, down)
+    per layer: D·H·d (query) + 2·D·K·d (key, value) + H·d·D (output) + 3·D·F (gate, up, down)
     """
     hidden: int = config.hidden_size
     heads: int = config.num_attention_heads
