@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -308,22 +308,22 @@ def inspect(
     ] = False,
     model: Annotated[Path | None, typer.Option(help="Instead of a recipe: an exported folder to check.")] = None,
 ) -> None:
-    """Show a record as the model will see it, or check an exported folder. Exit code 2 if something is wrong."""
-    from rankllm_composer.inspection import contract_lines, inspect_folder, inspect_recipe
+    """Show a record as the model will see it, or check an exported folder and a request, token by token, against the
+    client's. Exit code 2 if something is wrong."""
+    from rankllm_composer.inspection import inspect_recipe
     from rankllm_composer.recipe_merge import load_recipe
+    from rankllm_composer.serving_check import inspect_folder
 
     if (recipe is None) == (model is None):
         raise ValueError("inspect: found neither or both of RECIPE and --model; give one of them")
     if model is not None:
-        contract, problems = inspect_folder(model)
-        lines = [*contract_lines(contract), *(f"problem: {text}" for text in problems)]
+        found: Any = inspect_folder(model)
     else:
         found = inspect_recipe(load_recipe(_recipe_path(str(recipe)), overrides or []), record, loss=loss)
-        lines, problems = list(found.lines(colour=sys.stdout.isatty())), found.problems
-    for line in lines:
+    for line in found.lines(colour=sys.stdout.isatty()):
         typer.echo(line)
-    if problems:
-        raise ValueError(f"{model or recipe}: {len(problems)} to put right, see above")
+    if found.problems:
+        raise ValueError(f"{model or recipe}: {len(found.problems)} to put right, see above")
 
 
 @app.command("plan")

@@ -1,15 +1,14 @@
 """One record as the model will see it: its tokens, what supervises, what the limit does, and what is wrong.
 
 rankllm-composer inspect RECIPE [--record K] [--loss]
-rankllm-composer inspect --model FOLDER
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,17 +20,13 @@ from rankllm_composer.prompts import (
     PromptError,
     Record,
     encode_record,
-    identifier_token_ids,
     is_client_wording,
-    render_prompt,
 )
+from rankllm_composer.serving_check import num_bos, serving_differences
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
-    from rankllm_composer.contract import DecodingContract
     from rankllm_composer.model import ListwiseReranker
 
 Kind = Literal["prompt", "supervised", "score", "identifier"]
@@ -170,63 +165,10 @@ def _kinds(encoded: EncodedRecord) -> Iterator[Kind]:
             yield "identifier" if token in identifiers else "supervised"
 
 
-def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """How the inference client's prompt would differ from the one that is trained.
-
-    The client sends the system text under the role of the system, whatever the chat template makes of it, and its
-    server tokenises the text with the special tokens that the tokenizer adds.
-
-    Source:
-        rank_llm 0.25.7: `RankListwiseOSLLM.create_prompt`, `SingleTurnListwiseInferenceHandler.generate_prompt`.
-    """
-    from ftfy import fix_text
-
-    where = f"tokenizer {tokenizer.name_or_path}: chat template"
-    user = {"role": "user", "content": record.user}
-
-    def client_prompt(system: str) -> str:
-        messages = [{"role": "system", "content": system}, user] if system else [user]
-        return fix_text(
-            str(
-                tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-                )
-            )
-        )
-
-    try:
-        theirs = client_prompt(record.system)
-        served = client_prompt(SYSTEM_MESSAGE)
-    except Exception as error:  # a template is a program and raises what it likes
-        return [
-            f"{where}: found that it fails on the system role ({error}), which the inference client sends; give the "
-            "tokenizer a template that writes the system text, such as one that puts it before the user turn"
-        ]
-    if fix_text(record.system).strip() not in theirs:
-        return [
-            f"{where}: found that it leaves out the system turn, so the client would lose the system text that "
-            "training puts before the user turn; give the tokenizer a template that writes it"
-        ]
-    num_ours, num_theirs = (
-        _num_bos(tokenizer(text)["input_ids"], tokenizer) for text in (render_prompt(record, tokenizer), served)
-    )
-    if num_ours != num_theirs:
-        return [
-            f"{where}: found {num_ours} beginning-of-sequence tokens before this record, {num_theirs} before the "
-            "inference client's prompts; take them out of the record's text, or let the template write as many for "
-            "every conversation"
-        ]
-    return []
-
-
-def _num_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    return sum(1 for _ in takewhile(lambda token: token == tokenizer.bos_token_id, ids))
-
-
 def _surprises(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedRecord) -> Iterator[str]:
-    num_bos = _num_bos(encoded.input_ids.tolist(), tokenizer)
-    if num_bos > 1:
-        yield f"{num_bos} beginning-of-sequence tokens; the inference client's prompts have as many"
+    count = num_bos(encoded.input_ids.tolist(), tokenizer)
+    if count > 1:
+        yield f"{count} beginning-of-sequence tokens; the inference client's prompts have as many"
     if record.system != SYSTEM_MESSAGE:
         yield f"the system text is not the inference client's, which is {SYSTEM_MESSAGE!r}"
     if not is_client_wording(record.user):
@@ -271,65 +213,6 @@ def add_losses(found: Inspection, model: ListwiseReranker) -> None:
     not_finite = [name for name, value in found.losses.items() if not np.isfinite(value)]
     if not_finite:
         found.problems.append(f"loss: found {', '.join(not_finite)} not finite; look at the weights of the model")
-
-
-def inspect_folder(folder: str | Path) -> tuple[DecodingContract, list[str]]:
-    """An exported folder held against its own decoding contract.
-
-    Returns:
-        The contract, and what in the folder does not fit it, each as where, what was found, what to do.
-    Raises:
-        ContractError: no contract, or one that does not read.
-        ModelError: the tokenizer or the configuration cannot be read.
-    """
-    from pathlib import Path
-
-    from transformers import AutoConfig
-
-    from rankllm_composer.contract import CONTRACT_FILE, chat_template_sha256, num_bos_tokens, read_contract
-    from rankllm_composer.model import ModelError, load_tokenizer
-
-    contract = read_contract(folder)
-    tokenizer = load_tokenizer(str(folder))
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the configuration cannot be read: {error}; export the model again") from error
-    problems = []
-
-    def compare(key: str, told: Any, found: Any, remedy: str) -> None:
-        if told != found:
-            problems.append(f"{Path(folder, CONTRACT_FILE)}: {key} is {told}, the folder has {found}; {remedy}")
-
-    if tokenizer.chat_template:
-        again = "put back the tokenizer's files, or export the model again"
-        compare("chat_template_sha256", contract.chat_template_sha256, chat_template_sha256(tokenizer), again)
-        compare("num_bos", contract.num_bos, num_bos_tokens(tokenizer), again)
-        told = contract.identifier_token_ids
-        try:
-            found = identifier_token_ids(tokenizer, len(contract.identifiers), contract.identifier_style)
-            compare("identifier_token_ids", told, found if told is not None else None, again)
-        except PromptError as error:
-            if told is not None:
-                problems.append(str(error))
-        sample = Record("sample", SYSTEM_MESSAGE, "query", "[A]")
-        problems += serving_differences(sample, tokenizer)
-    else:
-        problems.append(
-            f"{folder}: the tokenizer has no chat template, the contract's has the hash "
-            f"{contract.chat_template_sha256[:12]}…; put back chat_template.jinja or tokenizer_config.json"
-        )
-    if not contract.append_bracket and tokenizer.eos_token_id not in contract.eos_token_ids:
-        compare("eos_token_ids", contract.eos_token_ids, (tokenizer.eos_token_id,), "set tokenizer.eos_token")
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and contract.context_size_tokens > positions:
-        compare("context_size_tokens", contract.context_size_tokens, positions, "lower it: the model sees no further")
-    if len(tokenizer) > config.vocab_size:
-        problems.append(
-            f"{folder}: found a tokenizer of {len(tokenizer):,} tokens over a model of {config.vocab_size:,}; put back "
-            "the tokenizer's files"
-        )
-    return contract, problems
 
 
 def _mark(kind: Kind, text: str, colour: bool) -> str:
@@ -395,14 +278,3 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
         here = replace(recipe, model=replace(keys, attention="auto"))  # flash-attn does not run on a CPU
         add_losses(found, build_model(here, tokenizer, "cpu"))
     return found
-
-
-def contract_lines(contract: DecodingContract) -> Iterator[str]:
-    """A decoding contract for people."""
-    from dataclasses import asdict
-
-    values: Mapping[str, Any] = asdict(contract)
-    width = max(map(len, values))
-    for name, value in values.items():
-        told = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-        yield f"{name:<{width}}  {told}"

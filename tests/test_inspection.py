@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from rankllm_composer.cli import main
 from rankllm_composer.contract import decoding_contract
-from rankllm_composer.inspection import inspect_folder, inspect_recipe, inspect_record, serving_differences
+from rankllm_composer.inspection import inspect_recipe, inspect_record
 from rankllm_composer.losses import ranknet_loss
 from rankllm_composer.permutations import identifiers
 from rankllm_composer.prompts import Record, encode_record, identifier_token_ids
 from rankllm_composer.recipe_merge import load_recipe
 from rankllm_composer.record_lookup import RecordLookupError, SplitRecords
+from rankllm_composer.serving_check import diff_request, inspect_folder, serving_differences
 from rankllm_composer.shards import build_shards
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
@@ -210,19 +211,47 @@ def test_an_exported_folder_against_its_contract(material, tmp_path):
         identifier_token_ids=identifier_token_ids(tokenizer, 20, "letters"),
     )
     (folder / "reranker.json").write_text(contract.to_json())
-    assert inspect_folder(folder) == (contract, [])
+    found = inspect_folder(folder)
+    assert (found.contract, found.problems, found.request.num_differences) == (contract, (), 0)
 
     changed = json.loads(contract.to_json())
     changed["identifier_token_ids"][0] = 5
     changed["context_size_tokens"] = 9000
     changed["num_bos"] = 1
     (folder / "reranker.json").write_text(json.dumps(changed))
-    problems = "\n".join(inspect_folder(folder)[1])
+    problems = "\n".join(inspect_folder(folder).problems)
     for told in ("identifier_token_ids is (5, ", "context_size_tokens is 9000, the folder has 4096", "num_bos is 1"):
         assert told in problems
 
     (folder / "reranker.json").write_text(contract.to_json())
     tokenizer.chat_template = TEMPLATES["drops"][0]
     tokenizer.save_pretrained(folder)
-    problems = "\n".join(inspect_folder(folder)[1])
+    problems = "\n".join(inspect_folder(folder).problems)
     assert "chat_template_sha256 is" in problems and "leaves out the system turn" in problems
+
+
+def test_a_request_is_diffed_token_by_token(mistral_v3_tokenizer, zephyr_v1_tokenizer):
+    """What one side alone has is marked in its place, and nothing else: two <s>, a system text that is lost."""
+    for tokenizer, num_bos in ((mistral_v3_tokenizer, 2), (zephyr_v1_tokenizer, 0)):
+        found = diff_request(tokenizer)
+        assert found.num_differences == 0
+        tokens = [token for _, token in found.rows]
+        assert tokens[: num_bos + 1].count("<s>") == num_bos or tokens[0] == "<s>"
+        text = tokenizer.convert_tokens_to_string(tokens)
+        assert "café" in text and "[A]" in text and "see (12) and [a]" in text  # mended, and as the client shows it
+        (head, *_) = found.lines(colour=False)
+        assert (
+            head
+            == f"a request: {len(tokens)} tokens as we make it, {len(tokens)} as the client's server does, the same"
+        )
+
+    drops = copy.deepcopy(mistral_v3_tokenizer)
+    drops.chat_template = TEMPLATES["drops"][0]
+    found = diff_request(drops)
+    alone = [token for mark, token in found.rows if mark == "-"]
+    assert [mark for mark, _ in found.rows if mark == "+"] == []
+    assert "RankLLM" in drops.convert_tokens_to_string(alone) and "identifier" not in "".join(alone)
+    plain, coloured = ("\n".join(found.lines(colour)) for colour in (False, True))
+    assert f"{len(alone)} differ" in plain
+    assert plain.count("⟨-") == len(alone) + 1  # and the legend's
+    assert coloured.count("\033[31m") == len(alone) and "⟨+" in plain.splitlines()[1]

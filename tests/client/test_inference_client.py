@@ -12,7 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from rankllm_composer.decoding import read_likeliest, score_windows_first_token
 from rankllm_composer.permutations import identifiers, parse_answer, permutation_from_scores
-from rankllm_composer.prompts import SYSTEM_MESSAGE, document_text, encode_record
+from rankllm_composer.prompts import (
+    SYSTEM_MESSAGE,
+    clean_query,
+    document_text,
+    encode_record,
+    passage_word_limit,
+    render_user_turn,
+    truncate_passage,
+)
+from rankllm_composer.serving_check import PASSAGES, QUERY, client_prompt, diff_request
 from rankllm_composer.sliding import rerank_queries
 from rankllm_composer.windows import Window, answer_lengths, fit_window, sliding_spans
 
@@ -109,6 +118,21 @@ def test_prompts_are_the_same_tokens(prompts, tokenizers):
     assert num_cut >= 16  # the context did cut
 
 
+def test_the_client_that_inspect_shows_is_the_client(ask_client, folders, tokenizers):
+    """`inspect --model` diffs a request against the client's prompt: made as the client's own code makes it."""
+    for style in STYLES:
+        for name, folder in folders.items():
+            documents = [{"text": text} for text in PASSAGES]
+            question = {"folder": folder, "style": style, "query": QUERY, "documents": documents}
+            (answer,) = ask_client([("prompt", question)])
+            limit = passage_word_limit(len(PASSAGES))
+            user = render_user_turn(clean_query(QUERY), [truncate_passage(text, limit) for text in PASSAGES], style)
+            assert client_prompt(SYSTEM_MESSAGE, user, tokenizers[name]) == answer["text"], (style, name)
+            theirs = tokenizers[name](answer["text"])["input_ids"]
+            shown = [token for mark, token in diff_request(tokenizers[name], style).rows if mark != "-"]
+            assert shown == tokenizers[name].convert_ids_to_tokens(theirs)
+
+
 def test_a_template_without_system_role_is_served_without_the_system_text(ask_client, folders, tokenizers):
     """Known difference: the client's system turn is lost there, ours leads the user turn, as in published training."""
     (answer,) = ask_client(
@@ -122,6 +146,7 @@ def test_a_template_without_system_role_is_served_without_the_system_text(ask_cl
     tokenizer = tokenizers["no_system_role"]
     window = fit_window("w", "q", [document_text(document) for document in DOCUMENTS[:2]], tokenizer)
     assert SYSTEM_MESSAGE not in answer["text"]
+    assert diff_request(tokenizer).num_differences > 10  # `inspect --model` shows it
     with_it = answer["text"].replace("[INST] ", f"[INST] {SYSTEM_MESSAGE}\n ", 1)
     assert window.input_ids[:-1].tolist() == tokenizer(with_it)["input_ids"]
 
