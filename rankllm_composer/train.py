@@ -1,6 +1,6 @@
 """Recipe → model, data, Composer Trainer → fit → Hugging Face folders.
 
-    composer -n 8 rankllm_composer/train.py yamls/first_mistral.yaml [key=value …]
+composer -n 8 rankllm_composer/train.py yamls/first_mistral.yaml [key=value …]
 """
 
 from __future__ import annotations
