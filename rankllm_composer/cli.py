@@ -12,7 +12,7 @@ import typer
 
 from rankllm_composer import __version__
 from rankllm_composer.permutations import IdentifierStyle
-from rankllm_composer.redaction import redact
+from rankllm_composer.redaction import BLOTTED, redact
 
 app = typer.Typer(
     name="rankllm-composer",
@@ -262,7 +262,7 @@ def recipes_check(
     ] = None,
 ) -> None:
     """Print the merged recipe with the origin of each value, then all that is wrong with it (and exit code 2)."""
-    from rankllm_composer.recipe_check import check_world, missing_files
+    from rankllm_composer.recipe_check import check_world, is_secret, missing_files
     from rankllm_composer.recipe_merge import merge_recipe
     from rankllm_composer.recipe_schema import RecipeError, show
 
@@ -270,7 +270,8 @@ def recipes_check(
     merged = merge_recipe(path, overrides or [])
     width = max(len(row.key) for row in merged.keys)
     for row in merged.keys:
-        typer.echo(f"{row.origin:<8}  {row.key:<{width}}  {show(row.value)}")
+        value = BLOTTED if is_secret(row.key, row.value) else show(row.value)
+        typer.echo(f"{row.origin:<8}  {row.key:<{width}}  {value}")
     problems = [*merged.problems, *missing_files(merged.recipe)]
     if num_ranks is not None and not merged.problems:
         try:

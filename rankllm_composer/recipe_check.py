@@ -13,6 +13,7 @@ from rankllm_composer.permutations import MAX_CANDIDATES
 from rankllm_composer.recipe import RANKING_LOSSES, Evaluation, Export, Recipe, Source, Split
 from rankllm_composer.recipe_build import parse_time
 from rankllm_composer.recipe_schema import Problem, RecipeError, plain_tree, repr_yaml, show
+from rankllm_composer.redaction import redact
 
 MISREAD_NAMES = ("gpt", "gemini", "monot5")
 """The inference client takes a model folder for another kind of reranker if its path holds one of these."""
@@ -380,13 +381,21 @@ def _secrets(tree: Any, dotted: str = "") -> Iterator[Problem]:
     elif isinstance(tree, list):
         for index, value in enumerate(tree):
             yield from _secrets(value, f"{dotted}.{index}")
-    elif isinstance(tree, str) and "://" in tree:
+    elif isinstance(tree, str):
         try:
-            parts = urlsplit(tree)
+            parts = urlsplit(tree if "://" in tree else "")
         except ValueError:
             return
+        text = tree if parts.scheme != "sftp" else tree.replace("@", "/", 1)  # whose user is no secret
         if parts.password or parts.query:
             yield Problem(dotted, "a URL with credentials", "a URL without password or query", remedy)
+        elif redact(text) != text:
+            yield Problem(dotted, "a value that looks like a secret", "no secrets in recipes", remedy)
+
+
+def is_secret(key: str, value: Any) -> bool:
+    """Whether a key of a recipe holds what no recipe may hold, and nobody should be shown."""
+    return any(_secrets({key.rpartition(".")[2]: value}))
 
 
 def without_effect(recipe: Recipe) -> dict[str, str]:

@@ -289,6 +289,13 @@ def test_recipes_check_reports_everything_at_once(run: Run) -> None:
     assert ["override", "optimizer.lr", "fast"] in [line.split() for line in outcome.out.splitlines()]
 
 
+def test_recipes_check_shows_no_secret(run: Run) -> None:
+    overrides = ["logging.loggers={wandb: {api_key: hushhush}}", "data.train.remote='s3://key:hushhush@host/set'"]
+    outcome = run("recipes", "check", "first_mistral", *overrides)
+    assert_readable_error(outcome, "logging.loggers.wandb.api_key", "data.train.remote")
+    assert "hushhush" not in outcome.out + outcome.err and "[redacted]" in outcome.out
+
+
 def test_recipes_check_knows_ranks_and_warns(run: Run) -> None:
     assert_readable_error(run("recipes", "check", "rank_zephyr", "-n", 7), "256, which does not divide over 7 ranks")
     outcome = run("recipes", "check", "rank_zephyr", "objective.ranking_weight=3")

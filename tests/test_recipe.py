@@ -621,6 +621,14 @@ def test_secrets_are_not_repeated(smallest: Path) -> None:
     assert "hushhush" not in str(raised.value)
 
 
+def test_a_secret_of_the_environment_does_not_get_into_a_recipe(
+    smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "correct-horse-battery")
+    (problem,) = merge_recipe(smallest, ["run.name=${oc.env:WANDB_API_KEY}"]).problems
+    assert (problem.key, problem.found) == ("run.name", "a value that looks like a secret")
+
+
 SMALLEST_LINES = st.lists(
     st.sampled_from(
         [
@@ -668,6 +676,7 @@ def test_a_key_marked_as_missing_is_missing(smallest: Path) -> None:
     assert problems(smallest, "run.name=???")["run.name"].found == "nothing"
 
 
+TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz0123"
 TREC = "data.train.source={run: r.trec, queries: q.jsonl, docs: d.jsonl, judgments: q.qrels"
 CPU = "parallelism.device=cpu"
 
@@ -766,6 +775,8 @@ CPU = "parallelism.device=cpu"
         ),
         (["logging.loggers={wandb: {api_key: word}}"], "logging.loggers.wandb.api_key", "looks like a secret"),
         (["logging.loggers={mlflow: {x: {Token: word}}}"], "logging.loggers.mlflow.x.Token", "looks like a secret"),
+        ([f"logging.loggers={{wandb: {{notes: {TOKEN}}}}}"], "logging.loggers.wandb.notes", "looks like a secret"),
+        ([f"checkpoint.folder=https://{TOKEN}@host/a"], "checkpoint.folder", "looks like a secret"),
     ],
 )
 def test_contradictions(smallest: Path, overrides: list[str], key: str, part: str) -> None:
