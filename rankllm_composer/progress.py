@@ -28,6 +28,10 @@ LOSS_PREFIX = "loss/train/"
 _OTHER_TIMES = "time/"
 
 
+class MetricsError(ValueError):
+    """The file of metrics cannot be written."""
+
+
 class MetricsFile(LoggerDestination):
     """Appends what is logged to a JSON Lines file, flushed line by line, on rank 0.
 
@@ -42,6 +46,8 @@ class MetricsFile(LoggerDestination):
 
     Args:
         path: of the file; its folder is made.
+    Raises:
+        MetricsError: on rank 0: a line could not be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -115,8 +121,15 @@ class MetricsFile(LoggerDestination):
         place = {"event": event, "batch": state.timestamp.batch.value, "epoch": state.timestamp.epoch.value}
         line = json.dumps(_finite({**place, **(values or {}), **pending})) + "\n"
         data = line.encode()
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise MetricsError(
+                f"{self.path}: batch {state.timestamp.batch.value} could not be written ({error.strerror}); "
+                "checkpoints are as they were: free space or correct the rights there, and start again with the same "
+                "command"
+            ) from error
 
 
 class ProgressLine(LoggerDestination):

@@ -180,7 +180,14 @@ class CheckpointFolder(Callback):
         is_sharded = state.fsdp_sharded_state_dict_enabled
         stage = stage_folder(self.folder)
         name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
-        _agreed(lambda: clear_stage(self.folder))
+
+        def make_room() -> None:
+            try:
+                clear_stage(self.folder)
+            except OSError as error:
+                raise _write_error(self.folder / name, error) from error
+
+        _agreed(make_room)
         try:
             # Composer adds the name itself where it writes a file a rank.
             target = stage / WHOLE_FILE if is_sharded else stage / name / WHOLE_FILE

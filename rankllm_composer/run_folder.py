@@ -41,10 +41,13 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
         recipe_yaml: the resolved recipe; compared with the one that is there, then written.
         wait_seconds: for another process to end, such as what a killed run leaves for a moment.
     Raises:
-        RunFolderError: another process trains there, or the folder holds a run of another recipe.
+        RunFolderError: another process trains there, the folder holds a run of another recipe, or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _write_error(folder, error) from error
     try:
         if not _try_lock(handle, wait_seconds):
             raise RunFolderError(
@@ -52,12 +55,22 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
                 "or run.folder"
             )
         _check_same_recipe(folder / RECIPE_NAME, recipe_yaml)
-        partial = folder / f".{RECIPE_NAME}.partial"
-        partial.write_text(recipe_yaml)
-        partial.replace(folder / RECIPE_NAME)
+        try:
+            partial = folder / f".{RECIPE_NAME}.partial"
+            partial.write_text(recipe_yaml)
+            partial.replace(folder / RECIPE_NAME)
+        except OSError as error:
+            raise _write_error(folder, error) from error
         yield
     finally:
         os.close(handle)
+
+
+def _write_error(folder: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"run.folder: {folder} cannot be written ({error.strerror}); free space or correct the rights there, or name "
+        "another folder"
+    )
 
 
 def _try_lock(handle: int, wait_seconds: float) -> bool:

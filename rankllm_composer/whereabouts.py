@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +50,9 @@ class Whereabouts(Callback):
         doing = DOING.get(event)
         if doing is not None:
             batch = state.timestamp.batch.value + (event not in (Event.BATCH_END, Event.EPOCH_END))
-            self._file.seek(0)
-            self._file.write(f"{self._num_steps}\t{batch}\t{doing}\t{time.time()}".ljust(_NOTE_BYTES).encode())
+            with suppress(OSError):  # a full disk is told by what has to be written
+                self._file.seek(0)
+                self._file.write(f"{self._num_steps}\t{batch}\t{doing}\t{time.time()}".ljust(_NOTE_BYTES).encode())
             self._num_steps += 1
         super().run_event(event, state, logger)
 
