@@ -359,11 +359,15 @@ def plan(
 @app.command("rerank")
 def rerank(
     model: Annotated[Path, typer.Option(help="Exported folder, with reranker.json.")],
-    queries: Annotated[Path, typer.Option(help="Queries: JSONL with qid and text.")],
-    docs: Annotated[Path, typer.Option(help="Documents: JSONL with docid, title and text.")],
-    run: Annotated[Path, typer.Option(help="First-stage run in TREC format.")],
+    queries: Annotated[
+        Path, typer.Option(help="Queries: JSONL with qid and text, a BEIR folder, or irds:ID of ir_datasets.")
+    ],
+    docs: Annotated[Path, typer.Option(help="Documents: JSONL with docid, title and text, a BEIR folder, or irds:ID.")],
+    run: Annotated[Path, typer.Option(help="First-stage run in TREC format, or irds:ID that comes with one.")],
     output: Annotated[Path, typer.Option(help="TREC run to write.")],
-    qrels: Annotated[Path | None, typer.Option(help="TREC judgments: compare with the first stage.")] = None,
+    qrels: Annotated[
+        Path | None, typer.Option(help="Judgments, TREC, BEIR or irds:ID: compare with the first stage.")
+    ] = None,
     measure: Annotated[list[str] | None, typer.Option(help="ir-measures' name; may be given again.")] = None,
     name: Annotated[
         str | None, typer.Option(help="With --qrels: of this set in figures, such as dl20-bm25; default: --run's name.")

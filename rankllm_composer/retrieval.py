@@ -72,15 +72,19 @@ def load_documents(source: str | Path, wanted: Collection[str]) -> dict[str, str
 
 
 def load_run(source: str | Path) -> dict[str, list[str]]:
-    """Document ids of each query, best first by the run's rank column.
+    """Document ids of each query, best first by the run's rank column; of `irds:ID` by the scores it comes with.
 
     Raises:
         RetrievalError, TrecError: unreadable, no lines, or a document that comes twice for a query.
     """
     name = Path(source).name
-    lines: dict[str, list[tuple[int, int, str]]] = {}
-    for line in read_run(source):
-        lines.setdefault(line.qid, []).append((line.rank, line.line, line.docid))
+    lines: dict[str, list[tuple[float, int, str]]] = {}
+    if str(source).startswith(IR_DATASETS_PREFIX):
+        for number, item in enumerate(_part(str(source), "scoreddocs").scoreddocs_iter(), start=1):
+            lines.setdefault(item.query_id, []).append((-item.score, number, item.doc_id))
+    else:
+        for line in read_run(source):
+            lines.setdefault(line.qid, []).append((line.rank, line.line, line.docid))
     if not lines:
         raise RetrievalError(f"{source}: holds no candidates; give a TREC run")
     run: dict[str, list[str]] = {}
@@ -114,7 +118,7 @@ def _entries(
 ) -> Iterable[tuple[str, str, Mapping[str, Any]]]:
     """(place, id, fields) of each query or document."""
     if str(source).startswith(IR_DATASETS_PREFIX):
-        for item in getattr(_ir_dataset(str(source)), dataset_iterator)():
+        for item in getattr(_part(str(source), dataset_iterator.removesuffix("_iter")), dataset_iterator)():
             yield str(source), str(getattr(item, dataset_key)), _fields(item)
         return
     path = Path(source)
@@ -126,7 +130,7 @@ def _entries(
 
 def _judgments(source: str | Path) -> Iterable[tuple[str, str, str, int]]:
     if str(source).startswith(IR_DATASETS_PREFIX):
-        for item in _ir_dataset(str(source)).qrels_iter():
+        for item in _part(str(source), "qrels").qrels_iter():
             yield str(source), item.query_id, item.doc_id, item.relevance
         return
     path = Path(source)
@@ -148,7 +152,7 @@ def _judgments(source: str | Path) -> Iterable[tuple[str, str, str, int]]:
 
 
 def _stored_documents(source: str, wanted: Iterable[str]) -> Iterable[tuple[str, str, Mapping[str, Any]]]:
-    store = _ir_dataset(source).docs_store()
+    store = _part(source, "docs").docs_store()
     for docid, item in store.get_many(sorted(wanted)).items():
         yield source, docid, _fields(item)
 
@@ -157,6 +161,14 @@ def _fields(item: Any) -> Mapping[str, Any]:
     """Fields of an ir_datasets query or document; what has no `text` of its own gets its default text."""
     fields: dict[str, Any] = item._asdict()
     return fields if "text" in fields or not hasattr(item, "default_text") else {"text": item.default_text()}
+
+
+def _part(source: str, part: str) -> Any:
+    """The dataset of an id, which has this part: docs, queries, qrels or scoreddocs."""
+    dataset = _ir_dataset(source)
+    if not getattr(dataset, f"has_{part}")():
+        raise RetrievalError(f"{source}: found no {part} in this dataset, allowed is one that has them; give a file")
+    return dataset
 
 
 def _ir_dataset(source: str) -> Any:

@@ -7,8 +7,8 @@ import json
 import math
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -331,38 +331,113 @@ def test_files_and_a_beir_folder_hold_the_same(tmp_path):
     assert load_judgments(beir / "qrels" / "test.tsv") == judgments
 
 
-class StoredDoc(NamedTuple):
-    doc_id: str
-    title: str
-    body: str
+class LocalFile:
+    """A file that is here already, as ir_datasets takes what it would download."""
 
-    def default_text(self) -> str:
-        return f"{self.title} {self.body}"
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def path(self, force: bool = True) -> str:
+        return str(self._path)
+
+    @contextmanager
+    def stream(self):
+        with self._path.open("rb") as file:
+            yield file
 
 
-class StoredQuery(NamedTuple):
+class TopicQuery(NamedTuple):
     query_id: str
     title: str
 
 
-def test_ir_datasets_ids_where_the_package_is(monkeypatch):
-    """Against a stand-in with the interface of ir_datasets.load(id)."""
-    with pytest.raises(RetrievalError, match="irds:vaswani: needs the package ir_datasets"):
-        monkeypatch.setitem(sys.modules, "ir_datasets", None)
-        load_queries("irds:vaswani")
-    dataset = SimpleNamespace(
-        queries_iter=lambda: iter([StoredQuery("1", "heat")]),
-        qrels_iter=lambda: iter([SimpleNamespace(query_id="1", doc_id="a", relevance=1)]),
-        docs_store=lambda: SimpleNamespace(get_many=lambda ids: {i: StoredDoc(i, "T", "one") for i in ids if i != "z"}),
-    )
-    monkeypatch.setitem(sys.modules, "ir_datasets", SimpleNamespace(load={"vaswani": dataset}.__getitem__))
-    assert load_queries("irds:vaswani") == {"1": "heat"}
-    assert load_judgments("irds:vaswani") == {"1": {"a": 1}}
-    assert load_documents("irds:vaswani", ["a"]) == {"a": "T one"}
-    with pytest.raises(RetrievalError, match="irds:vaswani: 1 documents of the run are not in it, such as z"):
-        load_documents("irds:vaswani", ["a", "z"])
+class PageDoc(NamedTuple):
+    doc_id: str
+    url: str
+    body: str
+
+    def default_text(self) -> str:
+        return f"{self.url} {self.body}"
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Two data sets registered with the real ir_datasets: one of all four parts, one of pages and topics alone."""
+    home = tmp_path_factory.mktemp("irds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IR_DATASETS_HOME", str(home))
+        import ir_datasets
+        from ir_datasets.datasets.base import Dataset
+        from ir_datasets.formats import TrecQrels, TrecScoredDocs, TsvDocs, TsvQueries
+
+        parts = {
+            "docs": "a\tone\nb\ttwo [12]\nc\tthree\n",
+            "queries": "1\theat\n2\tflow\n",
+            "qrels": "1 0 a 2\n1 0 b 0\n",
+            "scoreddocs": "1 Q0 b 1 1.5 x\n1 Q0 a 2 2.5 x\n2 Q0 c 1 0.1 x\n",
+        }
+        for name, text in parts.items():
+            (home / name).write_text(text)
+        files = {name: LocalFile(home / name) for name in parts}
+        whole = Dataset(
+            TsvDocs(files["docs"], namespace="local", lang="en"),
+            TsvQueries(files["queries"], lang="en"),
+            TrecQrels(files["qrels"], {0: "no", 2: "yes"}),
+            TrecScoredDocs(files["scoreddocs"]),
+        )
+        (home / "pages").write_text("p\thttp://x\tbody\n")
+        (home / "topics").write_text("t\ta title\n")
+        pages = Dataset(
+            TsvDocs(LocalFile(home / "pages"), doc_cls=PageDoc, namespace="pages", lang="en"),
+            TsvQueries(LocalFile(home / "topics"), query_cls=TopicQuery, lang="en"),
+        )
+        for name, dataset in (("rankllm-local", whole), ("rankllm-pages", pages)):
+            if name not in ir_datasets.registry:
+                ir_datasets.registry.register(name, dataset)
+        yield
+
+
+def test_ir_datasets_ids(stored):
+    """Through the real package: every part, the collection's own text fields, and what a data set lacks."""
+    source = "irds:rankllm-local"
+    assert load_queries(source) == {"1": "heat", "2": "flow"}
+    assert load_documents(source, ["a", "b"]) == {"a": "one", "b": "two [12]"}
+    assert load_judgments(source) == {"1": {"a": 2, "b": 0}}
+    assert load_run(source) == {"1": ["a", "b"], "2": ["c"]}  # by score, not as the lines stand
+    assert load_queries("irds:rankllm-pages") == {"t": "a title"}
+    assert load_documents("irds:rankllm-pages", ["p"]) == {"p": "http://x body"}
+    with pytest.raises(RetrievalError, match="irds:rankllm-local: 1 documents of the run are not in it, such as z"):
+        load_documents(source, ["a", "z"])
     with pytest.raises(RetrievalError, match="irds:nowhere: ir_datasets knows no 'nowhere'"):
         load_queries("irds:nowhere")
+    for load, part in ((load_judgments, "qrels"), (load_run, "scoreddocs")):
+        with pytest.raises(RetrievalError, match=f"irds:rankllm-pages: found no {part} in this dataset"):
+            load("irds:rankllm-pages")
+
+
+def test_ir_datasets_where_the_package_is_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ir_datasets", None)
+    with pytest.raises(RetrievalError, match="irds:vaswani: needs the package ir_datasets"):
+        load_queries("irds:vaswani")
+
+
+def test_the_command_takes_ids_and_folders(exported, stored, tmp_path, capsys):
+    """All four inputs as one ir_datasets id, and as a BEIR folder beside a TREC run: the same reranked run."""
+    beir = tmp_path / "beir"
+    rows = [{"_id": docid, "text": text} for docid, text in (("a", "one"), ("b", "two [12]"), ("c", "three"))]
+    write_json_lines(beir / "corpus.jsonl", rows)
+    write_json_lines(beir / "queries.jsonl", [{"_id": "1", "text": "heat"}, {"_id": "2", "text": "flow"}])
+    (beir / "qrels").mkdir()
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
+    write_run(tmp_path / "run.trec", {"1": ["a", "b"], "2": ["c"]})
+    for name, source, run in (("ids", "irds:rankllm-local", "irds:rankllm-local"), ("beir", beir, "run.trec")):
+        inputs = {"queries": source, "docs": source, "qrels": source, "run": tmp_path / run if name == "beir" else run}
+        arguments = [text for key, value in inputs.items() for text in (f"--{key}", str(value))]
+        with pytest.raises(SystemExit) as ended:
+            main(["rerank", "--model", str(exported), *arguments, "--output", str(tmp_path / f"{name}.trec")])
+        assert not ended.value.code, capsys.readouterr().err
+    assert (tmp_path / "ids.trec").read_text() == (tmp_path / "beir.trec").read_text()
+    assert "nDCG@10" in capsys.readouterr().out
 
 
 BAD_FILES = {
