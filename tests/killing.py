@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -29,8 +30,9 @@ class Run:
     """
 
     def __init__(self, recipe: Path, overrides: list[str], folder: Path, ranks: int = 2) -> None:
-        folder.mkdir(exist_ok=True)
         self.folder = folder
+        self.temporary = folder / "temporary"  # its own, so that what it leaves there can be told from others'
+        self.temporary.mkdir(parents=True, exist_ok=True)
         self._output = (folder / "output.txt").open("w+")
         launcher = Path(sys.executable).with_name("composer")
         self.process = subprocess.Popen(
@@ -39,6 +41,7 @@ class Run:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, "TMPDIR": str(self.temporary)},
         )
 
     def output(self) -> str:
@@ -65,6 +68,19 @@ class Run:
     def ranks(self) -> list[psutil.Process]:
         """The training processes, rank 0 first."""
         return psutil.Process(self.process.pid).children()
+
+    def shared_memory(self) -> set[Path]:
+        """Segments that the processes of the run hold now."""
+        maps = []
+        for process in processes_of_session(self.process.pid):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                maps += Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        paths = {Path(line.split(maxsplit=5)[-1]) for line in maps}
+        return {path for path in paths if path.parent == Path("/dev/shm")}
+
+    def locks(self) -> list[Path]:
+        """Files that claim something for the run, as it or a dead one left them."""
+        return [path for name in ("names-*", "cache-*", "*_filelock") for path in self.temporary.rglob(name)]
 
     def finish(self, timeout: float = 1800) -> int:
         """The launcher's exit code, once every process of the run is gone; what stays fails the test."""

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -17,19 +18,22 @@ import test_exact_streaming as streaming_tests
 import test_export
 import test_loss_guard
 import test_resumption
+from composer.core import Callback
 from killing import Run, kill
 from list_shards import damage, write_shards
 from s3_server import s3_server
 from small_run import RECIPE, small_run
-from tiny_training import new_hf_model, new_tokenizer
+from tiny_training import new_hf_model, new_tokenizer, new_trainer
 
 from rankllm_composer.chat import check_tokenizer
-from rankllm_composer.checkpoints import whole_checkpoints
+from rankllm_composer.checkpoints import remove, whole_checkpoints
 from rankllm_composer.claims import clear_dead_claims
 from rankllm_composer.loss_guard import LossGuard
 from rankllm_composer.model import ListwiseReranker
 from rankllm_composer.objectives import Objective
+from rankllm_composer.progress import MetricsFile, read_metrics
 from rankllm_composer.recipe_merge import load_recipe, recipe_to_yaml
+from rankllm_composer.resumption import CheckpointFolder
 from rankllm_composer.run_folder import claim_run_folder
 from rankllm_composer.streams import Stream, check_stream
 
@@ -53,6 +57,7 @@ DRIVERS: dict[str, Callable[..., Ended]] = {}
 SIGNALS = {
     "rank-stalls": signal.SIGSTOP,
     "rank-dies": signal.SIGKILL,
+    "launcher-dies": signal.SIGTERM,
     "interrupted": signal.SIGINT,
     "asked-to-stop": signal.SIGTERM,
 }
@@ -124,7 +129,7 @@ def test_what_happens_is_what_the_table_says(key, tmp_path, monkeypatch, request
 # --- the object store -------------------------------------------------------------------------------------------------
 
 
-@makes("store-fails-a-while", "store-fails-for-good", "store-times-out", "wrong-credentials")
+@makes("store-fails-a-while", "store-slow-a-while", "store-fails-for-good", "store-times-out", "wrong-credentials")
 def object_store(key: str, tools: Tools) -> Ended:
     folder = tools.shards()
     with s3_server() as server:
@@ -143,6 +148,13 @@ def object_store(key: str, tools: Tools) -> Ended:
             if key == "wrong-credentials":
                 server.on_get = lambda name: 403
                 check_stream(stream, download_retry=0)
+            if key == "store-slow-a-while":
+                naps = iter([4, 4])
+                loader = streaming_tests.new_loader(stream, download_retry=2, download_timeout_seconds=1)
+                server.on_get = lambda name: time.sleep(next(naps, 0)) if name.startswith("02/") else None
+                assert sorted(streaming_tests.flat(streaming_tests.read(loader)[0])) == ALL_LISTS
+                assert next(naps, None) is None
+                return WENT_ON
             if key == "store-fails-a-while":  # when the set is looked at, too
                 server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
                 assert read(stream, download_retry=2) == ALL_LISTS and next(refusals, None) is None
@@ -153,14 +165,36 @@ def object_store(key: str, tools: Tools) -> Ended:
             return WENT_ON
         finally:
             server.on_get = lambda name: None
-            clear_store(client)
+            clear_store(client, "lists")
 
 
-def clear_store(client) -> None:
+def clear_store(client, bucket: str) -> None:
     """Servers of one process share what they hold."""
-    for entry in client.list_objects_v2(Bucket="lists").get("Contents", ()):
-        client.delete_object(Bucket="lists", Key=entry["Key"])
-    client.delete_bucket(Bucket="lists")
+    for entry in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
+        client.delete_object(Bucket=bucket, Key=entry["Key"])
+    client.delete_bucket(Bucket=bucket)
+
+
+@makes("checkpoint-store-refuses", "checkpoint-store-missing", "checkpoint-store-empty", "checkpoint-copy-short")
+def checkpoint_store(key: str, tools: Tools) -> Ended:
+    here, there = tools.folder / "run", tools.folder / "another machine"
+    url = f"s3://faults/{key}"
+    with s3_server() as server:
+        if key != "checkpoint-store-missing":
+            server.client().create_bucket(Bucket="faults")
+        try:
+            if key == "checkpoint-store-refuses":
+                server.on_put = lambda name: 403
+            elif key == "checkpoint-copy-short":
+                test_resumption.train(here, "2ba", url=url)
+                server.client().delete_object(Bucket="faults", Key=f"{key}/ep0-ba2/rank0.pt")
+            _, _, checkpoints = test_resumption.train(there, "1ep", url=url)
+        finally:
+            if key != "checkpoint-store-missing":
+                clear_store(server.client(), "faults")
+    before = {"checkpoint-copy-short": there / "ep0-ba1", "checkpoint-store-empty": None}
+    assert checkpoints.resumed_from == before[key]
+    return WENT_ON
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -193,11 +227,21 @@ def corrupted_shard(key: str, tools: Tools) -> Ended:
     return WENT_ON
 
 
-@makes("cached-shard-corrupted")
+@makes("shard-vanishes")
+def vanishing_shard(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+    loader = streaming_tests.new_loader(stream)  # by then it was there
+    Path(str(stream.remote), "02", "shard.00000.mds.zstd").unlink()
+    streaming_tests.read(loader)
+    return WENT_ON
+
+
+@makes("cached-shard-corrupted", "cached-index-damaged")
 def corrupted_cache(key: str, tools: Tools) -> Ended:
     stream = tools.cached()
     read(stream)
-    damage(Path(str(stream.local)) / "01" / "shard.00000.mds")
+    damaged = "index.json" if key == "cached-index-damaged" else "01/shard.00000.mds"
+    damage(Path(str(stream.local), damaged))
     assert read(stream) == ALL_LISTS
     return WENT_ON
 
@@ -253,7 +297,11 @@ def full_cache_disk(key: str, tools: Tools) -> Ended:
     return Ended(2, str(raised.value))
 
 
-@makes("disk-full-checkpoint", "checkpoint-of-another-model", "checkpoint-damaged")
+def no_right(*arguments, **options):
+    raise PermissionError(13, os.strerror(13))
+
+
+@makes("disk-full-checkpoint", "checkpoint-folder-read-only", "checkpoint-of-another-model", "checkpoint-damaged")
 def checkpoint(key: str, tools: Tools) -> Ended:
     test_resumption.train(tools.folder, "2ba", keep=1)
     ((path, _),) = whole_checkpoints(tools.folder)
@@ -262,12 +310,72 @@ def checkpoint(key: str, tools: Tools) -> Ended:
         damaged.write_bytes(bytes(damaged.stat().st_size))
     if key == "disk-full-checkpoint":
         tools.patch.setattr("rankllm_composer.resumption.save_checkpoint", no_space)
+    if key == "checkpoint-folder-read-only":
+        tools.patch.setattr("rankllm_composer.resumption.clear_stage", no_right)
     family = "qwen2" if key == "checkpoint-of-another-model" else "mistral"
     try:
         test_resumption.train(tools.folder, "1ep", family=family)
     finally:
         assert test_resumption.names(tools.folder) == ["ep0-ba2"]
     return WENT_ON
+
+
+@makes("checkpoint-half-written")
+def half_checkpoint(key: str, tools: Tools) -> Ended:
+    test_resumption.train(tools.folder, "2ba")
+    torn = tools.folder / "ep0-ba2" / "rank0.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    _, _, checkpoints = test_resumption.train(tools.folder, "1ep")
+    assert checkpoints.resumed_from == tools.folder / "ep0-ba1"
+    return WENT_ON
+
+
+@makes("checkpoint-no-data")
+def pickle_in_a_checkpoint(key: str, tools: Tools) -> Ended:
+    trap = tools.folder / "was run"
+    test_resumption.train(tools.folder, "2ba", keep=1)
+    payload = {"x": test_resumption.Payload(trap)}
+    test_resumption.poison(tools.folder / "ep0-ba2", lambda state: state.update(callbacks=payload))
+    try:
+        test_resumption.train(tools.folder, "1ep")
+    finally:
+        assert not trap.exists()
+    return WENT_ON
+
+
+@makes("disk-full-metrics", "metrics-torn")
+def metrics_file(key: str, tools: Tools) -> Ended:
+    path, checkpoints = tools.folder / "metrics.jsonl", tools.folder / "checkpoints"
+
+    def train(duration: str, disk: Callback | None = None) -> None:
+        callbacks = [*filter(None, [disk]), CheckpointFolder(checkpoints, interval="1ba")]
+        trainer = new_trainer(new_hf_model(), duration, callbacks=callbacks, loggers=[MetricsFile(path)])
+        trainer.fit()
+        trainer.close()
+
+    try:
+        if key == "disk-full-metrics":
+            train("1ep", FullDisk(tools.patch))
+        train("2ba")
+        path.write_bytes(path.read_bytes()[:-20])
+        remove(checkpoints / "ep0-ba2")  # a batch has its line before it has its checkpoint
+    finally:
+        tools.patch.undo()
+        assert test_resumption.names(checkpoints) == ["ep0-ba1"]
+        train("1ep")
+        assert [line["batch"] for line in read_metrics(path)] == [1, 2, 3, 4]
+    return WENT_ON
+
+
+class FullDisk(Callback):
+    """From the second batch on no line fits."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+
+    def batch_start(self, state, logger):
+        if state.timestamp.batch.value == 1:
+            self.patch.setattr("rankllm_composer.progress.os", SimpleNamespace(write=no_space, close=os.close))
 
 
 @makes("disk-full-export")
@@ -292,11 +400,15 @@ def stale_shared_memory(key: str, tools: Tools) -> Ended:
     return WENT_ON
 
 
-@makes("two-runs-one-folder", "folder-of-another-recipe")
+@makes("two-runs-one-folder", "folder-of-another-recipe", "run-folder-read-only")
 def run_folder(key: str, tools: Tools) -> Ended:
     first = recipe_to_yaml(load_recipe(RECIPE))
     second = recipe_to_yaml(load_recipe(RECIPE, ["optimizer.lr=1e-4"]))
     folder = tools.folder / "run"
+    if key == "run-folder-read-only":
+        folder.parent.joinpath("file").touch()
+        with claim_run_folder(folder.parent / "file" / "run", first):
+            return WENT_ON
     if key == "two-runs-one-folder":
         with claim_run_folder(folder, first), claim_run_folder(folder, first):
             return WENT_ON
@@ -322,12 +434,15 @@ def bad_loss(key: str, tools: Tools) -> Ended:
 
 @makes(*SIGNALS)
 def signalled(key: str, tools: Tools) -> Ended:
-    segments = set(Path("/dev/shm").iterdir())
-    overlay = [*tools.fixture("overlay"), "parallelism.dist_timeout_seconds=20"]
-    run = Run(RECIPE, overlay, tools.folder)
+    patience = ["parallelism.dist_timeout_seconds=30"] if key == "rank-stalls" else []
+    run = Run(RECIPE, [*tools.fixture("overlay"), *patience], tools.folder)
     run.wait_until(lambda: run.batches() >= 3)
+    segments = run.shared_memory()
+    assert segments and run.locks()
     if key == "interrupted":  # a terminal tells it to every process
         os.killpg(run.process.pid, SIGNALS[key])
+    elif key == "launcher-dies":
+        run.process.send_signal(SIGNALS[key])
     else:
         kill(run.ranks() if key == "asked-to-stop" else run.ranks()[1:], SIGNALS[key])
     code = run.finish()
@@ -335,12 +450,13 @@ def signalled(key: str, tools: Tools) -> Ended:
     assert whole_checkpoints(folder / "checkpoints")
     with claim_run_folder(folder, (folder / "recipe.yaml").read_text()):  # not held by anybody
         pass
-    if key in ("interrupted", "asked-to-stop"):
-        assert set(Path("/dev/shm").iterdir()) <= segments
-        assert "Traceback" not in run.output()
-    clear_dead_claims()
-    assert set(Path("/dev/shm").iterdir()) <= segments
-    return Ended(min(code, 1), run.output())
+    if key in ("rank-stalls", "rank-dies"):  # the next run clears away what the killed one could not
+        tools.patch.setattr(tempfile, "tempdir", str(run.temporary))
+        clear_dead_claims()
+    assert not [path for path in segments if path.exists()] and not run.locks()
+    if key == "interrupted":
+        assert run.output().count("error: ") == 1 and "train.py" not in run.output()
+    return Ended(int(code != 0), run.output())
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
