@@ -3,8 +3,8 @@
     python benchmarks/heap.py [--shape SHAPE] [--lists 2] [--repeats 2] [--threads N]
 
 One packed step (forward, backward, optimizer, every layer recomputed) with the C library's own settings, and with those
-that the other benchmarks, the demo and the CPU recipe run under: `report.ONE_HEAP`, one heap of large pages that is
-never given back. Every figure comes from a process of its own; the two alternate, and figures are medians.
+that `make demo` and the other benchmarks run under: `report.ONE_HEAP`, one heap of large pages that is never given
+back. Every figure comes from a process of its own; the two alternate, and figures are medians.
 """
 
 from __future__ import annotations
