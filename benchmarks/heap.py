@@ -1,6 +1,6 @@
 """What does it change on CPU that freed memory is kept for what comes next?
 
-    python benchmarks/heap.py [--shape SHAPE] [--lists 2] [--repeats 2] [--threads N]
+    python benchmarks/heap.py [--shape SHAPE] [--lists 1] [--repeats 2] [--threads N]
 
 One packed step (forward, backward, optimizer, every layer recomputed) with the C library's own settings, and with those
 that `make demo` and the other benchmarks run under: `report.ONE_HEAP`, one heap of large pages that is never given
@@ -24,7 +24,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
-    parser.add_argument("--lists", type=int, default=2)
+    parser.add_argument("--lists", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options = parser.parse_args()
