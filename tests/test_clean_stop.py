@@ -93,6 +93,20 @@ def test_one_rank_tells(process, capsys, rank, gone, failure, code, said):
     assert ended.wait(30) and codes == [code]  # had its exit waited for something
 
 
+@pytest.mark.parametrize("failure", [ValueError, RuntimeError])
+def test_an_error_tells_no_secret(capsys, monkeypatch, failure):
+    """As a store's client puts a signed URL into its error, or a token that it was given."""
+    monkeypatch.setenv("HF_TOKEN", "a token of the environment")
+    url = "https://b.s3.amazonaws.com/k?X-Amz-Credential=A%2Fb&X-Amz-Signature=ff00ff00"
+    try:
+        raise failure(f"GET {url} with 'a token of the environment' of s3://key:hushhush@bucket was refused")
+    except failure as error:
+        PeerWatch().exit_code(error)
+    said = capsys.readouterr().err
+    assert "GET https://b.s3.amazonaws.com/k?[redacted]" in said and "@bucket was refused" in said
+    assert not [word for word in ("ff00ff00", "a token of", "hushhush") if word in said]
+
+
 def test_a_single_process_has_nobody_to_wait_for(capsys):
     watch = PeerWatch()
     assert watch.exit_code(ValueError("recipe.yaml: absent")) == 2
