@@ -174,9 +174,13 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model; pad falls back to eos.
 
+    Args:
+        name_or_path, revision, trust_remote_code: see `load_causal_lm`.
     Raises:
         ModelError: it cannot be loaded; says what to check.
     """
+    if trust_remote_code:
+        warn_of_foreign_code(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -215,7 +219,7 @@ def load_causal_lm(
         ModelError: it cannot be loaded, or an override is no key of its configuration.
     """
     if trust_remote_code:
-        warnings.warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=2)
+        warn_of_foreign_code(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -245,6 +249,11 @@ def load_causal_lm(
                 "Weights are read from safetensors only."
             ) from error
     return model.to(dtype).train()
+
+
+def warn_of_foreign_code(name_or_path: str) -> None:
+    """Warn, before it happens, that code will be run which came with a model."""
+    warnings.warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=3)
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:

@@ -268,7 +268,11 @@ def plan_recipe(
 def _config(recipe: Recipe) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    from rankllm_composer.model import warn_of_foreign_code
+
     keys = recipe.model
+    if keys.trust_remote_code:
+        warn_of_foreign_code(keys.name_or_path)
     try:
         config = AutoConfig.from_pretrained(
             keys.name_or_path, revision=keys.revision, trust_remote_code=keys.trust_remote_code

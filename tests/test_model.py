@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_training import new_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -20,7 +21,14 @@ from transformers import (
 )
 
 from rankllm_composer.losses import LOSSES
-from rankllm_composer.model import ListwiseReranker, ModelError, checkpoint_activations, decoder_layers, load_causal_lm
+from rankllm_composer.model import (
+    ListwiseReranker,
+    ModelError,
+    checkpoint_activations,
+    decoder_layers,
+    load_causal_lm,
+    load_tokenizer,
+)
 from rankllm_composer.objectives import OBJECTIVES, Objective
 from rankllm_composer.packing import Sequence, split_batch
 from rankllm_composer.prompts import EncodedRecord, encode_record
@@ -277,3 +285,42 @@ def test_load_errors_name_the_key(tmp_path):
     assert tied.config.hidden_size == 64 and tied.dtype == torch.float32
     meta = load_causal_lm(str(GOLDEN / "tiny_mistral"), on_meta=True)
     assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+FOREIGN_CODE = """
+from pathlib import Path
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+Path({trap!r}).touch()
+
+class ForeignConfig(MistralConfig):
+    model_type = "foreign"
+
+class ForeignLM(MistralForCausalLM):
+    config_class = ForeignConfig
+
+class ForeignTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "load", [functools.partial(load_causal_lm, random_weights=True), load_tokenizer], ids=["model", "tokenizer"]
+)
+def test_code_that_comes_with_a_model_is_run_only_where_asked_for_and_announced(tmp_path, monkeypatch, load):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, trap = tmp_path / "foreign_model", tmp_path / "was run"
+    new_tokenizer().save_pretrained(folder)
+    (folder / "foreign.py").write_text(FOREIGN_CODE.format(trap=str(trap)))
+    config = json.loads((GOLDEN / "tiny_mistral" / "config.json").read_text())
+    names = {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.ForeignLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "auto_map": names}))
+    keys = json.loads((folder / "tokenizer_config.json").read_text())
+    keys |= {"auto_map": {"AutoTokenizer": [None, "foreign.ForeignTokenizer"]}, "tokenizer_class": "ForeignTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(keys))
+    with pytest.raises(ModelError, match="foreign_model"):
+        load(str(folder))
+    assert not trap.exists()
+    with pytest.warns(UserWarning, match="model.trust_remote_code: Python code shipped with '.*foreign_model' will be"):
+        assert type(load(str(folder), trust_remote_code=True)).__name__.startswith("Foreign")
+    assert trap.exists()
