@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,48 @@ def test_copies_in_an_object_store(tmp_path, server):
     # Python's own random numbers too, though a client of the store drew the length of its pauses meanwhile.
     assert first[:2] + second == draws and len(second) == 6
     assert copies(server, "copies") == {"ep1-ba7", "ep2-ba8"}
+
+
+class Reached(Callback):
+    """Tells when a batch begins."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.event = batch, threading.Event()
+
+    def batch_start(self, state, logger):
+        if state.timestamp.batch.value == self.batch:
+            self.event.set()
+
+
+def test_training_goes_on_while_a_copy_is_made(tmp_path, server):
+    """The store keeps the first file until two batches later; a run that waited for it would never come there."""
+    reached, answers = Reached(4), []
+    server.on_put = lambda key: answers.append(reached.event.wait(120))
+    checkpoints = CheckpointFolder(tmp_path, interval="3ba", url="s3://copies/patient")
+    trainer = new_trainer(new_hf_model(), "2ep", callbacks=[reached, checkpoints])
+    trainer.fit()
+    trainer.close()
+    assert answers and all(answers)
+    assert {"ep0-ba3", "ep1-ba6", "ep2-ba8"} <= copies(server, "copies")
+
+
+def test_names_in_any_script(tmp_path, server):
+    place = "läufe/検索 1"
+    train(tmp_path / place, "2ba", keep=2, url=f"s3://copies/{place}")
+    assert {key for key in server.keys("copies") if key.endswith(MANIFEST)} >= {f"{place}/ep0-ba2/{MANIFEST}"}
+    _, _, resumed = train(tmp_path / "x", "3ba", keep=2, url=f"s3://copies/{place}")
+    assert resumed.resumed_from == tmp_path / "x" / "ep0-ba2"
+    kept = [key for key in server.keys("copies") if key.startswith(place) and key.endswith(MANIFEST)]
+    assert kept == [f"{place}/ep0-ba2/{MANIFEST}", f"{place}/ep0-ba3/{MANIFEST}"]
+
+
+def test_the_newest_is_that_of_the_last_batch_whatever_clocks_say(tmp_path):
+    train(tmp_path, "3ba")
+    for age, name in enumerate(("ep0-ba3", "ep0-ba2", "ep0-ba1")):  # the newest looks a year older than the oldest
+        for path in (tmp_path / name, *(tmp_path / name).iterdir()):
+            os.utime(path, (1e9 + 2e7 * age,) * 2)
+    _, _, resumed = train(tmp_path, "1ep")
+    assert resumed.resumed_from == tmp_path / "ep0-ba3"
 
 
 def test_the_newest_of_both_places(tmp_path, server):
