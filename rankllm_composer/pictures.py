@@ -113,7 +113,8 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _quality(runs: Sequence[RunRecord]) -> Figure | None:
-    if not any(run.evaluations for run in runs):
+    names = [f"{decoding}/ndcg@10" for decoding in DECODINGS]
+    if not any(figures.get(name) is not None for run in runs for _, figures in run.evaluations for name in names):
         return None
     figure, (panel,) = _new_figure(1, 1, 3.6)
     for index, run in enumerate(runs):

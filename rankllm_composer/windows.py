@@ -92,8 +92,8 @@ def fit_window(
         PermutationError: no candidates, or more than the style can name.
     """
     num_candidates = len(texts)
-    words = passage_word_limit(num_candidates, max_passage_words)
     reserved = answer_lengths(tokenizer, num_candidates, style)[0]
+    words = passage_word_limit(num_candidates, max_passage_words)
     while True:
         passages = [truncate_passage(text, words) for text in texts]
         user = render_user_turn(clean_query(query), passages, style)

@@ -37,7 +37,7 @@ from rankllm_composer.evaluation import (
     summarise,
 )
 from rankllm_composer.metrics import ndcg
-from rankllm_composer.permutations import identifiers, parse_answer
+from rankllm_composer.permutations import PermutationError, identifiers, parse_answer
 from rankllm_composer.windows import Window, WindowError, answer_lengths, fit_window, record_window, sliding_spans
 
 EOS = WORDS.index("</s>")
@@ -299,6 +299,35 @@ def test_passages_are_cut_until_the_context_holds_them(tokenizer):
     assert 400 - 20 < len(window.input_ids) - 1 + asked <= 400
     with pytest.raises(WindowError, match=r"window w: found .* tokens of prompt without any passage"):
         fit_window("w", "heat " * 400, texts, tokenizer, context_size_tokens=400)
+
+
+@pytest.mark.parametrize("num, style", [(0, "letters"), (0, "numbers"), (27, "letters"), (100, "numbers")])
+def test_windows_that_cannot_be_named_are_refused(num, style, tokenizer):
+    with pytest.raises(PermutationError, match=f"found {num}, allowed with {style}"):
+        fit_window("w", "heat", ["wing"] * num, tokenizer, style=style)
+
+
+@pytest.mark.parametrize("style, num", [("letters", 26), ("numbers", 99), ("letters", 1)])
+def test_windows_of_empty_passages_are_ranked_all_the_same(style, num, tokenizer):
+    """No text, brackets in the query, as many as there are names, or one: every candidate comes back once."""
+    model = new_model()
+    window = fit_window("w", "[3] wing [a] {0}", [""] * num, tokenizer, style=style)
+    assert window.num_candidates == num
+    answers = generate_windows(model, tokenizer, [window])
+    answers += generate_windows(model, tokenizer, [window], constrained=True) if style == "letters" else []
+    if style == "letters":
+        answers += score_windows_first_token(model, tokenizer, [window], append_bracket=False)
+    assert all(sorted(answer.permutation) == list(range(num)) for answer in answers) and answers
+
+
+def test_ties_keep_the_order_shown(tokenizer):
+    """A head of equal rows scores all candidates alike; the likeliest 30 may miss some, which follow."""
+    model = new_model()
+    with torch.no_grad():
+        model.lm_head.weight[:] = model.lm_head.weight[0]
+    window = fit_window("w", "heat", ["wing"] * 20, tokenizer)
+    (answer,) = score_windows_first_token(model, tokenizer, [window], append_bracket=True, top_k=None)
+    assert answer.permutation == tuple(range(20))
 
 
 def test_answer_lengths(each_tokenizer):

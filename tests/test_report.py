@@ -165,6 +165,14 @@ def test_a_run_that_has_hardly_begun(tmp_path):
     assert write_report([read_run(folder)], tmp_path / "report.html") == ["learning_rate"]
 
 
+def test_windows_without_judgments_have_a_table_and_no_curve(tmp_path):
+    folder = write_run(tmp_path / "one")
+    text = (folder / "metrics.jsonl").read_text().replace("/ndcg@10", "/tau").replace("eval/presented/tau", "x")
+    (folder / "metrics.jsonl").write_text(text)
+    assert "quality" not in write_report([read_run(folder)], tmp_path / "report.html")
+    assert ["first_token/tau", "0.8000"] in Page((tmp_path / "report.html").read_text()).rows
+
+
 def test_a_folder_without_a_run(tmp_path, capsys):
     with pytest.raises(RunRecordError, match=r"found no metrics.jsonl, allowed is the folder of a run"):
         read_run(tmp_path)

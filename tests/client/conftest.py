@@ -38,7 +38,7 @@ def client_folder(pytestconfig: pytest.Config) -> Path:
         )
         if pip.returncode:
             shutil.rmtree(made)
-            pytest.skip(f"needs {CLIENT}, which pip could not install: {pip.stderr.strip().splitlines()[-1:]}")
+            pytest.fail(f"needs {CLIENT}, which pip could not install: {pip.stderr.strip().splitlines()[-1:]}")
         try:
             made.rename(folder)
         except OSError:  # another process was faster
