@@ -6,6 +6,7 @@ BIN := .venv/bin
 NPROC ?= 8
 RUNS ?= runs
 KILLS ?= 24
+SEED ?= 1
 STAGES ?= 1
 # On CPU: the C library keeps freed memory for what comes next (benchmarks/heap.py).
 ONE_HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
@@ -59,7 +60,7 @@ bench: setup  ## speed, memory and scaling on this machine, written into benchma
 	$(BIN)/python benchmarks/run_all.py
 
 soak: setup  ## kill small runs at KILLS random moments and compare them with runs that never died
-	$(BIN)/python benchmarks/kill_soak.py --kills $(KILLS)
+	$(BIN)/python benchmarks/kill_soak.py --kills $(KILLS) --seed $(SEED)
 
 # Shards -> train -> export -> the commands that serve the result. Variables: NPROC (processes, one a GPU), DATA (records
 # to build shards from; DATA2 for the second stage), MODEL (base model), SET (more key=value overrides of the recipe).
