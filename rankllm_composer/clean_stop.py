@@ -21,6 +21,10 @@ GRACE_SECONDS = 5.0
 GO_ON = "nothing saved is lost: start again with the same command to go on from the last checkpoint"
 
 
+class Preempted(Exception):
+    """The run was asked to stop, and has: a checkpoint of where every rank stands, or nothing to save."""
+
+
 class Peer(NamedTuple):
     """Another rank of this run on this machine."""
 
@@ -115,6 +119,15 @@ class PeerWatch:
         if self.peers:
             threading.Thread(target=self._end_later, args=(code,), name="end", daemon=True).start()
         return code
+
+    def exit_as_asked(self, request: Preempted) -> int:
+        """End because somebody asked for it, within `GRACE_SECONDS`; rank 0 says so. Returns the exit code 0."""
+        self.stop()
+        if self.rank == 0:
+            say(str(request))
+        if self.peers:
+            threading.Thread(target=self._end_later, args=(0,), name="end", daemon=True).start()
+        return 0
 
     def _end_later(self, code: int) -> None:
         time.sleep(GRACE_SECONDS)

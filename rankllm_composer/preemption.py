@@ -11,13 +11,11 @@ import torch
 from composer.core import Callback
 from composer.utils import dist
 
+from rankllm_composer.clean_stop import Preempted
+
 if TYPE_CHECKING:
     from composer.core import State
     from composer.loggers import Logger
-
-
-class Preempted(Exception):
-    """The run was asked to stop, and has: every rank stands at the same batch, with a checkpoint of it."""
 
 
 class Preemption(Callback):
@@ -72,6 +70,18 @@ class Preemption(Callback):
             f"asked to stop (SIGTERM, or the launcher is gone): stopped after batch {state.timestamp.batch.value} "
             "with a checkpoint of it; start again with the same command to go on from there"
         )
+
+
+def stop_where_nothing_is_lost(number: int, frame: object) -> None:
+    """Answer to SIGTERM before and after training.
+
+    Raises:
+        Preempted: at once.
+    """
+    del number, frame
+    raise Preempted(
+        "asked to stop (SIGTERM) where there is nothing to save; start again with the same command to go on from there"
+    )
 
 
 def ignore_sigterm(worker: int) -> None:

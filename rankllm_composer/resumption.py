@@ -209,6 +209,12 @@ class CheckpointFolder(Callback):
         )
 
         def finish() -> None:
+            for file in files:
+                if not (stage / name / file).exists():
+                    raise CheckpointError(
+                        f"{self.folder / name}: {file} of another rank is not here; all ranks have to see the same "
+                        "folder, so put run.folder on a disk that all machines share"
+                    )
             try:
                 checkpoint = publish(self.folder, manifest)
             except OSError as error:

@@ -167,18 +167,22 @@ def train(recipe: Recipe, watch: PeerWatch) -> None:
         watch: ends this rank when another one dies.
     Raises:
         ValueError: whatever stands in the way, as where, what was found, what is allowed, what to do.
+        Preempted: the run was asked to stop, and has.
     """
     from composer.utils import dist
 
     from rankllm_composer.assembly import choose_device
-    from rankllm_composer.preemption import Preempted
+    from rankllm_composer.clean_stop import Preempted
+    from rankllm_composer.preemption import stop_where_nothing_is_lost
     from rankllm_composer.recipe_check import check_world
     from rankllm_composer.whereabouts import who_is_behind
 
     device = choose_device(recipe.parallelism.device)
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
     dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's own ends a process without a word
+    # Composer's own handlers end a process without a word.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, stop_where_nothing_is_lost)
     watch.start()
     check_world(recipe, dist.get_world_size())
     with claimed_run_folder(recipe) as folder:
@@ -198,9 +202,7 @@ def train(recipe: Recipe, watch: PeerWatch) -> None:
         watch.stop()
         trainer.close()
         if stopped is not None:
-            if dist.get_global_rank() == 0:
-                print(stopped, file=sys.stderr)
-            return
+            raise stopped
         if dist.get_global_rank() == 0 and recipe.export_folder is not None:
             print(_where_it_is(Path(recipe.export_folder)))
 
@@ -225,7 +227,7 @@ def _where_it_is(export_folder: Path) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line of a run: a recipe and what is laid over it. Returns the exit code."""
-    from rankllm_composer.clean_stop import PeerWatch
+    from rankllm_composer.clean_stop import PeerWatch, Preempted
     from rankllm_composer.recipe import describe_keys
     from rankllm_composer.recipe_merge import load_recipe
     from rankllm_composer.recipe_schema import keys_as_text
@@ -236,9 +238,14 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     watch = PeerWatch()
     try:
-        train(load_recipe(arguments[0], arguments[1:]), watch)
-    except (Exception, KeyboardInterrupt) as failure:
-        return watch.exit_code(failure)
+        try:
+            train(load_recipe(arguments[0], arguments[1:]), watch)
+        except Preempted:
+            raise
+        except (Exception, KeyboardInterrupt) as failure:
+            return watch.exit_code(failure)
+    except Preempted as asked:  # also where the request came while a failure was told: that of a rank gone before
+        return watch.exit_as_asked(asked)
     return 0
 
 

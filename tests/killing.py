@@ -23,20 +23,25 @@ NOT_COMPARED = ("batch_seconds", "tokens_per_second")
 class Run:
     """A started `composer -n RANKS train.py …` that can be watched and killed.
 
+    `python -m rankllm_composer.launch` starts it where `is_patient`.
+
     Args:
         recipe: its path.
         overrides: `key=value` arguments; the run's folder is `run` in `folder`.
         folder: the working directory.
     """
 
-    def __init__(self, recipe: Path, overrides: list[str], folder: Path, ranks: int = 2) -> None:
+    def __init__(
+        self, recipe: Path, overrides: list[str], folder: Path, ranks: int = 2, *, is_patient: bool = False
+    ) -> None:
         self.folder = folder
         self.temporary = folder / "temporary"  # its own, so that what it leaves there can be told from others'
         self.temporary.mkdir(parents=True, exist_ok=True)
         self._output = (folder / "output.txt").open("w+")
-        launcher = Path(sys.executable).with_name("composer")
+        composer = [str(Path(sys.executable).with_name("composer"))]
+        launcher = ["-m", "rankllm_composer.launch"] if is_patient else composer
         self.process = subprocess.Popen(
-            [sys.executable, launcher, "-n", str(ranks), TRAIN, recipe, *overrides, "run.folder=run"],
+            [sys.executable, *launcher, "-n", str(ranks), TRAIN, recipe, *overrides, "run.folder=run"],
             cwd=folder,
             stdout=self._output,
             stderr=subprocess.STDOUT,

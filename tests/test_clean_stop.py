@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from rankllm_composer import clean_stop
-from rankllm_composer.clean_stop import Peer, PeerWatch
+from rankllm_composer.clean_stop import Peer, PeerWatch, Preempted
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +105,14 @@ def test_an_error_tells_no_secret(capsys, monkeypatch, failure):
     said = capsys.readouterr().err
     assert "GET https://b.s3.amazonaws.com/k?[redacted]" in said and "@bucket was refused" in said
     assert not [word for word in ("ff00ff00", "a token of", "hushhush") if word in said]
+
+
+@pytest.mark.parametrize("rank, said", [(0, "asked to stop\n"), (1, "")])
+def test_a_run_that_was_asked_to_stop_ends_well(process, capsys, rank, said):
+    watch, codes, ended = new_watch(rank, [peer(process, 1 - rank)])
+    assert watch.exit_as_asked(Preempted("asked to stop")) == 0
+    assert capsys.readouterr().err == said
+    assert ended.wait(30) and codes == [0]  # had its exit waited for something
 
 
 def test_a_single_process_has_nobody_to_wait_for(capsys):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from s3_server import s3_server
 from rankllm_composer.data import ListLoader
 from rankllm_composer.exact_streaming import ExactStreamingDataset
 from rankllm_composer.shard_index import ShardError
-from rankllm_composer.streams import Stream
+from rankllm_composer.streams import Stream, check_stream
 
 WORKER = Path(__file__).parent / "workers" / "read_epochs.py"
 
@@ -43,7 +44,7 @@ def new_loader(stream, *, workers=0, batch_size=4, **options):
         batch_size=batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
-        timeout=60 if workers else 0,
+        timeout=300 if workers else 0,
         collate_fn=lambda rows: {"ids": [row and row["id"] for row in rows]},
     )
 
@@ -293,7 +294,7 @@ def two_ranks(sets, tmp_path_factory):
     subprocess.run(
         [sys.executable, launcher, "-n", "2", WORKER, sets],
         check=True,
-        timeout=300,
+        timeout=1200,
         env={**os.environ, "TMPDIR": str(temporary)},
     )
     ranks = [json.loads((sets / f"rank_{rank}.json").read_text()) for rank in range(2)]
@@ -347,3 +348,75 @@ def test_two_ranks_stop_at_a_lost_shard_and_leave_nothing(two_ranks):
     for rank, answer in enumerate(cases[-1]):
         assert f"rank {rank}: shard 01/shard.00000.mds.zstd of" in answer["error"]
     assert not list(temporary.rglob("names-*")) and not list(temporary.rglob("cache-*"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks_in_a_store(tmp_path_factory):
+    """What two ranks read of two sets in an object store, the sets on disk, the caches, and how often shards were asked
+    for."""
+    from workers.read_store import SETS
+
+    folder = tmp_path_factory.mktemp("store")
+    roots = {
+        name: write_shards(folder / name, range(100 * (name == "many"), 100 * (name == "many") + num))
+        for name, num in SETS.items()
+    }
+    fetched: Counter[str] = Counter()
+    with s3_server() as server:
+        client = server.client()
+        client.create_bucket(Bucket="exact")
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".zstd")):
+            client.upload_file(str(path), "exact", str(path.relative_to(folder)))
+        server.on_get = lambda key: fetched.update([key])
+        contents = [check_stream(Stream(local=str(root))) for root in roots.values()]
+        (folder / "limit").write_text(str(4 * max(found.largest_shard_bytes for found in contents)))
+        launcher = Path(sys.executable).with_name("composer")
+        worker = WORKER.with_name("read_store.py")
+        subprocess.run([sys.executable, launcher, "-n", "2", worker, folder], check=True, timeout=1200)
+    ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    return list(zip(*ranks)), {name: (str(root), None) for name, root in roots.items()}, folder, fetched
+
+
+@pytest.mark.slow
+def test_two_ranks_mix_sets_of_a_store_through_small_caches(two_ranks_in_a_store):
+    from workers.read_store import CASES, NUM_EPOCHS, new_loader
+
+    cases, roots, folder, fetched = two_ranks_in_a_store
+    few, many = ids(*range(12)), ids(*range(100, 124))
+    epochs_by_shares = {}
+    for (proportions, _), ranks in zip(CASES, cases):
+        for epoch in range(NUM_EPOCHS):
+            assert [[len(batch) for batch in rank[epoch]] for rank in ranks] == [[2] * 9] * 2  # 36 lists, 4 a step
+            rows = [row for rank in ranks for row in flat(rank[epoch])]
+            if proportions == (0.25, 0.75):
+                own = [row for row in rows if row in few]
+                assert len(rows) == 36 and len(own) == len(set(own)) == 9  # a quarter of the epoch, none twice
+                others = Counter(row for row in rows if row not in few)
+                assert set(others) == set(many) and sorted(others.values()) == [1] * 21 + [2] * 3
+            else:
+                assert sorted(rows) == sorted(few + many)  # also by proportions: each set has just its share
+        # The same steps with any number of workers, and as one rank reads the sets from disk.
+        steps = [[sorted(flat(step)) for step in zip(*(rank[epoch] for rank in ranks))] for epoch in range(NUM_EPOCHS)]
+        assert epochs_by_shares.setdefault(proportions, steps) == steps
+        assert steps[0] != steps[1]
+    for proportions, steps in epochs_by_shares.items():
+        alone = read(new_loader(roots, proportions, 0, 4), NUM_EPOCHS)
+        assert [[sorted(batch) for batch in epoch] for epoch in alone] == steps
+    shards = [key for key in fetched if key.endswith(".zstd")]
+    asked_once = 3  # for its size, and by the client before it downloads, and as it does
+    assert len(shards) == 9 and sum(fetched[key] for key in shards) > 9 * len(CASES) * asked_once  # caches let some go
+    limit = int((folder / "limit").read_text())
+    for number in range(len(CASES)):
+        cache = folder / f"cache {number}"
+        assert 0 < sum(path.stat().st_size for path in cache.rglob("shard*")) <= limit
+
+
+def test_an_epoch_goes_on_with_another_number_of_workers(sets):
+    stream = Stream(local=str(sets / "lists_13"))
+    (epoch,) = read(new_loader(stream, batch_size=2))
+    for before, after in ((2, 0), (0, 3), (2, 1)):
+        loader = new_loader(stream, batch_size=2, workers=before)
+        assert [batch["ids"] for batch in itertools.islice(iter(loader), 3)] == epoch[:3]
+        resumed = new_loader(stream, batch_size=2, workers=after)
+        resumed.load_state_dict(loader.dataset.state_dict(6, True))
+        assert read(resumed) == [epoch[3:]]

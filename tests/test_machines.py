@@ -27,7 +27,8 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory, mistral_v3_folder) -> list[str]:
     overlay = small_run(tmp_path_factory.mktemp("machines"), mistral_v3_folder)
-    return [*overlay, "run.max_duration=1ep", "schedule.warmup=1ba"]
+    # The order is laid out for a number of machines; where none is given, for those there are.
+    return [*overlay, "run.max_duration=1ep", "schedule.warmup=1ba", "data.train.num_canonical_nodes=2"]
 
 
 def run_all(commands: list[list[str]], folder: Path) -> list[dict]:
@@ -71,14 +72,14 @@ def test_two_launchers_train_what_one_does(tmp_path, overlay):
 
 
 def test_the_batch_script_is_sound_and_passes_on_what_it_is_given(tmp_path):
-    """srun and composer are stand-ins that write down how they were called, as each of two machines would."""
+    """srun and python are stand-ins that write down how they were called, as each of two machines would."""
     script = CLUSTER / "train.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "scontrol").write_text("#!/bin/bash\necho machine-7\necho machine-8\n")
     (tools / "srun").write_text('#!/bin/bash\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n')
-    (tools / "composer").write_text('#!/bin/bash\necho "composer $*"\n')
+    (tools / "python").write_text('#!/bin/bash\necho "python $*"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     environment = {
@@ -98,7 +99,7 @@ def test_the_batch_script_is_sound_and_passes_on_what_it_is_given(tmp_path):
         check=True,
     ).stdout.splitlines()
     for machine, line in enumerate(said):
-        assert line.startswith("composer -n 8 --world_size 16 ")
+        assert line.startswith("python -m rankllm_composer.launch -n 8 --world_size 16 ")
         assert f"--node_rank {machine} --base_rank {8 * machine} --master_addr machine-7 --master_port " in line
         assert line.endswith("rankllm_composer/train.py yamls/first_mistral.yaml optimizer.lr=1e-5")
     assert len(said) == 2

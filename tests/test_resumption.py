@@ -124,6 +124,13 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
     assert names(tmp_path) == ["ep0-ba2"]
 
 
+def test_machines_that_share_no_disk_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumption.dist, "all_gather_object", lambda own: [own, {"__9_0.distcp": 5}])
+    with pytest.raises(CheckpointError, match=r"ep0-ba1: __9_0\.distcp of another rank is not here.* share"):
+        train(tmp_path, "2ba")
+    assert names(tmp_path) == []
+
+
 # --- copies in an object store ----------------------------------------------------------------------------------------
 
 

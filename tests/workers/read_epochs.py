@@ -45,13 +45,13 @@ def new_loader(folder, name, batch_size, workers, shuffle, canonical_nodes):
         batch_size=batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
-        timeout=60 if workers else 0,
+        timeout=300 if workers else 0,
         collate_fn=lambda rows: {"ids": [row and row["id"] for row in rows]},
     )
 
 
 def main(folder: Path) -> None:
-    dist.initialize_dist("cpu", timeout=120)
+    dist.initialize_dist("cpu", timeout=300)
     answers = []
     for name, batch_size, workers, shuffle, canonical_nodes, num_before in CASES:
         options = (folder, name, batch_size, workers, shuffle, canonical_nodes)

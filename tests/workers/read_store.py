@@ -1,0 +1,53 @@
+"""Read epochs of two sets in an object store on two ranks, mixed by proportion, through caches that are too small.
+
+Launched with 2 ranks; argument: a folder for the caches and for what each rank read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from composer.utils import dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rankllm_composer.data import ListLoader
+from rankllm_composer.exact_streaming import ExactStreamingDataset
+from rankllm_composer.streams import Stream
+
+SETS = {"few": 12, "many": 24}
+# proportions of few and many, workers of a rank
+CASES = [((None, None), 0), ((None, None), 3), ((1 / 3, 2 / 3), 1), ((0.25, 0.75), 0), ((0.25, 0.75), 2)]
+NUM_EPOCHS = 2
+
+
+def new_loader(roots: dict[str, tuple[str, str | None]], proportions, workers: int, batch_size: int, **options):
+    """A loader of ids, None for a padding row; `roots` holds local and remote of each set."""
+    streams = [Stream(*roots[name], proportion=share) for name, share in zip(SETS, proportions)]
+    dataset = ExactStreamingDataset(streams, batch_size=batch_size, seed=7, num_canonical_nodes=2, **options)
+    return ListLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        timeout=300 if workers else 0,
+        collate_fn=lambda rows: {"ids": [row and row["id"] for row in rows]},
+    )
+
+
+def main(folder: Path) -> None:
+    dist.initialize_dist("cpu", timeout=300)
+    answers = []
+    for number, (proportions, workers) in enumerate(CASES):
+        roots = {name: (str(folder / f"cache {number}" / name), f"s3://exact/{name}") for name in SETS}
+        limit = int((folder / "limit").read_text())
+        loader = new_loader(roots, proportions, workers, 2, cache_limit=limit, predownload=2)
+        answers.append([[batch["ids"] for batch in loader] for _ in range(NUM_EPOCHS)])
+        dist.barrier()
+    (folder / f"rank_{dist.get_global_rank()}.json").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
