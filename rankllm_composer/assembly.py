@@ -263,7 +263,7 @@ def build_callbacks(
                 merge_lora=recipe.checkpoint.export.merge_lora,
                 generation_config=model.model.generation_config,
                 dtype="float32" if recipe.parallelism.precision == "fp32" else "bfloat16",
-                figures=lambda: {} if validation is None else validation.figures,
+                figures=lambda batch: {} if validation is None else validation.figures_after(batch),
                 best_by=None if recipe.evaluation is None else recipe.evaluation.best_by,
             )
         )

@@ -174,7 +174,8 @@ class ExportFolder(Callback):
         generation_config: of the base model.
         dtype: of the weights on disk.
         merge_lora: False = an adapter is exported apart from the model it changes.
-        figures: called at each export for the figures measured so far. None = the Trainer's evaluation metrics.
+        figures: of the number of batches trained, what the weights of that moment were measured to be worth; empty =
+            not measured. None = the Trainer's evaluation metrics.
         best_by: name of a figure, without its `eval/`; `best` in the folder is a link to the export of which it was
             highest, the first of equals. None = no link.
     Raises:
@@ -192,7 +193,7 @@ class ExportFolder(Callback):
         generation_config: GenerationConfig | None = None,
         dtype: Dtype = "bfloat16",
         merge_lora: bool = True,
-        figures: Callable[[], Mapping[str, float]] | None = None,
+        figures: Callable[[int], Mapping[str, float]] | None = None,
         best_by: str | None = None,
     ) -> None:
         self.folder = _local_path(folder)
@@ -248,7 +249,7 @@ class ExportFolder(Callback):
         log.info("exported %s", target)
 
     def _figures(self, state: State) -> dict[str, float]:
-        figures = self.figures() if self.figures is not None else state.eval_metric_values
+        figures = state.eval_metric_values if self.figures is None else self.figures(state.timestamp.batch.value)
         return {name: float(value) for name, value in figures.items()}
 
     def _write(self, state: State, target: Path, weights: Weights) -> None:

@@ -97,6 +97,10 @@ class Validation(Callback):
                 with self._details.open("a") as file:
                     file.write(json.dumps(_details(state, every)) + "\n")
 
+    def figures_after(self, num_batches: int) -> dict[str, float]:
+        """The figures, if they are of the model after so many batches; empty where it was not ranked then."""
+        return self.figures if num_batches == self._last_batch else {}
+
 
 def _details(state: State, results: Sequence[WindowResult]) -> dict[str, Any]:
     return {

@@ -284,7 +284,7 @@ def test_an_export_precedes_the_checkpoint_of_the_same_moment(tmp_path):
 
 
 def test_figures_of_the_moment_are_on_the_card(tmp_path):
-    exporter = new_exporter(tmp_path, figures=lambda: {"held-out nDCG@10": torch.tensor(0.5)})
+    exporter = new_exporter(tmp_path, figures=lambda batch: {"held-out nDCG@10": torch.tensor(batch / 8)})
     trainer = new_trainer(new_hf_model(), "1ep", callbacks=[exporter])
     trainer.fit()
     trainer.close()
@@ -294,7 +294,7 @@ def test_figures_of_the_moment_are_on_the_card(tmp_path):
 def exports_with(folder, figures, best=None):
     """Where `best` points after each of four exports that these figures were measured at."""
     measured = iter(figures)
-    exporter = new_exporter(folder, figures=lambda: next(measured), best_by="first_token/ndcg@10")
+    exporter = new_exporter(folder, figures=lambda batch: next(measured), best_by="first_token/ndcg@10")
     if best is not None:
         exporter.load_state_dict(best)
     pointed = []

@@ -84,7 +84,8 @@ def test_what_is_told_is_what_the_model_does(tmp_path):
     model = trainer.state.model.model
     results = evaluate_windows(model, tokenizer, RECORDS, new_contract(tokenizer), num_shuffles=3, seed=7)
     expected = {PREFIX + name: value for name, value in summarise(results).items()}
-    assert validation.figures == expected
+    assert validation.figures == validation.figures_after(4) == expected
+    assert validation.figures_after(3) == {}  # other weights
     assert {name: memory.data[name][-1][1] for name in expected} == expected
     for decoding in ("first_token", "generation"):
         assert {f"eval/{decoding}/{figure}" for figure in ("ndcg@10", "mrr@10", "tau")} <= expected.keys()
