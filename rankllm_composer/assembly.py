@@ -239,6 +239,7 @@ def build_callbacks(
     from rankllm_composer.export import ExportFolder
     from rankllm_composer.loss_guard import LossGuard
     from rankllm_composer.preemption import Preemption
+    from rankllm_composer.recipe_merge import recipe_to_yaml
     from rankllm_composer.resumption import CheckpointFolder, ends_epoch
     from rankllm_composer.storage import is_remote
 
@@ -274,6 +275,7 @@ def build_callbacks(
         keep=recipe.checkpoint.keep,
         resume=recipe.run.autoresume,
         url=recipe.checkpoint_folder if is_url else None,
+        recipe_yaml=recipe_to_yaml(recipe),
     )
     named = [_named("callbacks", name, kinds[name], options) for name, options in recipe.logging.callbacks.items()]
     return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop, ends_epoch)]

@@ -65,6 +65,31 @@ class CheckpointStore:
             path = self._remote.fetch(f"{name}/{MANIFEST}", Path(scratch))
             return parse_manifest(path.read_bytes()) if path.exists() else None
 
+    def read_text(self, name: str) -> str | None:
+        """A small file beside the checkpoints; None if there is none.
+
+        Raises:
+            CheckpointError: the store cannot be reached, or cannot list.
+        """
+        try:
+            content = self._remote.read(name)
+        except StoreError as error:
+            raise CheckpointError(f"checkpoint.folder: {error}") from error
+        return None if content is None else content.decode(errors="replace")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Store such a file.
+
+        Raises:
+            CheckpointError: the store does not take it.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            Path(scratch, name).write_text(text)
+            try:
+                self._remote.put(Path(scratch), [name], log.info)
+            except StoreError as error:
+                raise CheckpointError(f"checkpoint.folder: {error}") from error
+
     def fetch(self, manifest: Manifest, folder: Path) -> Path:
         """Copy a checkpoint to a local folder of checkpoints, where it appears whole or not at all.
 

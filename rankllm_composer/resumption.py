@@ -26,6 +26,7 @@ from rankllm_composer.checkpoints import (
     whole_checkpoints,
 )
 from rankllm_composer.export import run_on_rank_zero
+from rankllm_composer.run_folder import RECIPE_NAME, check_same_recipe
 from rankllm_composer.safe_loading import (
     INDEX_NAME,
     UnsafeCheckpointError,
@@ -60,18 +61,29 @@ class CheckpointFolder(Callback):
         resume: False = start anew; only where there is no checkpoint.
         url: of copies in an object store, such as s3://bucket/run; they are made while training goes on, and a newer
             one than those in `folder` is fetched. None = no copies.
+        recipe_yaml: the resolved recipe; kept beside the checkpoints, so that no run of another one goes on from them.
+            None = not kept.
     Raises:
+        RunFolderError: on rank 0: the checkpoints are of another recipe.
         CheckpointError: on every rank: the newest checkpoint is of another model, damaged or no data alone; there are
             checkpoints but `resume` is False; or one could not be written.
     """
 
     def __init__(
-        self, folder: str | Path, *, interval: str, keep: int = 3, resume: bool = True, url: str | None = None
+        self,
+        folder: str | Path,
+        *,
+        interval: str,
+        keep: int = 3,
+        resume: bool = True,
+        url: str | None = None,
+        recipe_yaml: str | None = None,
     ) -> None:
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow the links a user made)
         self.keep = keep
         self.resume = resume
         self.store = None if url is None else CheckpointStore(url, keep)
+        self.recipe_yaml = recipe_yaml
         self.resumed_from: Path | None = None
         self._is_time: Callable[[State, Event], bool] = create_interval_scheduler(interval)
         self._is_due = False
@@ -81,6 +93,7 @@ class CheckpointFolder(Callback):
     # --- loading ------------------------------------------------------------------------------------------------------
 
     def before_load(self, state: State, logger: Logger) -> None:
+        run_on_rank_zero(self._keep_recipe, "recipe beside the checkpoints")
         if self.store is not None:
             run_on_rank_zero(self._fetch_newer, "fetch of the newest checkpoint")
         found = _agreed(lambda: self._choose(state))
@@ -132,6 +145,26 @@ class CheckpointFolder(Callback):
         if self._random_states is not None:
             reproducibility.load_rng_state(self._random_states)
             self._random_states = None
+
+    def _keep_recipe(self) -> None:
+        if self.recipe_yaml is None:
+            return
+        path = self.folder / RECIPE_NAME
+        if path.exists():
+            check_same_recipe(path.read_text(errors="replace"), self.recipe_yaml, f"checkpoint.folder: {self.folder}")
+        if self.store is not None:
+            there = self.store.read_text(RECIPE_NAME)
+            if there is not None:
+                check_same_recipe(there, self.recipe_yaml, f"checkpoint.folder: {self.store.name}")
+            self.store.write_text(RECIPE_NAME, self.recipe_yaml)  # also shows, before training, that it may be written
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.recipe_yaml)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint.folder: {self.folder} cannot be written ({error.strerror}); free space or correct the "
+                "rights there, or name another folder"
+            ) from error
 
     def _fetch_newer(self) -> None:
         assert self.store is not None

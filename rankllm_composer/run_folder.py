@@ -54,7 +54,8 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
                 f"run.folder: another process is training in {folder}; wait for it, or give this run its own run.name "
                 "or run.folder"
             )
-        _check_same_recipe(folder / RECIPE_NAME, recipe_yaml)
+        if (folder / RECIPE_NAME).exists():
+            check_same_recipe((folder / RECIPE_NAME).read_text(), recipe_yaml, f"run.folder: {folder}")
         try:
             partial = folder / f".{RECIPE_NAME}.partial"
             partial.write_text(recipe_yaml)
@@ -85,21 +86,32 @@ def _try_lock(handle: int, wait_seconds: float) -> bool:
             time.sleep(0.2)
 
 
-def _check_same_recipe(path: Path, recipe_yaml: str) -> None:
+def check_same_recipe(there: str, now: str, place: str) -> None:
+    """Refuse to go on with another recipe than a run began with.
+
+    Args:
+        there, now: resolved recipes.
+        place: key and folder of the first, for messages.
+    Raises:
+        RunFolderError: they differ in a key that may not change, or the first is damaged.
+    """
     from omegaconf import OmegaConf
 
-    if not path.exists():
-        return
-    there, now = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (path.read_text(), recipe_yaml))
-    changed = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
+    remedy = "Go on with the same recipe, or give this run its own run.name, run.folder or checkpoint.folder"
+    try:
+        before, after = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (there, now))
+    except Exception as error:  # those of YAML and of OmegaConf have no common class
+        raise RunFolderError(f"{place} holds a damaged {RECIPE_NAME} ({_first_line(error)}). {remedy}") from error
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     changed = [key for key in changed if not key.startswith(MAY_CHANGE)]
     if changed:
-        shown = "; ".join(f"{key} was {there.get(key)!r}, is now {now.get(key)!r}" for key in changed[:5])
+        shown = "; ".join(f"{key} was {before.get(key)!r}, is now {after.get(key)!r}" for key in changed[:5])
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise RunFolderError(
-            f"run.folder: {path.parent} holds a run of another recipe ({shown}{more}). Go on with the same recipe, or "
-            "give this run its own run.name or run.folder"
-        )
+        raise RunFolderError(f"{place} holds a run of another recipe ({shown}{more}). {remedy}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

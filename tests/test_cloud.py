@@ -119,7 +119,7 @@ def test_a_run_that_loses_its_machine_goes_on_from_the_store(tmp_path, overlay, 
 
 @pytest.mark.slow
 def test_a_store_that_takes_no_checkpoint_stops_the_run_with_what_it_has(tmp_path, overlay, server):
-    server.on_put = lambda key: 503 if key.startswith("full/") else None
+    server.on_put = lambda key: 503 if key.startswith("full/ep") else None
     run = start(tmp_path / "full", overlay)
     code = run.finish()
     server.on_put = lambda key: None

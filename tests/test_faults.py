@@ -179,7 +179,13 @@ def clear_store(client, bucket: str) -> None:
     client.delete_bucket(Bucket=bucket)
 
 
-@makes("checkpoint-store-refuses", "checkpoint-store-missing", "checkpoint-store-empty", "checkpoint-copy-short")
+@makes(
+    "checkpoint-store-refuses",
+    "checkpoint-store-missing",
+    "checkpoint-store-empty",
+    "checkpoint-copy-short",
+    "store-of-another-recipe",
+)
 def checkpoint_store(key: str, tools: Tools) -> Ended:
     here, there = tools.folder / "run", tools.folder / "another machine"
     url = f"s3://faults/{key}"
@@ -188,11 +194,14 @@ def checkpoint_store(key: str, tools: Tools) -> Ended:
             server.client().create_bucket(Bucket="faults")
         try:
             if key == "checkpoint-store-refuses":
-                server.on_put = lambda name: 403
+                server.on_put = lambda name: 403 if "/ep0" in name else None
             elif key == "checkpoint-copy-short":
                 test_resumption.train(here, "2ba", url=url)
                 server.client().delete_object(Bucket="faults", Key=f"{key}/ep0-ba2/rank0.pt")
-            _, _, checkpoints = test_resumption.train(there, "1ep", url=url)
+            elif key == "store-of-another-recipe":
+                test_resumption.train(here, "2ba", url=url, recipe_yaml=recipe_to_yaml(load_recipe(RECIPE)))
+            other = recipe_to_yaml(load_recipe(RECIPE, ["optimizer.lr=1e-4"]))
+            _, _, checkpoints = test_resumption.train(there, "1ep", url=url, recipe_yaml=other)
         finally:
             if key != "checkpoint-store-missing":
                 clear_store(server.client(), "faults")

@@ -17,7 +17,7 @@ ALLOWED = {
     "__init__": "",
     "assembly": (
         "contract data epochs export loss_guard model model_card objectives permutations preemption "
-        "progress prompts published recipe resumption storage streams validation"
+        "progress prompts published recipe recipe_merge resumption storage streams validation"
     ),
     "attention": "",
     "augmentation": "permutations prompts",
@@ -71,7 +71,7 @@ ALLOWED = {
     "redaction": "",
     "report": "evaluation model_card pictures progress published run_record",
     "rerank": "comparison contract evaluation retrieval sliding",
-    "resumption": "checkpoint_store checkpoints export safe_loading",
+    "resumption": "checkpoint_store checkpoints export run_folder safe_loading",
     "retrieval": "prompts trec_files",
     "run_folder": "",
     "run_record": "comparison progress published redaction run_folder validation",
