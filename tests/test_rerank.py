@@ -233,6 +233,34 @@ def test_a_job_stopped_anywhere_goes_on_where_it_was(tmp_path):
     assert resumed > total / 2
 
 
+def test_the_progress_bar_counts_windows_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, *, total, initial, unit, disable):
+            self.total, self.initial, self.told = total, initial, 0
+            assert (unit, disable) == (" windows", None)  # None = on a terminal
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def update(self, num):
+            self.told += num
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    with pytest.raises(Killed):
+        run_job(tmp_path, MortalReranker(8), progress_bar=True)
+    ranked, _ = run_job(tmp_path, KnownReranker(), progress_bar=True)
+    stopped, resumed = bars
+    assert stopped.total == resumed.total == sum(query.num_windows for query in ranked)
+    assert stopped.initial == 0 < resumed.initial < resumed.total
+    assert resumed.initial + resumed.told == resumed.total
+
+
 def test_what_a_kill_tore_is_done_again(tmp_path):
     kept = tmp_path / "out.trec.progress.jsonl"
     expected, _ = run_job(tmp_path, KnownReranker())
