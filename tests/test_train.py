@@ -13,11 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from launching import ON_CPU, REPOSITORY, TRAIN, metrics, succeeded, train
 
 from rankllm_composer.assembly import AssemblyError, build_optimizer, choose_device
 from rankllm_composer.recipe_merge import load_recipe, recipe_to_yaml
-from rankllm_composer.run_folder import RunFolderError, claim_run_folder
+from rankllm_composer.run_folder import RunFolderError, check_same_recipe, claim_run_folder
 from rankllm_composer.train import TrainError, main, prepare_shards
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
@@ -106,6 +108,12 @@ def test_a_run_folder_refuses_another_recipe(tmp_path):
         claim_run_folder(tmp_path, recipe_to_yaml(other)),
     ):
         pass
+
+
+@given(text=st.text(max_size=40) | st.sampled_from(["", "[]", "a: [", "a: &x [*x]", "${a}", "run: 3", "? [1]", "\0"]))
+def test_whatever_a_kept_recipe_holds_the_outcome_is_a_run_folder_error(text):
+    with pytest.raises(RunFolderError, match=r"^here holds a (damaged recipe\.yaml|run of another recipe)"):
+        check_same_recipe(text, "run:\n  name: x\n", "here")
 
 
 @pytest.mark.slow
