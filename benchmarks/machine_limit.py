@@ -1,14 +1,11 @@
 """How close does the packed step come to what the cores can multiply?
 
-    python benchmarks/machine_limit.py [--cases SHAPE:LISTS:CHECKPOINTING[:compiled],…] [--repeats 3] [--threads N]
+    python benchmarks/machine_limit.py [--cases SHAPE:LISTS:CHECKPOINTING,…] [--repeats 3] [--threads N]
 
 The limit is the fastest of a square product of 2,048 and of the model's own matrix products on the same cores: every
 (tokens × in) · (in × out) of a layer and of the LM head, forward and both of its gradients, into memory already there,
 each the best of several runs. It is taken anew before each step, and a share is that step's FLOPs / seconds / the GEMM
 rate just measured; medians over the repeats.
-
-Compiled layers (the recipe key `model.compile`) warm up on a second length too: that is when torch.compile makes code
-for any length.
 
 Useful FLOPs are those of `rankllm_composer.flops`: matrix products of real tokens, forward and twice that backward, and
 the causal half of attention. Recomputed activations are not useful work; the last column adds them, for the cases that
@@ -37,7 +34,7 @@ from workload import (
 
 from rankllm_composer.flops import training_flops
 
-CASES = "smollm2-135m:1:0,smollm2-135m:1:0:compiled,smollm2-135m:1:1,mistral-30m:2:0"
+CASES = "smollm2-135m:1:0,smollm2-135m:1:1,mistral-30m:2:0"
 GEMM_RUNS = 4
 SQUARE = 2048
 
@@ -74,14 +71,12 @@ def gemm_rate(shape: str, num_tokens: int, num_logits: int) -> tuple[float, str]
     return best
 
 
-def measure(shape: str, lengths: list[int], checkpointing: float, compiled: bool, repeats: int) -> dict[str, Any]:
+def measure(shape: str, lengths: list[int], checkpointing: float, repeats: int) -> dict[str, Any]:
     """GEMM rate and step by turns: medians."""
     model = new_model(shape)
     config, num_logits = model.config, RESPONSE_TOKENS * len(lengths)
-    step = new_stepper("packed", model, activation_checkpointing=checkpointing, compile_layers=compiled)
+    step = new_stepper("packed", model, activation_checkpointing=checkpointing)
     step(new_lists(WARM_UP_LENGTHS, shape))
-    if compiled:
-        step(new_lists(WARM_UP_LENGTHS[:1], shape))
     useful = training_flops(config, lengths, num_logits)
     recomputed = checkpointing * recomputed_flops(config, lengths)
     lists = new_lists(lengths, shape)
@@ -117,8 +112,7 @@ def main() -> None:
         [
             "shape",
             "fastest product",
-            "layers",
-            "recomputed",
+            "recomputed layers",
             "lists",
             "tokens",
             "useful TFLOP",
@@ -128,17 +122,16 @@ def main() -> None:
             "**share of GEMM**",
             "with recomputed",
         ],
-        num_text=3,
+        num_text=2,
     )
     for case in options.cases.split(","):
-        shape, num_lists, checkpointing, *compiled = case.split(":")
+        shape, num_lists, checkpointing = case.split(":")
         lengths = typical_lengths(int(num_lists))
-        found = measure(shape, lengths, float(checkpointing), bool(compiled), options.repeats)
+        found = measure(shape, lengths, float(checkpointing), options.repeats)
         print_row(
             [
                 shape,
                 found["fastest"],
-                *(compiled or ["as they are"]),
                 f"{float(checkpointing):.0%}",
                 num_lists,
                 f"{sum(lengths):,}",
