@@ -4,7 +4,7 @@
 
 One packed step (forward, backward, optimizer, every layer recomputed) with the C library's own settings, and with those
 that `make demo` and the other benchmarks run under: `report.ONE_HEAP`, one heap of large pages that is never given
-back. Every figure comes from a process of its own; the two alternate, and figures are medians.
+back. Every figure is the second step of a process of its own; the two alternate, and figures are medians.
 """
 
 from __future__ import annotations

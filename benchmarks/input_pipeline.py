@@ -28,7 +28,7 @@ import numpy as np
 from report import NUM_CORES, in_own_process
 from steps import new_stepper
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from workload import SHAPES, WARM_UP_LENGTHS, new_lists, new_model, typical_lengths
+from workload import SHAPES, new_lists, new_model, typical_lengths
 
 from rankllm_composer.data import ListDataset, build_train_data_spec
 from rankllm_composer.permutations import format_permutation
@@ -110,9 +110,10 @@ def step_rate(shape: str, threads: int) -> float:
 
     torch.set_num_threads(threads)
     step = new_stepper("packed", new_model(shape))
-    step(new_lists(WARM_UP_LENGTHS, shape))
     lengths = typical_lengths(1)
-    seconds, _ = step(new_lists(lengths, shape))
+    lists = new_lists(lengths, shape)
+    step(lists)
+    seconds, _ = step(lists)
     return sum(lengths) / seconds
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/profile_step.py [--shape SHAPE] [--lists 2] [--checkpointing 1] [--top 8] [--threads N]
 
-One step of each under torch.profiler, after a warm-up on short lists. An operator belongs to the part of the model that
-called it; one of the backward pass to the part whose forward made it. Self CPU time counts an operator without those it
-calls; it includes the threads it waits for. The profiler itself takes time: `packed_step.py` has the speeds.
+One step of each under torch.profiler, after the same step without it (it touches memory that the system has to clear).
+An operator belongs to the part of the model that called it; one of the backward pass to the part whose forward made it.
+Self CPU time counts an operator without those it calls; it includes the threads it waits for. The profiler itself takes
+time: `packed_step.py` has the speeds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from steps import STEPS, new_stepper
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AttentionInterface, PreTrainedModel
-from workload import SHAPES, WARM_UP_LENGTHS, new_lists, new_model, typical_lengths, useful_share
+from workload import SHAPES, new_lists, new_model, typical_lengths, useful_share
 
 from rankllm_composer.model import decoder_layers
 
@@ -93,8 +94,8 @@ def measure(kind: str, shape: str, lengths: list[int], checkpointing: float) -> 
     """Self CPU seconds of one step of a kind, "plain" or "packed", by part and operator."""
     model = new_model(shape)
     step = new_stepper(kind, model, activation_checkpointing=checkpointing)
-    step(new_lists(WARM_UP_LENGTHS, shape))
     lists = new_lists(lengths, shape)
+    step(lists)
     step.loss = named(HEAD, step.loss)
     step.optimizer.step = named(OPTIMIZER, step.optimizer.step)  # type: ignore[method-assign]
     step.optimizer.zero_grad = named(OPTIMIZER, step.optimizer.zero_grad)  # type: ignore[method-assign]

@@ -4,8 +4,8 @@
 
 Useful tokens a second of the packed step in Composer's Trainer on gloo: the same global batch dealt to one rank or two,
 a microbatch a list, every layer recomputed. A second rank takes the second core, so the fair comparison is one rank of
-two threads. Each line is a run of its own under the `composer` launcher: a step on short lists, then the steps whose
-median counts, from the end of a step to the end of the next (batch, forward, backward, collectives, optimizer).
+two threads. Each line is a run of its own under the `composer` launcher: a step that does not count, then those whose
+median does, from the end of a step to the end of the next (batch, forward, backward, collectives, optimizer).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from report import on_one_heap, print_columns, print_head, print_row
-from workload import SHAPES, WARM_UP_LENGTHS, new_lists, new_model, typical_lengths
+from workload import SHAPES, new_lists, new_model, typical_lengths
 
 # name: ranks, threads a rank, sharded
 RUNS = {
@@ -51,8 +51,8 @@ def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded:
 
         def __iter__(self):
             rank, world = dist.get_global_rank(), dist.get_world_size()
-            for step_lengths in [WARM_UP_LENGTHS * world, *([lengths] * num_steps)]:
-                yield {"sequences": new_lists(step_lengths, shape)[rank::world]}
+            for _ in range(len(self)):
+                yield {"sequences": new_lists(lengths, shape)[rank::world]}
 
         def __len__(self) -> int:
             return num_steps + 1

@@ -4,8 +4,8 @@
 
 Tokens a second of the packed step, by tokens a list (all lists alike) and lists a microbatch: forward, backward and
 optimizer step, every layer recomputed. A cell is the median of as many steps as take --seconds together, 1 at least,
-after a warm-up on short lists. Below it, in a table of its own, the same as a share of the GFLOP/s of the fastest cell:
-attention makes a long list's token dearer, and FLOPs take that out.
+after a step of the largest cell, which touches all memory there will be. Below it, in a table of its own, the same as a
+share of the GFLOP/s of the fastest cell: attention makes a long list's token dearer, and FLOPs take that out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import torch
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from steps import Stepper, new_stepper
-from workload import RESPONSE_TOKENS, SHAPES, WARM_UP_LENGTHS, new_lists, new_model
+from workload import RESPONSE_TOKENS, SHAPES, new_lists, new_model
 
 from rankllm_composer.flops import training_flops
 
@@ -49,7 +49,7 @@ def main() -> None:
     columns = [f"tokens a list ({options.shape})", *(f"{count} lists" if count > 1 else "1 list" for count in counts)]
     torch.set_num_threads(options.threads)
     step = new_stepper("packed", new_model(options.shape), activation_checkpointing=1.0)
-    step(new_lists(WARM_UP_LENGTHS, options.shape))
+    step(new_lists([max(lengths)] * max(counts), options.shape))
     rates = {}
     print_columns(columns)
     for length in lengths:
