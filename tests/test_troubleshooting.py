@@ -1,0 +1,158 @@
+"""The messages of docs/troubleshooting.md are those that the code says."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import test_loss_guard
+import torch
+from launching import REPOSITORY
+from real_tokenizers import build_tokenizer
+from synthetic_records import conversation
+from tiny_rerankers import new_contract, new_tokenizer
+
+from rankllm_composer import assembly
+from rankllm_composer.attention import choose_attention
+from rankllm_composer.chat import check_tokenizer
+from rankllm_composer.decoding import _refuse_no_numbers
+from rankllm_composer.loss_guard import LossGuard
+from rankllm_composer.prompts import encode_record
+from rankllm_composer.recipe_check import check_world
+from rankllm_composer.recipe_merge import load_recipe
+from rankllm_composer.run_folder import claim_run_folder
+from rankllm_composer.train import prepare_shards
+
+PAGE = REPOSITORY / "docs" / "troubleshooting.md"
+FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
+MESSAGES = re.findall(r"^\| `([^`]+)` \| ", PAGE.read_text(), re.MULTILINE)
+
+
+class Tools:
+    """What a case may use."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch = folder, patch
+
+
+def first_mistral(*overrides: str):
+    return load_recipe(FIRST_MISTRAL, overrides)
+
+
+def batch_does_not_divide(tools: Tools) -> None:
+    check_world(first_mistral("batch.global_lists=10"), 4)
+
+
+def unknown_key(tools: Tools) -> None:
+    first_mistral("objective.nam=x")
+
+
+def no_local(tools: Tools) -> None:
+    first_mistral("data.train.local=null")
+
+
+def no_shards(tools: Tools) -> None:
+    prepare_shards(first_mistral(f"data.train.local={tools.folder}", "data.train.source=null").data.train, "data.train")
+
+
+def merged_identifiers(tools: Tools) -> None:
+    encode_record(conversation(3, num_candidates=12, style="numbers"), build_tokenizer("mistral_v3"), "combined")
+
+
+def no_template(tools: Tools) -> None:
+    tokenizer = build_tokenizer("mistral_v3")
+    tokenizer.chat_template = None
+    check_tokenizer(tokenizer, "combined", "letters", 2)
+
+
+def no_flash(tools: Tools) -> None:
+    choose_attention("flash_attention_2", "cpu")
+
+
+def no_bitsandbytes(tools: Tools) -> None:
+    tools.patch.setitem(sys.modules, "bitsandbytes", None)
+    tools.patch.setitem(sys.modules, "bitsandbytes.optim", None)
+    assembly.build_optimizer(first_mistral("optimizer.name=adamw_8bit"), torch.nn.Linear(2, 2))
+
+
+def no_wandb(tools: Tools) -> None:
+    tools.patch.setitem(sys.modules, "wandb", None)
+    assembly.build_loggers(first_mistral("logging.loggers={wandb: {}}"), tools.folder)
+
+
+def no_gpu(tools: Tools) -> None:
+    assembly.choose_device("gpu")
+
+
+def another_recipe(tools: Tools) -> None:
+    for text in ("run: {seed: 1}", "run: {seed: 2}"):
+        with claim_run_folder(tools.folder, text):
+            pass
+
+
+def another_process(tools: Tools) -> None:
+    with claim_run_folder(tools.folder, "run: {seed: 1}"), claim_run_folder(tools.folder, "run: {seed: 1}"):
+        pass
+
+
+def bad_loss(tools: Tools) -> None:
+    test_loss_guard.run([1.0, math.nan], LossGuard())
+
+
+def no_relevant_window(tools: Tools) -> None:
+    windows = SimpleNamespace(num_samples=1, record=lambda number: SimpleNamespace(grades=(0, 0)))
+    tools.patch.setattr(assembly, "build_dataset", lambda *_: windows)
+    keys = ["data.eval={local: windows}", "evaluation={best_by: first_token/ndcg@10}"]
+    assembly.build_validation(first_mistral(*keys), new_contract(new_tokenizer()), new_tokenizer())
+
+
+def logits_that_are_nan(tools: Tools) -> None:
+    _refuse_no_numbers(torch.full((1, 3), math.nan), [SimpleNamespace(id="q")])  # type: ignore[list-item]
+
+
+def exports_at_other_times(tools: Tools) -> None:
+    keys = [
+        "data.eval={local: w}",
+        "evaluation={best_by: first_token/tau, interval: 2ep}",
+        "checkpoint.export.interval=1ep",
+    ]
+    first_mistral(*keys)
+
+
+CASES: dict[str, Callable[[Tools], None]] = {
+    "batch.global_lists": batch_does_not_divide,
+    "objective.nam:": unknown_key,
+    "data.train.local": no_local,
+    "data.train: no shards": no_shards,
+    "takes several tokens": merged_identifiers,
+    "found no chat template": no_template,
+    "model.attention": no_flash,
+    "optimizer.name": no_bitsandbytes,
+    "logging.loggers.wandb": no_wandb,
+    "parallelism.device": no_gpu,
+    "holds a run of another recipe": another_recipe,
+    "another process is training in": another_process,
+    "found a loss that is not finite": bad_loss,
+    "evaluation.best_by: found …": no_relevant_window,
+    "found logits that are no numbers": logits_that_are_nan,
+    "evaluation.best_by: found exports": exports_at_other_times,
+}
+
+
+def test_every_message_has_a_case_and_every_case_a_message():
+    assert len(MESSAGES) == len(CASES) > 12
+    for message in MESSAGES:
+        assert sum(message.startswith(begin) for begin in CASES) == 1, message
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_the_message_is_what_the_code_says(message, tmp_path, monkeypatch):
+    (case,) = (case for begin, case in CASES.items() if message.startswith(begin))
+    with pytest.raises(ValueError) as said:
+        case(Tools(tmp_path, monkeypatch))
+    assert re.search(".*".join(map(re.escape, message.split("…"))), str(said.value), re.DOTALL), str(said.value)
