@@ -126,7 +126,7 @@ def exports_at_other_times(tools: Tools) -> None:
 
 CASES: dict[str, Callable[[Tools], None]] = {
     "batch.global_lists": batch_does_not_divide,
-    "objective.nam:": unknown_key,
+    "found an unknown key": unknown_key,
     "data.train.local": no_local,
     "data.train: no shards": no_shards,
     "takes several tokens": merged_identifiers,

@@ -1,0 +1,397 @@
+"""Every command and snippet of the pages is run, or held against the real thing where this machine cannot run it."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tomllib
+from launching import ON_CPU, REPOSITORY, succeeded, train
+from synthetic_records import WORDS, write_jsonl
+from test_house import ROOMS
+from test_plan import TOY
+from transformers import MistralConfig
+
+from rankllm_composer.cli import main
+from rankllm_composer.contract import read_contract
+from rankllm_composer.model_card import serving_command
+from rankllm_composer.recipe import describe_keys
+from rankllm_composer.recipe_check import check_world
+from rankllm_composer.recipe_merge import load_recipe, merge_recipe, recipe_to_yaml
+
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    language: str
+    text: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Commands, with continued lines joined."""
+        return [line for line in self.text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+BLOCKS = [Block(page.name, *found) for page in PAGES for found in FENCE.findall(page.read_text())]
+
+
+def words(command: str) -> list[str]:
+    """The words of a command as the shell makes them, on machine 1; variables set in front of it are left out."""
+    script = f"set -- {command}; printf '%s\\0' \"$@\""
+    said = subprocess.run(["bash", "-c", f"K=1; {script}"], capture_output=True, text=True, check=True).stdout
+    found = said.split("\0")[:-1]
+    while re.fullmatch(r"[A-Z_]+=.*", found[0]):
+        found = found[1:]
+    return found
+
+
+# What this machine runs
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, golden, mistral_v3_folder) -> Path:
+    """A folder with all that the pages take for granted, small: retrieval files, base models, the repository."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("rankllm_composer", "yamls", "docs"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    shutil.copytree(mistral_v3_folder, folder / "base")
+    for path in (golden / "tiny_mistral").iterdir():
+        shutil.copy(path, folder / "base")
+    for name in ("mistral-7b", "zephyr-7b"):
+        MistralConfig(**TOY).save_pretrained(folder / name)
+    docs = [{"docid": f"d{n}", "text": f"a text about {word} and {WORDS[n // 2]}"} for n, word in enumerate(WORDS * 2)]
+    write_jsonl(folder / "docs.jsonl", docs)
+    queries = [{"qid": f"q{n}", "text": f"what is a {word}"} for n, word in enumerate(WORDS[:6])]
+    write_jsonl(folder / "queries.jsonl", queries)
+    run = [f"q{q} Q0 d{d} {d + 1} {30 - d} bm25\n" for q in range(6) for d in range(len(docs))]
+    (folder / "bm25.trec").write_text("".join(run))
+    judged = [f"q{q} 0 d{d} {1 + (d == q)}\n" for q in range(6) for d in (q, q + 1, q + 14, q + 15)]
+    (folder / "qrels.trec").write_text("".join(judged))
+    return folder
+
+
+SMALL = [
+    *ON_CPU,
+    "model.activation_checkpointing=0",
+    "data.max_length_tokens=1024",
+    "batch.global_lists=4",
+    "batch.microbatch_tokens=1024",
+    "optimizer.lr=1e-3",
+    "schedule.warmup=1ba",
+    "parallelism.fsdp=false",
+]
+
+
+def make_small(path: Path) -> None:
+    """The recipe at `path`, for this machine."""
+    path.write_text(recipe_to_yaml(load_recipe(path, SMALL)))
+
+
+def run_cli(arguments: list[str], folder: Path) -> str:
+    """`rankllm-composer …` in a folder; fails the test where it does."""
+    said = io.StringIO()
+    shown = contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)
+    with contextlib.chdir(folder), shown[0], shown[1], pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert not stop.value.code, (arguments, said.getvalue())
+    return said.getvalue()
+
+
+def run_here(command: list[str], folder: Path) -> str:
+    """A command of ours, as it stands in the page; what it printed."""
+    program, *arguments = command
+    if program == "composer":
+        return succeeded(train(*arguments[3:], folder=folder, ranks=int(arguments[1])))
+    names_no_model = not any(word.startswith(("model.name_or_path=", "--model")) for word in arguments)
+    if arguments[0] in ("inspect", "plan") and names_no_model:  # published weights and data, which are not here
+        arguments += ["model.name_or_path=base", "data.train.source.input=records.jsonl"]
+        arguments += ["data.train.local=absent", "data.max_length_tokens=1024"]
+    return run_cli(arguments, folder)
+
+
+# What it cannot run
+
+
+def check_recipe(file: str, overrides: list[str], num_ranks: int | None, folder: Path) -> None:
+    """A recipe, with what is laid over it, on this many ranks."""
+    path = folder / file if (folder / file).exists() else REPOSITORY / file
+    merged = merge_recipe(path, overrides)
+    assert merged.problems == [] and merged.warnings == []
+    if num_ranks is not None:
+        check_world(merged.recipe, num_ranks)
+
+
+def check_composer(command: list[str], folder: Path) -> None:
+    from composer.cli.launcher import _get_parser
+
+    options, rest = _get_parser().parse_known_args(command[1:])
+    script, file, *overrides = [options.training_script, *options.training_script_args]
+    assert rest == [] and (REPOSITORY / script).samefile(REPOSITORY / "rankllm_composer" / "train.py")
+    num_ranks = options.world_size if options.world_size not in (None, -1) else options.nproc
+    assert options.base_rank is None or options.base_rank == options.node_rank * options.nproc
+    check_recipe(file, overrides, num_ranks, folder)
+
+
+def check_torchrun(command: list[str], folder: Path) -> None:
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(command[1:])
+    assert (REPOSITORY / options.training_script).exists()
+    file, *overrides = options.training_script_args
+    check_recipe(file, overrides, int(options.nnodes) * int(options.nproc_per_node), folder)
+
+
+def check_sbatch(command: list[str], folder: Path) -> None:
+    nodes, script, file, *overrides = command[1:]
+    assert nodes == "--nodes=2" and (REPOSITORY / script).exists()
+    check_recipe(file, overrides, 16, folder)
+
+
+def check_make(command: list[str], folder: Path) -> None:
+    """The target is there, and the launcher would take what it runs."""
+    del folder
+    said = subprocess.run(["make", "-n", *command[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [shlex.split(line) for line in said.stdout.replace("\\\n", " ").splitlines() if "train.py" in line]
+    assert len(lines) == (2 if "STAGES=2" in command else "reproduce" in command[1])
+    for line in lines:
+        begin = next(place for place, word in enumerate(line) if "composer" in word)
+        arguments = [word for word in line[begin + 1 :] if word not in ("-m", "rankllm_composer.launch")]
+        # The sets of a stage are the user's: nothing else may be missing.
+        check_composer(["composer", *arguments], REPOSITORY)
+
+
+def check_docker(command: list[str], folder: Path) -> None:
+    del folder
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-f", type=Path)
+    parser.add_argument("-t")
+    parser.add_argument("context")
+    options = parser.parse_args(command[2:])
+    assert command[1] == "build" and (REPOSITORY / options.f).exists() and options.context == "."
+
+
+def check_export(command: list[str], folder: Path) -> None:
+    """The variables are those that the Makefile's CPU jobs set."""
+    del folder
+    (line,) = re.findall(r"^ONE_HEAP := (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    tree = ast.parse((REPOSITORY / "benchmarks" / "report.py").read_text())
+    measured = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ONE_HEAP"
+    )
+    assert command[1:] == line.split() == [f"{name}={value}" for name, value in measured.items()]
+
+
+def check_python(command: list[str], folder: Path) -> None:
+    """Tests by their path, or the inference client's own script."""
+    if command[1:3] == ["-m", "pytest"]:
+        assert all((REPOSITORY / path).exists() for path in command[3:])
+        return
+    path = next(word.partition("=")[2] for word in command if word.startswith("--model_path="))
+    limit = load_recipe(REPOSITORY / "yamls" / "first_mistral.yaml").data.max_length_tokens  # of the full-size run
+    contract = dataclasses.replace(read_contract(folder / path), context_size_tokens=limit)
+    assert command == shlex.split(serving_command(contract, path).replace("\\\n", " "))
+
+
+CHECKS: dict[str, Callable[[list[str], Path], None]] = {
+    "composer": check_composer,
+    "torchrun": check_torchrun,
+    "sbatch": check_sbatch,
+    "make": check_make,
+    "docker": check_docker,
+    "export": check_export,
+    "python": check_python,
+    ".venv/bin/python": check_python,
+}
+
+
+def runs_here(command: list[str]) -> bool:
+    return command[0] == "rankllm-composer" or command[:3] == ["composer", "-n", "1"]
+
+
+@pytest.mark.slow
+def test_every_command(here):
+    """All pages in one folder: own-data.md first, whose run the others read."""
+    printed: set[str] = set()
+    export = here / "runs" / "first_mistral" / "hf"
+    export.parent.mkdir(parents=True)
+    export.symlink_to(here / "run" / "hf")
+    pages = ["own-data.md", *(page.name for page in PAGES if page.name != "own-data.md")]
+    for block in sorted(BLOCKS, key=lambda block: pages.index(block.page)):
+        if block.language == "json":
+            assert block.page == "own-data.md"
+            first = json.loads(block.text)
+            write_jsonl(here / "records.jsonl", [first | {"id": f"q{n}"} for n in range(6)])
+        if block.page == "README.md":
+            for name in ("shards", "lists", "mine.yaml"):  # what own-data.md left
+                if (here / name).is_dir() and f"--output {name}/" in block.text:
+                    shutil.rmtree(here / name)
+                elif name in block.text.partition("recipes copy")[2].split():
+                    (here / name).unlink(missing_ok=True)
+        if block.language == "bash":
+            for line in block.lines:
+                command = words(line)
+                if runs_here(command):
+                    printed = set(map(shape, run_here(command, here).splitlines()))
+                    if block.page == "own-data.md" and command[1:3] == ["recipes", "copy"]:
+                        make_small(here / command[4])
+                else:
+                    CHECKS[command[0]](command, here)
+        if block.page == "planning.md" and block.language == "text":
+            assert set(map(shape, block.text.splitlines())) <= printed
+    assert (here / "reranked.trec").exists() and (here / "run" / "report.html").exists()
+
+
+def test_every_python_snippet_runs():
+    snippets = [block for block in BLOCKS if block.language == "python"]
+    assert [block.page for block in snippets] == ["losses.md"]
+    for block in snippets:
+        exec(compile(block.text, block.page, "exec"), {})
+
+
+# What the other blocks show
+
+
+def expanded(names: str) -> Iterator[str]:
+    for name in names.replace(",", " ").split():
+        stem = name.removesuffix("*")
+        found = [room.stem for room in ROOMS if room.stem.startswith(stem)] if name.endswith("*") else [name]
+        assert found
+        yield from found
+
+
+def check_map(text: str) -> None:
+    """Every room once."""
+    rows = re.findall(r"^ {2}(\S.*?) {2,}\S", text, re.MULTILINE)
+    listed = [room for row in rows for room in expanded(row)]
+    assert sorted(listed) == sorted(room.stem for room in ROOMS if room.stem != "__init__")
+    for name in re.findall(r"^(\w+/?) ", text, re.MULTILINE):
+        assert (REPOSITORY / name).exists()
+
+
+def check_demo(text: str) -> None:
+    """What the demo prints, but for the figures."""
+    source = (REPOSITORY / "rankllm_composer" / "demo.py").read_text()
+    head, *rows = text.splitlines()
+    assert head == "nDCG@10 on 200 held-out queries, first-token decoding"
+    for row in rows:
+        name, value, meaning = re.split(r" {2,}", row.strip())
+        assert name in source and meaning in source and 0 < float(value) <= 1
+
+
+def shape(line: str) -> str:
+    """A line without its figures."""
+    return " ".join(re.sub(r"\d[\d,.]*(e[+-]\d+)?|[▁-█]+", "#", line).split())
+
+
+# Page and place of a block that shows something, with what holds it; a plan's is held to what its command printed.
+SHOWN: dict[tuple[str, int], Callable[[str], None] | None] = {
+    ("README.md", 0): check_map,
+    ("README.md", 1): check_demo,
+    **{("planning.md", place): None for place in range(4)},
+}
+
+
+def shown() -> dict[tuple[str, int], Block]:
+    found: dict[tuple[str, int], Block] = {}
+    for page in PAGES:
+        texts = [block for block in BLOCKS if block.page == page.name and block.language == "text"]
+        found.update({(page.name, place): block for place, block in enumerate(texts)})
+    return found
+
+
+def test_every_block_is_of_a_kind_that_is_held():
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "json", "text"}
+    assert set(shown()) == set(SHOWN)
+    for page in PAGES:
+        rest = FENCE.sub("", page.read_text())
+        assert "```" not in rest, page
+        assert not re.search(r"^\n {4}\S", rest, re.MULTILINE), f"{page}: fence indented blocks"
+    for block in BLOCKS:
+        if block.language == "bash":
+            for line in block.lines:
+                command = words(line)
+                assert runs_here(command) or command[0] in CHECKS, line
+
+
+@pytest.mark.parametrize("place", [place for place, check in SHOWN.items() if check is not None], ids=str)
+def test_what_a_block_shows_is_so(place):
+    check = SHOWN[place]
+    assert check is not None
+    check(shown()[place].text)
+
+
+# Links, paths, keys
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for code in re.findall(r"`([^`\n]+)`", text):
+        if re.fullmatch(r"(yamls|tests|benchmarks|docs|rankllm_composer)/[\w./-]+", code):
+            assert (REPOSITORY / code).exists() or code == "benchmarks/RESULTS.md", code
+        if code.startswith("make "):
+            target = code.split()[1]
+            assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), code
+
+
+KEYS = [row.key for row in describe_keys()]
+SECTIONS = {key.partition(".")[0] for key in KEYS}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipe_keys_that_are_named_exist(page):
+    known = set(KEYS) | {key.rpartition(".")[0] for key in KEYS} | {"objective.ranking_loss_options.weighted"}
+    for code in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[=:][^`]*)?`", page.read_text()):
+        if code.partition(".")[0] in SECTIONS and not code.endswith((".py", ".md", ".yaml", ".json", ".jsonl")):
+            assert code in known, code
+
+
+def test_every_recipe_has_a_row_and_every_row_a_recipe():
+    rows = re.findall(r"^\| `yamls/(\w+)\.yaml` \|.*\|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(path.stem for path in (REPOSITORY / "yamls").glob("*.yaml"))
+
+
+def test_the_page_of_keys_is_what_the_dataclasses_say(tmp_path):
+    assert run_cli(["recipes", "keys", "--markdown"], tmp_path) == (REPOSITORY / "docs" / "recipe.md").read_text()
+
+
+def test_the_citation_names_this_version():
+    import yaml
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        "rankllm-composer",
+        project["version"],
+        "Apache-2.0",
+    )
+    assert f"## {project['version']}" in (REPOSITORY / "CHANGELOG.md").read_text()
+    for reference in citation["references"]:
+        assert reference["authors"] and reference["url"].startswith("https://arxiv.org/abs/")
+
+
+def test_extras_that_are_named_exist():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for page in PAGES for name in re.findall(r"'\.\[(\w+)\]'", page.read_text())}
+    assert named and named <= set(extras)
