@@ -44,7 +44,8 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         shuffle: another order every epoch; False = as the shards hold them.
         seed: of the order.
         num_canonical_nodes: parts that the order is dealt from in turn; None = the number of nodes at the first start.
-        cache_limit: bytes, or text such as "100gb", that the caches may hold; needs a remote for every stream.
+        cache_limit: bytes, or text such as "100gb", that the caches of a node may hold; needs a remote for every
+            stream. Processes that fetch at the same time may pass it by a shard each.
         predownload: rows that a worker fetches shards ahead for; None = 8 batches.
         download_retry: how often a failed download is tried again.
         download_timeout_seconds: longest download of one shard.
