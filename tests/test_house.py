@@ -6,9 +6,11 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import rankllm_composer
 
@@ -176,3 +178,24 @@ def test_rooms_that_are_typed_strictly_are_there():
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     strict = set(re.findall(r'^ {4}"rankllm_composer\.(\w+)",$', project, re.MULTILINE))
     assert strict <= set(ALLOWED) and {"losses", "permutations", "prompts", "packing", "recipe"} <= strict
+
+
+def test_the_constraints_are_what_is_installed():
+    """Exact versions of all that `.[dev]` brings, and no address of where it came from."""
+    root = Path(__file__).parent.parent
+    pinned = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!+-]+", line) for line in pinned)
+    versions = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower(): line.partition("==")[2] for line in pinned}
+    assert len(versions) == len(pinned)
+    wanted, seen = [("rankllm-composer", "dev")], set()
+    while wanted:
+        package, extra = wanted.pop()
+        for need in map(Requirement, metadata.requires(package) or ()):
+            name = re.sub(r"[-_.]+", "-", need.name).lower()
+            if name in ("pip", "setuptools") or not (need.marker is None or need.marker.evaluate({"extra": extra})):
+                continue
+            assert versions.get(name) == metadata.version(name), name
+            further = {(name, inner) for inner in (*need.extras, "")} - seen
+            seen |= further
+            wanted += further
+    assert len({name for name, _ in seen}) > 100
