@@ -4,8 +4,8 @@
 
 One after the other, each in a process of its own, on a machine that should have nothing else to do: the load average
 ahead of each is written down with it. RESULTS.md is written anew after every benchmark; with --only, the sections of
-the others stay; --threads is for a machine whose other cores have something else to do. A benchmark that fails or takes
-longer than its limit is written down as such, and the exit code is 1.
+the others stay; with --threads 1 CPU time counts, for a machine that has something else to do. A benchmark that fails
+or takes longer than its limit is written down as such, and the exit code is 1.
 """
 
 from __future__ import annotations
