@@ -12,6 +12,7 @@ import torch
 from launching import ON_CPU, REPOSITORY, metrics, succeeded, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
+from rankllm_composer.cli import main
 from rankllm_composer.contract import chat_template_sha256, read_contract
 from rankllm_composer.evaluation import evaluate_windows, summarise
 from rankllm_composer.progress import read_metrics
@@ -68,7 +69,7 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
         "schedule.warmup=2ba",
         "checkpoint.interval=1ep",
         f"data.eval={{local: windows, source: {{input: {material / 'windows.json'}}}}}",
-        "evaluation={interval: 1ep, decodings: [first_token]}",
+        "evaluation={interval: 1ep, decodings: [first_token], num_shuffles: 1}",
     ]
     if load_recipe(recipe).model.lora is not None:
         overlay.append("model.lora.frozen_precision=fp32")
@@ -98,10 +99,21 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
     record = json.loads((material / "records.json").read_text())[3]
     ids = encode_record(record, tokenizer, contract.objective).input_ids
     windows = [Record.from_conversations(record) for record in json.loads((material / "windows.json").read_text())]
-    told = summarise(evaluate_windows(model, tokenizer, windows, contract, decodings=["first_token"]))
+    told = summarise(
+        evaluate_windows(
+            model, tokenizer, windows, contract, decodings=["first_token"], num_shuffles=1, seed=keys.run.seed
+        )
+    )
     # Of two ranks that shared three windows and a sharded model, and of the exported one alone.
     assert {f"eval/{name}": value for name, value in told.items()} == pytest.approx(
         {name: value for name, value in validated[-1].items() if name.startswith("eval/")}
     )
     with torch.no_grad():
         assert model(torch.from_numpy(ids.astype(np.int64))[None]).logits.isfinite().all()
+
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "run")])
+    assert not ended.value.code
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f'<img id="{name}"' in page for name in ("positions", "losses", "learning_rate", "throughput"))
+    assert "first_token/tau" in page and "recipe of run" in page
