@@ -102,8 +102,13 @@ class CheckpointFolder(Callback):
         path, manifest = found
         run_name = state.run_name
         source = path if manifest.is_sharded else path / WHOLE_FILE
+        # Under PEFT a checkpoint holds the adapters alone; torch would miss the weights that they change.
+        are_adapters = bool(getattr(state.model, "using_peft", False))
+        own = state.model.state_dict().keys() if are_adapters else set()
 
         def keep_known(state_dict: dict[str, Any]) -> None:
+            if absent := own - state_dict["state"]["model"].keys():
+                raise CheckpointError(f"{path}: found no weights {', '.join(sorted(absent)[:5])}; use an earlier one")
             _drop_texts(state_dict)
             # Callbacks that are new in this run have no state there, and a sharded load would ask for it.
             callbacks = state_dict["state"].get("callbacks", {})
@@ -117,7 +122,7 @@ class CheckpointFolder(Callback):
                     state,
                     logger,
                     progress_bar=False,
-                    strict_model_weights=True,
+                    strict_model_weights=not are_adapters,
                     ignore_keys=keep_known,
                     # Composer would evaluate the text it finds for these.
                     exclude_algorithms=dir(composer.algorithms),

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from composer.core import Callback
+from composer.models import HuggingFaceModel
+from peft import LoraConfig, get_peft_model
 from s3_server import s3_server
-from tiny_training import new_hf_model, new_trainer
+from tiny_training import new_hf_model, new_tokenizer, new_trainer
 
 from rankllm_composer import resumption
 from rankllm_composer.checkpoints import MANIFEST, CheckpointError, whole_checkpoints
@@ -31,14 +33,19 @@ class Draws(Callback):
         self.seen.append((torch.rand(1).item(), np.random.rand(), random.random()))
 
 
-def train(folder: Path, duration: str, *, interval: str = "1ba", family: str = "mistral", **options):
+def train(folder: Path, duration: str, *, interval: str = "1ba", family: str = "mistral", lora=False, **options):
     """Batches of 4 an epoch; returns the draws and the final weights."""
     draws, checkpoints = Draws(), CheckpointFolder(folder, interval=interval, **options)
     model = new_hf_model(family)
+    if lora:
+        model = HuggingFaceModel(get_peft_model(model, LORA), new_tokenizer())
     trainer = new_trainer(model, duration, callbacks=[draws, checkpoints])
     trainer.fit()
     trainer.close()
     return draws.seen, {name: weight.clone() for name, weight in model.state_dict().items()}, checkpoints
+
+
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 def names(folder: Path) -> list[str]:
@@ -56,6 +63,22 @@ def test_going_on_is_as_never_having_stopped(tmp_path):
     assert first + second + third == draws
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     assert not (tmp_path / "parts" / ".partial" / "ep2-ba8").exists()
+
+
+def test_adapters_are_saved_alone_and_go_on(tmp_path):
+    """In less than half of what all weights take; a checkpoint that lacks an adapter is refused."""
+    train(tmp_path / "all", "1ba")
+    _, weights, _ = train(tmp_path / "whole", "1ep", lora=True)
+    train(tmp_path / "parts", "2ba", lora=True)
+    size, size_of_all = ((tmp_path / name / "ep0-ba1" / "rank0.pt").stat().st_size for name in ("parts", "all"))
+    assert size < size_of_all / 2
+    _, again, resumed = train(tmp_path / "parts", "1ep", lora=True)
+    assert resumed.resumed_from == tmp_path / "parts" / "ep0-ba2"
+    assert len(weights) == 2 * 2 * 2 and all(torch.equal(again[name], weights[name]) for name in weights)
+    gone = next(iter(weights))
+    poison(tmp_path / "whole" / "ep1-ba4", lambda state: state["model"].pop(gone))
+    with pytest.raises(CheckpointError, match=f"found no weights {gone}; use an earlier one"):
+        train(tmp_path / "whole", "2ep", lora=True)
 
 
 def test_a_half_written_one_is_passed_over(tmp_path):
