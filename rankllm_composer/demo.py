@@ -57,7 +57,7 @@ def run_demo(
     recipe = load_recipe(recipe_path, overrides)
 
     report("2. Lists become shards, shards train a small Mistral from random weights, an HF folder comes out.")
-    untrained = _export_untrained(recipe, folder / "untrained")
+    untrained = export_untrained(recipe, folder / "untrained")
     _train(recipe_path, overrides)
     trained = max(Path(str(recipe.export_folder)).iterdir(), key=lambda path: path.stat().st_mtime)
 
@@ -97,8 +97,8 @@ def _places(folder: Path, files: Collection) -> list[str]:
     ]
 
 
-def _export_untrained(recipe: Recipe, folder: Path) -> Path:
-    """The model as training starts from it: the same seed draws the same weights."""
+def export_untrained(recipe: Recipe, folder: Path) -> Path:
+    """Export the model as training starts from it, with letters; fresh weights are those that the seed draws."""
     from composer.utils import reproducibility
 
     from rankllm_composer.contract import decoding_contract
@@ -118,14 +118,14 @@ def _export_untrained(recipe: Recipe, folder: Path) -> Path:
         context_size_tokens=recipe.data.max_length_tokens,
     )
     reproducibility.seed_all(recipe.run.seed)
-    model = load_causal_lm(recipe.model.name_or_path, random_weights=True)
+    model = load_causal_lm(recipe.model.name_or_path, random_weights=recipe.model.random_weights)
     return write_model_folder(
         folder,
         state_dict=model.state_dict(),
         config=model.config,
         tokenizer=tokenizer,
         contract=contract,
-        card="The demo's model before training.",
+        card="The model before training.",
         dtype="float32",
     )
 
