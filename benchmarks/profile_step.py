@@ -1,6 +1,6 @@
 """Where does the time of one step go, in a plain Hugging Face loop and in the packed step?
 
-    python benchmarks/profile_step.py [--shape SHAPE] [--lists 2] [--checkpointing 1] [--top 8] [--threads N]
+    python benchmarks/profile_step.py [--shape SHAPE] [--lists 1] [--checkpointing 1] [--top 8] [--threads N]
 
 One step of each under torch.profiler, after the same step without it (it touches memory that the system has to clear).
 An operator belongs to the part of the model that called it; one of the backward pass to the part whose forward made it.
@@ -108,7 +108,7 @@ def main() -> None:
     """Print the seconds by part, then the operators that take the most."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
-    parser.add_argument("--lists", type=int, default=2)
+    parser.add_argument("--lists", type=int, default=1)
     parser.add_argument("--checkpointing", type=float, default=1.0)
     parser.add_argument("--top", type=int, default=8)
     parser.add_argument("--threads", type=int, default=NUM_CORES)
