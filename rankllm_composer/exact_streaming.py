@@ -7,6 +7,7 @@ an epoch early, without an error or in a wait without end, when a shard cannot b
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,6 +31,20 @@ from rankllm_composer.shard_index import ShardError
 from rankllm_composer.streams import Stream, cause, check_streams
 
 log = logging.getLogger(__name__)
+
+
+class _SharedStream(streaming.Stream):
+    """Unpacks a shard under a name of its own: several machines that see one folder may unpack it at the same time."""
+
+    def _decompress_shard_part(self, zip_info: Any, zip_filename: str, raw_filename: str, compression: Any) -> None:
+        own = Path(f"{raw_filename}.{secrets.token_hex(8)}")
+        try:
+            super()._decompress_shard_part(zip_info, zip_filename, str(own), compression)
+            own.replace(raw_filename)
+        except BaseException:
+            for path in (own, Path(f"{own}.tmp")):  # the second is what streaming writes first
+                path.unlink(missing_ok=True)
+            raise
 
 
 class ExactStreamingDataset(streaming.StreamingDataset):
@@ -81,7 +96,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
             with private_shared_memory():
                 super().__init__(
                     streams=[
-                        streaming.Stream(
+                        _SharedStream(
                             remote=stream.remote if stream.is_cache else None,
                             local=stream.local,
                             proportion=stream.proportion,

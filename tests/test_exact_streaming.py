@@ -187,6 +187,23 @@ def test_what_was_unpacked_in_place_is_unpacked_again(tmp_path):
     assert read(new_loader(stream), 1) == epochs
 
 
+def test_machines_that_share_a_folder_may_unpack_a_shard_at_the_same_time(tmp_path, monkeypatch):
+    """Another one unpacks the shard while this one has written its own copy and not yet put it in place."""
+    folder = write_shards(tmp_path / "shared", range(4))
+    rename, others = os.rename, []
+
+    def rename_late(source, target):
+        if not others:
+            others.append(None)
+            others[0] = read(new_loader(Stream(local=str(folder)), shuffle=False))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_late)
+    assert read(new_loader(Stream(local=str(folder)), shuffle=False)) == [[ids(0, 1, 2, 3)]] == others[0]
+    kept = [path.name for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert kept == ["shard.00000.mds", "shard.00000.mds.zstd", "index.json"]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_in_the_cache_is_mended_from_the_remote(remote, workers):
     epochs = read(new_loader(remote), 1)
