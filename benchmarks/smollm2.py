@@ -139,7 +139,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the split and the known items")
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options, overrides = parser.parse_known_args()
-    on_one_heap()
     print_head(options.threads)
     recipe = load_recipe(RECIPE, overrides)
     files, model = options.folder / "collection", Path(recipe.model.name_or_path)
@@ -174,4 +173,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_one_heap()
     main()

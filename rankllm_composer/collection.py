@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankllm_composer.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
+from rankllm_composer.permutations import MAX_CANDIDATES, identifiers
 from rankllm_composer.prompts import SYSTEM_MESSAGE, render_user_turn
 
 PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
@@ -174,17 +174,10 @@ def _write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def build_model_folder(
-    folder: Path,
-    words: tuple[str, ...],
-    *,
-    hidden_size: int = 64,
-    num_layers: int = 2,
-    styles: tuple[IdentifierStyle, ...] = ("letters",),
-) -> None:
+def build_model_folder(folder: Path, words: tuple[str, ...], *, hidden_size: int = 64, num_layers: int = 2) -> None:
     """Write configuration and tokenizer of a small Mistral that reads the client's prompts about these words.
 
-    The tokenizer knows the words of the prompt template, the identifiers, and `words`. The sizes, the wide
+    The tokenizer knows the words of the prompt template, all letters as identifiers, and `words`. The sizes, the wide
     initialisation and the short rotary period are what learns within minutes; see benchmarks/EXPERIMENTS.md.
 
     Args:
@@ -192,18 +185,15 @@ def build_model_folder(
         words: of the collection.
         hidden_size: D.
         num_layers: decoder layers.
-        styles: of identifiers it reads: all letters, the numbers 1 to 9.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import MistralConfig, PreTrainedTokenizerFast
 
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-    sizes = {"letters": MAX_CANDIDATES["letters"], "numbers": 9}
-    names = [name for style in styles for name in identifiers(sizes[style], style)]
-    text = " ".join(words)
-    turns = [render_user_turn(text, [text] * count, style) for style in styles for count in range(2, sizes[style] + 1)]
+    most = MAX_CANDIDATES["letters"]
+    turns = [render_user_turn(" ".join(words), [" ".join(words)] * count) for count in range(2, most + 1)]
     pieces = [piece for text in (SYSTEM_MESSAGE, *turns) for piece in re.findall(PIECE, text)]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*special, *names, *pieces]))}
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*special, *identifiers(most), *pieces]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
