@@ -4,8 +4,8 @@
 
 The demo's model from random weights, on the demo's lists, once for each objective and loss: the same lists in the same
 order, the same number of updates and the same learning rate, which was chosen for combined training with weighted
-RankNet. Figures are of held-out windows after the last update. Losses have scales of their own; each is weighed so
-that it starts about where weighted RankNet does (ListNet by 0.1, as published). What `ranking` alone writes is not a
+RankNet. Figures are of held-out windows after the last update. Losses have scales of their own and a weight each,
+which is one choice (ListNet's 0.1 is the published one), not searched. What `ranking` alone writes is not a
 ranking: it never learns to generate, and the client's first-token reading needs the `[` that it does not write.
 """
 
