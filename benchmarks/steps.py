@@ -30,8 +30,9 @@ def plain_loss(model: PreTrainedModel, lists: list[Sequence]) -> torch.Tensor:
 
     The LM part takes the log-softmax of all logits but the last place's, and its sum over the vocabulary besides, for a
     label smoothing of 0 that counts all the same; scores are read from the full logits at each list's score position.
-    Attention is transformers' default where flash-attn is absent: SDPA, causal. As published no padding mask is handed
-    over, for no real token sees what comes after it; with a mask the kernel would compute both halves of (L, L).
+    Attention is transformers' default where flash-attn is absent, SDPA, and causal as flash-attn's in the published
+    runs: no real token sees the padding after it. A padding mask of ones says so; with a true one, or none at all,
+    transformers 4.53 would make an (L, L) mask, and SDPA would compute both halves of it.
     """
     longest = max(len(item.encoded.input_ids) for item in lists)
     input_ids = torch.zeros(len(lists), longest, dtype=torch.int64)  # (B, L)
@@ -40,7 +41,7 @@ def plain_loss(model: PreTrainedModel, lists: list[Sequence]) -> torch.Tensor:
         ids = torch.from_numpy(item.encoded.input_ids).long()
         input_ids[row, : len(ids)] = ids
         labels[row, item.encoded.response_start : len(ids)] = ids[item.encoded.response_start :]
-    logits = model(input_ids=input_ids, use_cache=False).logits  # (B, L, V)
+    logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits  # (B, L, V)
     shifted, targets = logits[:, :-1].contiguous(), labels[:, 1:]
     surprise = -F.log_softmax(shifted, dim=-1)
     is_target = targets != -100
