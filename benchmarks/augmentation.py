@@ -10,14 +10,11 @@ Rows: as the shards hold the lists, and with `data.train.shuffle_passages`.
 
 from __future__ import annotations
 
-import argparse
 import random
-import statistics
-import tempfile
 from pathlib import Path
 
-from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
-from trained import LISTS, places, prepare, train_once
+from report import on_one_heap
+from trained import compare
 
 from rankllm_composer.retrieval import load_judgments, load_run
 
@@ -51,40 +48,10 @@ def order_well(run: Path, judgments: Path, seed: int) -> None:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=1250)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=NUM_CORES)
-    parser.add_argument("--queries", type=int, default=20000)
-    parser.add_argument("--runs", default=";".join(RUNS))
-    options = parser.parse_args()
-    print_head(options.threads)
-    print(f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, 200 held-out windows of 4 candidates\n")
-    print_columns(["training lists", "presented nDCG", *FIGURES])
-    for name in options.runs.split(";"):
-        found: dict[str, list[float]] = {}
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            files = prepare(folder, options.queries)
-            order_well(files.train_run, files.judgments, seed=42)
-            given = [
-                *places(folder, files),
-                f"data.train.local={folder / 'shards'}",
-                f"run.max_duration={options.updates}ba",
-                f"schedule.warmup={min(100, options.updates // 2)}ba",
-                f"evaluation.interval={options.updates}ba",
-                "evaluation.num_shuffles=4",
-                *RUNS[name],
-            ]
-            for seed in range(options.seeds):
-                figures = train_once(f"seed-{seed}", folder, [*given, f"run.seed={seed}"], options.threads)
-                for key in ("presented/ndcg@10", *FIGURES):
-                    if key in figures:
-                        found.setdefault(key, []).append(figures[key])
-        cells = [
-            f"{statistics.mean(found[key]):.3f}" if key in found else "–" for key in ("presented/ndcg@10", *FIGURES)
-        ]
-        print_row([name, *cells])
+    ways = {name: [*keys, "evaluation.num_shuffles=4"] for name, keys in RUNS.items()}
+    compare(
+        __doc__, "training lists", ways, FIGURES, lambda files: order_well(files.train_run, files.judgments, seed=42)
+    )
 
 
 if __name__ == "__main__":

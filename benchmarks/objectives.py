@@ -11,13 +11,8 @@ ranking: it never learns to generate, and the client's first-token reading needs
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import tempfile
-from pathlib import Path
-
-from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
-from trained import LISTS, places, prepare, train_once
+from report import on_one_heap
+from trained import compare
 
 # name: objective, ranking loss, its weight, its options
 RUNS = {
@@ -33,48 +28,19 @@ RUNS = {
 FIGURES = ("first_token/ndcg@10", "first_token/tau", "generation/ndcg@10", "generation/malformed", "agreement/tau")
 
 
-def overrides(name: str, updates: int) -> list[str]:
+def overrides(objective: str, loss: str, weight: float, options: str) -> list[str]:
     """What is laid over the demo's recipe for a run."""
-    objective, loss, weight, options = RUNS[name]
     return [
-        f"run.max_duration={updates}ba",
-        f"schedule.warmup={min(100, updates // 2)}ba",
         f"objective.name={objective}",
         f"objective.ranking_loss={loss}",
         f"objective.ranking_weight={weight}",
         f"objective.ranking_loss_options={{{options}}}",
-        f"evaluation.interval={updates}ba",
     ]
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=1250)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=NUM_CORES)
-    parser.add_argument("--runs", default=";".join(RUNS))
-    parser.add_argument("--queries", type=int, default=20000)
-    options = parser.parse_args()
-    print_head(options.threads)
-    print(f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, 200 held-out windows of 4 candidates\n")
-    print_columns(["objective and loss", "presented nDCG", *FIGURES])
-    for name in options.runs.split(";"):
-        found: dict[str, list[float]] = {}
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            files = prepare(folder, options.queries)
-            shards = f"data.train.local={folder / 'shards'}"
-            for seed in range(options.seeds):
-                given = [*places(folder, files), shards, *overrides(name, options.updates), f"run.seed={seed}"]
-                figures = train_once(f"seed-{seed}", folder, given, options.threads)
-                for key in ("presented/ndcg@10", *FIGURES):
-                    if key in figures:
-                        found.setdefault(key, []).append(figures[key])
-        cells = [
-            f"{statistics.mean(found[key]):.3f}" if key in found else "–" for key in ("presented/ndcg@10", *FIGURES)
-        ]
-        print_row([name, *cells])
+    compare(__doc__, "objective and loss", {name: overrides(*way) for name, way in RUNS.items()}, FIGURES)
 
 
 if __name__ == "__main__":

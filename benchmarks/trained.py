@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from report import NUM_CORES, print_columns, print_head, print_row
 
 from rankllm_composer import train
 from rankllm_composer.collection import Collection, build_collection, build_model_folder
@@ -17,9 +22,9 @@ NUM_TRAIN_QUERIES, NUM_TEST_QUERIES = 20000, 200
 LISTS = 16  # an update; fewer than the demo has, which learns more from as many lists
 
 
-def prepare(folder: Path, num_train: int = NUM_TRAIN_QUERIES, num_test: int = NUM_TEST_QUERIES) -> Collection:
+def prepare(folder: Path, num_train: int) -> Collection:
     """Write the demo's collection, and the folder of its model without weights, into `folder`."""
-    files = build_collection(folder / "collection", num_train_queries=num_train, num_test_queries=num_test)
+    files = build_collection(folder / "collection", num_train_queries=num_train, num_test_queries=NUM_TEST_QUERIES)
     build_model_folder(folder / "model", files.words)
     return files
 
@@ -69,3 +74,56 @@ def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int) 
         found = json.loads(line)
         figures.update({key.removeprefix("eval/"): value for key, value in found.items() if key.startswith("eval/")})
     return figures
+
+
+def compare(
+    text: str | None,
+    what: str,
+    ways: Mapping[str, Sequence[str]],
+    figures: Sequence[str],
+    change: Callable[[Collection], None] | None = None,
+) -> None:
+    """Command of a comparison: train each way, print a row of figures of held-out windows, means over the seeds.
+
+    Args:
+        text: what the command does.
+        what: names the first column.
+        ways: by name, what is laid over the demo's recipe.
+        figures: of the last evaluation.
+        change: called with each collection before it is used.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=1250)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=NUM_CORES)
+    parser.add_argument("--queries", type=int, default=NUM_TRAIN_QUERIES)
+    parser.add_argument("--runs", default=";".join(ways))
+    options = parser.parse_args()
+    print_head(options.threads)
+    print(
+        f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, {NUM_TEST_QUERIES} held-out windows of 4 "
+        "candidates\n"
+    )
+    columns = ("presented/ndcg@10", *figures)
+    print_columns([what, *columns])
+    for name in options.runs.split(";"):
+        found: dict[str, list[float]] = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            files = prepare(folder, options.queries)
+            if change is not None:
+                change(files)
+            given = [
+                *places(folder, files),
+                f"data.train.local={folder / 'shards'}",
+                f"run.max_duration={options.updates}ba",
+                f"schedule.warmup={min(100, options.updates // 2)}ba",
+                f"evaluation.interval={options.updates}ba",
+                *ways[name],
+            ]
+            for seed in range(options.seeds):
+                measured = train_once(f"seed-{seed}", folder, [*given, f"run.seed={seed}"], options.threads)
+                for key in columns:
+                    if key in measured:
+                        found.setdefault(key, []).append(measured[key])
+        print_row([name, *(f"{statistics.mean(found[key]):.3f}" if key in found else "–" for key in columns)])
