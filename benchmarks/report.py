@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 NUM_CORES = len(os.sched_getaffinity(0))
-# What glibc does with freed memory decides over a third of a CPU step's time and half of its resident memory: by itself
-# it gives large blocks back to the system at once, which then clears them page by page when they are asked for again,
-# and keeps a heap a thread. `heap.py` measures what this changes.
+# What glibc does with freed memory moves a CPU step's time and, more, its resident memory: by itself it gives large
+# blocks back to the system at once, which then clears them page by page when they are asked for again, and keeps a heap
+# a thread. `heap.py` measures what this changes.
 ONE_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "20000000000",
