@@ -106,6 +106,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str)
         device=device,
         activation_checkpointing=keys.activation_checkpointing,
         compile_layers=keys.compile,
+        bf16_on_cpu=device == "cpu" and recipe.parallelism.precision == "amp_bf16",
         peft_config=build_peft_config(recipe),
     )
 

@@ -6,7 +6,7 @@ import functools
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +62,7 @@ class ListwiseReranker(HuggingFaceModel):
         device: "gpu" or "cpu", where the forward will run.
         activation_checkpointing: share of layers whose activations are recomputed, 0 … 1.
         compile_layers: run each layer through torch.compile.
+        bf16_on_cpu: run the forward under PyTorch's autocast to bfloat16 on a CPU, where Composer's `amp_bf16` is none.
         peft_config: a PEFT LoRA configuration. None = all weights are trained.
     Raises:
         ValueError: the attention cannot run here, or the tokenizer has more tokens than the model.
@@ -77,6 +78,7 @@ class ListwiseReranker(HuggingFaceModel):
         device: str = "cpu",
         activation_checkpointing: float = 0.0,
         compile_layers: bool = False,
+        bf16_on_cpu: bool = False,
         peft_config: PeftConfig | None = None,
     ) -> None:
         model.config._attn_implementation = choose_attention(attention, device)
@@ -90,6 +92,7 @@ class ListwiseReranker(HuggingFaceModel):
             peft_config=peft_config,
         )
         self.objective = objective
+        self.bf16_on_cpu = bf16_on_cpu
         layer_types = {type(layer) for layer in decoder_layers(self.model)}
         self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types  # type: ignore[assignment]
         if compile_layers:
@@ -136,13 +139,14 @@ class ListwiseReranker(HuggingFaceModel):
             logits_to_keep=batch["logit_positions"],
             use_cache=False,
         )
-        if self.objective.trains_language_modelling or not batch["record_ids"]:
-            logits = call().logits
-        else:
-            token_ids, columns = torch.unique(batch["identifier_token_ids"], return_inverse=True)
-            batch["identifier_columns"] = columns  # type: ignore[index]
-            with self._head_rows(token_ids):
+        with torch.autocast("cpu", torch.bfloat16) if self.bf16_on_cpu else nullcontext():
+            if self.objective.trains_language_modelling or not batch["record_ids"]:
                 logits = call().logits
+            else:
+                token_ids, columns = torch.unique(batch["identifier_token_ids"], return_inverse=True)
+                batch["identifier_columns"] = columns  # type: ignore[index]
+                with self._head_rows(token_ids):
+                    logits = call().logits
         return {"logits": logits[0]}
 
     def loss(  # type: ignore[override]  # a dict is what the Trainer logs by name

@@ -166,7 +166,6 @@ def _times(recipe: Recipe) -> Iterator[Problem]:
 def _hardware(recipe: Recipe) -> Iterator[Problem]:
     device, precision = recipe.parallelism.device, recipe.parallelism.precision
     for_gpu = {
-        "parallelism.precision": (precision, "amp_bf16", "fp32"),
         "model.attention": (recipe.model.attention, "flash_attention_2", "auto or packed_sdpa"),
         "optimizer.name": (recipe.optimizer.name, "adamw_8bit", "adamw"),
     }

@@ -182,6 +182,27 @@ def test_compiled_layers_compute_the_same(monkeypatch):
         assert_same_step(model, reference, parts, expected)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_forward_in_bfloat16_on_cpu(name):
+    """Products in bfloat16, near to float32's; weights, gradients and losses stay float32."""
+    objective = Objective(name, ranking_weight=3.0)
+    sequences = random_sequences(name)
+    reference, model = new_model("mistral"), new_model("mistral")
+    expected = packed_losses(reference, sequences, objective)
+    computed = []
+    for layer in decoder_layers(model):
+        layer.self_attn.q_proj.register_forward_hook(lambda _module, _inputs, output: computed.append(output.dtype))
+    parts = packed_losses(model, sequences, objective, bf16_on_cpu=True, activation_checkpointing=1.0)
+    assert set(computed) == {torch.bfloat16} and len(computed) == 8  # forward and again
+    for part, value in parts.items():
+        assert value.dtype == torch.float32 and value != expected[part]
+        torch.testing.assert_close(value, expected[part], rtol=2e-2, atol=0)
+    for parameter, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        against = gradients(reference)[parameter]
+        assert F.cosine_similarity(gradient.flatten(), against.flatten(), dim=0) > 0.98, parameter
+
+
 def test_logits_only_where_they_count():
     sequences = random_sequences("combined")
     (batch,) = split_batch({"sequences": sequences}, max_lists=10)

@@ -722,7 +722,6 @@ CPU = "parallelism.device=cpu"
         (["run.max_duration=1000tok"], "run.max_duration", "'1000tok'"),
         (["run.max_duration=50ba"], "schedule.warmup", "'50ba', the whole run"),
         (["schedule.warmup=1dur"], "schedule.warmup", "'1dur', the whole run"),
-        ([CPU], "parallelism.precision", "amp_bf16 with parallelism.device: cpu"),
         ([CPU, "model.attention=flash_attention_2"], "model.attention", "with parallelism.device: cpu"),
         ([CPU, "optimizer.name=adamw_8bit"], "optimizer.name", "adamw_8bit with parallelism.device: cpu"),
         (["model.attention=flash_attention_2", "parallelism.precision=fp32"], "model.attention", "precision: fp32"),

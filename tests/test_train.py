@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import ON_CPU, REPOSITORY, TRAIN, metrics, succeeded, train
+from safetensors.torch import load_file
 
 from rankllm_composer.assembly import AssemblyError, build_optimizer, choose_device
 from rankllm_composer.recipe_merge import load_recipe, recipe_to_yaml
@@ -141,13 +142,15 @@ def test_one_rank_without_sharding_builds_its_shards_from_retrieval_files(tmp_pa
         "batch.global_lists=4",
         "batch.microbatch_tokens=1024",
         "parallelism.fsdp=false",
+        "parallelism.precision=amp_bf16",
         "run.max_duration=1ep",
         "schedule.warmup=1ba",
     ]
     output = succeeded(train(FIRST_MISTRAL, *overlay, folder=tmp_path, ranks=1))
     assert "epoch 1/1  batch 4/4" in output
     assert len(metrics(tmp_path / "run" / "metrics.jsonl")) == 4
-    assert (tmp_path / "run" / "hf" / "epoch_0" / "model.safetensors").exists()
+    exported = load_file(tmp_path / "run" / "hf" / "epoch_0" / "model.safetensors")
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
 
     refused = train(FIRST_MISTRAL, *overlay, "optimizer.lr=1e-4", folder=tmp_path, ranks=1)
     assert refused.returncode != 0 and "holds a run of another recipe" in refused.stdout + refused.stderr
