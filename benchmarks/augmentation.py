@@ -5,7 +5,8 @@
 The demo's model from random weights. Its training lists come in a good order, as a first stage gives them: sorted by
 grade, then neighbours swapped with probability 0.3. A model can copy that order instead of reading. Held-out windows
 come in an order drawn by chance; each is ranked by the first token as shown, reversed, and in 4 more random orders.
-Rows: as the shards hold the lists, and with `data.train.shuffle_passages`.
+Rows: as the shards hold the lists, and with `data.train.shuffle_passages`, each with letters, which the shards hold,
+and with numbers, which they become as they are read. The tokenizer has one token for each letter and each number.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from trained import compare
 
 from rankllm_composer.retrieval import load_judgments, load_run
 
+SHUFFLED = "data.train.shuffle_passages=true"
+NUMBERS = ["data.train.identifiers=numbers", "data.eval.identifiers=numbers"]
 RUNS = {
     "as the shards hold them": [],
-    "passages shuffled": ["data.train.shuffle_passages=true"],
+    "passages shuffled": [SHUFFLED],
+    "letters to numbers": NUMBERS,
+    "passages shuffled, letters to numbers": [SHUFFLED, *NUMBERS],
 }
 FIGURES = (
     "first_token/ndcg@10",
@@ -50,7 +55,12 @@ def main() -> None:
     """Print the table."""
     ways = {name: [*keys, "evaluation.num_shuffles=4"] for name, keys in RUNS.items()}
     compare(
-        __doc__, "training lists", ways, FIGURES, lambda files: order_well(files.train_run, files.judgments, seed=42)
+        __doc__,
+        "training lists",
+        ways,
+        FIGURES,
+        lambda files: order_well(files.train_run, files.judgments, seed=42),
+        with_numbers=True,
     )
 
 

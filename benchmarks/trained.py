@@ -22,10 +22,10 @@ NUM_TRAIN_QUERIES, NUM_TEST_QUERIES = 20000, 200
 LISTS = 16  # an update; fewer than the demo has, which learns more from as many lists
 
 
-def prepare(folder: Path, num_train: int) -> Collection:
+def prepare(folder: Path, num_train: int, with_numbers: bool) -> Collection:
     """Write the demo's collection, and the folder of its model without weights, into `folder`."""
     files = build_collection(folder / "collection", num_train_queries=num_train, num_test_queries=NUM_TEST_QUERIES)
-    build_model_folder(folder / "model", files.words)
+    build_model_folder(folder / "model", files.words, with_numbers=with_numbers)
     return files
 
 
@@ -82,6 +82,7 @@ def compare(
     ways: Mapping[str, Sequence[str]],
     figures: Sequence[str],
     change: Callable[[Collection], None] | None = None,
+    with_numbers: bool = False,
 ) -> None:
     """Command of a comparison: train each way, print a row of figures of held-out windows, means over the seeds.
 
@@ -91,6 +92,7 @@ def compare(
         ways: by name, what is laid over the demo's recipe.
         figures: of the last evaluation.
         change: called with each collection before it is used.
+        with_numbers: the model has a token for each number that may be an identifier.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=1250)
@@ -110,7 +112,7 @@ def compare(
         found: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            files = prepare(folder, options.queries)
+            files = prepare(folder, options.queries, with_numbers)
             if change is not None:
                 change(files)
             given = [

@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankllm_composer.permutations import MAX_CANDIDATES, identifiers
+from rankllm_composer.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
 from rankllm_composer.prompts import SYSTEM_MESSAGE, render_user_turn
 
 PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
+PIECE_WITH_NUMBERS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]| "
 """What the word-level tokenizer takes as one token: a word or a sign, with the space before it."""
 
 CHAT_TEMPLATE = (
@@ -174,7 +175,14 @@ def _write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def build_model_folder(folder: Path, words: tuple[str, ...], *, hidden_size: int = 64, num_layers: int = 2) -> None:
+def build_model_folder(
+    folder: Path,
+    words: tuple[str, ...],
+    *,
+    with_numbers: bool = False,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+) -> None:
     """Write configuration and tokenizer of a small Mistral that reads the client's prompts about these words.
 
     The tokenizer knows the words of the prompt template, all letters as identifiers, and `words`. The sizes, the wide
@@ -183,6 +191,7 @@ def build_model_folder(folder: Path, words: tuple[str, ...], *, hidden_size: int
     Args:
         folder: made if absent; holds no weights.
         words: of the collection.
+        with_numbers: 1 to 99 are a token each too; otherwise each of their digits is.
         hidden_size: D.
         num_layers: decoder layers.
     """
@@ -190,13 +199,19 @@ def build_model_folder(folder: Path, words: tuple[str, ...], *, hidden_size: int
     from transformers import MistralConfig, PreTrainedTokenizerFast
 
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-    most = MAX_CANDIDATES["letters"]
-    turns = [render_user_turn(" ".join(words), [" ".join(words)] * count) for count in range(2, most + 1)]
-    pieces = [piece for text in (SYSTEM_MESSAGE, *turns) for piece in re.findall(PIECE, text)]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*special, *identifiers(most), *pieces]))}
+    styles: list[IdentifierStyle] = ["letters", "numbers"] if with_numbers else ["letters"]
+    piece = PIECE_WITH_NUMBERS if with_numbers else PIECE
+    names = [name for style in styles for name in identifiers(MAX_CANDIDATES[style], style)]
+    turns = [
+        render_user_turn(" ".join(words), [" ".join(words)] * count, style)
+        for style in styles
+        for count in range(2, MAX_CANDIDATES[style] + 1)
+    ]
+    pieces = [found for text in (SYSTEM_MESSAGE, *turns) for found in re.findall(piece, text)]
+    vocabulary = {text: index for index, text in enumerate(dict.fromkeys([*special, *names, *pieces]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]

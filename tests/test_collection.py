@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rankllm_composer.collection import build_collection, build_model_folder, invent_words
+from rankllm_composer.permutations import identifiers
 from rankllm_composer.prompts import SYSTEM_MESSAGE, Record, check_tokenizer, encode_record, render_user_turn
 from rankllm_composer.retrieval import load_documents, load_judgments, load_queries, load_run
 
@@ -83,15 +84,25 @@ def test_sizes_that_cannot_be_are_refused(tmp_path):
         build_collection(tmp_path, passages_per_grade=41)
 
 
-@pytest.mark.parametrize("num_candidates", [2, 4, 26])
-def test_the_tokenizer_reads_every_prompt_and_writes_every_answer(tmp_path, num_candidates):
+@pytest.mark.parametrize(
+    "with_numbers, style, num_candidates",
+    [
+        (False, "letters", 2),
+        (False, "letters", 4),
+        (False, "letters", 26),
+        (True, "letters", 26),
+        (True, "numbers", 4),
+        (True, "numbers", 99),
+    ],
+)
+def test_the_tokenizer_reads_every_prompt_and_writes_every_answer(tmp_path, with_numbers, style, num_candidates):
     words = invent_words(16, seed=3)
-    build_model_folder(tmp_path, words)
+    build_model_folder(tmp_path, words, with_numbers=with_numbers)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    check_tokenizer(tokenizer, "combined", "letters", num_candidates)
-    letters = [chr(ord("A") + index) for index in range(num_candidates)]
-    response = " > ".join(f"[{letter}]" for letter in reversed(letters))
-    turn = render_user_turn(words[0], [" ".join(words[1:5])] * num_candidates)
+    check_tokenizer(tokenizer, "combined", style, num_candidates)
+    names = identifiers(num_candidates, style)
+    response = " > ".join(f"[{name}]" for name in reversed(names))
+    turn = render_user_turn(words[0], [" ".join(words[1:5])] * num_candidates, style)
     encoded = encode_record(Record("r", SYSTEM_MESSAGE, turn, response), tokenizer, "combined")
     ids = encoded.input_ids.tolist()
     assert tokenizer.unk_token_id not in ids
