@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rankllm_composer.flops import forward_flops
+from rankllm_composer.known_item import build_known_items
+from rankllm_composer.prompts import SYSTEM_MESSAGE
+from rankllm_composer.recipe_merge import load_recipe
+from rankllm_composer.retrieval import load_queries
+from rankllm_composer.user_turn import is_client_wording
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -89,6 +97,53 @@ def test_the_speed_that_arithmetic_alone_would_give(benchmark):
 )
 def test_memory_given_out_again_counts_once(benchmark, events, highest):
     assert benchmark("plan_vs_measured").highest_in_use(events) == highest
+
+
+@pytest.fixture()
+def known_lists(tmp_path):
+    """40 known-item lists of four passages, each asked for by two of its own words."""
+    rows = [{"docid": f"d{i}", "text": " ".join(f"word{i}x{k}" for k in range(9))} for i in range(12)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return build_known_items(
+        tmp_path / "docs.jsonl",
+        tmp_path / "known",
+        num_lists=40,
+        num_candidates=4,
+        ask_with="text",
+        query_words=(2, 2),
+        passage_words=5,
+    )
+
+
+def test_a_warmup_goes_from_a_short_prompt_to_the_clients(benchmark, known_lists):
+    records = list(benchmark("smollm2").warmup_records(known_lists, seed=1))
+    assert len(records) == len({record.id for record in records}) == 40
+    wording = [(record.system == SYSTEM_MESSAGE, is_client_wording(record.user)) for record in records]
+    assert wording[:27] == [(False, False)] * 27 and wording[38:] == [(True, True)] * 2
+    assert {system for system, _ in wording[27:38]} == {True, False}
+    queries = load_queries(known_lists.queries)
+    for record in records:
+        query = queries[record.id]
+        passages = re.findall(r"^\[([A-D])\] (.+)$", record.user, re.MULTILINE)
+        around = re.sub(r"^\[[A-D]\] .+$", "", record.user, flags=re.MULTILINE)
+        assert around.count(query) == 2 and record.response.count(">") == 3
+        asked = [name for name, text in passages if set(query.split()) <= set(text.split())]
+        assert asked == [record.response[1]]
+
+
+def test_a_warmup_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_path, golden, mistral_v3_folder, capsys):
+    base = shutil.copytree(mistral_v3_folder, tmp_path / "base")
+    for path in (golden / "tiny_mistral").iterdir():
+        shutil.copy(path, base)
+    smollm2 = benchmark("smollm2")
+    overrides = [f"model.name_or_path={base}", "model.config_overrides={num_hidden_layers: 1}", "batch.global_lists=4"]
+    smollm2.warm_up(load_recipe(smollm2.RECIPE, overrides), known_lists, tmp_path / "start", seed=1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "start"))
+    assert "model.layers.1.mlp.up_proj.weight" not in after
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.float32 and not torch.equal(before[name], after[name])
+    assert re.search(r"warmup 40 of 40 lists, loss 0\.\d+", capsys.readouterr().out)
+    assert (tmp_path / "start" / "tokenizer_config.json").exists()
 
 
 def test_the_lists_are_alike_on_every_run(benchmark):

@@ -39,7 +39,7 @@ def test_the_document_asked_for_is_shown_once_and_alone_is_relevant(documents: P
 
 
 def test_some_words_of_the_title_ask_in_their_order(documents: Path, tmp_path: Path) -> None:
-    files = build_known_items(documents, tmp_path / "known", num_lists=40, num_candidates=2, min_query_words=2)
+    files = build_known_items(documents, tmp_path / "known", num_lists=40, num_candidates=2, query_words=(2, 9))
     lengths = set()
     for query in load_queries(files.queries).values():
         words = query.split()
@@ -48,6 +48,48 @@ def test_some_words_of_the_title_ask_in_their_order(documents: Path, tmp_path: P
         places = [places.index("number" if word.isdigit() else word) for word in words]
         assert places == sorted(places)
     assert lengths == {2, 3, 4, 5}
+
+
+def test_words_of_the_passage_that_is_shown_ask(tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(30)]
+    rows = [{"docid": f"d{i}", "text": " ".join(f"{word}of{i}" for word in words)} for i in range(5)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"docid": "short", "text": "a b"}])))
+    files = build_known_items(
+        tmp_path / "docs.jsonl",
+        tmp_path / "known",
+        num_lists=50,
+        num_candidates=3,
+        ask_with="text",
+        query_words=(2, 4),
+        passage_words=6,
+    )
+    run, judgments = load_run(files.run), load_judgments(files.judgments)
+    texts = load_documents(files.docs, {docid for shown in run.values() for docid in shown})
+    starts, lengths = set(), set()
+    for qid, query in load_queries(files.queries).items():
+        (relevant,) = (docid for docid in run[qid] if judgments[qid][docid])
+        shown, asked = texts[relevant].split(), query.split()
+        assert [word for word in shown if word in asked] == asked
+        assert len(run[qid]) == 3 and not any(
+            set(asked) & set(texts[docid].split()) for docid in run[qid] if docid != relevant
+        )
+        lengths.add(len(asked))
+        starts.add(shown[0].split("of")[0])
+        assert len(shown) == (2 if relevant.startswith("short") else 6)
+    assert lengths == {2, 3, 4} and len(starts) > 5
+    assert len(texts) == 150
+
+
+def test_the_others_are_similar_where_enough_are_known(documents: Path, tmp_path: Path) -> None:
+    similar = {"d0": ["d1", "d2", "d0", "gone"], "d1": ["d2", "d1"]}
+    files = build_known_items(documents, tmp_path / "known", num_lists=80, num_candidates=3, similar=similar)
+    run, judgments = load_run(files.run), load_judgments(files.judgments)
+    others: dict[str, set[str]] = {}
+    for qid, shown in run.items():
+        (asked,) = (docid for docid in shown if judgments[qid][docid])
+        others.setdefault(asked, set()).update(set(shown) - {asked})
+    assert others["d0"] == {"d1", "d2"}
+    assert len(others["d1"]) > 3 and len(others["d5"]) > 3
 
 
 def test_the_same_arguments_write_the_same_files(documents: Path, tmp_path: Path) -> None:
@@ -61,10 +103,13 @@ def test_the_same_arguments_write_the_same_files(documents: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_candidates": 9}, "found 8 documents with a title and a text, allowed are 9 or more"),
+        ({"num_candidates": 9}, "found 8 documents with a title that asks and a text, allowed are 9 or more"),
+        ({"num_candidates": 11, "ask_with": "text"}, "found 9 documents with a text that asks"),
         ({"num_candidates": 1}, "found 5 lists of 1 candidates"),
         ({"num_lists": 0}, "found 0 lists"),
-        ({"min_query_words": 0}, "0 query words"),
+        ({"query_words": (0, 2)}, r"query_words \(0, 2\)"),
+        ({"query_words": (3, 2)}, "the fewest words first"),
+        ({"passage_words": -1}, "passage_words -1"),
     ],
 )
 def test_what_makes_no_lists_is_told(documents: Path, tmp_path: Path, options: dict[str, int], message: str) -> None:
