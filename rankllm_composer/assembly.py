@@ -73,7 +73,9 @@ def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str) -> ListwiseReranker:
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str, bf16_on_cpu: bool = False
+) -> ListwiseReranker:
     """The model of a recipe. Under FSDP2 rank 0 loads the weights; the others start on the meta device."""
     import torch
     from composer.utils import dist, reproducibility
@@ -106,7 +108,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str)
         device=device,
         activation_checkpointing=keys.activation_checkpointing,
         compile_layers=keys.compile,
-        bf16_on_cpu=device == "cpu" and recipe.parallelism.precision == "amp_bf16",
+        bf16_on_cpu=bf16_on_cpu,
         peft_config=build_peft_config(recipe),
     )
 

@@ -99,7 +99,9 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
     dataset = assembly.build_dataset(recipe, recipe.data.train, tokenizer)
     contract = assembly.build_contract(recipe, dataset)
     validation = assembly.build_validation(recipe, contract, tokenizer)
-    model = assembly.build_model(recipe, tokenizer, device)
+    precision = recipe.parallelism.precision
+    # Composer has amp_bf16 on a GPU only; on a CPU the model computes so by itself.
+    model = assembly.build_model(recipe, tokenizer, device, device == "cpu" and precision == "amp_bf16")
     algorithms: list[Any] = []
     if recipe.optimizer.gradient_clip_norm is not None:
         algorithms.append(
