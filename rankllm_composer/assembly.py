@@ -290,7 +290,7 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
     from rankllm_composer.permutations import identifiers
     from rankllm_composer.prompts import PromptError, identifier_token_ids, read_user_turn
 
-    style = recipe.data.train.identifiers or read_user_turn(dataset.record(0).user).style
+    style = read_user_turn(dataset.record(0).user).style
     names = identifiers(20, style)
     try:
         token_ids = identifier_token_ids(dataset.tokenizer, len(names), style)

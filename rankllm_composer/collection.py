@@ -19,8 +19,9 @@ from rankllm_composer.permutations import MAX_CANDIDATES, IdentifierStyle, ident
 from rankllm_composer.prompts import SYSTEM_MESSAGE, render_user_turn
 
 PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
-PIECE_WITH_NUMBERS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]| "
 """What the word-level tokenizer takes as one token: a word or a sign, with the space before it."""
+PIECE_WITH_NUMBERS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]| "
+"""The same, and whole numbers."""
 
 CHAT_TEMPLATE = (
     "[INST]{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['content'] }}"

@@ -98,8 +98,22 @@ class ListDataset(ExactStreamingDataset):
         self.identifiers = identifiers
 
     def record(self, at: Any) -> Record:
-        """The record of a sample number, as its shard holds it."""
-        return record_from_sample(super().__getitem__(at))
+        """The record of a sample number, as this epoch shows it.
+
+        Raises:
+            AugmentationError: it cannot be laid out anew.
+            ShardError: its shard cannot be read.
+        """
+        record = record_from_sample(super().__getitem__(at))
+        if not self.shuffle_passages and self.identifiers is None:
+            return record
+        return lay_out_anew(
+            record,
+            seed=self.shuffle_seed,
+            epoch=self._epoch,
+            shuffle_passages=self.shuffle_passages,
+            identifiers=self.identifiers,
+        )
 
     def __getitem__(self, at: Any) -> Sequence:
         """Row of a sample number: the list, tokenised.
@@ -110,14 +124,6 @@ class ListDataset(ExactStreamingDataset):
             ShardError: its shard cannot be read.
         """
         record = self.record(at)
-        if self.shuffle_passages or self.identifiers is not None:
-            record = lay_out_anew(
-                record,
-                seed=self.shuffle_seed,
-                epoch=self._epoch,
-                shuffle_passages=self.shuffle_passages,
-                identifiers=self.identifiers,
-            )
         encoded = encode_record(record, self.tokenizer, self.objective)
         length = len(encoded.input_ids)
         if length > self.max_length_tokens:

@@ -150,9 +150,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         progress_bar=False,
         parallelism_config={"fsdp": sharding} if recipe.parallelism.fsdp else None,
         device=device,
-        precision="fp32"
-        if device == "cpu"
-        else recipe.parallelism.precision,  # Composer knows no other; see build_model
+        precision="fp32" if device == "cpu" else precision,
         device_train_microbatch_size=recipe.batch.microbatch_lists or lists_per_rank(recipe.batch.global_lists),
         accumulate_train_batch_on_tokens=True,
         seed=recipe.run.seed,

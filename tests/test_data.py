@@ -20,7 +20,8 @@ from rankllm_composer import data
 from rankllm_composer.augmentation import AugmentationError, lay_out_anew, record_key
 from rankllm_composer.data import DataError, ListDataset, LoaderError, build_train_data_spec, lists_per_rank
 from rankllm_composer.epochs import EpochError, EpochGuard
-from rankllm_composer.prompts import PromptError, encode_record
+from rankllm_composer.permutations import identifier_style
+from rankllm_composer.prompts import PromptError, encode_record, parse_user_turn
 from rankllm_composer.streams import Stream
 
 LONG = 6  # number of the one long record
@@ -121,6 +122,17 @@ def test_passages_are_shuffled_anew_every_epoch_and_the_same_after_a_resume(new_
     assert len(rows) == 6
     for row in rows:
         np.testing.assert_array_equal(row.encoded.input_ids, epochs[1][row.record_id].encoded.input_ids)
+
+
+def test_records_are_shown_as_the_keys_of_their_split_say(new_dataset):
+    """What validation ranks, and what the contract is read from: named and ordered as training would have them."""
+    plain, anew = new_dataset(), new_dataset(identifiers="numbers", shuffle_passages=True)
+    before, after = plain.record(0), anew.record(0)
+    assert "[A] " in before.user and "[1] " in after.user and "[A] " not in after.user
+    assert identifier_style(after.response) == "numbers"
+    assert before.id == after.id
+    first, second = (parse_user_turn(record.user) for record in (before, after))
+    assert sorted(first.passages) == sorted(second.passages) and first.passages != second.passages
 
 
 def test_numbers_for_letters(new_dataset, mistral_v3_tokenizer):
