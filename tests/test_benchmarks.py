@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import math
+import random
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from rankllm_composer.flops import forward_flops
 from rankllm_composer.known_item import build_known_items
 from rankllm_composer.prompts import SYSTEM_MESSAGE
 from rankllm_composer.recipe_merge import load_recipe
-from rankllm_composer.retrieval import load_queries
+from rankllm_composer.retrieval import load_judgments, load_queries, load_run
 from rankllm_composer.user_turn import is_client_wording
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -115,8 +118,8 @@ def known_lists(tmp_path):
     )
 
 
-def test_a_warmup_goes_from_a_short_prompt_to_the_clients(benchmark, known_lists):
-    records = list(benchmark("smollm2").warmup_records(known_lists, seed=1))
+def test_the_first_lesson_goes_from_a_short_prompt_to_the_clients(benchmark, known_lists):
+    records = list(benchmark("smollm2").known_records(known_lists, seed=1))
     assert len(records) == len({record.id for record in records}) == 40
     wording = [(record.system == SYSTEM_MESSAGE, is_client_wording(record.user)) for record in records]
     assert wording[:27] == [(False, False)] * 27 and wording[38:] == [(True, True)] * 2
@@ -131,19 +134,106 @@ def test_a_warmup_goes_from_a_short_prompt_to_the_clients(benchmark, known_lists
         assert asked == [record.response[1]]
 
 
-def test_a_warmup_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_path, golden, mistral_v3_folder, capsys):
+def test_a_lesson_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_path, golden, mistral_v3_folder, capsys):
     base = shutil.copytree(mistral_v3_folder, tmp_path / "base")
     for path in (golden / "tiny_mistral").iterdir():
         shutil.copy(path, base)
     smollm2 = benchmark("smollm2")
-    overrides = [f"model.name_or_path={base}", "model.config_overrides={num_hidden_layers: 1}", "batch.global_lists=4"]
-    smollm2.warm_up(load_recipe(smollm2.RECIPE, overrides), known_lists, tmp_path / "start", seed=1)
+    recipe = load_recipe(smollm2.RECIPE, ["model.config_overrides={num_hidden_layers: 1}", "batch.global_lists=4"])
+    smollm2.give_lesson(recipe, base, smollm2.known_records(known_lists, seed=1), 1e-3, tmp_path / "start")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "start"))
     assert "model.layers.1.mlp.up_proj.weight" not in after
     name = "model.layers.0.mlp.up_proj.weight"
     assert after[name].dtype == torch.float32 and not torch.equal(before[name], after[name])
-    assert re.search(r"warmup 40 of 40 lists, loss 0\.\d+", capsys.readouterr().out)
+    assert re.search(r"start 40 of 40 lists, loss 0\.\d+", capsys.readouterr().out)
     assert (tmp_path / "start" / "tokenizer_config.json").exists()
+
+
+@pytest.fixture()
+def judged_folder(tmp_path):
+    """A judged collection: 12 queries, 24 candidates each of 60 documents of three sentences."""
+    source, folder = random.Random(5), tmp_path / "judged"
+    folder.mkdir()
+    texts = {f"d{i}": [" ".join(f"w{source.randrange(80)}" for _ in range(8)) for _ in range(3)] for i in range(60)}
+    rows = [{"docid": docid, "title": parts[0] + " .", "text": " . ".join(parts)} for docid, parts in texts.items()]
+    queries = [
+        {"qid": f"q{i}", "text": " ".join(f"w{source.randrange(80)}" for _ in range(6)) + " ."} for i in range(12)
+    ]
+    run, grades = [], []
+    for query in queries:
+        docids = source.sample(sorted(texts), 24)
+        run += [f"{query['qid']} Q0 {docid} {place + 1} {-place} first" for place, docid in enumerate(docids)]
+        grades += [f"{query['qid']} 0 {docid} {place % 2}" for place, docid in enumerate(docids[3:7])]
+    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    (folder / "bm25.trec").write_text("\n".join(run))
+    (folder / "qrels.trec").write_text("\n".join(grades))
+    return folder
+
+
+def test_lists_for_a_real_model_keep_held_out_queries_apart(benchmark, judged_folder, tmp_path):
+    smollm2 = benchmark("smollm2")
+    recipe, folder = load_recipe(smollm2.RECIPE, []), tmp_path / "collection"
+    found = smollm2.prepare(folder, judged_folder, recipe, num_known=20, num_words=30, num_lists=200, seed=3)
+    collection = smollm2.load_collection(judged_folder)
+    trained, held_out = smollm2.part_queries(collection, 3)
+    assert len(trained) == len(held_out) == 6 and not set(trained) & set(held_out)
+    relevant = {docid for qid in held_out for docid, grade in collection.grades[qid].items() if grade}
+    assert relevant and not relevant & set(found.passages)
+    assert not any(name.startswith(f"{docid}-in-") for name in load_texts(found.known.docs) for docid in relevant)
+    assert len(list(smollm2.word_records(found))) == 30
+    assert not any(set(item.docids) & relevant for item in found.words)
+
+    queries, run = load_queries(folder / "train_queries.jsonl"), load_run(folder / "train_run.trec")
+    grades, texts = load_judgments(folder / "train_qrels.trec"), load_texts(folder / "train_docs.jsonl")
+    kinds = Counter(qid.split("-")[0] for qid in queries)
+    assert kinds == {"judged": 90, "words": 20, "text": 90} and list(run) == list(queries)
+    asking = {collection.queries[qid]: qid for qid in trained}
+    for qid, docids in run.items():
+        assert len(set(docids)) == 4 == len(grades[qid]) and set(docids) <= set(texts)
+        if qid.startswith("judged"):
+            judged, ranked = collection.grades[asking[queries[qid]]], collection.run[asking[queries[qid]]]
+            best = max(docids, key=lambda docid: grades[qid][docid])
+            assert judged.get(best, 0) == max(judged.get(docid, 0) for docid in docids)
+            assert [docid for docid in ranked[:20] if docid in docids] == docids
+        else:
+            assert not relevant & set(docids)
+    assert set(load_queries(folder / "heldout_queries.jsonl")) == set(held_out)
+    assert all(len(text.split()) == 20 and " . " in text for text in texts.values())
+
+
+def load_texts(path):
+    return {row["docid"]: row["text"] for row in map(json.loads, path.read_text().splitlines())}
+
+
+def test_words_score_as_bm25_does(benchmark):
+    word_lists = benchmark("word_lists")
+    texts = {"a": "the wing of the jet", "b": "the jet, in a shock wave", "c": "flow past the wing", "d": "heat"}
+    index = word_lists.Index(texts)
+    split = {docid: text.replace(",", "").split() for docid, text in texts.items()}
+    mean = sum(map(len, split.values())) / 4
+
+    def bm25(query, docid):
+        score = 0.0
+        for word in set(query.split()):
+            holding = sum(word in words for words in split.values())
+            count = split[docid].count(word)
+            score += (
+                math.log(1 + (4 - holding + 0.5) / (holding + 0.5))
+                * count
+                * 1.9
+                / (count + 0.9 * (0.6 + 0.4 * len(split[docid]) / mean))
+            )
+        return score
+
+    for query in ("wing jet", "the wing the", "shock heat flow past", "unheard"):
+        expected = sorted((docid for docid in texts if bm25(query, docid)), key=lambda docid: -bm25(query, docid))
+        assert index.top(query, 9) == expected
+        assert index.top(query, 9, without="a") == [docid for docid in expected if docid != "a"]
+    assert index.score_shown("wing unheard", "wing wing unheard") == pytest.approx(
+        math.log(1 + 2.5 / 2.5) * 2 * 1.9 / 2.9 + math.log(1 + 4.5 / 0.5)
+    )
+    assert word_lists.WordList("q", ["a", "b", "c"], [2.0, 7.5, 2.0]).grades() == [0, 1, 0]
 
 
 def test_the_lists_are_alike_on_every_run(benchmark):
