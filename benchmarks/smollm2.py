@@ -302,6 +302,7 @@ def measure(
         stride=source.window // 2,
         top_k=top_k,
         decoding="first_token",
+        dtype="bfloat16",
         progress_bar=False,
     )
     found = report.comparisons[0].comparison
