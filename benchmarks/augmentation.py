@@ -1,12 +1,13 @@
 """What does showing lists otherwise change: in quality, and in how much the order shown decides?
 
-    python benchmarks/augmentation.py [--updates 1250] [--seeds 1] [--threads N]
+    python benchmarks/augmentation.py [--updates 1250] [--seeds 1] [--threads N] [--smollm2 FOLDER] [key=value …]
 
 The demo's model from random weights. Its training lists come in a good order, as a first stage gives them: sorted by
 grade, then neighbours swapped with probability 0.3. A model can copy that order instead of reading. Held-out windows
 come in an order drawn by chance; each is ranked by the first token as shown, reversed, and in 4 more random orders.
 Rows: as the shards hold the lists, and with `data.train.shuffle_passages`, each with letters, which the shards hold,
 and with numbers, which they become as they are read. The tokenizer has one token for each letter and each number.
+With `--smollm2`, as in `objectives.py`, a real model and its lists as they are: in the first stage's order.
 """
 
 from __future__ import annotations

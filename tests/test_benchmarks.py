@@ -146,7 +146,7 @@ def test_a_lesson_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_pat
     name = "model.layers.0.mlp.up_proj.weight"
     assert after[name].dtype == torch.float32 and not torch.equal(before[name], after[name])
     assert re.search(r"start 40 of 40 lists, loss 0\.\d+", capsys.readouterr().out)
-    assert (tmp_path / "start" / "tokenizer_config.json").exists()
+    assert (tmp_path / "start" / "tokenizer_config.json").exists() and not (tmp_path / "start.partial").exists()
 
 
 @pytest.fixture()
@@ -200,6 +200,22 @@ def test_lists_for_a_real_model_keep_held_out_queries_apart(benchmark, judged_fo
             assert not relevant & set(docids)
     assert set(load_queries(folder / "heldout_queries.jsonl")) == set(held_out)
     assert all(len(text.split()) == 20 and " . " in text for text in texts.values())
+
+    places = benchmark("trained").places_of_smollm2(tmp_path, tmp_path / "scratch")
+    data = load_recipe(smollm2.RECIPE, places).data
+    for split, name in ((data.train, "train"), (data.eval, "heldout")):
+        assert Path(split.source.run) == folder / f"{name}_run.trec"
+        assert all(Path(getattr(split.source, key)).exists() for key in ("run", "judgments", "queries", "docs"))
+
+
+def test_a_collection_without_lists_is_told(benchmark):
+    word_lists = benchmark("word_lists")
+    texts = {f"d{i}": ("", "too short") for i in range(9)}
+    index = word_lists.Index({docid: text for docid, (_, text) in texts.items()})
+    passages = {docid: text for docid, (_, text) in texts.items()}
+    draws = word_lists.asked_by_texts(index, texts, passages, 4, seed=1, by_rank=True)
+    with pytest.raises(SystemExit, match="found no text list in 10,000 draws"):
+        next(word_lists.without_gaps(draws, "text list"))
 
 
 def load_texts(path):

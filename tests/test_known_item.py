@@ -80,18 +80,6 @@ def test_words_of_the_passage_that_is_shown_ask(tmp_path: Path) -> None:
     assert len(texts) == 150
 
 
-def test_the_others_are_similar_where_enough_are_known(documents: Path, tmp_path: Path) -> None:
-    similar = {"d0": ["d1", "d2", "d0", "gone"], "d1": ["d2", "d1"]}
-    files = build_known_items(documents, tmp_path / "known", num_lists=80, num_candidates=3, similar=similar)
-    run, judgments = load_run(files.run), load_judgments(files.judgments)
-    others: dict[str, set[str]] = {}
-    for qid, shown in run.items():
-        (asked,) = (docid for docid in shown if judgments[qid][docid])
-        others.setdefault(asked, set()).update(set(shown) - {asked})
-    assert others["d0"] == {"d1", "d2"}
-    assert len(others["d1"]) > 3 and len(others["d5"]) > 3
-
-
 def test_the_same_arguments_write_the_same_files(documents: Path, tmp_path: Path) -> None:
     def written(name: str, seed: int) -> list[str]:
         files = build_known_items(documents, tmp_path / name, num_lists=9, num_candidates=4, seed=seed)
