@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,8 @@ import typer
 
 from rankllm_composer import __version__
 from rankllm_composer.permutations import IdentifierStyle
-from rankllm_composer.redaction import BLOTTED, redact
+from rankllm_composer.recipe_commands import Overrides, RecipeFile, find_recipe, recipe_path, recipes_app
+from rankllm_composer.redaction import redact
 
 app = typer.Typer(
     name="rankllm-composer",
@@ -24,7 +24,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 shards_app = typer.Typer(help="Build, join and check sets of training lists (MDS shards).", no_args_is_help=True)
-recipes_app = typer.Typer(help="List, copy and check recipes.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
 app.add_typer(recipes_app, name="recipes")
 
@@ -108,7 +107,7 @@ def shards_build(
     staging: Annotated[str | None, typer.Option(help="Local folder that an upload is prepared in.")] = None,
 ) -> None:
     """Turn training records, or a first-stage run with judgments or a teacher's run, into shards."""
-    from rankllm_composer.recipe_check import FROM_RUN
+    from rankllm_composer.recipe_advice import FROM_RUN
     from rankllm_composer.shards import build_shards
 
     chosen = _chosen(context)
@@ -193,110 +192,6 @@ def shards_info(target: Target) -> None:
         typer.echo(line)
 
 
-def recipe_folder() -> Path:
-    """Where the recipes are: in the installed package, or in `yamls/` beside it in a source tree."""
-    package = Path(str(resources.files("rankllm_composer")))
-    installed = package / "yamls"
-    return installed if installed.is_dir() else package.parent / "yamls"
-
-
-def find_recipe(name: str) -> Path:
-    """The recipe file of a name such as "rank_zephyr".
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    path = recipe_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if Path(name).name == name and path.is_file():
-        return path
-    known = ", ".join(sorted(found.stem for found in recipe_folder().glob("*.yaml")))
-    raise ValueError(f"recipe: found {name}; allowed: {known}; choose one, `rankllm-composer recipes list` says more")
-
-
-def _recipe_path(file: str) -> Path:
-    return Path(file) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)
-
-
-RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `recipes list`.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the file.")]
-
-
-@recipes_app.command("list")
-def recipes_list() -> None:
-    """List the recipes that come with the package."""
-    paths = sorted(recipe_folder().glob("*.yaml"))
-    width = max((len(path.stem) for path in paths), default=0)
-    for path in paths:
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{path.stem:<{width}}  {first.removeprefix('#').strip()}")
-
-
-@recipes_app.command("show")
-def recipes_show(name: RecipeName) -> None:
-    """Print a recipe."""
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
-
-
-@recipes_app.command("copy")
-def recipes_copy(
-    name: RecipeName,
-    destination: Annotated[Path, typer.Argument(help="File or folder to copy to.", show_default="here")] = Path(),
-    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
-) -> None:
-    """Copy a recipe, to change it."""
-    source = find_recipe(name)
-    target = destination / source.name if destination.is_dir() else destination
-    if target.exists() and not force:
-        raise ValueError(f"destination: found {target}, which exists; choose another name, or replace it with --force")
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    typer.echo(str(target))
-
-
-@recipes_app.command("check")
-def recipes_check(
-    file: Annotated[str, typer.Argument(help="A YAML file, or a name of `recipes list`.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the file.")] = None,
-    num_ranks: Annotated[
-        int | None, typer.Option("--num-ranks", "-n", min=1, help="Also check that the batch divides over these ranks.")
-    ] = None,
-) -> None:
-    """Print the merged recipe with the origin of each value, then all that is wrong with it (and exit code 2)."""
-    from rankllm_composer.recipe_check import check_world, is_secret, missing_files
-    from rankllm_composer.recipe_merge import merge_recipe
-    from rankllm_composer.recipe_schema import RecipeError, show
-
-    path = _recipe_path(file)
-    merged = merge_recipe(path, overrides or [])
-    width = max(len(row.key) for row in merged.keys)
-    for row in merged.keys:
-        value = BLOTTED if is_secret(row.key, row.value) else show(row.value)
-        typer.echo(f"{row.origin:<8}  {row.key:<{width}}  {value}")
-    problems = [*merged.problems, *missing_files(merged.recipe)]
-    if num_ranks is not None and not merged.problems:
-        try:
-            check_world(merged.recipe, num_ranks)
-        except RecipeError as error:
-            problems += error.problems
-    for sentence in merged.warnings:
-        typer.echo(f"warning: {sentence}", err=True)
-    if problems:
-        raise RecipeError(str(path), problems)
-    typer.echo(f"{path}: no problems")
-
-
-@recipes_app.command("keys")
-def recipes_keys(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/recipe.md.")] = False,
-) -> None:
-    """Print every key a recipe can hold, with default, unit, meaning and what is allowed."""
-    from rankllm_composer.recipe import describe_keys
-    from rankllm_composer.recipe_schema import keys_as_markdown, keys_as_text
-
-    rows = describe_keys()
-    typer.echo(keys_as_markdown(rows) if markdown else keys_as_text(rows))
-
-
 @app.command("inspect")
 def inspect(
     recipe: Annotated[
@@ -320,7 +215,7 @@ def inspect(
     if model is not None:
         found: Any = inspect_folder(model)
     else:
-        found = inspect_recipe(load_recipe(_recipe_path(str(recipe)), overrides or []), record, loss=loss)
+        found = inspect_recipe(load_recipe(recipe_path(str(recipe)), overrides or []), record, loss=loss)
     for line in found.lines(colour=sys.stdout.isatty()):
         typer.echo(line)
     if found.problems:
@@ -345,7 +240,7 @@ def plan(
     from rankllm_composer.recipe_merge import load_recipe
 
     found = plan_recipe(
-        load_recipe(_recipe_path(recipe), overrides or []),
+        load_recipe(recipe_path(recipe), overrides or []),
         num_ranks,
         gpu=gpu,
         mfu=mfu,

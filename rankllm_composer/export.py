@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ from composer.utils import dist
 
 from rankllm_composer.contract import CONTRACT_FILE, DecodingContract, chat_template_sha256, warn_of_serving_name
 from rankllm_composer.model_card import CardFacts, render_card
+from rankllm_composer.rank_zero import run_on_rank_zero
 from rankllm_composer.redaction import redact
 from rankllm_composer.staging import staged_folder
 from rankllm_composer.weights import (
@@ -40,8 +40,6 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Dtype = Literal["bfloat16", "float16", "float32"]
-# Other ranks hear from rank 0 this often while it writes, so that no collective runs into its timeout.
-HEARTBEAT_SECONDS = 10.0
 BEST = "best"
 
 
@@ -278,42 +276,6 @@ class ExportFolder(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best = state["best"]
-
-
-def run_on_rank_zero(task: Callable[[], None], what: str) -> None:
-    """Runs a task on rank 0 while the other ranks wait, however long it takes; a collective.
-
-    Raises:
-        Exception: on rank 0, what the task raised.
-        ExportError: on every other rank, the same text.
-    """
-    if dist.get_world_size() == 1:
-        task()
-        return
-    failure: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            task()
-        except BaseException as error:
-            failure.append(error)
-
-    worker = threading.Thread(target=attempt, name=what, daemon=True) if dist.get_global_rank() == 0 else None
-    if worker is not None:
-        worker.start()
-    while True:
-        status: list[Any] = [None]
-        if worker is not None:
-            worker.join(HEARTBEAT_SECONDS)
-            status = [(not worker.is_alive(), str(failure[0]) if failure else None)]
-        dist.broadcast_object_list(status, src=0)
-        done, error = status[0]
-        if done:
-            break
-    if failure:
-        raise failure[0]
-    if error is not None:
-        raise ExportError(f"rank 0, {what}: {error}")
 
 
 def _link(link: Path, target: str) -> None:

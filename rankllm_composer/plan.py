@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from rankllm_composer.flops import forward_flops, training_flops
@@ -241,10 +241,15 @@ def plan_recipe(
     work = workload(recipe, config, lengths, num_ranks)
     report(f"a pass of {config.num_hidden_layers} layers without data")
     from rankllm_composer.memory import plan_memory
+    from rankllm_composer.remedies import remedies
 
     memory = plan_memory(work)
     usable = int(GPUS[gpu].memory_bytes * (1 - RESERVE))
-    remedies = () if memory.peak <= usable else tuple(_remedies(recipe, config, lengths, num_ranks, usable, report))
+
+    def measured(changed: Recipe, ranks: int) -> Memory:
+        return plan_memory(workload(changed, config, lengths, ranks))
+
+    found = () if memory.peak <= usable else tuple(remedies(recipe, num_ranks, usable, measured, report))
     per_epoch, num_steps, num_warmup = _steps(recipe, lengths.num_lists)
     return Plan(
         recipe=recipe,
@@ -257,7 +262,7 @@ def plan_recipe(
         lengths=lengths,
         work=work,
         memory=memory,
-        remedies=remedies,
+        remedies=found,
         steps_per_epoch=per_epoch,
         num_steps=num_steps,
         num_warmup=num_warmup,
@@ -373,81 +378,6 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
         peft_config=build_peft_config(recipe),
         frozen_precision="fp32" if recipe.model.lora is None else recipe.model.lora.frozen_precision,
     )
-
-
-def _remedies(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    lengths: ListLengths,
-    num_ranks: int,
-    usable: int,
-    report: Callable[[str], None],
-) -> Iterator[tuple[str, Memory]]:
-    """Changes that make it fit: each alone, the nearest first; if none does, one after the other until it fits."""
-    from rankllm_composer.memory import plan_memory
-
-    def measured(changed: Recipe, ranks: int) -> Memory:
-        return plan_memory(workload(changed, config, lengths, ranks))
-
-    changes = list(_changes(recipe, num_ranks))
-    alone = []
-    for told, change, ranks in changes:
-        report(f"tries {told}")
-        memory = measured(change(recipe), ranks)
-        if memory.peak <= usable:
-            alone.append((told, memory))
-    if alone:
-        yield from alone
-        return
-    changed, ranks = recipe, num_ranks
-    done: list[str] = []
-    for told, change, wanted in changes:
-        if wanted < ranks:
-            continue
-        done = [*done, told] if wanted == num_ranks else [*[text for text in done if "GPUs" not in text], told]
-        changed, ranks = change(changed), wanted
-        report(f"tries {', '.join(done)}")
-        memory = measured(changed, ranks)
-        if memory.peak <= usable:
-            yield " and ".join(done), memory
-            return
-
-
-def _changes(recipe: Recipe, num_ranks: int) -> Iterator[tuple[str, Callable[[Recipe], Recipe], int]]:
-    """(what to set, the recipe with it, number of ranks), the least costly first."""
-    if recipe.model.activation_checkpointing < 1:
-        yield (
-            "model.activation_checkpointing=1.0",
-            lambda r: replace(r, model=replace(r.model, activation_checkpointing=1.0)),
-            num_ranks,
-        )
-    batch, least = recipe.batch, recipe.data.max_length_tokens
-    if batch.microbatch_lists is not None and batch.microbatch_lists > 1:
-        yield (
-            "batch.microbatch_lists=1",
-            lambda r: replace(r, batch=replace(r.batch, microbatch_lists=1)),
-            num_ranks,
-        )
-    tokens = batch.microbatch_tokens or 0
-    for fewer in sorted({max(least, tokens // 2), max(least, tokens // 4), least}, reverse=True):
-        if batch.microbatch_tokens is not None and fewer < tokens:
-            yield (
-                f"batch.microbatch_tokens={fewer}",
-                lambda r, fewer=fewer: replace(  # type: ignore[misc]
-                    r, batch=replace(r.batch, microbatch_tokens=fewer)
-                ),
-                num_ranks,
-            )
-    if recipe.optimizer.name != "adamw_8bit":
-        yield (
-            "optimizer.name=adamw_8bit",
-            lambda r: replace(r, optimizer=replace(r.optimizer, name="adamw_8bit")),
-            num_ranks,
-        )
-    if recipe.parallelism.fsdp:
-        for ranks in (2 * num_ranks, 4 * num_ranks, 8 * num_ranks):
-            if recipe.batch.global_lists % ranks == 0:
-                yield f"{ranks} GPUs", lambda r: r, ranks
 
 
 def _steps(recipe: Recipe, num_lists: int | None) -> tuple[int | None, int | None, int | None]:

@@ -1,37 +1,17 @@
-"""The rules between the keys of a recipe: what contradicts, what does not divide, what has no effect."""
+"""The rules between the keys of a recipe: what contradicts, what does not divide, what is not there."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from rankllm_composer.permutations import MAX_CANDIDATES
 from rankllm_composer.recipe import RANKING_LOSSES, Evaluation, Export, Recipe, Source, Split
 from rankllm_composer.recipe_build import parse_time
 from rankllm_composer.recipe_schema import Problem, RecipeError, plain_tree, repr_yaml, show
-from rankllm_composer.redaction import redact
-
-MISREAD_NAMES = ("gpt", "gemini", "monot5")
-"""The inference client takes a model folder for another kind of reranker if its path holds one of these."""
-
-_SECRET_NAME = re.compile(r"(?:key|token|secret|password|passphrase|credentials?)$", re.IGNORECASE)
-"""Names of arguments that hold a secret; compared with the last word of a key."""
-
-FROM_RUN = (
-    "window",
-    "stride",
-    "lists_per_query",
-    "depth",
-    "max_passage_words",
-    "identifiers",
-    "seed",
-    "require_relevant",
-)
-"""Keys of a source that say how lists are made from a first-stage run."""
+from rankllm_composer.recipe_secrets import secrets_in
 
 
 def contradictions(recipe: Recipe) -> list[Problem]:
@@ -44,7 +24,7 @@ def contradictions(recipe: Recipe) -> list[Problem]:
         *_frozen_weights(recipe),
         *_splits(recipe),
         *_outputs(recipe),
-        *_secrets(plain_tree(recipe)),
+        *secrets_in(plain_tree(recipe)),
     ]
 
 
@@ -364,84 +344,6 @@ def _evaluation(evaluation: Evaluation, export: Export | None) -> Iterator[Probl
             "checkpoint.export.interval equal to evaluation.interval",
             "export when it is evaluated",
             ("checkpoint.export.interval", "evaluation.interval"),
-        )
-
-
-def _secrets(tree: Any, dotted: str = "") -> Iterator[Problem]:
-    """Credentials; the recipe of a run is written beside it, and parts of it go to loggers."""
-    remedy = "remove it, and give it where its client looks for it: the environment, or the client's own file"
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            below = f"{dotted}.{name}".lstrip(".")
-            if isinstance(value, str) and value and _SECRET_NAME.search(name):
-                yield Problem(below, "a value that looks like a secret", "no secrets in recipes", remedy)
-            else:
-                yield from _secrets(value, below)
-    elif isinstance(tree, list):
-        for index, value in enumerate(tree):
-            yield from _secrets(value, f"{dotted}.{index}")
-    elif isinstance(tree, str):
-        try:
-            parts = urlsplit(tree if "://" in tree else "")
-        except ValueError:
-            return
-        text = tree if parts.scheme != "sftp" else tree.replace("@", "/", 1)  # whose user is no secret
-        if parts.password or parts.query:
-            yield Problem(dotted, "a URL with credentials", "a URL without password or query", remedy)
-        elif redact(text) != text:
-            yield Problem(dotted, "a value that looks like a secret", "no secrets in recipes", remedy)
-
-
-def is_secret(key: str, value: Any) -> bool:
-    """Whether a key of a recipe holds what no recipe may hold, and nobody should be shown."""
-    return any(_secrets({key.rpartition(".")[2]: value}))
-
-
-def without_effect(recipe: Recipe) -> dict[str, str]:
-    """Dotted keys that this recipe never reads, each with the reason. A key stands for those below it too."""
-    reasons: dict[str, str] = {}
-    if recipe.objective.name == "generation":
-        for name in ("ranking_weight", "ranking_loss", "ranking_loss_options"):
-            reasons[f"objective.{name}"] = "objective.name is generation"
-    if recipe.objective.name == "ranking":
-        reasons["objective.language_modelling_weight"] = "objective.name is ranking"
-    if recipe.schedule.name == "constant":
-        reasons["schedule.final_lr_fraction"] = "schedule.name is constant"
-    if not recipe.parallelism.fsdp:
-        for name in ("reshard_after_forward", "mixed_precision"):
-            reasons[f"parallelism.{name}"] = "parallelism.fsdp is false"
-    if recipe.model.lora is None and recipe.checkpoint.export is not None:
-        reasons["checkpoint.export.merge_lora"] = "model.lora is null"
-    if recipe.evaluation is None:
-        reasons["data.eval"] = "evaluation is null"
-    for section, split in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
-        source = split.source if split is not None else None
-        if source is not None and source.input is not None:
-            for name in FROM_RUN:
-                reasons[f"{section}.source.{name}"] = f"{section}.source.input is given"
-        elif source is not None:
-            reasons[f"{section}.source.split"] = f"{section}.source.input is null"
-    return reasons
-
-
-def surprises(recipe: Recipe) -> Iterator[str]:
-    """What works here and fails or disappoints later, a sentence each."""
-    folder = (recipe.export_folder or "").lower()
-    for name in MISREAD_NAMES:
-        if name in folder:
-            yield (
-                f"checkpoint.export.folder = {recipe.export_folder}: the inference client takes a path with '{name}' "
-                "in it for another kind of reranker"
-            )
-    styles = [
-        split.identifiers or (split.source.identifiers if split.source and split.source.run else None)
-        for split in (recipe.data.train, recipe.data.eval)
-        if split is not None
-    ]
-    if recipe.objective.name != "generation" and "numbers" in styles:
-        yield (
-            f"objective.name: {recipe.objective.name} scores identifiers at one token, and the inference client reads "
-            "only letters there: numbers can be served by generation alone"
         )
 
 

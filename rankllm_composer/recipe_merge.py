@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from rankllm_composer.recipe import Recipe
+from rankllm_composer.recipe_advice import surprises, without_effect
 from rankllm_composer.recipe_build import build
-from rankllm_composer.recipe_check import contradictions, surprises, without_effect
+from rankllm_composer.recipe_check import contradictions
 from rankllm_composer.recipe_schema import (
     Problem,
     RecipeError,

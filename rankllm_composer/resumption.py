@@ -25,7 +25,7 @@ from rankllm_composer.checkpoints import (
     weight_shapes,
     whole_checkpoints,
 )
-from rankllm_composer.export import run_on_rank_zero
+from rankllm_composer.rank_zero import run_on_rank_zero
 from rankllm_composer.run_folder import RECIPE_NAME, check_same_recipe
 from rankllm_composer.safe_loading import (
     INDEX_NAME,

@@ -35,7 +35,7 @@ def claimed_run_folder(recipe: Recipe) -> Iterator[Path]:
     """The run's folder, held by rank 0 for as long as the run lasts. A collective."""
     from composer.utils import dist
 
-    from rankllm_composer.export import run_on_rank_zero
+    from rankllm_composer.rank_zero import run_on_rank_zero
     from rankllm_composer.recipe_merge import recipe_to_yaml
     from rankllm_composer.run_folder import claim_run_folder
 
@@ -61,7 +61,7 @@ def prepare_shards(split: Split, key: str) -> None:
     from dataclasses import asdict
 
     from rankllm_composer import shards
-    from rankllm_composer.export import run_on_rank_zero
+    from rankllm_composer.rank_zero import run_on_rank_zero
 
     if split.streams:
         return

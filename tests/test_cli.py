@@ -15,7 +15,8 @@ import pytest
 import typer
 
 from rankllm_composer import __version__, shards
-from rankllm_composer.cli import app, find_recipe, main, recipe_folder, shards_build
+from rankllm_composer.cli import app, main, shards_build
+from rankllm_composer.recipe_commands import find_recipe, recipe_folder
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "golden" / "records.json"
@@ -325,7 +326,10 @@ def test_recipes_are_part_of_the_installed_package(tmp_path: Path) -> None:
     build = [sys.executable, "-c", setup, "-q", "build_py", "--build-lib", str(built)]
     subprocess.run(build, cwd=source, check=True, capture_output=True)
     shutil.rmtree(source)
-    code = f"import sys; sys.path.insert(0, {str(built)!r}); from rankllm_composer.cli import *; print(recipe_folder())"
+    code = (
+        f"import sys; sys.path.insert(0, {str(built)!r}); from rankllm_composer.recipe_commands import recipe_folder; "
+        "print(recipe_folder())"
+    )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
     folder = Path(found.stdout.strip())
     assert folder == built / "rankllm_composer" / "yamls"

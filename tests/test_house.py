@@ -29,8 +29,8 @@ ALLOWED = {
     "claims": "",
     "clean_stop": "redaction",
     "cli": (
-        "comparison demo inspection model_card permutations plan recipe recipe_check recipe_merge recipe_schema "
-        "redaction report rerank run_record serving_check shards"
+        "comparison demo inspection model_card permutations plan recipe_advice recipe_commands recipe_merge "
+        "recipe_schema redaction report rerank run_record serving_check shards"
     ),
     "collection": "permutations prompts",
     "comparison": "metrics",
@@ -41,7 +41,7 @@ ALLOWED = {
     "epochs": "",
     "evaluation": "augmentation contract decoding metrics permutations prompts windows",
     "exact_streaming": "claims epochs shard_index streams",
-    "export": "contract model_card redaction staging weights",
+    "export": "contract model_card rank_zero redaction staging weights",
     "flops": "",
     "gguf_model": "staging",
     "inference": "attention",
@@ -49,9 +49,10 @@ ALLOWED = {
     "json_array": "",
     "known_item": "trec_files",
     "launch": "",
+    "ledger": "",
     "loss_guard": "",
     "losses": "",
-    "memory": "model objectives packing prompts",
+    "memory": "ledger model objectives packing prompts",
     "metrics": "",
     "model": "attention flops objectives",
     "model_card": "contract published redaction",
@@ -60,22 +61,27 @@ ALLOWED = {
     "packing": "prompts",
     "permutations": "",
     "pictures": "evaluation progress run_record",
-    "plan": "assembly flops memory model objectives prompts recipe recipe_check record_lookup schedule",
+    "plan": "assembly flops memory model objectives prompts recipe recipe_check record_lookup remedies schedule",
     "preemption": "clean_stop",
     "progress": "",
     "prompts": "chat permutations user_turn",
     "published": "",
+    "rank_zero": "",
     "recipe": "permutations recipe_schema",
+    "recipe_advice": "recipe",
     "recipe_build": "recipe_schema",
-    "recipe_check": "permutations recipe recipe_build recipe_schema redaction",
-    "recipe_merge": "recipe recipe_build recipe_check recipe_schema",
+    "recipe_check": "permutations recipe recipe_build recipe_schema recipe_secrets",
+    "recipe_commands": "recipe recipe_check recipe_merge recipe_schema recipe_secrets redaction",
+    "recipe_merge": "recipe recipe_advice recipe_build recipe_check recipe_schema",
     "recipe_schema": "",
+    "recipe_secrets": "recipe_schema redaction",
     "record_lookup": "prompts records shard_index storage trec",
     "records": "json_array permutations prompts",
     "redaction": "",
+    "remedies": "memory recipe",
     "report": "evaluation model_card pictures progress published run_record",
     "rerank": "comparison contract evaluation retrieval sliding",
-    "resumption": "checkpoint_store checkpoints export run_folder safe_loading",
+    "resumption": "checkpoint_store checkpoints rank_zero run_folder safe_loading",
     "retrieval": "prompts trec_files",
     "run_folder": "",
     "run_record": "comparison progress published redaction run_folder validation",
@@ -98,7 +104,7 @@ ALLOWED = {
     "storage": "",
     "streams": "claims shard_index storage",
     "train": (
-        "assembly clean_stop contract data export model_card neftune preemption recipe recipe_check "
+        "assembly clean_stop contract data export model_card neftune preemption rank_zero recipe recipe_check "
         "recipe_merge recipe_schema run_folder schedule sharding shards whereabouts"
     ),
     "trec": "permutations prompts records trec_files",
@@ -109,7 +115,7 @@ ALLOWED = {
     "whereabouts": "",
     "windows": "permutations prompts",
 }
-KNOW_THE_RECIPE = {"train", "assembly", "plan", "memory", "cli", "demo", "inspection", "record_lookup"}
+KNOW_THE_RECIPE = {"train", "assembly", "plan", "memory", "cli", "demo", "inspection", "record_lookup", "remedies"}
 """Rooms that take a whole recipe; every other takes plain arguments."""
 
 

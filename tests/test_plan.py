@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from rankllm_composer import packing
 from rankllm_composer.cli import main
 from rankllm_composer.flops import training_flops
-from rankllm_composer.memory import Ledger, Workload, lists_without_content, plan_memory
+from rankllm_composer.ledger import Ledger
+from rankllm_composer.memory import Workload, lists_without_content, plan_memory
 from rankllm_composer.model import ListwiseReranker
 from rankllm_composer.objectives import Objective
 from rankllm_composer.plan import GPUS, Gpu, PlanError, plan_recipe

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankllm_composer.recipe import CALLBACKS, LOGGERS, RANKING_LOSSES, Recipe, Source, describe_keys
+from rankllm_composer.recipe_advice import without_effect
 from rankllm_composer.recipe_build import parse_time
-from rankllm_composer.recipe_check import check_world, missing_files, without_effect
+from rankllm_composer.recipe_check import check_world, missing_files
 from rankllm_composer.recipe_merge import explain, load_recipe, merge_recipe, recipe_to_yaml
 from rankllm_composer.recipe_schema import (
     Problem,

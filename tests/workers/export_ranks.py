@@ -19,7 +19,7 @@ from test_export import new_exporter
 from tiny_training import RandomLists, new_hf_model, new_tokenizer, new_trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-import rankllm_composer.export
+import rankllm_composer.rank_zero
 from rankllm_composer.progress import MetricsFile, ProgressLine
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     run(folder, "fsdp2", **checkpoints)
     run(folder, "ddp")
     # As if writing took longer than what a collective waits for: the others hear from rank 0 meanwhile.
-    rankllm_composer.export.HEARTBEAT_SECONDS = 0.01
+    rankllm_composer.rank_zero.HEARTBEAT_SECONDS = 0.01
     run(folder, "fsdp2_lora")
     if rank == 0:
         (folder / "occupied" / "epoch_0").mkdir(parents=True)
