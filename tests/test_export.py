@@ -448,7 +448,7 @@ def test_two_ranks_export_what_they_trained(tmp_path):
     for rank in (0, 1):
         raised = (tmp_path / f"raised_{rank}").read_text()
         assert "found a folder that is no export" in raised
-        assert raised.startswith("StagingError" if rank == 0 else "ExportError: rank 0, export of")
+        assert raised.startswith("StagingError" if rank == 0 else "RankZeroError: rank 0, export of")
 
 
 def test_one_process_gathers_without_a_process_group():
