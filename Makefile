@@ -54,7 +54,7 @@ docs: setup  ## write docs/recipe.md, the page of every key, from the dataclasse
 	$(BIN)/rankllm-composer recipes keys --markdown > docs/recipe.md
 
 rehearse: setup  ## every recipe of yamls/ on CPU: two ranks under FSDP2, a tiny model of the same architecture
-	$(BIN)/python -m pytest tests/test_rehearse.py -v
+	$(BIN)/python -m pytest tests/runs/test_rehearse.py -v
 
 bench: setup  ## speed, memory and scaling on this machine, written into benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run_all.py

@@ -18,7 +18,7 @@ from pathlib import Path
 from report import on_one_heap
 from trained import compare
 
-from rankllm_composer.retrieval import load_judgments, load_run
+from rankllm_composer.sources.retrieval_files import load_judgments, load_run
 
 SHUFFLED = "data.train.shuffle_passages=true"
 NUMBERS = ["data.train.identifiers=numbers", "data.eval.identifiers=numbers"]

@@ -30,11 +30,13 @@ from steps import new_stepper
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from workload import SHAPES, new_lists, new_model, typical_lengths
 
-from rankllm_composer.data import ListDataset, build_train_data_spec
-from rankllm_composer.permutations import format_permutation
-from rankllm_composer.prompts import SYSTEM_MESSAGE, Record, encode_record, render_user_turn
-from rankllm_composer.shard_index import COLUMNS, sample_from_record
-from rankllm_composer.streams import Stream
+from rankllm_composer.data.dataset import ListDataset, build_train_data_spec
+from rankllm_composer.data.streams import Stream
+from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.prompts.permutations import format_permutation
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
+from rankllm_composer.shards.index import COLUMNS, sample_from_record
 
 NUM_PASSAGES = 20
 MAX_LENGTH_TOKENS = 4096

@@ -30,7 +30,7 @@ from killing import Run, checkpoint_content, comparable_metrics, differences, ki
 from s3_server import s3_server
 from small_run import RECIPE, small_run
 
-from rankllm_composer.checkpoints import whole_checkpoints
+from rankllm_composer.checkpoints.folder import whole_checkpoints
 
 LAYOUTS = {
     "FSDP2": [],

@@ -7,9 +7,10 @@ The limit is the fastest of a square product of 2,048 and of the model's own mat
 each the best of several runs. It is taken anew before each step, and a share is that step's FLOPs / seconds / the GEMM
 rate just measured; medians over the repeats.
 
-Useful FLOPs are those of `rankllm_composer.flops`: matrix products of real tokens, forward and twice that backward, and
-the causal half of attention. Recomputed activations are not useful work; the last column adds them, for the cases that
-recompute. Everything else a step does (norms, rotary embedding, softmax, optimizer) takes time and counts nothing.
+Useful FLOPs are those of `rankllm_composer.model.flops`: matrix products of real tokens, forward and twice that
+backward, and the causal half of attention. Recomputed activations are not useful work; the last column adds
+them, for the cases that recompute. Everything else a step does (norms, rotary embedding, softmax, optimizer) takes time
+and counts nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from workload import (
     typical_lengths,
 )
 
-from rankllm_composer.flops import training_flops
+from rankllm_composer.model.flops import training_flops
 
 CASES = "smollm2-135m:1:0,smollm2-135m:1:1,mistral-30m:2:0"
 GEMM_RUNS = 4

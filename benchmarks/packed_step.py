@@ -40,7 +40,7 @@ from workload import (
     useful_share,
 )
 
-from rankllm_composer.flops import training_flops
+from rankllm_composer.model.flops import training_flops
 
 CASES = "smollm2-135m:2:1,smollm2-135m:1:0,mistral-30m:2:1,smollm2-4-layers:2:0"
 TOLERANCE = 1e-4

@@ -51,8 +51,8 @@ def workload(case: dict[str, Any]) -> Any:
     from peft import LoraConfig
     from transformers import MistralConfig
 
-    from rankllm_composer.memory import Workload
-    from rankllm_composer.objectives import Objective
+    from rankllm_composer.model.losses import Objective
+    from rankllm_composer.preflight.memory import Workload
 
     rest = {key: value for key, value in case.items() if key not in ("objective", "length", "lora")}
     adapters = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
@@ -77,10 +77,10 @@ def measure(case: dict[str, Any]) -> int:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM
 
-    from rankllm_composer import packing
-    from rankllm_composer.memory import lists_without_content
-    from rankllm_composer.model import ListwiseReranker
-    from rankllm_composer.sharding import average_sharded_gradients
+    from rankllm_composer.data import packing
+    from rankllm_composer.distributed import average_sharded_gradients
+    from rankllm_composer.model.reranker import ListwiseReranker
+    from rankllm_composer.preflight.memory import lists_without_content
 
     work = workload(case)
     each = len(work.lengths)
@@ -183,7 +183,7 @@ def run(name: str) -> int:
 
 
 def main() -> int:
-    from rankllm_composer.memory import plan_memory
+    from rankllm_composer.preflight.memory import plan_memory
 
     worst = 0.0
     print(f"{'case':<44} {'planned MB':>10} {'measured MB':>11} {'off':>7}")

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AttentionInterface, PreTrainedModel
 from workload import SHAPES, new_lists, new_model, typical_lengths, useful_share
 
-from rankllm_composer.model import decoder_layers
+from rankllm_composer.model.reranker import decoder_layers
 
 LINEAR, ATTENTION, HEAD = "linear layers", "attention", "LM head and losses"
 NORMS, ACTIVATION = "norms, rotary embedding", "activation of the MLP"

@@ -41,10 +41,10 @@ def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded:
     from composer.utils.parallelism import FSDP2Config
     from torch.utils.data import DataLoader, IterableDataset
 
-    from rankllm_composer import packing
-    from rankllm_composer.model import ListwiseReranker
-    from rankllm_composer.objectives import Objective
-    from rankllm_composer.sharding import average_sharded_gradients
+    from rankllm_composer.data import packing
+    from rankllm_composer.distributed import average_sharded_gradients
+    from rankllm_composer.model.losses import Objective
+    from rankllm_composer.model.reranker import ListwiseReranker
 
     class Batches(IterableDataset):
         """This rank's share of every global batch."""

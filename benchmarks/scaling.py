@@ -18,7 +18,7 @@ from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from steps import Stepper, new_stepper
 from workload import RESPONSE_TOKENS, SHAPES, new_lists, new_model
 
-from rankllm_composer.flops import training_flops
+from rankllm_composer.model.flops import training_flops
 
 MAX_STEPS = 5
 

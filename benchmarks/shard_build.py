@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rankllm_composer.permutations import format_permutation
-from rankllm_composer.prompts import SYSTEM_MESSAGE, render_user_turn
+from rankllm_composer.prompts.permutations import format_permutation
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
 NUM_PASSAGES = 20
 NUM_TEXTS = 10_000
@@ -51,7 +51,7 @@ def measure(source: Path, output: Path, num_processes: int, results: Any) -> Non
     """Build once in this process; put seconds, CPU seconds, peak MiB before, after, of a worker."""
     import streaming  # noqa: F401 - its import takes seconds and is no part of the work
 
-    from rankllm_composer.shards import build_shards
+    from rankllm_composer.shards.build import build_shards
 
     before, _, cpu_before, _ = peak_and_cpu()
     built = build_shards(output, input=source, num_processes=num_processes, report=lambda line: None)

@@ -33,28 +33,29 @@ import torch
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from word_lists import Index, WordList, asked_by_texts, assembled_lists, judged_lists, without_gaps
 
+from benchmarks.gguf_model import unpack_gguf_model
+from benchmarks.known_item import KnownItems, build_known_items
 from rankllm_composer import train
+from rankllm_composer.data.packing import Sequence as PackedSequence
+from rankllm_composer.data.packing import split_batch
 from rankllm_composer.demo import export_untrained
-from rankllm_composer.gguf_model import unpack_gguf_model
-from rankllm_composer.known_item import KnownItems, build_known_items
-from rankllm_composer.model import ListwiseReranker, load_causal_lm, load_tokenizer
-from rankllm_composer.objectives import Objective
-from rankllm_composer.packing import Sequence as PackedSequence
-from rankllm_composer.packing import split_batch
-from rankllm_composer.permutations import format_permutation
-from rankllm_composer.prompts import (
+from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
+from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.prompts.permutations import format_permutation
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
-    Record,
     clean_query,
     document_text,
-    encode_record,
     render_user_turn,
     truncate_passage,
 )
-from rankllm_composer.recipe import Recipe
-from rankllm_composer.recipe_merge import load_recipe
-from rankllm_composer.rerank import rerank_files
-from rankllm_composer.retrieval import load_documents, load_judgments, load_queries, load_run
+from rankllm_composer.ranking.rerank import rerank_files
+from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.recipe.sections import Recipe
+from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
 RECIPE = Path(__file__).parents[1] / "yamls" / "smollm2_cpu.yaml"
 MEASURE = "nDCG@10"

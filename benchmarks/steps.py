@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from rankllm_composer.model import ListwiseReranker, checkpoint_activations
-from rankllm_composer.objectives import Objective
-from rankllm_composer.packing import Sequence, split_batch
+from rankllm_composer.data.packing import Sequence, split_batch
+from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 
 RANKING_WEIGHT = 10.0
 SMOOTHING = 0.0

@@ -15,8 +15,8 @@ from pathlib import Path
 from report import NUM_CORES, print_columns, print_head, print_row
 
 from rankllm_composer import train
-from rankllm_composer.collection import Collection, build_collection, build_model_folder
-from rankllm_composer.recipe_merge import load_recipe
+from rankllm_composer.demo import Collection, build_collection, build_model_folder
+from rankllm_composer.recipe.load import load_recipe
 
 NUM_TRAIN_QUERIES, NUM_TEST_QUERIES = 20000, 200
 LISTS = 16  # an update; fewer than the demo has, which learns more from as many lists

@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from rankllm_composer.packing import Sequence
+    from rankllm_composer.data.packing import Sequence
 
 NUM_PASSAGES = 20
 PROMPT_TOKENS, RESPONSE_TOKENS = 160, 80
@@ -118,7 +118,7 @@ def new_model(shape: str) -> PreTrainedModel:
 def recomputed_flops(config: PretrainedConfig, lengths: list[int]) -> int:
     """What a step with every layer recomputed does again: each layer's forward but for its last product, whose output
     no gradient needs."""
-    from rankllm_composer.flops import forward_flops
+    from rankllm_composer.model.flops import forward_flops
 
     last_products = 2 * config.intermediate_size * config.hidden_size * config.num_hidden_layers * sum(lengths)
     return forward_flops(config, lengths, 0) - last_products
@@ -152,8 +152,8 @@ def typical_lengths(num_lists: int, num_draws: int = 1000) -> list[int]:
 
 def new_lists(lengths: list[int], shape: str) -> list[Sequence]:
     """Teacher-ranked lists of these lengths, encoded for the combined objective."""
-    from rankllm_composer.packing import Sequence
-    from rankllm_composer.prompts import EncodedRecord
+    from rankllm_composer.data.packing import Sequence
+    from rankllm_composer.prompts.encoding import EncodedRecord
 
     rng = np.random.default_rng(0)
     vocabulary = SHAPES[shape][1]["vocab_size"]

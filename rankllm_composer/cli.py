@@ -4,15 +4,127 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from rankllm_composer import __version__
-from rankllm_composer.permutations import IdentifierStyle
-from rankllm_composer.recipe_commands import Overrides, RecipeFile, find_recipe, recipe_path, recipes_app
-from rankllm_composer.redaction import redact
+from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.redaction import BLOTTED, redact
+
+recipes_app = typer.Typer(help="List, copy and check recipes.", no_args_is_help=True)
+
+
+RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
+
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `recipes list`.")]
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the file.")]
+
+
+def recipe_folder() -> Path:
+    """Where the recipes are: in the installed package, or in `yamls/` beside it in a source tree."""
+    package = Path(str(resources.files("rankllm_composer")))
+    installed = package / "yamls"
+    return installed if installed.is_dir() else package.parent / "yamls"
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe file of a name such as "rank_zephyr".
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    path = recipe_folder() / f"{name.removesuffix('.yaml')}.yaml"
+    if Path(name).name == name and path.is_file():
+        return path
+    known = ", ".join(sorted(found.stem for found in recipe_folder().glob("*.yaml")))
+    raise ValueError(f"recipe: found {name}; allowed: {known}; choose one, `rankllm-composer recipes list` says more")
+
+
+def recipe_path(file: str) -> Path:
+    """A recipe by its file, or by its name."""
+    return Path(file) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """List the recipes that come with the package."""
+    paths = sorted(recipe_folder().glob("*.yaml"))
+    width = max((len(path.stem) for path in paths), default=0)
+    for path in paths:
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{path.stem:<{width}}  {first.removeprefix('#').strip()}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: RecipeName) -> None:
+    """Print a recipe."""
+    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: RecipeName,
+    destination: Annotated[Path, typer.Argument(help="File or folder to copy to.", show_default="here")] = Path(),
+    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    source = find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists() and not force:
+        raise ValueError(f"destination: found {target}, which exists; choose another name, or replace it with --force")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    typer.echo(str(target))
+
+
+@recipes_app.command("check")
+def recipes_check(
+    file: Annotated[str, typer.Argument(help="A YAML file, or a name of `recipes list`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the file.")] = None,
+    num_ranks: Annotated[
+        int | None, typer.Option("--num-ranks", "-n", min=1, help="Also check that the batch divides over these ranks.")
+    ] = None,
+) -> None:
+    """Print the merged recipe with the origin of each value, then all that is wrong with it (and exit code 2)."""
+    from rankllm_composer.recipe.checks import check_world, is_secret, missing_files
+    from rankllm_composer.recipe.load import merge_recipe
+    from rankllm_composer.recipe.schema import RecipeError, show
+
+    path = recipe_path(file)
+    merged = merge_recipe(path, overrides or [])
+    width = max(len(row.key) for row in merged.keys)
+    for row in merged.keys:
+        value = BLOTTED if is_secret(row.key, row.value) else show(row.value)
+        typer.echo(f"{row.origin:<8}  {row.key:<{width}}  {value}")
+    problems = [*merged.problems, *missing_files(merged.recipe)]
+    if num_ranks is not None and not merged.problems:
+        try:
+            check_world(merged.recipe, num_ranks)
+        except RecipeError as error:
+            problems += error.problems
+    for sentence in merged.warnings:
+        typer.echo(f"warning: {sentence}", err=True)
+    if problems:
+        raise RecipeError(str(path), problems)
+    typer.echo(f"{path}: no problems")
+
+
+@recipes_app.command("keys")
+def recipes_keys(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/recipe.md.")] = False,
+) -> None:
+    """Print every key a recipe can hold, with default, unit, meaning and what is allowed."""
+    from rankllm_composer.recipe.schema import keys_as_markdown, keys_as_text
+    from rankllm_composer.recipe.sections import describe_keys
+
+    rows = describe_keys()
+    typer.echo(keys_as_markdown(rows) if markdown else keys_as_text(rows))
+
 
 app = typer.Typer(
     name="rankllm-composer",
@@ -23,8 +135,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
 shards_app = typer.Typer(help="Build, join and check sets of training lists (MDS shards).", no_args_is_help=True)
+
+
 app.add_typer(shards_app, name="shards")
+
+
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -66,6 +184,8 @@ def _progress(text: str) -> None:
 
 
 Output = Annotated[str, typer.Option(help="Folder or URL (s3://, gs://, …) of the set.")]
+
+
 Target = Annotated[str, typer.Argument(help="Folder or URL of the set.")]
 
 
@@ -107,8 +227,8 @@ def shards_build(
     staging: Annotated[str | None, typer.Option(help="Local folder that an upload is prepared in.")] = None,
 ) -> None:
     """Turn training records, or a first-stage run with judgments or a teacher's run, into shards."""
-    from rankllm_composer.recipe_advice import FROM_RUN
-    from rankllm_composer.shards import build_shards
+    from rankllm_composer.recipe.advice import FROM_RUN
+    from rankllm_composer.shards.build import build_shards
 
     chosen = _chosen(context)
     if input is not None:
@@ -159,7 +279,7 @@ def _warn_without_effect(names: set[str], reason: str) -> None:
 @shards_app.command("merge")
 def shards_merge(target: Target) -> None:
     """Join the parts that `build --part I/N` left in one place into one set."""
-    from rankllm_composer.shards import merge_shards
+    from rankllm_composer.shards.publish import merge_shards
 
     merge_shards(target, report=_progress)
 
@@ -172,7 +292,7 @@ def shards_verify(
     ] = False,
 ) -> None:
     """Check that every shard is there and is what the index says. Exit code 2 if not."""
-    from rankllm_composer.shards import verify_shards
+    from rankllm_composer.shards.verify import verify_shards
 
     outcome = verify_shards(target, records=records, report=_progress)
     counts = f"{outcome.num_records:,} records in {outcome.num_shards:,} shards"
@@ -186,7 +306,7 @@ def shards_verify(
 @shards_app.command("info")
 def shards_info(target: Target) -> None:
     """Say what a set holds and where it came from, without reading its shards."""
-    from rankllm_composer.shards import shards_info
+    from rankllm_composer.shards.verify import shards_info
 
     for line in shards_info(target).lines():
         typer.echo(line)
@@ -206,9 +326,9 @@ def inspect(
 ) -> None:
     """Show a record as the model will see it, or check an exported folder and a request, token by token, against the
     client's. Exit code 2 if something is wrong."""
-    from rankllm_composer.inspection import inspect_recipe
-    from rankllm_composer.recipe_merge import load_recipe
-    from rankllm_composer.serving_check import inspect_folder
+    from rankllm_composer.export.serving_check import inspect_folder
+    from rankllm_composer.preflight.inspection import inspect_recipe
+    from rankllm_composer.recipe.load import load_recipe
 
     if (recipe is None) == (model is None):
         raise ValueError("inspect: found neither or both of RECIPE and --model; give one of them")
@@ -236,8 +356,8 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a run will take before any GPU is rented: updates, memory of a rank, operations, hours."""
-    from rankllm_composer.plan import plan_recipe
-    from rankllm_composer.recipe_merge import load_recipe
+    from rankllm_composer.preflight.plan import plan_recipe
+    from rankllm_composer.recipe.load import load_recipe
 
     found = plan_recipe(
         load_recipe(recipe_path(recipe), overrides or []),
@@ -281,9 +401,9 @@ def rerank(
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass.")] = 16384,
 ) -> None:
     """Rerank a run with an exported model; a job that was stopped goes on where it was."""
-    from rankllm_composer.comparison import DEFAULT_MEASURES
-    from rankllm_composer.model_card import add_figures
-    from rankllm_composer.rerank import rerank_files
+    from rankllm_composer.export.model_card import add_figures
+    from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
+    from rankllm_composer.ranking.rerank import rerank_files
 
     if qrels is None and (card or name is not None):
         raise ValueError("rerank: found --card or --name without --qrels, so nothing is measured; give --qrels")
@@ -322,12 +442,12 @@ def report(
     ] = None,
 ) -> None:
     """Draw what runs did: losses, learning rate, throughput, nDCG, gains, lengths, position bias, in one HTML page."""
-    from rankllm_composer.comparison import read_measured
-    from rankllm_composer.plan import look_at_lists
-    from rankllm_composer.recipe_merge import load_recipe
-    from rankllm_composer.recipe_schema import RecipeError
-    from rankllm_composer.report import write_report
-    from rankllm_composer.run_record import read_run, with_reranked
+    from rankllm_composer.preflight.plan import look_at_lists
+    from rankllm_composer.ranking.comparison import read_measured
+    from rankllm_composer.recipe.load import load_recipe
+    from rankllm_composer.recipe.schema import RecipeError
+    from rankllm_composer.report.page import write_report
+    from rankllm_composer.report.run_record import read_run, with_reranked
 
     records = []
     for folder in runs:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import real_tokenizers
 import torch
+from support import real_tokenizers
 
 torch.set_num_threads(1)
 # A busy machine is no failure: no deadline for an example.

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from rankllm_composer import __version__, shards
-from rankllm_composer.cli import app, main, shards_build
-from rankllm_composer.recipe_commands import find_recipe, recipe_folder
+from rankllm_composer import __version__
+from rankllm_composer.cli import app, find_recipe, main, recipe_folder, shards_build
+from rankllm_composer.shards import build as shards
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "golden" / "records.json"

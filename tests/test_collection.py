@@ -8,10 +8,13 @@ from collections import Counter, defaultdict
 import pytest
 from transformers import AutoTokenizer
 
-from rankllm_composer.collection import build_collection, build_model_folder, invent_words
-from rankllm_composer.permutations import identifiers
-from rankllm_composer.prompts import SYSTEM_MESSAGE, Record, check_tokenizer, encode_record, render_user_turn
-from rankllm_composer.retrieval import load_documents, load_judgments, load_queries, load_run
+from rankllm_composer.demo import build_collection, build_model_folder, invent_words
+from rankllm_composer.prompts.chat import check_tokenizer
+from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.prompts.permutations import identifiers
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
+from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
 
 @pytest.fixture(scope="module")

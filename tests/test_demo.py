@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from launching import REPOSITORY, metrics
+from support.launching import REPOSITORY, metrics
 
-from rankllm_composer.contract import read_contract
 from rankllm_composer.demo import DemoError, run_demo
+from rankllm_composer.prompts.contract import read_contract
 
 RECIPE = REPOSITORY / "yamls" / "demo.yaml"
 

@@ -12,24 +12,23 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import tomllib
-from launching import ON_CPU, REPOSITORY, succeeded, train
-from synthetic_records import WORDS, write_jsonl
-from test_house import ROOMS
-from test_plan import TOY
+from support.launching import ON_CPU, REPOSITORY, succeeded, train
+from support.synthetic_records import WORDS, write_jsonl
+from support.toy_recipe import TOY
 from transformers import MistralConfig
 
 from rankllm_composer.cli import main
-from rankllm_composer.contract import read_contract
-from rankllm_composer.model_card import serving_command
-from rankllm_composer.recipe import describe_keys
-from rankllm_composer.recipe_check import check_world
-from rankllm_composer.recipe_merge import load_recipe, merge_recipe, recipe_to_yaml
+from rankllm_composer.export.model_card import serving_command
+from rankllm_composer.prompts.contract import read_contract
+from rankllm_composer.recipe.checks import check_world
+from rankllm_composer.recipe.load import load_recipe, merge_recipe, recipe_to_yaml
+from rankllm_composer.recipe.sections import describe_keys
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
@@ -270,20 +269,14 @@ def test_every_python_snippet_runs():
 # What the other blocks show
 
 
-def expanded(names: str) -> Iterator[str]:
-    for name in names.replace(",", " ").split():
-        stem = name.removesuffix("*")
-        found = [room.stem for room in ROOMS if room.stem.startswith(stem)] if name.endswith("*") else [name]
-        assert found
-        yield from found
-
-
 def check_map(text: str) -> None:
-    """Every room once."""
-    rows = re.findall(r"^ {2}(\S.*?) {2,}\S", text, re.MULTILINE)
-    listed = [room for row in rows for room in expanded(row)]
-    assert sorted(listed) == sorted(room.stem for room in ROOMS if room.stem != "__init__")
-    for name in re.findall(r"^(\w+/?) ", text, re.MULTILINE):
+    """What `ls rankllm_composer` shows, one line per folder and file; then the folders beside the package."""
+    package = REPOSITORY / "rankllm_composer"
+    paths = [path for path in package.iterdir() if path.name[0] not in "_." and path.name != "py.typed"]
+    found = {path.name + "/" * path.is_dir() for path in paths}
+    listed = re.findall(r"^ {2}([\w.]+/?) ", text, re.MULTILINE)
+    assert len(listed) == len(set(listed)) and set(listed) == found
+    for name in re.findall(r"^([\w.]+/?) ", text, re.MULTILINE):
         assert (REPOSITORY / name).exists()
 
 

@@ -1,4 +1,4 @@
-"""The design, held true: which room may import which, what importing costs, and how long a room may be."""
+"""The design as tests: which folder may import which, what an import costs, how long a module may be."""
 
 from __future__ import annotations
 
@@ -14,151 +14,93 @@ from packaging.requirements import Requirement
 
 import rankllm_composer
 
-ROOMS = sorted(Path(rankllm_composer.__file__).parent.glob("*.py"))
+PACKAGE = Path(rankllm_composer.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
-    "__init__": "",
-    "assembly": (
-        "contract data epochs export loss_guard model model_card objectives permutations preemption "
-        "progress prompts published recipe recipe_merge resumption storage streams validation"
-    ),
-    "attention": "",
-    "augmentation": "permutations prompts",
-    "chat": "permutations user_turn",
-    "checkpoint_store": "checkpoints storage",
-    "checkpoints": "",
-    "claims": "",
-    "clean_stop": "redaction",
-    "cli": (
-        "comparison demo inspection model_card permutations plan recipe_advice recipe_commands recipe_merge "
-        "recipe_schema redaction report rerank run_record serving_check shards"
-    ),
-    "collection": "permutations prompts",
-    "comparison": "metrics",
-    "contract": "",
-    "data": "augmentation exact_streaming packing permutations prompts shard_index streams",
-    "decoding": "inference permutations prompts windows",
-    "demo": "collection comparison contract export model permutations prompts recipe recipe_merge rerank train",
-    "epochs": "",
-    "evaluation": "augmentation contract decoding metrics permutations prompts windows",
-    "exact_streaming": "claims epochs shard_index streams",
-    "export": "contract model_card rank_zero redaction staging weights",
-    "flops": "",
-    "gguf_model": "staging",
-    "inference": "attention",
-    "inspection": "assembly augmentation model objectives packing prompts record_lookup serving_check",
-    "json_array": "",
-    "known_item": "trec_files",
-    "launch": "",
-    "ledger": "",
-    "loss_guard": "",
-    "losses": "",
-    "memory": "ledger model objectives packing prompts",
-    "metrics": "",
-    "model": "attention flops objectives",
-    "model_card": "contract published redaction",
-    "neftune": "",
-    "objectives": "losses",
-    "packing": "prompts",
-    "permutations": "",
-    "pictures": "evaluation progress run_record",
-    "plan": "assembly flops memory model objectives prompts recipe recipe_check record_lookup remedies schedule",
-    "preemption": "clean_stop",
-    "progress": "",
-    "prompts": "chat permutations user_turn",
-    "published": "",
-    "rank_zero": "",
-    "recipe": "permutations recipe_schema",
-    "recipe_advice": "recipe",
-    "recipe_build": "recipe_schema",
-    "recipe_check": "permutations recipe recipe_build recipe_schema recipe_secrets",
-    "recipe_commands": "recipe recipe_check recipe_merge recipe_schema recipe_secrets redaction",
-    "recipe_merge": "recipe recipe_advice recipe_build recipe_check recipe_schema",
-    "recipe_schema": "",
-    "recipe_secrets": "recipe_schema redaction",
-    "record_lookup": "prompts records shard_index storage trec",
-    "records": "json_array permutations prompts",
     "redaction": "",
-    "remedies": "memory recipe",
-    "report": "evaluation model_card pictures progress published run_record",
-    "rerank": "comparison contract evaluation retrieval sliding",
-    "resumption": "checkpoint_store checkpoints rank_zero run_folder safe_loading",
-    "retrieval": "prompts trec_files",
-    "run_folder": "",
-    "run_record": "comparison progress published redaction run_folder validation",
-    "safe_loading": "",
-    "schedule": "",
-    "serving_check": "contract model permutations prompts windows",
-    "shard_blocks": "permutations prompts records shard_index shard_manifest",
-    "shard_check": "records shard_index shard_manifest storage",
-    "shard_index": "prompts",
-    "shard_manifest": "shard_index",
-    "shard_merge": "shard_blocks shard_index shard_manifest storage",
-    "shard_publish": "shard_index shard_manifest storage",
-    "sharding": "",
-    "shards": (
-        "permutations records shard_blocks shard_check shard_index shard_manifest shard_merge "
-        "shard_publish storage trec"
-    ),
-    "sliding": "contract decoding evaluation windows",
-    "staging": "",
+    "distributed": "",
     "storage": "",
-    "streams": "claims shard_index storage",
-    "train": (
-        "assembly clean_stop contract data export model_card neftune preemption rank_zero recipe recipe_check "
-        "recipe_merge recipe_schema run_folder schedule sharding shards whereabouts"
-    ),
-    "trec": "permutations prompts records trec_files",
-    "trec_files": "records",
-    "user_turn": "permutations",
-    "validation": "contract evaluation prompts weights",
-    "weights": "safe_loading",
-    "whereabouts": "",
-    "windows": "permutations prompts",
+    "prompts": "",
+    "model": "",
+    "recipe": "prompts redaction",
+    "sources": "prompts",
+    "checkpoints": "storage",
+    "shards": "sources prompts storage",
+    "ranking": "sources model prompts distributed",
+    "export": "checkpoints model prompts storage redaction",
+    "data": "shards prompts storage distributed",
+    "training": "data shards ranking export checkpoints model recipe prompts storage distributed redaction",
+    "preflight": "training data shards export model recipe prompts",
+    "report": "training ranking export recipe redaction",
+    "launch": "",
+    "train": "training recipe",
+    "demo": "train ranking export model recipe prompts",
+    "cli": "demo report preflight shards ranking export recipe prompts redaction",
+    "__main__": "cli",
 }
-KNOW_THE_RECIPE = {"train", "assembly", "plan", "memory", "cli", "demo", "inspection", "record_lookup", "remedies"}
-"""Rooms that take a whole recipe; every other takes plain arguments."""
+"""Folder or file of the package → what it may import. Each row names rows above it only, so there is no cycle."""
+COMPOSER = {"training", "model", "data", "distributed", "launch", "preflight/memory", "demo"}
+STREAMING = {"shards", "data", "storage"}
 
 
-def rooms_imported(path: Path) -> set[str]:
-    """Our rooms that a file imports, at its top or inside a function."""
+def place(path: Path) -> str:
+    """The row of the table that a module belongs to: its folder, or its own name at the top."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rankllm_composer":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names} - {"__version__"}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [alias.name for alias in node.names if alias.name != "__version__"]
+            found |= {f"{node.module}.{name}" for name in names}
     return found
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
-def test_a_room_imports_what_the_table_allows(path):
-    assert rooms_imported(path) == set(ALLOWED[path.stem].split())
+def imported_places() -> dict[str, set[str]]:
+    """Row of the table → the other rows that it imports."""
+    found: dict[str, set[str]] = {}
+    for path in MODULES:
+        names = [name.split(".") for name in modules_imported(path)]
+        ours = {parts[1] for parts in names if parts[0] == "rankllm_composer" and len(parts) > 1}
+        found.setdefault(place(path), set()).update(ours - {place(path)})
+    return found
 
 
-def test_rooms_form_no_cycle():
-    seen, order = set(), []
-
-    def visit(room, above):
-        assert room not in above, f"cycle: {' → '.join((*above, room))}"
-        if room not in seen:
-            seen.add(room)
-            for other in ALLOWED[room].split():
-                visit(other, (*above, room))
-            order.append(room)
-
-    for room in ALLOWED:
-        visit(room, ())
+def test_a_folder_imports_what_the_table_allows():
+    assert imported_places() == {"__init__": set(), **{row: set(allowed.split()) for row, allowed in ALLOWED.items()}}
 
 
-def test_only_the_outer_rooms_know_the_recipe():
-    for room, imported in ALLOWED.items():
-        if {"recipe", "recipe_merge"} & set(imported.split()):
-            assert room in KNOW_THE_RECIPE or room.startswith("recipe")
+def test_folders_form_no_cycle():
+    above: set[str] = set()
+    for row, allowed in ALLOWED.items():
+        assert set(allowed.split()) <= above, row
+        above.add(row)
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
-def test_a_room_holds_one_concept(path):
+@pytest.mark.parametrize(("library", "allowed"), [("composer", COMPOSER), ("streaming", STREAMING)])
+def test_composer_and_streaming_are_imported_in_their_places_alone(library, allowed):
+    importers = {path for path in MODULES if library in {name.split(".")[0] for name in modules_imported(path)}}
+    names = {str(path.relative_to(PACKAGE).with_suffix("")) for path in importers}
+    assert {name for name in names if not {name, name.split("/")[0]} & allowed} == set()
+    assert importers
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE).with_suffix("")))
+def test_a_module_holds_one_concept(path):
     assert len(path.read_text().splitlines()) <= 480
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_no_test_module_imports_another():
+    tests = Path(__file__).parent
+    for path in tests.rglob("*.py"):
+        imported = {name for name in modules_imported(path) if re.search(r"(^|\.)test_", name)}
+        assert imported == set(), path
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -180,10 +122,10 @@ def test_make_check_finds_nothing():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_rooms_that_are_typed_strictly_are_there():
+def test_folders_that_are_typed_strictly_are_there():
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    strict = set(re.findall(r'^ {4}"rankllm_composer\.(\w+)",$', project, re.MULTILINE))
-    assert strict <= set(ALLOWED) and {"losses", "permutations", "prompts", "packing", "recipe"} <= strict
+    strict = set(re.findall(r'^ {4}"rankllm_composer\.(\w+)(?:\.\*)?",$', project, re.MULTILINE))
+    assert strict <= set(ALLOWED) and {"prompts", "recipe"} <= strict
 
 
 def test_the_constraints_are_what_is_installed():

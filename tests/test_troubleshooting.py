@@ -10,23 +10,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_loss_guard
 import torch
-from launching import REPOSITORY
-from real_tokenizers import build_tokenizer
-from synthetic_records import conversation
-from tiny_rerankers import new_contract, new_tokenizer
+from support import guarded_updates
+from support.launching import REPOSITORY
+from support.real_tokenizers import build_tokenizer
+from support.synthetic_records import conversation
+from support.tiny_rerankers import new_contract, new_tokenizer
 
-from rankllm_composer import assembly
-from rankllm_composer.attention import choose_attention
-from rankllm_composer.chat import check_tokenizer
-from rankllm_composer.decoding import _refuse_no_numbers
-from rankllm_composer.loss_guard import LossGuard
-from rankllm_composer.prompts import encode_record
-from rankllm_composer.recipe_check import check_world
-from rankllm_composer.recipe_merge import load_recipe
-from rankllm_composer.run_folder import claim_run_folder
-from rankllm_composer.train import prepare_shards
+from rankllm_composer.model.attention import choose_attention
+from rankllm_composer.prompts.chat import check_tokenizer
+from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.ranking.decoding import _refuse_no_numbers
+from rankllm_composer.recipe.checks import check_world
+from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.training import assembly
+from rankllm_composer.training.guards import LossGuard
+from rankllm_composer.training.run import claim_run_folder, prepare_shards
 
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
@@ -101,7 +100,7 @@ def another_process(tools: Tools) -> None:
 
 
 def bad_loss(tools: Tools) -> None:
-    test_loss_guard.run([1.0, math.nan], LossGuard())
+    guarded_updates.run([1.0, math.nan], LossGuard())
 
 
 def no_relevant_window(tools: Tools) -> None:

@@ -7,23 +7,23 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contract, new_model, new_tokenizer, record_of
+from support.tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contract, new_model, new_tokenizer, record_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from rankllm_composer.decoding import read_likeliest, score_windows_first_token
-from rankllm_composer.permutations import identifiers, parse_answer, permutation_from_scores
-from rankllm_composer.prompts import (
+from rankllm_composer.export.serving_check import PASSAGES, QUERY, client_prompt, diff_request
+from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.prompts.permutations import identifiers, parse_answer, permutation_from_scores
+from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
     clean_query,
     document_text,
-    encode_record,
     passage_word_limit,
     render_user_turn,
     truncate_passage,
 )
-from rankllm_composer.serving_check import PASSAGES, QUERY, client_prompt, diff_request
-from rankllm_composer.sliding import rerank_queries
-from rankllm_composer.windows import Window, answer_lengths, fit_window, sliding_spans
+from rankllm_composer.prompts.windows import Window, answer_lengths, fit_window, sliding_spans
+from rankllm_composer.ranking.decoding import read_likeliest, score_windows_first_token
+from rankllm_composer.ranking.sliding import rerank_queries
 
 STYLES = ("letters", "numbers")
 TOKENIZERS = ("mistral_v3", "zephyr_v1", "tiny", "tiny_without_bos")

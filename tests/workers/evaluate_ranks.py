@@ -12,9 +12,9 @@ import torch.multiprocessing
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny_rerankers import new_contract, new_model, new_tokenizer, record_of
+from support.tiny_rerankers import new_contract, new_model, new_tokenizer, record_of
 
-from rankllm_composer.evaluation import evaluate_windows
+from rankllm_composer.ranking.evaluation import evaluate_windows
 
 RECORDS = [record_of(values, record_id=str(values)) for values in ([1, 2, 3], [9, 4], [6, 2])]
 SHARES = {"uneven": [RECORDS[:2], RECORDS[2:]], "one has none": [[], RECORDS]}

@@ -15,12 +15,12 @@ from composer.utils.parallelism import FSDP2Config
 from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_export import new_exporter
-from tiny_training import RandomLists, new_hf_model, new_tokenizer, new_trainer
+from support.exporting import new_exporter
+from support.tiny_training import RandomLists, new_hf_model, new_tokenizer, new_trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-import rankllm_composer.rank_zero
-from rankllm_composer.progress import MetricsFile, ProgressLine
+import rankllm_composer.distributed
+from rankllm_composer.training.progress import MetricsFile, ProgressLine
 
 
 def run(folder: Path, case: str, **options) -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     run(folder, "fsdp2", **checkpoints)
     run(folder, "ddp")
     # As if writing took longer than what a collective waits for: the others hear from rank 0 meanwhile.
-    rankllm_composer.rank_zero.HEARTBEAT_SECONDS = 0.01
+    rankllm_composer.distributed.HEARTBEAT_SECONDS = 0.01
     run(folder, "fsdp2_lora")
     if rank == 0:
         (folder / "occupied" / "epoch_0").mkdir(parents=True)

@@ -15,9 +15,9 @@ from composer.utils.parallelism import FSDP2Config
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_neftune import data_spec, new_lists, new_model, new_trainer, record_outputs
+from support.noised_training import data_spec, new_lists, new_model, new_trainer, record_outputs
 
-from rankllm_composer.sharding import average_sharded_gradients
+from rankllm_composer.distributed import average_sharded_gradients
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

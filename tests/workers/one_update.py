@@ -17,13 +17,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, IterableDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_model import random_sequences
+from support.packed_models import random_sequences
 
-from rankllm_composer.model import ListwiseReranker, load_causal_lm
-from rankllm_composer.neftune import NEFTune
-from rankllm_composer.objectives import Objective
-from rankllm_composer.packing import num_samples_in_batch, num_tokens_in_batch, split_batch
-from rankllm_composer.sharding import average_sharded_gradients
+from rankllm_composer.data.packing import num_samples_in_batch, num_tokens_in_batch, split_batch
+from rankllm_composer.distributed import average_sharded_gradients
+from rankllm_composer.model.loading import load_causal_lm
+from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.neftune import NEFTune
+from rankllm_composer.model.reranker import ListwiseReranker
 
 LIMITS = {"by_1": {"max_lists": 1}, "by_3": {"max_lists": 3}, "by_60_tokens": {"max_tokens": 60}}
 

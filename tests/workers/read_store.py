@@ -13,9 +13,9 @@ from composer.utils import dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rankllm_composer.data import ListLoader
-from rankllm_composer.exact_streaming import ExactStreamingDataset
-from rankllm_composer.streams import Stream
+from rankllm_composer.data.dataset import ListLoader
+from rankllm_composer.data.exact_streaming import ExactStreamingDataset
+from rankllm_composer.data.streams import Stream
 
 SETS = {"few": 12, "many": 24}
 # proportions of few and many, workers of a rank

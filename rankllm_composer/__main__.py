@@ -1,0 +1,5 @@
+"""`python -m rankllm_composer`: the same as `rankllm-composer`."""
+
+from rankllm_composer.cli import main
+
+main()

@@ -1,0 +1,128 @@
+"""Checkpoints are read as data: a pickle in one that asks for anything else is refused before it is obeyed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# What the index of a sharded checkpoint holds besides plain containers.
+_INDEX_TYPES = {
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "torch": {"Size", "bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.serialization": {"_get_layout"},
+}
+
+
+INDEX_NAME = ".metadata"
+
+
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint that is damaged, or whose pickle asks for more than data."""
+
+
+def data_types() -> list[Any]:
+    """What a checkpoint's tensors come with, besides what `torch.load(weights_only=True)` knows: arrays of the random
+    states (how numpy pickles one, and the types they have), durations, torch's version."""
+    import datetime
+
+    import numpy as np
+    from torch.torch_version import TorchVersion
+
+    reconstruct = np.empty(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("uint32", "uint8", "int64", "float32", "float64")]
+    return [datetime.timedelta, TorchVersion, np.dtype, np.ndarray, reconstruct, *kinds]
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds nothing but the types a checkpoint's index is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_TYPES.get(module, ()):
+            raise pickle.UnpicklingError(f"global {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_index(stream: BinaryIO, name: str) -> Any:
+    """The index of a sharded checkpoint.
+
+    Args:
+        stream: its bytes.
+        name: of the file, for messages.
+    Raises:
+        UnsafeCheckpointError: it is damaged, or no index.
+    """
+    try:
+        return _IndexUnpickler(stream).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UnsafeCheckpointError(explain_unreadable(name, error)) from None
+
+
+def holds_only_data(path: str | Path, specs: object = None) -> bool:
+    """What Composer asks before it reads a file of a checkpoint. Only an index is looked at: torch itself loads the
+    others with `weights_only`.
+
+    Raises:
+        UnsafeCheckpointError: see `read_index`.
+    """
+    del specs
+    if Path(path).name == INDEX_NAME:
+        with Path(path).open("rb") as stream:
+            read_index(stream, str(path))
+    return True
+
+
+@contextlib.contextmanager
+def safe_loading() -> Iterator[None]:
+    """Within, Composer and torch load checkpoints as data alone, though Composer asks torch for anything."""
+    import torch
+
+    settings = {
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
+        "CHECKPOINT_VALIDATION_FUNCTION": f"{__name__}.{holds_only_data.__name__}",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        with torch.serialization.safe_globals(data_types()):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def explain_unreadable(name: object, error: BaseException) -> str:
+    """A readable text for an error that came up while a checkpoint was loaded."""
+    asked = re.search(r"(?:GLOBAL|global|function) ([\w.]+\.\w+)", str(error)) if _is_refusal(error) else None
+    if asked:
+        return (
+            f"{name}: found a pickle that asks for {asked[1]}, allowed is data alone, as loading it could run any "
+            "code; use a checkpoint from a run you trust"
+        )
+    return f"{name}: found a damaged checkpoint ({_first_line(error)}); use an earlier one"
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return "UnpicklingError" in repr(error) or "UnpicklingError" in str(error)
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

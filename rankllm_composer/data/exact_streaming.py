@@ -1,0 +1,375 @@
+"""A StreamingDataset that hands out every sample of an epoch once, to every rank equally many, or raises.
+
+Streaming 0.13 evens out epochs by repeating samples, names the wrong epoch in a checkpoint between two epochs, and ends
+an epoch early, without an error or in a wait without end, when a shard cannot be read.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from time import sleep
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import streaming
+import torch
+from composer.utils import dist
+from numpy.typing import NDArray
+from streaming.base.constant import TICK
+from streaming.base.dataset import _ShardState
+from streaming.base.distributed import maybe_init_dist
+from streaming.base.hashing import get_hash
+from streaming.base.shuffle import get_shuffle
+from streaming.base.util import bytes_to_int
+
+from rankllm_composer.data.shared_memory import private_shared_memory
+from rankllm_composer.data.streams import Stream, cause, check_streams
+from rankllm_composer.shards.index import ShardError
+
+if TYPE_CHECKING:
+    pass
+
+
+def interleave(num_samples: int, num_canonical_nodes: int) -> NDArray[np.int64]:
+    """Places of an epoch in the order they are trained: one from each canonical node's span in turn.
+
+    Args:
+        num_samples: E, samples in the epoch; canonical node k has the span E*k//C up to E*(k+1)//C.
+        num_canonical_nodes: C. The order depends on it, and not on how many ranks there are.
+    Returns:
+        (E,) int64, each of 0 … E-1 once.
+    """
+    bounds = np.arange(num_canonical_nodes + 1) * num_samples // num_canonical_nodes
+    starts, sizes = bounds[:-1], np.diff(bounds)
+    steps = np.arange(sizes.max(initial=0))[:, None]  # (longest span, C)
+    places: NDArray[np.int64] = (starts + steps)[steps < sizes].astype(np.int64)
+    return places
+
+
+def rank_rows(
+    order: NDArray[np.int64], seen: int, *, node: int, num_nodes: int, rank_of_node: int, ranks_per_node: int
+) -> tuple[NDArray[np.int64], int]:
+    """The samples of one rank in what is left of an epoch.
+
+    Args:
+        order: (E,) the epoch's samples in the order they are trained, over all ranks.
+        seen: how many of them were trained before; the rows that even out the last batch may count on top.
+    Returns:
+        The rank's samples, and how many rows (0 or 1) it needs after them to have as many as any other rank.
+    """
+    left = order[seen:]
+    num_ranks = num_nodes * ranks_per_node
+    own = left[node + num_nodes * rank_of_node :: num_ranks]
+    return own, -(-len(left) // num_ranks) - len(own)
+
+
+def worker_rows(
+    samples: NDArray[np.int64], num_padding: int, batch_size: int, worker: int, num_workers: int
+) -> tuple[NDArray[np.int64], int]:
+    """The part of a rank's samples that one of its loader workers reads: every `num_workers`-th batch.
+
+    Returns:
+        The worker's samples, and how many of the rank's padding rows follow them.
+    """
+    batch_of = np.arange(len(samples) + num_padding) // batch_size
+    mine = batch_of % num_workers == worker
+    return samples[mine[: len(samples)]], int(mine[len(samples) :].sum())
+
+
+log = logging.getLogger(__name__)
+
+
+class _SharedStream(streaming.Stream):
+    """Unpacks a shard under a name of its own: several machines that see one folder may unpack it at the same time."""
+
+    def _decompress_shard_part(self, zip_info: Any, zip_filename: str, raw_filename: str, compression: Any) -> None:
+        own = Path(f"{raw_filename}.{secrets.token_hex(8)}")
+        try:
+            super()._decompress_shard_part(zip_info, zip_filename, str(own), compression)
+            own.replace(raw_filename)
+        except BaseException:
+            for path in (own, Path(f"{own}.tmp")):  # the second is what streaming writes first
+                path.unlink(missing_ok=True)
+            raise
+
+
+class ExactStreamingDataset(streaming.StreamingDataset):
+    """Samples of MDS shards; an epoch holds each once, or as often as the proportions of its streams say.
+
+    The order depends on seed, epoch and `num_canonical_nodes`, not on the number of ranks or workers. Ranks that lack a
+    sample in the last batch end with a `padding_row`, so that all have equally many rows.
+
+    Args:
+        streams: where the shards are; all have a proportion, or none has.
+        batch_size: rows of one rank for an optimizer step.
+        shuffle: another order every epoch; False = as the shards hold them.
+        seed: of the order.
+        num_canonical_nodes: parts that the order is dealt from in turn; None = the number of nodes at the first start.
+        cache_limit: bytes, or text such as "100gb", that the caches of a node may hold; needs a remote for every
+            stream. Processes that fetch at the same time may pass it by a shard each.
+        predownload: rows that a worker fetches shards ahead for; None = 8 batches.
+        download_retry: how often a failed download is tried again.
+        download_timeout_seconds: longest download of one shard.
+        validate_hash: compare each file with its hash when it is fetched and when a process first uses it.
+    Raises:
+        ShardError: a stream is not what its index says (see `streams.check_stream`), or the cache limit cannot work.
+    """
+
+    padding_row: Any = None
+    batch_size: int
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        *,
+        batch_size: int,
+        shuffle: bool = True,
+        seed: int = 42,
+        num_canonical_nodes: int | None = None,
+        cache_limit: int | str | None = None,
+        predownload: int | None = None,
+        download_retry: int = 2,
+        download_timeout_seconds: float = 60,
+        validate_hash: bool = True,
+    ) -> None:
+        own_process_group = maybe_init_dist()
+        try:
+            contents = check_streams(
+                streams, download_retry=download_retry, download_timeout_seconds=download_timeout_seconds
+            )
+            if cache_limit is not None:
+                _check_cache_limit(cache_limit, streams, max(c.largest_shard_bytes for c in contents))
+            with private_shared_memory():
+                super().__init__(
+                    streams=[
+                        _SharedStream(
+                            remote=stream.remote if stream.is_cache else None,
+                            local=stream.local,
+                            proportion=stream.proportion,
+                            validate_hash=found.hash_algorithm if validate_hash else None,
+                        )
+                        for stream, found in zip(streams, contents)
+                    ],
+                    download_retry=download_retry + 1,  # streaming counts attempts
+                    download_timeout=download_timeout_seconds,
+                    predownload=predownload,
+                    cache_limit=cache_limit,
+                    num_canonical_nodes=num_canonical_nodes,
+                    batch_size=batch_size,
+                    shuffle=shuffle,
+                    shuffle_seed=seed,
+                )
+        finally:
+            if own_process_group:
+                torch.distributed.destroy_process_group()
+        self._sources = tuple(streams)
+        self._fingerprint = ",".join(found.fingerprint for found in contents)
+        self._epoch = 0
+        self._num_rows_due = self._num_padding_due = 0
+        self._failure: BaseException | None = None
+        self._checked_shards: set[int] = set()
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rows of this worker for the next epoch, or for what is left of the one resumed.
+
+        Raises:
+            ShardError: a shard could not be fetched, is damaged, or fewer rows came than are due.
+        """
+        for stream in self.streams:
+            stream._downloader.clean_up()  # connections that a forked worker has of its parent are the parent's
+        self._failure, self._num_rows_due, self._num_padding_due = None, 0, 0
+        num_rows = 0
+        try:
+            for row in super().__iter__():
+                yield row
+                num_rows += 1
+        except Exception as error:
+            self._event.set()  # ends the threads that fetch ahead
+            if self._failure is None or not isinstance(error, RuntimeError):
+                raise
+        if isinstance(self._failure, ShardError):
+            raise self._failure
+        if num_rows != self._num_rows_due:
+            raise ShardError(
+                f"rank {dist.get_global_rank()}: epoch {self._epoch} gave {num_rows} of {self._num_rows_due} samples"
+                f"{f' ({self._failure!r})' if self._failure else ''}; check the shards (rankllm-composer shards verify)"
+            )
+        for _ in range(self._num_padding_due):
+            yield self.padding_row
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        # Streaming's own division repeats samples. This one needs no shared memory: every worker computes it.
+        self._shared_barrier(self._unique_worker_world.workers_per_node)  # the epoch counter has moved for all
+        world = self._parallel_worker_world
+        samples, num_padding = rank_rows(
+            self._epoch_order(epoch),
+            sample_in_epoch,
+            node=world.node,
+            num_nodes=world.num_nodes,
+            rank_of_node=world.rank_of_node,
+            ranks_per_node=world.ranks_per_node,
+        )
+        samples, num_padding = worker_rows(
+            samples, num_padding, self.batch_size, world.worker_of_rank, world.workers_per_rank
+        )
+        self._epoch, self._num_rows_due, self._num_padding_due = epoch, len(samples), num_padding
+        return samples
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """(epoch_size,) sample numbers in the order they are trained, over all ranks."""
+        assert self.num_canonical_nodes is not None and self.shuffle_block_size is not None  # set as the epoch starts
+        shuffle_units, samples = self.resample_streams(epoch)
+        nodes = min(self.num_canonical_nodes, self.epoch_size)
+        if self.shuffle:
+            samples = samples[
+                get_shuffle(self.shuffle_algo, shuffle_units, nodes, self.shuffle_seed, epoch, self.shuffle_block_size)
+            ]
+        return samples[interleave(len(samples), nodes)]
+
+    # --- resuming -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where training is, for a checkpoint between two batches; see `streaming.StreamingDataset.state_dict`."""
+        state = super().state_dict(num_samples, from_beginning)
+        if state["sample_in_epoch"] == 0:  # between epochs, where streaming names the one that has just ended
+            state["epoch"] = max(state["epoch"], self.next_epoch)
+        return {**state, "epoch_size": self.epoch_size, "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Continue from a checkpoint, at the next `iter`.
+
+        Raises:
+            ShardError: the checkpoint is of other shards, so the rest of its epoch cannot be known.
+        """
+        known = {name: obj.get(name) for name in ("epoch_size", "fingerprint")}
+        if known != {"epoch_size": self.epoch_size, "fingerprint": self._fingerprint}:
+            places = ", ".join(source.place for source in self._sources)
+            raise ShardError(
+                f"{places}: the checkpoint was trained on other shards ({known['epoch_size']} samples an epoch, here "
+                f"{self.epoch_size}; or the same number, built otherwise); put those shards back, or start a new run"
+            )
+        super().load_state_dict(obj)
+
+    # --- shards -------------------------------------------------------------------------------------------------------
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """The sample as its shard holds it. Its shard is compared with its hash when this process first uses it."""
+        shard_id = int(self.spanner[sample_id][0])
+        if shard_id not in self._checked_shards:
+            self._check_shard(shard_id)
+        return super().get_item(sample_id, retry)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch and unpack a shard.
+
+        Raises:
+            ShardError: it cannot be had. What was fetched of it is removed, so that no later run takes it for good.
+        """
+        while True:
+            was_cached = any(path.exists() for path in self._files(shard_id))
+            try:
+                return super().prepare_shard(shard_id, blocking)
+            except Exception as error:  # each backend has errors of its own
+                self._discard(shard_id)
+                # Streaming leaves it "in preparation", on which every other worker would wait for ever.
+                self._shard_states[shard_id] = _ShardState.REMOTE
+                if was_cached and self._source(shard_id).is_cache:
+                    continue  # the copy may have been bad while the remote is good
+                is_gone = not was_cached and not self._source(shard_id).is_cache
+                reason = "it is missing" if is_gone else cause(error, self._source(shard_id))
+                raise self._shard_error(shard_id, reason) from error
+
+    def _check_shard(self, shard_id: int) -> None:
+        info, _ = self.shards[shard_id].file_pairs[0]
+        raw = self._files(shard_id)[0]
+        algorithm = self._stream(shard_id).validate_hash
+        for _ in range(8):
+            try:
+                data = raw.read_bytes()
+            except FileNotFoundError:
+                self.prepare_shard(shard_id)
+                continue
+            if len(data) == info.bytes and (algorithm is None or get_hash(algorithm, data) == info.hashes[algorithm]):
+                self._checked_shards.add(shard_id)
+                return
+            if self._source(shard_id).is_cache:
+                self.evict_shard(shard_id)
+            elif len(self._files(shard_id)) > 1:  # it was unpacked from the file beside it
+                raw.unlink(missing_ok=True)
+            else:
+                raise self._shard_error(shard_id, "its content does not match its hash")
+            log.warning("%s: does not match its hash, is fetched or unpacked again", raw)
+        raise self._shard_error(
+            shard_id, "it is removed from the cache as fast as it is fetched; raise data.train.cache_limit"
+        )
+
+    def _discard(self, shard_id: int) -> None:
+        if self._source(shard_id).is_cache:
+            for path in self._files(shard_id):
+                path.unlink(missing_ok=True)
+
+    def _stream(self, shard_id: int) -> streaming.Stream:
+        return self.streams[self.stream_per_shard[shard_id]]
+
+    def _source(self, shard_id: int) -> Stream:
+        return self._sources[self.stream_per_shard[shard_id]]
+
+    def _files(self, shard_id: int) -> list[Path]:
+        folder = Path(self._stream(shard_id).local)
+        return [folder / file.basename for file in self.shards[shard_id].file_pairs[0] if file is not None]
+
+    def _shard_error(self, shard_id: int, reason: str) -> ShardError:
+        place = self._source(shard_id).place
+        raw, packed = self.shards[shard_id].file_pairs[0]
+        return ShardError(
+            f"rank {dist.get_global_rank()}: shard {(packed or raw).basename} of {place} cannot be used: {reason}; see "
+            f"what is wrong (rankllm-composer shards verify {place}), repair it, start again from the last checkpoint"
+        )
+
+    # Streaming's background threads: an error in one of them must reach `__iter__`, and none may wait for a dead one.
+
+    def on_exception(self, future: Future) -> None:
+        error = future.exception()
+        if error is not None:
+            self._failure = error
+            self._event.set()
+
+    def _prepare_thread(self, it: Any) -> None:
+        try:
+            super()._prepare_thread(it)
+        except BaseException:
+            it.on_exit()
+            raise
+
+    def _ready_thread(self, it: Any) -> None:
+        # Streaming's own waits without end for a shard that another worker failed to fetch.
+        try:
+            while it.ready_index < it.total and not it.should_exit() and not self._event.is_set():
+                shard_id = int(self.spanner[it.sample_ids[it.ready_index]][0])
+                state = self._shard_states[shard_id]
+                if it.ready_index - it.yield_index > self.predownload or state == _ShardState.PREPARING:
+                    sleep(TICK)
+                elif state == _ShardState.REMOTE:
+                    self.prepare_shard(shard_id, blocking=False)
+                else:
+                    it.ready_index += 1
+        finally:
+            it.on_exit()
+
+
+def _check_cache_limit(cache_limit: int | str, streams: Sequence[Stream], largest_shard_bytes: int) -> None:
+    only_here = [stream.place for stream in streams if not stream.is_cache]
+    if only_here:
+        raise ShardError(
+            f"data.train.cache_limit: found {cache_limit!r} for {', '.join(only_here)}, which has no remote: shards "
+            "above the limit would be deleted for good; leave the limit out, or give data.train.remote"
+        )
+    if bytes_to_int(cache_limit) < 4 * largest_shard_bytes:
+        raise ShardError(
+            f"data.train.cache_limit: found {cache_limit!r}, allowed is {4 * largest_shard_bytes} bytes (4 times the "
+            "largest shard, packed and unpacked) or more; raise it"
+        )

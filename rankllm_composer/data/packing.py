@@ -1,0 +1,214 @@
+"""Encoded lists → packed microbatches: no padding, nearly equal token counts, exact normalisers.
+
+A device batch is `{"sequences": [Sequence, …]}`: one rank's dataset rows of one optimizer step. `split_batch` turns
+it into microbatches of tensors. Composer multiplies a microbatch's loss by its size over the mean size per rank and
+averages over ranks; one such size cannot fit a mean over target tokens and a mean over lists at once. So every
+microbatch has the same size to Composer (`loss_generating` = 1) and carries the factors that make the sum of all
+microbatch losses the mean over the whole global batch, however it was split.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist
+from numpy.typing import NDArray
+
+from rankllm_composer.distributed import _reduce_over_ranks
+from rankllm_composer.prompts.encoding import EncodedRecord
+
+IGNORED_TARGET = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One dataset row on its way to the model.
+
+    Args:
+        encoded: token ids and targets; None = a row that is counted but not trained (too long, or a repeat).
+        record_id: the record's id, for messages.
+        record_key: 63-bit hash of the id; seeds what must not depend on how a batch is split.
+        grades: (N,) relevance grades in presentation order, where the shards hold them.
+        docids: (N,) document ids in presentation order, where the shards hold them.
+    """
+
+    encoded: EncodedRecord | None
+    record_id: str
+    record_key: int
+    grades: NDArray[np.int64] | None = None
+    docids: tuple[str, ...] | None = None
+
+
+def balance(lengths: list[int], num_bins: int, *, max_lists: int | None = None) -> list[list[int]]:
+    """Deal sequences into bins of nearly equal token counts: longest first, each to the emptiest bin.
+
+    Args:
+        lengths: tokens of each sequence.
+        num_bins: how many bins; some stay empty when there are fewer sequences.
+        max_lists: a bin takes at most this many sequences. None = any number.
+    Returns:
+        For each bin the indices into `lengths`, ascending.
+    Raises:
+        ValueError: the bins cannot hold all sequences.
+    """
+    if max_lists is not None and len(lengths) > num_bins * max_lists:
+        raise ValueError(f"{len(lengths)} sequences do not fit {num_bins} microbatches of {max_lists}")
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    emptiest = [(0, index) for index in range(num_bins)]
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        tokens, index = heapq.heappop(emptiest)
+        bins[index].append(item)
+        if max_lists is None or len(bins[index]) < max_lists:
+            heapq.heappush(emptiest, (tokens + lengths[item], index))
+    return [sorted(members) for members in bins]
+
+
+def _largest(lengths: list[int], bins: list[list[int]]) -> int:
+    return max((sum(lengths[i] for i in members) for members in bins), default=0)
+
+
+def count_microbatches(lengths: list[int], *, max_lists: int | None, max_tokens: int | None) -> int:
+    """The fewest microbatches that respect the limit; at least 1.
+
+    Raises:
+        ValueError: neither or both limits are given, or one sequence alone exceeds `max_tokens`.
+    """
+    if (max_lists is None) == (max_tokens is None):
+        raise ValueError("batch: set exactly one of microbatch_lists and microbatch_tokens")
+    if max_lists is not None:
+        return max(1, math.ceil(len(lengths) / max_lists))
+    assert max_tokens is not None
+    if lengths and max(lengths) > max_tokens:
+        raise ValueError(
+            f"batch.microbatch_tokens: a sequence of {max(lengths)} tokens exceeds the budget of {max_tokens}; "
+            "raise batch.microbatch_tokens or lower data.max_length_tokens"
+        )
+    num_bins = max(1, math.ceil(sum(lengths) / max_tokens))
+    while _largest(lengths, balance(lengths, num_bins)) > max_tokens:
+        num_bins += 1
+    return num_bins
+
+
+def pack(sequences: list[Sequence]) -> dict[str, Any]:
+    """Lay sequences end to end as one microbatch.
+
+    Args:
+        sequences: the sequences to train; each has `encoded`. None at all gives one token that supervises nothing.
+    Returns:
+        input_ids, position_ids: (1, T) int64; positions restart with each sequence.
+        cu_seqlens: (S + 1,) int32.
+        logit_positions: (R,) int64, places in T whose logits the loss needs.
+        target_ids: (R,) int64, the token to predict there; -100 = none.
+        score_rows: (S,) int64, which of the R rows holds the identifier scores of a list.
+        identifier_token_ids, ranks: (S, N) int64; candidate_mask: (S, N) bool; grades: (S, N) float32, NaN = none.
+        lengths, record_keys, record_ids: lists, one entry a sequence.
+    """
+    empty = not sequences
+    encoded = [s.encoded for s in sequences]
+    lengths = [1] if empty else [len(e.input_ids) for e in encoded]  # type: ignore[union-attr]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    num_lists = len(sequences)
+    num_candidates = max((len(e.ranks) for e in encoded), default=1)  # type: ignore[union-attr]
+    shape = (num_lists, num_candidates)
+    identifier_token_ids, ranks = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    candidate_mask, grades = np.zeros(shape, bool), np.full(shape, np.nan, np.float32)
+    positions, targets, score_rows, num_rows = [], [], [], 0
+    for index, (sequence, item) in enumerate(zip(sequences, encoded)):
+        assert item is not None
+        length, count = lengths[index], len(item.ranks)
+        if item.response_start < length:
+            rows = np.arange(item.response_start - 1, length - 1)
+            targets.append(item.input_ids[item.response_start :])
+        else:
+            rows = np.array([item.score_position])
+            targets.append(np.array([IGNORED_TARGET]))
+        positions.append(starts[index] + rows)
+        score_rows.append(num_rows + item.score_position - rows[0])
+        num_rows += len(rows)
+        ranks[index, :count] = item.ranks
+        if item.identifier_token_ids is not None:
+            identifier_token_ids[index, :count] = item.identifier_token_ids
+            candidate_mask[index, :count] = True
+        if sequence.grades is not None:
+            grades[index, :count] = sequence.grades
+    token_ids = [np.zeros(1, np.int64)] if empty else [e.input_ids for e in encoded]  # type: ignore[union-attr]
+
+    def as_int64(parts: list[NDArray[Any]]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    return {
+        "input_ids": as_int64(token_ids)[None],
+        "position_ids": as_int64([np.arange(length) for length in lengths])[None],
+        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
+        "logit_positions": torch.zeros(1, dtype=torch.int64) if empty else as_int64(positions),
+        "target_ids": torch.full((1,), IGNORED_TARGET) if empty else as_int64(targets),
+        "score_rows": torch.tensor(score_rows, dtype=torch.int64),
+        "identifier_token_ids": torch.from_numpy(identifier_token_ids),
+        "ranks": torch.from_numpy(ranks),
+        "candidate_mask": torch.from_numpy(candidate_mask),
+        "grades": torch.from_numpy(grades),
+        "lengths": lengths,
+        "record_keys": [s.record_key for s in sequences] or [0],
+        "record_ids": [s.record_id for s in sequences],
+        "num_tokens": 0 if empty else sum(lengths),
+    }
+
+
+def split_batch(
+    batch: Mapping[str, Any], *, max_lists: int | None = None, max_tokens: int | None = None
+) -> list[dict[str, Any]]:
+    """Split a rank's batch into packed microbatches; a collective, called by every rank for the same step.
+
+    Every rank gets the same number of microbatches, so that the collectives of a sharded forward always meet; a rank
+    with too few sequences runs microbatches that supervise nothing.
+
+    Args:
+        batch: {"sequences": [Sequence, …]} of this rank.
+        max_lists: lists in a microbatch, at most.
+        max_tokens: tokens in a microbatch, at most. Exactly one of the two limits is given.
+    Returns:
+        Microbatches as `pack` makes them, with `language_modelling_scale` and `ranking_scale`: what the sums over a
+        microbatch's target tokens and lists are multiplied by so that Composer's average over microbatches and ranks
+        is the mean over the global batch.
+    Raises:
+        ValueError: see `count_microbatches`.
+    """
+    rows = list(batch["sequences"])
+    trained = [s for s in rows if s.encoded is not None]
+    lengths = [len(s.encoded.input_ids) for s in trained]
+    num_targets = sum(length - s.encoded.response_start for length, s in zip(lengths, trained))
+    own = count_microbatches(lengths, max_lists=max_lists, max_tokens=max_tokens)
+    (num_microbatches,) = _reduce_over_ranks([own], "MAX")
+    num_targets, num_lists = _reduce_over_ranks([num_targets, len(trained)], "SUM")
+    bins = balance(lengths, num_microbatches, max_lists=max_lists)
+    if max_tokens is not None and _largest(lengths, bins) > max_tokens:
+        # Dealing into more bins can, rarely, overfill one; the tighter split plus empty ones respects the budget.
+        bins = balance(lengths, own) + [[] for _ in range(num_microbatches - own)]
+    spread = dist.get_world_size() * num_microbatches
+    microbatches = []
+    for members in bins:
+        microbatch = pack([trained[i] for i in members])
+        microbatch["language_modelling_scale"] = spread / num_targets if num_targets else 0.0
+        microbatch["ranking_scale"] = spread / num_lists if num_lists else 0.0
+        microbatches.append(microbatch)
+    return microbatches
+
+
+def num_samples_in_batch(batch: Mapping[str, Any]) -> int:
+    """Dataset rows in a device batch, untrained ones too (Composer resumes by it); lists in a microbatch."""
+    return len(batch["sequences"]) if "sequences" in batch else len(batch["record_ids"])
+
+
+def num_tokens_in_batch(batch: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens that are computed (`total`), and the weight of a microbatch to Composer: 1 (see the module's text)."""
+    if "sequences" in batch:
+        total = sum(len(s.encoded.input_ids) for s in batch["sequences"] if s.encoded is not None)
+    else:
+        total = batch["num_tokens"]
+    return {"total": total, "loss_generating": 1}

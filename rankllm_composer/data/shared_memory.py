@@ -1,0 +1,126 @@
+"""Claims on what processes of one machine share, each held by a lock that the kernel drops when its holder dies.
+
+Streaming keeps the state of an epoch in shared memory, under names counted up from 0: what a killed run leaves behind
+blocks those names or is taken for live state, and two runs that start together take the same ones. Here every dataset
+claims a random number for its names; a claim that nobody holds any more belongs to a dead run and is cleared away,
+one that is held is left alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+from rankllm_composer.storage.staging import Claim, try_claim
+
+# Above what streaming counts to by itself; 10 digits keep the longest name within the 31 characters of macOS.
+_FIRST_NUMBER, _LAST_NUMBER = 10**6, 10**10 - 1
+
+
+_caches: dict[Path, Claim] = {}
+
+
+def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> Claim | None:
+    """Claim a folder that shards are cached in, until this process ends; None if another run holds it.
+
+    The wait is for the loader workers of a killed run, which live on for some seconds.
+    """
+    digest = hashlib.blake2b(os.path.realpath(folder).encode(), digest_size=12).hexdigest()
+    path = _claims_folder() / f"cache-{digest}"
+    claim = _caches.get(path)
+    if claim is None or not claim.is_held:
+        claim = try_claim(path, wait_seconds)
+        if claim is not None:
+            _caches[path] = claim
+            atexit.register(claim.release)
+    return claim
+
+
+@contextlib.contextmanager
+def private_shared_memory() -> Iterator[None]:
+    """Streaming datasets made within take shared-memory names that no other run, living or dead, has."""
+    from streaming.base import dataset
+
+    ours = dataset.get_shm_prefix
+    dataset.get_shm_prefix = _register_names
+    try:
+        yield
+    finally:
+        dataset.get_shm_prefix = ours
+
+
+def clear_dead_claims() -> int:
+    """Remove the shared memory and locks of runs that died. Returns how many were found."""
+    num_dead = 0
+    for path in _claims_folder().glob("names-*"):
+        claim = try_claim(path)
+        if claim is not None:
+            _remove_names(int(path.name.removeprefix("names-")))
+            claim.release()
+            num_dead += 1
+    return num_dead
+
+
+def _register_names(
+    streams_local: list[str], streams_remote: Sequence[str | None], world: Any, retry: int = 0
+) -> tuple[int, Any]:
+    """Stands in for streaming's `get_shm_prefix`: same arguments, same answer, a number that is ours alone."""
+    from streaming.base.constant import LOCALS
+    from streaming.base.distributed import all_gather_object
+    from streaming.base.shared.memory import SharedMemory as StreamingSharedMemory
+    from streaming.base.shared.prefix import _check_self, _get_path, _pack_locals
+
+    _check_self(streams_local)
+    number, memory = None, None
+    if world.is_local_leader:
+        clear_dead_claims()
+        number = _claim_number()
+        text = _pack_locals(streams_local, number)
+        memory = StreamingSharedMemory(_get_path(number, LOCALS), True, len(text))
+        memory.buf[: len(text)] = text
+    numbers = all_gather_object(number)
+    number = numbers[world.node * world.ranks_per_node]
+    assert number is not None
+    return number, memory or StreamingSharedMemory(_get_path(number, LOCALS), False)
+
+
+def _claim_number() -> int:
+    while True:
+        number = _FIRST_NUMBER + secrets.randbelow(_LAST_NUMBER - _FIRST_NUMBER)
+        claim = try_claim(_claims_folder() / f"names-{number}")
+        if claim is not None:
+            atexit.register(_give_back, claim, number)
+            return number
+
+
+def _give_back(claim: Claim, number: int) -> None:
+    if claim.is_held:
+        _remove_names(number)
+        claim.release()
+
+
+def _remove_names(number: int) -> None:
+    from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
+    from streaming.base.shared.prefix import _get_path
+
+    for name in SHM_TO_CLEAN:
+        with contextlib.suppress(FileNotFoundError):
+            memory = SharedMemory(_get_path(number, name))
+            memory.close()
+            memory.unlink()
+    for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
+        (Path(tempfile.gettempdir()) / _get_path(number, name)).unlink(missing_ok=True)
+
+
+def _claims_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"rankllm_composer-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

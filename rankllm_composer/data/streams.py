@@ -1,0 +1,277 @@
+"""Streams of shards, looked at before they are trained on: what the index says is there, and nothing else is believed.
+
+A shard that is missing or damaged would end an epoch early, in the middle of a long run and without an error. So every
+shard is asked for before the first batch: by size, in the folder or the object store that holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankllm_composer.data.shared_memory import claim_cache
+from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardError, parse_index, read_index
+from rankllm_composer.storage.object_store import is_remote, spare_random_numbers, without_credentials
+
+log = logging.getLogger(__name__)
+
+
+_REQUESTS_AT_ONCE = 16
+
+
+_TOLD_AT_MOST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One set of shards.
+
+    Args:
+        local: folder that holds the shards, or caches those of `remote`.
+        remote: folder or URL that holds them; None = they are in `local`.
+        proportion: share of the epoch's samples; None for all streams = every sample of every stream once.
+    """
+
+    local: str
+    remote: str | None = None
+    proportion: float | None = None
+
+    @property
+    def is_cache(self) -> bool:
+        """True if `local` holds copies that may be removed."""
+        return self.remote is not None and os.path.realpath(self.remote) != os.path.realpath(self.local)
+
+    @property
+    def place(self) -> str:
+        """Where the shards are, for messages: without user name and password."""
+        return without_credentials(self.root)
+
+    @property
+    def root(self) -> str:
+        """Folder or URL that holds the shards."""
+        return self.remote if self.remote is not None and self.is_cache else self.local
+
+
+@dataclass(frozen=True, slots=True)
+class StreamContents:
+    """What the index of a stream promises.
+
+    Attributes:
+        num_samples: lists in all its shards.
+        largest_shard_bytes: bytes of the largest shard in a cache, while it is unpacked.
+        hash_algorithm: one that all files have a hash of; None = damage inside a file cannot be noticed.
+        fingerprint: of names, sizes and hashes: another set, or the same built otherwise, has another.
+    """
+
+    num_samples: int
+    largest_shard_bytes: int
+    hash_algorithm: str | None
+    fingerprint: str
+
+
+def check_streams(
+    streams: Sequence[Stream], *, download_retry: int = 2, download_timeout_seconds: float = 60
+) -> tuple[StreamContents, ...]:
+    """Check all streams once a node and tell every rank what was found; a collective of all ranks.
+
+    Raises:
+        ShardError: on every rank, whichever found it.
+    """
+    from streaming.base.distributed import all_gather_object, get_local_rank
+
+    if any(is_remote(stream.root) for stream in streams):
+        spare_random_numbers()
+    found: tuple[StreamContents, ...] = ()
+    error = None
+    if get_local_rank() == 0:
+        try:
+            found = tuple(check_stream(stream, download_retry, download_timeout_seconds) for stream in streams)
+        except ShardError as raised:
+            error = str(raised)
+    answers = all_gather_object((found, error))
+    for _, error in answers:
+        if error is not None:
+            raise ShardError(error)
+    differing = list(dict.fromkeys(found for found, _ in answers if found))
+    if len(differing) > 1:
+        places = ", ".join(stream.place for stream in streams)
+        raise ShardError(f"{places}: the nodes of this run hold different shards there; copy one set to all of them")
+    return differing[0]
+
+
+def check_stream(stream: Stream, download_retry: int = 2, download_timeout_seconds: float = 60) -> StreamContents:
+    """Check that a stream is complete: index, paths that stay in the folder, and every shard with its right size.
+
+    Of a stream with a cache, files of the wrong size are removed from the cache, as if they had never been fetched.
+    Contents are not read here; hashes are compared when a shard is used.
+
+    Args:
+        stream: the stream.
+        download_retry: how often a failed request for the index is tried again.
+        download_timeout_seconds: longest wait for the index.
+    Returns:
+        What the stream holds.
+    Raises:
+        ShardError: no index or a damaged one, shards missing or of another size, no access, or a cache that another run
+            uses or that holds another set.
+    """
+    if stream.is_cache:
+        if claim_cache(stream.local) is None:
+            raise ShardError(
+                f"cache folder {stream.local}: another run that is still alive uses it; end that run, or give this one "
+                "a folder of its own (data.train.local)"
+            )
+        shards = _fetch_index(stream, download_retry, download_timeout_seconds)
+        _clean_cache(Path(stream.local), shards)
+    else:
+        shards = read_index(Path(stream.local) / INDEX_NAME)
+    if not shards:
+        raise ShardError(f"{stream.place}: the index lists no shards; build the set (rankllm-composer shards build)")
+    _check_sizes(stream, shards, download_retry)
+    algorithm = _hash_algorithm(shards)
+    if algorithm is None:
+        log.warning("%s: its shards have no hashes, so damage inside a shard cannot be noticed", stream.place)
+    files = [(s.published.basename, s.published.num_bytes, sorted(s.published.hashes.items())) for s in shards]
+    return StreamContents(
+        num_samples=sum(shard.num_samples for shard in shards),
+        largest_shard_bytes=max(s.raw.num_bytes + (s.packed.num_bytes if s.packed else 0) for s in shards),
+        hash_algorithm=algorithm,
+        fingerprint=hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest(),
+    )
+
+
+def _fetch_index(stream: Stream, download_retry: int, timeout: float) -> tuple[Shard, ...]:
+    from streaming.base.storage.download import CloudDownloader
+    from streaming.base.util import retry
+
+    url = f"{stream.root.rstrip('/')}/{INDEX_NAME}"
+    with tempfile.TemporaryDirectory() as folder:
+        fetched = Path(folder) / INDEX_NAME
+        try:
+            downloader = CloudDownloader.get(stream.root)
+            fetch = retry(clean_up_fn=downloader.clean_up, num_attempts=download_retry + 1)(downloader.download)
+            fetch(url, str(fetched), timeout)
+            downloader.clean_up()
+        except Exception as error:  # each backend has errors of its own
+            raise ShardError(
+                f"{stream.place}: the index cannot be fetched: {cause(error, stream)}; check the URL, the credentials "
+                "and the network; if the set is not there yet, build it (rankllm-composer shards build)"
+            ) from error
+        text = fetched.read_bytes()
+    shards = parse_index(text, f"{stream.place}/{INDEX_NAME}")
+    cached = Path(stream.local) / INDEX_NAME
+    cached.with_name(INDEX_NAME + ".tmp").unlink(missing_ok=True)
+    if cached.exists():
+        try:
+            known = read_index(cached)
+        except ShardError:
+            log.warning("%s: the cached index is damaged and is fetched again", cached)
+            cached.unlink()
+        else:
+            if known != shards:
+                raise ShardError(
+                    f"cache folder {stream.local}: it holds shards of another set than {stream.place}, or of an "
+                    "earlier build; remove the folder, or name another (data.train.local)"
+                )
+    return shards
+
+
+def _clean_cache(folder: Path, shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        for file in (shard.raw, shard.packed):
+            if file is None:
+                continue
+            path = folder / file.basename
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            if path.is_file() and path.stat().st_size != file.num_bytes:
+                log.warning("%s: %d bytes of %d, is fetched again", path, path.stat().st_size, file.num_bytes)
+                path.unlink()
+
+
+def _check_sizes(stream: Stream, shards: Sequence[Shard], download_retry: int) -> None:
+    from streaming.base.util import retry
+
+    files = [shard.published for shard in shards]
+    try:
+        size_of = _size_reader(stream)
+        if size_of is None:
+            log.warning("%s: no sizes can be asked for here; its shards are checked as they are fetched", stream.place)
+            return
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            sizes = list(pool.map(retry(num_attempts=download_retry + 1)(size_of), [file.basename for file in files]))
+    except Exception as error:  # each backend has errors of its own
+        raise ShardError(
+            f"{stream.place}: its shards cannot be asked for: {cause(error, stream)}; check the URL, the credentials "
+            "and the network"
+        ) from error
+    bad = [
+        f"{file.basename} is missing" if size is None else f"{file.basename} has {size} bytes of {file.num_bytes}"
+        for file, size in zip(files, sizes)
+        if size != file.num_bytes
+    ]
+    if bad:
+        told = ", ".join(bad[:_TOLD_AT_MOST]) + (", …" if len(bad) > _TOLD_AT_MOST else "")
+        raise ShardError(
+            f"{stream.place}: {len(bad)} of {len(files)} shards are not as the index says: {told}; see what is wrong "
+            f"(rankllm-composer shards verify {stream.place}), then build or upload these shards again"
+        )
+
+
+def _size_reader(stream: Stream) -> Callable[[str], int | None] | None:
+    """A function from a path inside the set to its size in bytes, None = missing; None where a store tells no sizes."""
+    root = stream.root
+    if not is_remote(root):
+
+        def size_of_file(basename: str) -> int | None:
+            path = Path(root) / basename
+            return path.stat().st_size if path.is_file() else None
+
+        return size_of_file
+
+    from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri, parse_uri
+
+    try:
+        store = maybe_create_object_store_from_uri(root)
+    except NotImplementedError:
+        return None
+    _, bucket, prefix = parse_uri(root)
+
+    def size_of_object(basename: str) -> int | None:
+        name = f"{prefix.rstrip('/')}/{basename}".lstrip("/")
+        if not isinstance(store, S3ObjectStore):
+            try:
+                return store.get_object_size(name)  # type: ignore[union-attr]
+            except FileNotFoundError:
+                return None
+        from botocore.exceptions import ClientError
+
+        try:  # Composer's own way opens the whole object
+            return int(store.client.head_object(Bucket=bucket, Key=name)["ContentLength"])
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                return None
+            raise
+
+    return size_of_object
+
+
+def _hash_algorithm(shards: Sequence[Shard]) -> str | None:
+    from streaming.base.hashing import is_hash
+
+    files = [file for shard in shards for file in (shard.raw, shard.packed) if file is not None]
+    common = set.intersection(*(set(file.hashes) for file in files))
+    # The xx family is several times faster than the rest, and damage is no attack.
+    return next(iter(sorted(filter(is_hash, common), key=lambda name: (not name.startswith("xx"), name))), None)
+
+
+def cause(error: BaseException, stream: Stream) -> str:
+    """An error of a library in one line, without credentials of the stream's URL."""
+    text = " ".join(str(error).split()) or "no further word"
+    text = text.replace(stream.root, stream.place)
+    return f"{type(error).__name__}: {text}"

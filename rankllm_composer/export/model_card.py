@@ -1,0 +1,267 @@
+"""The card of an exported model: what it was made from, how it was trained, what it reached and how to serve it."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rankllm_composer import __version__
+from rankllm_composer.prompts.contract import DecodingContract
+from rankllm_composer.redaction import redact
+
+TOLERANCE = 0.025  # share of a published figure that a run may differ by
+
+
+MEASURE = "nDCG@10"
+
+
+_RANK_ZEPHYR = {"dl19-splade": 0.7781, "dl20-splade": 0.8147, "dl19-bm25": 0.7365, "dl20-bm25": 0.7080}
+
+
+_FIRST_MISTRAL = {"dl20-splade": 0.7851, "dl19-bm25": 0.7294, "dl20-bm25": 0.7043, "beir-11": 0.5564}
+
+
+_BY_RECIPE = {"rank_zephyr": _RANK_ZEPHYR, "rank_zephyr_stage2": _RANK_ZEPHYR, "first_mistral": _FIRST_MISTRAL}
+
+
+SETS = tuple(dict.fromkeys(name for sets in _BY_RECIPE.values() for name in sets))
+
+
+def published_figures(run_name: str) -> Mapping[str, float]:
+    """nDCG@10 published for a recipe, by set and measure: dl20-bm25/nDCG@10.
+
+    The sets are TREC Deep Learning 2019 and 2020, the top 100 of SPLADE++ or of BM25 reranked, and the mean of 11
+    sets of BEIR.
+
+    Args:
+        run_name: `run.name` of the recipe, which a copy made to try something else changes.
+    Returns:
+        Empty where nothing is published for it.
+    Source:
+        Published for RankZephyr and FirstMistral; the header of each recipe has the same.
+    """
+    return {f"{name}/{MEASURE}": value for name, value in _BY_RECIPE.get(run_name, {}).items()}
+
+
+class CardError(ValueError):
+    """A file that is no card of a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card tells; every field as plain text or numbers.
+
+    Attributes:
+        name: of the model.
+        base_model: hub id or path of the model that was fine-tuned; None = trained from scratch.
+        base_licence: SPDX name of its licence, where known.
+        data: where the training lists came from.
+        num_lists: training lists; None = not counted.
+        losses: part of the objective → its weight.
+        hyperparameters: name → value, in the order to be shown.
+        contract: how the model is asked and read.
+        progress: where in training the weights are from.
+        figures: name → measured value.
+        published: name → published value for this recipe, by the same names as `figures`.
+        tolerance: share of a published value a measured one may differ by.
+        notes: sentences that a reader has to know besides.
+    """
+
+    name: str
+    base_model: str | None
+    contract: DecodingContract
+    base_licence: str | None = None
+    data: tuple[str, ...] = ()
+    num_lists: int | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    progress: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    published: Mapping[str, float] = field(default_factory=dict)
+    tolerance: float = TOLERANCE
+    notes: tuple[str, ...] = ()
+
+
+def render_card(facts: CardFacts) -> str:
+    """Markdown text of a card, without secrets and without the paths of the machine it was made on."""
+    base = None if facts.base_model is None else _public(facts.base_model)
+    parts = [
+        _front_matter(facts, base),
+        f"# {facts.name}",
+        _introduction(facts, base),
+        _training(facts),
+        _results_section(facts.figures, facts.published, facts.tolerance),
+        _serving(facts.contract),
+        _licence(facts, base),
+    ]
+    return redact("\n\n".join(parts) + "\n")
+
+
+def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
+    """Add measured figures to the results of a card, with the verdict where one is published.
+
+    Args:
+        card: file that `render_card` made, changed since or not.
+        figures: name → value; those of the same name are replaced.
+    Raises:
+        CardError: the file has no section of results.
+    """
+    path = Path(card)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise CardError(
+            f"{path}: found no section '## Results', allowed is the card of an export; export the model again"
+        )
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].splitlines() if "|" in line]
+    measured: dict[str, float] = {}
+    published: dict[str, float] = {}
+    for name, *cells in rows[2:]:
+        for place, values in enumerate((measured, published)):
+            if place < len(cells) and re.fullmatch(r"-?\d+\.\d+", cells[place]):
+                values[name] = float(cells[place])
+    section = _results_section(measured | dict(figures), published, TOLERANCE)
+    path.write_text(text[: found.start()] + section + "\n\n" + text[found.end() :], encoding="utf-8")
+
+
+def verdict(measured: float | None, published: float, tolerance: float = TOLERANCE) -> str:
+    """Measured against published: within, below or above its tolerance, or not measured.
+
+    Args:
+        measured: a figure of ours; None = there is none.
+        published: the figure to hold it against.
+        tolerance: share of the published figure.
+    """
+    if measured is None:
+        return "not measured"
+    if abs(measured - published) <= tolerance * abs(published):
+        return "within tolerance"
+    return "below" if measured < published else "above"
+
+
+def _public(name: str) -> str:
+    """A hub id as it is; of a path, its last part."""
+    is_path = name.startswith(("/", "./", "../", "~")) or "\\" in name or name.count("/") > 1
+    return Path(name).name if is_path else name
+
+
+def _front_matter(facts: CardFacts, base: str | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-ranking"]
+    lines += ["tags:", "  - reranking", "  - listwise-reranking", "  - rank_llm"]
+    if base is not None and "/" in base:
+        lines.append(f"base_model: {json.dumps(base)}")
+    if facts.base_licence is not None:
+        lines.append(f"license: {json.dumps(facts.base_licence)}")
+    return "\n".join([*lines, "---"])
+
+
+def _introduction(facts: CardFacts, base: str | None) -> str:
+    origin = "trained from random weights" if base is None else f"fine-tuned from `{base}`"
+    text = (
+        f"A listwise reranker, {origin} with rankllm-composer {__version__}. Given a query and up to "
+        f"{facts.contract.window_size} passages, it orders the passages by relevance."
+    )
+    if facts.progress:
+        text += f"\n\nWeights: {facts.progress}."
+    return "\n\n".join([text, *facts.notes])
+
+
+def _training(facts: CardFacts) -> str:
+    contract = facts.contract
+    names = f"{contract.identifiers[0]} to {contract.identifiers[-1]}"
+    rows = [("objective", contract.objective), ("identifiers", f"{contract.identifier_style}, {names}")]
+    rows += [(f"weight of {part}", f"{weight:g}") for part, weight in facts.losses.items()]
+    rows.append(("training lists", "not counted" if facts.num_lists is None else f"{facts.num_lists:,}"))
+    rows += [("data", _public(source)) for source in facts.data]
+    rows += [(key, str(value)) for key, value in facts.hyperparameters.items()]
+    return "## Training\n\n" + _table(("setting", "value"), rows)
+
+
+def _results_section(figures: Mapping[str, float], published: Mapping[str, float], tolerance: float) -> str:
+    names = [*published, *(name for name in figures if name not in published)]
+    if not names:
+        return "## Results\n\nNot measured."
+    if not published:
+        return "## Results\n\n" + _table(("figure", "measured"), [(name, f"{figures[name]:.4f}") for name in names])
+    rows = []
+    for name in names:
+        ours, theirs = figures.get(name), published.get(name)
+        rows.append(
+            (
+                name,
+                "not measured" if ours is None else f"{ours:.4f}",
+                "–" if theirs is None else f"{theirs:.4f}",
+                "–" if theirs is None else verdict(ours, theirs, tolerance),
+            )
+        )
+    note = f"Tolerance: {tolerance:.1%} of the published figure."
+    return "## Results\n\n" + _table(("figure", "measured", "published", "verdict"), rows) + f"\n\n{note}"
+
+
+def _serving(contract: DecodingContract) -> str:
+    text = "## Serving\n\n`reranker.json` says how the model is asked and read.\n\n"
+    text += "    rankllm-composer rerank --model PATH --queries queries.jsonl --docs docs.jsonl \\\n"
+    text += "        --run bm25.trec --output out.trec"
+    if contract.append_bracket:
+        return text + (
+            "\n\nTrained by `ranking` alone, the model never learned to write the opening bracket. rank_llm expects it "
+            "to, so it cannot serve this model; the command above appends the bracket to the prompt."
+        )
+    options = {"use_alpha": contract.identifier_style == "letters", "use_logits": contract.objective == "combined"}
+    arguments = "".join(f", {name}=True" for name, on in options.items() if on)
+    text += (
+        "\n\nWith rank_llm (0.25.7, vLLM), from a path that holds none of the names it picks other rerankers by:\n\n"
+        f"{textwrap.indent(serving_command(contract), '    ')}\n\n"
+        "or\n\n"
+        "    from rank_llm.rerank.listwise import RankListwiseOSLLM\n\n"
+        f'    reranker = RankListwiseOSLLM(model="PATH", context_size={contract.context_size_tokens}, '
+        f"window_size={contract.window_size},\n"
+        f"                                 stride={contract.stride}{arguments})\n"
+        "    results = reranker.rerank_batch(requests)"
+    )
+    if contract.objective == "combined":
+        text += (
+            "\n\n`use_logits` ranks by the logits of one token (FIRST decoding); without it the whole permutation is "
+            "generated."
+        )
+    if contract.num_bos > 1:
+        text += (
+            f"\n\nPrompts begin with {contract.num_bos} beginning-of-sequence tokens, from the chat template and from "
+            "the tokenizer, in training as in serving."
+        )
+    return text
+
+
+def serving_command(contract: DecodingContract, path: str = "PATH") -> str:
+    """The command by which rank_llm (0.25.7) serves an exported folder.
+
+    Args:
+        contract: of the model; one that needs its bracket appended cannot be served by rank_llm.
+        path: of the folder.
+    """
+    flags = "--use_alpha " if contract.identifier_style == "letters" else ""
+    flags += "--use_logits" if contract.objective == "combined" else ""
+    return (
+        f"python src/rank_llm/scripts/run_rank_llm.py --model_path={path} --dataset=dl20 --retrieval_method=bm25 \\\n"
+        f"    --top_k_candidates=100 --context_size={contract.context_size_tokens} --variable_passages {flags}"
+    ).rstrip()
+
+
+def _licence(facts: CardFacts, base: str | None) -> str:
+    if base is None:
+        text = "The weights were trained from scratch; the terms of the training data apply."
+    else:
+        licence = "its licence" if facts.base_licence is None else f"its licence ({facts.base_licence})"
+        text = f"The weights derive from `{base}`: {licence} and the terms of the training data apply."
+    return f"## Licence\n\n{text} rankllm-composer itself is under Apache-2.0, which says nothing about the weights."
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+
+    return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, rows)])

@@ -1,0 +1,254 @@
+"""An exported folder as the inference client will ask it: held against its contract, and a request token by token.
+
+rankllm-composer inspect --model FOLDER
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankllm_composer.prompts.chat import identifier_token_ids
+from rankllm_composer.prompts.encoding import render_prompt
+from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.user_turn import (
+    SYSTEM_MESSAGE,
+    PromptError,
+    clean_query,
+    passage_word_limit,
+    render_user_turn,
+    truncate_passage,
+)
+from rankllm_composer.prompts.windows import fit_window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rankllm_composer.prompts.contract import DecodingContract
+
+# A request with what texts have in them that a tokenizer or a template may stumble over.
+QUERY = "who said [that] in cafÃ© no. 3?"
+
+
+PASSAGES = ("see [12] and [a], 2 < 3", "cafÃ© â€œquotedâ€\x9d, \ufb01ne, 日本語 🙂", "  two\n\nlines ")
+
+
+_COLOURS = {"-": "\033[31m", "+": "\033[32m", " ": ""}
+
+
+_PLAIN = "\033[0m"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDiff:
+    """A request as we tokenise it, and as the client's server does.
+
+    Attributes:
+        rows: (mark, token) in order: " " = both have it, "-" = ours alone, "+" = the client's alone.
+    """
+
+    rows: tuple[tuple[str, str], ...]
+
+    @property
+    def num_differences(self) -> int:
+        return sum(mark != " " for mark, _ in self.rows)
+
+    def lines(self, colour: bool, width: int = 110) -> Iterator[str]:
+        """The request for people, its own line breaks kept.
+
+        Args:
+            colour: True = ANSI colours, False = marks around tokens that one side alone has.
+            width: characters of a line, about.
+        """
+        ours, theirs = (sum(mark != other for mark, _ in self.rows) for other in "+-")
+        told = f"{self.num_differences} differ" if self.num_differences else "the same"
+        yield f"a request: {ours} tokens as we make it, {theirs} as the client's server does, {told}"
+        if self.num_differences:
+            yield "⟨-ours alone⟩ ⟨+the client's alone⟩"
+        line: list[str] = []
+        for mark, token in self.rows:
+            text = token.replace("\n", "↵").replace("Ċ", "↵").replace("<0x0A>", "↵")
+            if mark != " ":
+                text = f"{_COLOURS[mark]}{text}{_PLAIN}" if colour else f"⟨{mark}{text}⟩"
+            line.append(text)
+            if "↵" in text or sum(map(len, line)) + len(line) >= width:
+                yield " ".join(line)
+                line = []
+        if line:
+            yield " ".join(line)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderInspection:
+    """What was found in an exported folder.
+
+    Attributes:
+        contract: its own.
+        request: None where the tokenizer makes none.
+        problems: what does not fit, each as where, what was found, what to do; empty = all is well.
+    """
+
+    contract: DecodingContract
+    request: RequestDiff | None
+    problems: tuple[str, ...]
+
+    def lines(self, colour: bool) -> Iterator[str]:
+        """The inspection for people; `colour` as for `RequestDiff.lines`."""
+        values: Mapping[str, Any] = asdict(self.contract)
+        width = max(map(len, values))
+        for name, value in values.items():
+            told = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            yield f"{name:<{width}}  {told}"
+        if self.request is not None:
+            yield ""
+            yield from self.request.lines(colour)
+            yield ""
+        yield from (f"problem: {text}" for text in self.problems)
+
+
+def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prompt text as the inference client renders it; its server tokenises it with the tokenizer's special tokens.
+
+    The client sends the system text under the role of the system, whatever the chat template makes of it.
+
+    Source:
+        rank_llm 0.25.7: `RankListwiseOSLLM.create_prompt`, `SingleTurnListwiseInferenceHandler.generate_prompt`.
+    """
+    from ftfy import fix_text
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": user})
+    return fix_text(
+        str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+    )
+
+
+def diff_request(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle = "letters") -> RequestDiff:
+    """A request with brackets, mojibake and line breaks in it, as `rerank` shows it and as the client's server sees it.
+
+    Args:
+        tokenizer: of the exported folder.
+        style: of its identifiers.
+    Raises:
+        PromptError: the tokenizer cannot be used.
+    """
+    ours = fit_window("sample", QUERY, PASSAGES, tokenizer, style=style).input_ids[:-1].tolist()
+    user = render_user_turn(
+        clean_query(QUERY), [truncate_passage(text, passage_word_limit(len(PASSAGES))) for text in PASSAGES], style
+    )
+    theirs = tokenizer(client_prompt(SYSTEM_MESSAGE, user, tokenizer))["input_ids"]
+    rows: list[tuple[str, str]] = []
+    for kind, i, j, k, m in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+        if kind == "equal":
+            rows += [(" ", token) for token in tokenizer.convert_ids_to_tokens(ours[i:j])]
+        else:
+            rows += [("-", token) for token in tokenizer.convert_ids_to_tokens(ours[i:j])]
+            rows += [("+", token) for token in tokenizer.convert_ids_to_tokens(theirs[k:m])]
+    return RequestDiff(tuple(rows))
+
+
+def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How the inference client's prompt would differ from the one that is trained.
+
+    Returns:
+        Each as where, what was found, what to do; empty = it is the same.
+    """
+    from ftfy import fix_text
+
+    where = f"tokenizer {tokenizer.name_or_path}: chat template"
+    try:
+        theirs = client_prompt(record.system, record.user, tokenizer)
+        served = client_prompt(SYSTEM_MESSAGE, record.user, tokenizer)
+    except Exception as error:  # a template is a program and raises what it likes
+        return [
+            f"{where}: found that it fails on the system role ({error}), which the inference client sends; give the "
+            "tokenizer a template that writes the system text, such as one that puts it before the user turn"
+        ]
+    if fix_text(record.system).strip() not in theirs:
+        return [
+            f"{where}: found that it leaves out the system turn, so the client would lose the system text that "
+            "training puts before the user turn; give the tokenizer a template that writes it"
+        ]
+    num_ours, num_theirs = (
+        num_bos(tokenizer(text)["input_ids"], tokenizer) for text in (render_prompt(record, tokenizer), served)
+    )
+    if num_ours != num_theirs:
+        return [
+            f"{where}: found {num_ours} beginning-of-sequence tokens before this record, {num_theirs} before the "
+            "inference client's prompts; take them out of the record's text, or let the template write as many for "
+            "every conversation"
+        ]
+    return []
+
+
+def num_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Beginning-of-sequence tokens at the head of a prompt."""
+    return sum(1 for _ in takewhile(lambda token: token == tokenizer.bos_token_id, ids))
+
+
+def inspect_folder(folder: str | Path) -> FolderInspection:
+    """An exported folder held against its own decoding contract, and a request against the client's.
+
+    Raises:
+        ContractError: no contract, or one that does not read.
+        ModelError: the tokenizer or the configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    from rankllm_composer.model.loading import ModelError, load_tokenizer
+    from rankllm_composer.prompts.contract import CONTRACT_FILE, chat_template_sha256, num_bos_tokens, read_contract
+
+    contract = read_contract(folder)
+    tokenizer = load_tokenizer(str(folder))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the configuration cannot be read: {error}; export the model again") from error
+    problems: list[str] = []
+    request: RequestDiff | None = None
+
+    def compare(key: str, told: Any, found: Any, remedy: str) -> None:
+        if told != found:
+            problems.append(f"{Path(folder, CONTRACT_FILE)}: {key} is {told}, the folder has {found}; {remedy}")
+
+    if tokenizer.chat_template:
+        again = "put back the tokenizer's files, or export the model again"
+        compare("chat_template_sha256", contract.chat_template_sha256, chat_template_sha256(tokenizer), again)
+        compare("num_bos", contract.num_bos, num_bos_tokens(tokenizer), again)
+        told = contract.identifier_token_ids
+        try:
+            found = identifier_token_ids(tokenizer, len(contract.identifiers), contract.identifier_style)
+            compare("identifier_token_ids", told, found if told is not None else None, again)
+        except PromptError as error:
+            if told is not None:
+                problems.append(str(error))
+        sample = Record("sample", SYSTEM_MESSAGE, "query", "[A]")
+        problems += serving_differences(sample, tokenizer)
+        if not any("fails on the system role" in text for text in problems):
+            request = diff_request(tokenizer, contract.identifier_style)
+            if request.num_differences and not problems:
+                problems.append(
+                    f"{folder}: found {request.num_differences} tokens of a request that differ from the client's, see "
+                    "above; put back the tokenizer's files, or train with the tokenizer as it is"
+                )
+    else:
+        problems.append(
+            f"{folder}: the tokenizer has no chat template, the contract's has the hash "
+            f"{contract.chat_template_sha256[:12]}…; put back chat_template.jinja or tokenizer_config.json"
+        )
+    if not contract.append_bracket and tokenizer.eos_token_id not in contract.eos_token_ids:
+        compare("eos_token_ids", contract.eos_token_ids, (tokenizer.eos_token_id,), "set tokenizer.eos_token")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and contract.context_size_tokens > positions:
+        compare("context_size_tokens", contract.context_size_tokens, positions, "lower it: the model sees no further")
+    if len(tokenizer) > config.vocab_size:
+        problems.append(
+            f"{folder}: found a tokenizer of {len(tokenizer):,} tokens over a model of {config.vocab_size:,}; put back "
+            "the tokenizer's files"
+        )
+    return FolderInspection(contract, request, tuple(problems))

@@ -1,0 +1,230 @@
+"""Full weights of a model under the HF names: gathered from a live, sharded one, or read from a checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from rankllm_composer.checkpoints.safe_loading import (
+    INDEX_NAME,
+    UnsafeCheckpointError,
+    data_types,
+    explain_unreadable,
+    read_index,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Weights = dict[str, torch.Tensor]
+
+
+_MODEL_PREFIX = "state.model."
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be gathered, merged or read."""
+
+
+def gather_full_state_dict(
+    model: torch.nn.Module,
+    *,
+    merge_lora: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Weights:
+    """Full weights on the CPU, named as in the HF model; a collective: every rank has to call it.
+
+    Args:
+        model: a Composer model around a HF or PEFT model, or one of those; plain, in DDP, or sharded by FSDP2.
+        merge_lora: True = low-rank updates are added to the weights they change; False = the adapter's tensors alone,
+            named as PEFT keeps them on disk.
+        dtype: floating-point tensors are cast to it, one at a time. None = as they are.
+    Returns:
+        name → tensor on rank 0, empty on the others. Tensors of a model on the CPU may share its memory.
+    Raises:
+        WeightsError: a kind of adapter that cannot be merged.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    inner = hf_module(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast(Weights, get_model_state_dict(inner, options=options))
+    adapters = getattr(inner, "peft_config", None)
+    if weights and adapters:
+        if len(adapters) != 1:
+            raise WeightsError(f"adapters: found {sorted(adapters)}, allowed is one; keep the one that was trained")
+        (adapter,) = adapters
+        if merge_lora:
+            weights = merge_lora_weights(weights, _lora_scalings(inner, adapter), adapter)
+        else:
+            weights = _adapter_weights(inner, weights, adapter)
+    if dtype is not None:
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                weights[name] = tensor.to(dtype)
+    return weights
+
+
+def hf_module(model: torch.nn.Module) -> torch.nn.Module:
+    """The HF (or PEFT) model inside a Composer model, with or without DDP around it."""
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import PreTrainedModel
+
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        return model
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, torch.nn.Module):
+        raise WeightsError(f"model: found {type(model).__name__}, allowed is a HF model or a Composer model around one")
+    return inner
+
+
+def causal_lm_class(model: torch.nn.Module) -> type[PreTrainedModel]:
+    """The HF class of a model: FSDP2 puts a class of its own, `FSDP…`, in front of it, PEFT wraps it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    inner: Any = hf_module(model)
+    if hasattr(inner, "peft_config"):
+        inner = inner.get_base_model()
+    mro: Any = type(inner).__mro__
+    return next(kind for kind in mro if not issubclass(kind, FSDPModule))
+
+
+def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[str, float], adapter: str) -> Weights:
+    """Adds each low-rank update to the weight it changes and names the result as in the HF model.
+
+        W' = W + scaling * B @ A        (embeddings: scaling * (B @ A)^T)
+
+    Args:
+        weights: full weights of a PEFT model.
+        scalings: name of a layer in the PEFT model → its scaling.
+        adapter: name of the adapter.
+    Raises:
+        WeightsError: tensors of another kind of adapter than plain LoRA are left over.
+    Source:
+        Hu et al. 2021 (arXiv:2106.09685).
+    """
+    rest = dict(weights)
+    merged: Weights = {}
+    for layer, scaling in scalings.items():
+        base = rest.pop(f"{layer}.base_layer.weight")
+        if (up := rest.pop(f"{layer}.lora_B.{adapter}.weight", None)) is not None:
+            update = up.float() @ rest.pop(f"{layer}.lora_A.{adapter}.weight").float()  # (out, r) @ (r, in)
+        else:
+            up = rest.pop(f"{layer}.lora_embedding_B.{adapter}")
+            update = (up.float() @ rest.pop(f"{layer}.lora_embedding_A.{adapter}").float()).T  # (V, D)
+        merged[f"{layer}.weight"] = (base.float() + scaling * update).to(base.dtype)
+    for name in [name for name in rest if f".modules_to_save.{adapter}." in name]:
+        plain = name.replace(f".modules_to_save.{adapter}.", ".")
+        merged[plain] = rest.pop(name)
+        rest.pop(name.replace(f".modules_to_save.{adapter}.", ".original_module."), None)
+    foreign = sorted(name for name in rest if "lora_" in name or ".modules_to_save." in name)
+    if foreign:
+        raise WeightsError(
+            f"{foreign[0]}: found {len(foreign)} adapter tensors that do not add to a weight, allowed is plain LoRA; "
+            "export the adapter apart",
+        )
+    merged.update({name.replace(".base_layer.", "."): tensor for name, tensor in rest.items()})
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in merged.items()}
+
+
+def _lora_scalings(model: torch.nn.Module, adapter: str) -> dict[str, float]:
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        re.sub(r"\.?(_checkpoint_wrapped_module|_orig_mod)\b", "", name): module.scaling[adapter]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.scaling
+    }
+
+
+def _adapter_weights(model: torch.nn.Module, weights: Weights, adapter: str) -> Weights:
+    from peft import get_peft_model_state_dict
+
+    # "auto" would ask a hub whether the vocabulary grew.
+    return get_peft_model_state_dict(model, state_dict=weights, adapter_name=adapter, save_embedding_layers=False)
+
+
+def read_checkpoint_weights(checkpoint: str | Path) -> Weights:
+    """Model weights of a Composer checkpoint, under the HF names, on the CPU. Runs no code from the checkpoint.
+
+    Args:
+        checkpoint: a file (`…-rank0.pt`), a folder of shards (`ep1-ba100/`), or a link to either.
+    Raises:
+        WeightsError: not found, damaged, no model in it, or a pickle that asks for anything but data.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise WeightsError(f"{path}: found nothing, allowed is a checkpoint file or folder on this machine")
+    weights = _read_shards(path) if path.is_dir() else _read_file(path)
+    if not weights:
+        raise WeightsError(f"{path}: found no model weights, allowed is a checkpoint that Composer's Trainer saved")
+    # `model.` is the attribute of the Composer model that holds the HF model.
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def _read_file(path: Path) -> Weights:
+    try:
+        with torch.serialization.safe_globals(data_types()):
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(explain_unreadable(path, error)) from None
+    state = saved.get("state", {}) if isinstance(saved, dict) else {}
+    return dict(state.get("model", {}))
+
+
+def _read_shards(path: Path) -> Weights:
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    index = path / INDEX_NAME
+    try:
+        with index.open("rb") as stream:
+            metadata: Metadata = read_index(stream, str(index))
+    except FileNotFoundError:
+        raise WeightsError(f"{index}: missing, so the checkpoint was never finished; use an earlier one") from None
+    except UnsafeCheckpointError as error:
+        raise WeightsError(str(error)) from None
+
+    class Reader(FileSystemReader):
+        def read_metadata(self) -> Metadata:
+            return metadata
+
+    # Only tensors are asked for, and torch reads those without unpickling code.
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith(_MODEL_PREFIX) and isinstance(entry, TensorStorageMetadata)
+    }
+    try:
+        with warnings.catch_warnings():
+            # Meant so: other ranks, if there are any, take no part.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(weights, storage_reader=Reader(path), no_dist=True)
+    except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise WeightsError(explain_unreadable(path, error)) from None
+    return {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in weights.items()}
+
+
+def check_tied(weights: Mapping[str, torch.Tensor], config: PretrainedConfig, head: str, embedding: str) -> None:
+    """Refuses an output layer that has drifted from the embeddings it is declared to be tied to.
+
+    Raises:
+        WeightsError: the configuration ties them, both are there, and they differ.
+    """
+    if not config.tie_word_embeddings or head not in weights or embedding not in weights:
+        return
+    if not torch.equal(weights[head], weights[embedding]):
+        raise WeightsError(
+            f"{head}: found values that differ from {embedding}, although the configuration ties them; "
+            "call tie_weights() before training, or set tie_word_embeddings to false",
+        )

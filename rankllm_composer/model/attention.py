@@ -1,0 +1,155 @@
+"""Attention over sequences packed end to end, for devices where flash-attn is absent.
+
+Registered with transformers under the name `packed_sdpa`; it takes the variable-length arguments that transformers
+hands to flash-attn (`cu_seq_lens_q`, `max_length_q`, …), so the model's forward call is one and the same on every
+device. No (T, T) mask is ever made: each sequence is one call of PyTorch's scaled-dot-product attention.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+PACKED_SDPA = "packed_sdpa"
+
+
+FLASH_ATTENTION = "flash_attention_2"
+
+
+ATTENTION_NAMES = ("auto", FLASH_ATTENTION, PACKED_SDPA)
+
+
+def _windowed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, scaling: float | None
+) -> torch.Tensor:
+    """Causal attention to the last `window` tokens (self included), in query blocks of `window` tokens.
+
+    A block of queries sees at most 2 * window - 1 keys, so memory is linear in the length of the sequence.
+    """
+    length = query.shape[-2]
+    blocks = []
+    for start in range(0, length, window):
+        stop = min(start + window, length)
+        first_key = max(0, start - window + 1)
+        query_index = torch.arange(start, stop, device=query.device)[:, None]
+        key_index = torch.arange(first_key, stop, device=query.device)[None, :]
+        visible = (key_index <= query_index) & (key_index > query_index - window)
+        blocks.append(
+            F.scaled_dot_product_attention(
+                query[..., start:stop, :],
+                key[..., first_key:stop, :],
+                value[..., first_key:stop, :],
+                attn_mask=visible,
+                scale=scaling,
+            )
+        )
+    return torch.cat(blocks, dim=-2)
+
+
+@torch.compiler.disable
+def packed_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Causal self-attention inside each sequence of a pack; no token sees another sequence.
+
+    Args:
+        query: (1, H, T, d).
+        key: (1, K, T, d), K key-value heads; H is a multiple of K (grouped-query attention).
+        value: (1, K, T, d).
+        cu_seqlens: (S + 1,) int32, cumulative lengths 0 … T.
+        scaling: factor on the scores; None = 1 / sqrt(d).
+        sliding_window: a token sees at most this many tokens, itself included. None = all before it.
+    Returns:
+        (1, T, H, d).
+    Raises:
+        ValueError: the pack's first dimension is not 1, or cu_seqlens does not end at T.
+    """
+    if query.shape[0] != 1:
+        raise ValueError(f"packed_sdpa: a pack has first dimension 1, found {query.shape[0]}")
+    num_heads, total, head_dim = query.shape[1:]
+    num_groups = num_heads // key.shape[1]
+    # The CPU flash kernel knows no grouped-query attention (enable_gqa falls back to the (L, L) math path), but takes
+    # stride-0 heads: key-value heads become the batch, the query heads that share one become its heads.
+    query = query.view(key.shape[1], num_groups, total, head_dim)
+    key = key.transpose(0, 1).expand(-1, num_groups, -1, -1)
+    value = value.transpose(0, 1).expand(-1, num_groups, -1, -1)
+    bounds = cu_seqlens.tolist()
+    if bounds[-1] != total:
+        raise ValueError(f"packed_sdpa: cu_seqlens ends at {bounds[-1]}, the pack holds {total} tokens")
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
+    outputs = []
+    # split() and not slices: the gradient of each slice would be as large as the pack.
+    for q, k, v in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)):
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            output = _windowed_attention(q, k, v, sliding_window, scaling)
+        else:
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        outputs.append(output.permute(2, 0, 1, 3))  # (L, K, H / K, d)
+    return torch.cat(outputs).reshape(1, total, num_heads, head_dim)
+
+
+def _packed_sdpa_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature around `packed_sdpa`; what it cannot honour it refuses."""
+    if softcap is not None:
+        raise ValueError(
+            f"{type(module).__name__} caps its attention scores (softcap={softcap}); packed_sdpa cannot. "
+            "Use flash_attention_2 on CUDA, or another model family."
+        )
+    if dropout:
+        raise ValueError(f"packed_sdpa: attention_dropout is {dropout}; set it to 0 in model.config_overrides")
+    if attention_mask is not None:
+        raise ValueError("packed_sdpa: a pack needs no attention mask, but one was given")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("packed_sdpa: a pack is computed whole; a key-value cache needs another attention")
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+    output = packed_sdpa(query, key, value, cu_seq_lens_q, scaling=scaling, sliding_window=sliding_window)
+    return output, None
+
+
+def choose_attention(name: str, device: str) -> str:
+    """The attention that transformers should use for a packed forward.
+
+    Args:
+        name: "auto" (flash-attn where it is importable and the device is CUDA, else packed_sdpa) or one of the two.
+        device: "gpu" or "cpu".
+    Returns:
+        "flash_attention_2" or "packed_sdpa"; the latter is registered with transformers.
+    Raises:
+        ValueError: flash_attention_2 is asked for and cannot run here, or the name is unknown.
+    """
+    AttentionInterface.register(PACKED_SDPA, _packed_sdpa_forward)
+    flash_is_here = importlib.util.find_spec("flash_attn") is not None
+    if name == "auto":
+        return FLASH_ATTENTION if flash_is_here and device == "gpu" else PACKED_SDPA
+    if name == FLASH_ATTENTION and not (flash_is_here and device == "gpu"):
+        found = "flash-attn is not installed" if not flash_is_here else f"the device is {device}"
+        raise ValueError(
+            f"model.attention: flash_attention_2 needs flash-attn and a CUDA device, but {found}. "
+            "Install the `gpu` extra, or use auto or packed_sdpa."
+        )
+    if name not in ATTENTION_NAMES:
+        raise ValueError(f"model.attention: found {name!r}, allowed are {', '.join(ATTENTION_NAMES)}")
+    return name

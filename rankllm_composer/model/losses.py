@@ -1,0 +1,395 @@
+"""Ranking losses over batches of candidate lists, and the `LOSSES` table that recipes name them by.
+
+Every loss takes scores (B, N), the teacher's ranks (B, N) and a mask (B, N), and works on all lists and pairs at once.
+Shared conventions:
+
+- Arithmetic is in float32 (float64 for float64 scores), whatever the scores come in, and so is the result.
+- The real candidates of a list hold the ranks 0 … n-1, each once. What stands at masked places is never read: neither
+  its score (NaN and inf included) nor its rank reaches the loss or the gradient.
+- A list with fewer than two candidates has nothing to rank: its loss is 0 and its gradient zero.
+- `reduction="mean"` is the mean over all B lists, those zeros included; "sum" adds them up; "none" gives (B,).
+- Losses whose target is a relevance make it from the ranks: the gain of a candidate is 1 / (rank + 1), 0-based.
+  `target="self_sorted"` is the published training code's: a candidate's relevance is the value found at its rank in the
+  model's own scores sorted descending, with gradient through it unless `detach_target`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+TARGETS = ("ranks", "self_sorted")
+
+
+def _prepare(
+    name: str, scores: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None, reduction: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check the arguments that all losses share; scores in the computing dtype, 0 at masked places like the ranks."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction is {reduction!r}, allowed are {', '.join(REDUCTIONS)}")
+    shape = tuple(scores.shape)
+    if scores.dim() != 2 or shape[1] == 0 or not scores.is_floating_point():
+        raise ValueError(f"{name}: scores are {scores.dtype} of shape {shape}, allowed are floats (B, N), N >= 1")
+    if ranks.shape != scores.shape or ranks.dtype != torch.int64:
+        found = f"{ranks.dtype} of shape {tuple(ranks.shape)}"
+        raise ValueError(f"{name}: ranks are {found}, allowed are int64 shaped as the scores, {shape}")
+    if mask is None:
+        mask = torch.ones_like(ranks, dtype=torch.bool)
+    if mask.shape != scores.shape or mask.dtype != torch.bool:
+        found = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise ValueError(f"{name}: mask is {found}, allowed are booleans shaped as the scores, {shape}")
+    if scores.dtype != torch.float64:
+        scores = scores.float()
+    # where() and not a product: 0 * NaN is NaN, and so would be the gradient.
+    return torch.where(mask, scores, 0.0), torch.where(mask, ranks, 0), mask
+
+
+def _check_target(name: str, target: str, detach_target: bool) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"{name}: target is {target!r}, allowed are {', '.join(TARGETS)}")
+    if detach_target and target == "ranks":
+        warnings.warn(
+            f"{name}: detach_target has no effect with target='ranks', which carries no gradient", stacklevel=3
+        )
+
+
+def _reduce(losses: torch.Tensor, mask: torch.Tensor, reduction: str) -> torch.Tensor:
+    losses = torch.where(mask.sum(dim=1) >= 2, losses, 0.0)  # (B,)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / max(losses.shape[0], 1)
+
+
+def _ordered_pairs(relevance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B, N, N) bool: [b, i, j] is True where both are real and i is more relevant than j."""
+    real = mask.unsqueeze(2) & mask.unsqueeze(1)
+    return real & (relevance.unsqueeze(2) > relevance.unsqueeze(1))
+
+
+def _mean_over_pairs(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """(B, N, N) values → (B,) means over the chosen pairs, 0 where there is none."""
+    return torch.where(pairs, values, 0.0).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
+
+
+def _descending(scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each list's scores from high to low, masked places last, and the candidates they come from; both (B, N)."""
+    order = scores.detach().masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
+    return scores.gather(1, order), order
+
+
+def _self_sorted_relevance(
+    scores: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor, detach_target: bool
+) -> torch.Tensor:
+    """(B, N): the value at each candidate's rank among the list's own scores sorted descending."""
+    relevance = _descending(scores, mask)[0].gather(1, ranks)
+    return relevance.detach() if detach_target else relevance
+
+
+def ranknet_loss(
+    scores: torch.Tensor,
+    ranks: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    weighted: bool = True,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """RankNet over a list: logistic loss on every pair the teacher orders.
+
+        loss = mean over pairs (i better than j) of w_ij * softplus(-(s_i - s_j)),  w_ij = 1 / (r_i + r_j)
+
+    with 1-based ranks r in the weight. The mean divides by the number of pairs, n(n-1)/2, not by the sum of weights.
+
+    Args:
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate. None = all real.
+        weighted: False sets every w_ij to 1.
+        reduction: "none", "mean" (over all B lists) or "sum".
+    Returns:
+        Scalar in nats; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+    Raises:
+        ValueError: shapes or types differ from the above, or reduction is unknown.
+    Source:
+        Burges et al. 2005; the 1 / (r_i + r_j) weight is FIRST's (arXiv:2406.15657).
+    """
+    scores, ranks, mask = _prepare("ranknet_loss", scores, ranks, mask, reduction)
+    losses = F.softplus(scores.unsqueeze(1) - scores.unsqueeze(2))  # (B, N, N), [b, i, j] = softplus(-(s_i - s_j))
+    if weighted:
+        losses = losses / (ranks.unsqueeze(2) + ranks.unsqueeze(1) + 2)
+    return _reduce(_mean_over_pairs(losses, _ordered_pairs(-ranks, mask)), mask, reduction)
+
+
+def lambdarank_loss(
+    scores: torch.Tensor,
+    ranks: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    target: str = "ranks",
+    detach_target: bool = False,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """LambdaRank over a list: RankNet's pair loss, each pair weighed by what its order is worth in nDCG.
+
+        loss = mean over pairs (i more relevant than j) of w_ij * log2(1 + exp(-(s_i - s_j)))
+        w_ij = |1 / log2(1 + d) - 1 / log2(2 + d)| * |g_i - g_j| / maxDCG
+
+    d is how many places i and j lie apart in the order of the scores, maxDCG the DCG of the teacher's order.
+    With target="ranks" the gain is g = 1 / (rank + 1); with "self_sorted" it is g = 2^max(y, 0) - 1 of the
+    relevance y found in the model's own sorted scores, so a list of negative scores has no gain and loss 0.
+    Unlike the published code, nothing overflows at high scores (there it is NaN from about 130) and no pair is
+    cut off at a probability of 1e-10.
+
+    Args:
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate. None = all real.
+        target: "ranks" or "self_sorted" (published).
+        detach_target: no gradient through a self-sorted target. The published code lets it through.
+        reduction: "none", "mean" (over all B lists) or "sum".
+    Returns:
+        Scalar in bits; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+    Raises:
+        ValueError: shapes or types differ from the above, or target or reduction is unknown.
+    Source:
+        Burges et al. 2006; weights are NDCG-Loss2 of the LambdaLoss framework, Wang et al. 2018.
+    """
+    _check_target("lambdarank_loss", target, detach_target)
+    scores, ranks, mask = _prepare("lambdarank_loss", scores, ranks, mask, reduction)
+    if target == "ranks":
+        relevance = gains = 1.0 / (ranks + 1).to(scores.dtype)
+    else:
+        relevance = _self_sorted_relevance(scores, ranks, mask, detach_target)
+        positive = relevance.clamp(min=0.0)
+        # All gains are divided by 2^top, which cancels in gain / maxDCG: 2^y alone overflows.
+        top = torch.where(mask, positive, 0.0).amax(dim=1, keepdim=True).detach()
+        gains = torch.exp2(positive - top) * -torch.expm1(-positive * math.log(2.0))
+    gains = torch.where(mask, gains, 0.0)
+    max_dcg = (gains / torch.log2(ranks.to(scores.dtype) + 2.0)).sum(dim=1, keepdim=True)  # (B, 1)
+    gains = gains / max_dcg.clamp(min=1e-10)
+
+    places = _descending(scores, mask)[1].argsort(dim=1).to(scores.dtype)  # (B, N), 0 = highest score
+    # At least 1: on the diagonal, which no pair uses, the discount would be 1 / log2(1 + 0).
+    distance = (places.unsqueeze(2) - places.unsqueeze(1)).abs().clamp(min=1.0)  # (B, N, N)
+    discounts = 1.0 / torch.log2(1.0 + distance) - 1.0 / torch.log2(2.0 + distance)
+    weights = discounts * (gains.unsqueeze(2) - gains.unsqueeze(1)).abs()
+    losses = weights * F.softplus(scores.unsqueeze(1) - scores.unsqueeze(2)) / math.log(2.0)
+    return _reduce(_mean_over_pairs(losses, _ordered_pairs(relevance, mask)), mask, reduction)
+
+
+def listnet_loss(
+    scores: torch.Tensor,
+    ranks: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    target: str = "ranks",
+    detach_target: bool = False,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """ListNet over a list: cross-entropy of the top-one probabilities, the target's against the scores'.
+
+        loss = -sum over i of p_i * log softmax(s)_i
+
+    With target="ranks" p_i is proportional to the gain 1 / (rank + 1); with "self_sorted" p = softmax(y) of the
+    relevance y found in the model's own sorted scores.
+
+    Args:
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate. None = all real.
+        target: "ranks" or "self_sorted" (published).
+        detach_target: no gradient through a self-sorted target. The published code lets it through.
+        reduction: "none", "mean" (over all B lists) or "sum".
+    Returns:
+        Scalar in nats; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+    Raises:
+        ValueError: shapes or types differ from the above, or target or reduction is unknown.
+    Source:
+        Cao et al. 2007.
+    """
+    _check_target("listnet_loss", target, detach_target)
+    scores, ranks, mask = _prepare("listnet_loss", scores, ranks, mask, reduction)
+    if target == "ranks":
+        # Its softmax is proportional to 1 / (rank + 1).
+        relevance = -torch.log((ranks + 1).to(scores.dtype))
+    else:
+        relevance = _self_sorted_relevance(scores, ranks, mask, detach_target)
+    # The lowest finite number and not -inf: a list without candidates must not become 0 / 0.
+    lowest = torch.finfo(scores.dtype).min
+    probabilities = torch.where(mask, relevance, lowest).softmax(dim=1)
+    log_probabilities = torch.where(mask, torch.where(mask, scores, lowest).log_softmax(dim=1), 0.0)
+    return _reduce(-(probabilities * log_probabilities).sum(dim=1), mask, reduction)
+
+
+def listmle_loss(
+    scores: torch.Tensor,
+    ranks: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """ListMLE over a list: negative log-likelihood of the teacher's permutation under Plackett-Luce.
+
+        loss = sum over i of [log sum over {j: r_j >= r_i} of exp(s_j)  -  s_i]
+
+    A sum over the list's places, as a likelihood is: it grows with the length of the list.
+
+    Args:
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate. None = all real.
+        reduction: "none", "mean" (over all B lists) or "sum".
+    Returns:
+        Scalar in nats; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+    Raises:
+        ValueError: shapes or types differ from the above, or reduction is unknown.
+    Source:
+        Xia et al. 2008.
+    """
+    scores, ranks, mask = _prepare("listmle_loss", scores, ranks, mask, reduction)
+    remaining = mask.unsqueeze(1) & (ranks.unsqueeze(1) >= ranks.unsqueeze(2))  # (B, N, N), [b, i, j]: j not before i
+    lowest = torch.finfo(scores.dtype).min
+    totals = torch.where(remaining, scores.unsqueeze(1), lowest).logsumexp(dim=2)  # (B, N)
+    return _reduce(torch.where(mask, totals - scores, 0.0).sum(dim=1), mask, reduction)
+
+
+def adr_mse_loss(
+    scores: torch.Tensor,
+    ranks: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Approximate discounted rank MSE over a list: how far each candidate's smooth rank is from the teacher's.
+
+        loss = mean over i of (r_i - a_i)^2 / log2(r_i + 1),  a_i = 1 + sum over j != i of sigmoid(s_j - s_i)
+
+    with 1-based ranks r. Scores far apart saturate the sigmoid, so the gradient of a confident wrong order is tiny.
+
+    Args:
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate. None = all real.
+        reduction: "none", "mean" (over all B lists) or "sum".
+    Returns:
+        Scalar in squared ranks; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+    Raises:
+        ValueError: shapes or types differ from the above, or reduction is unknown.
+    Source:
+        Rank-DistiLLM, Schlatt et al. 2025 (arXiv:2405.07920); the smooth rank is Qin et al.'s, 2010.
+    """
+    scores, ranks, mask = _prepare("adr_mse_loss", scores, ranks, mask, reduction)
+    is_ahead = torch.sigmoid(scores.unsqueeze(1) - scores.unsqueeze(2))  # (B, N, N), [b, i, j] = sigmoid(s_j - s_i)
+    # A candidate meets itself with sigmoid(0) = 0.5.
+    smooth_ranks = 0.5 + torch.where(mask.unsqueeze(1), is_ahead, 0.0).sum(dim=2)  # (B, N)
+    teacher_ranks = (ranks + 1).to(scores.dtype)
+    errors = (teacher_ranks - smooth_ranks).square() / torch.log2(teacher_ranks + 1.0)
+    losses = torch.where(mask, errors, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return _reduce(losses, mask, reduction)
+
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "ranknet": ranknet_loss,
+    "lambdarank": lambdarank_loss,
+    "listnet": listnet_loss,
+    "listmle": listmle_loss,
+    "adr_mse": adr_mse_loss,
+}
+
+
+OBJECTIVES = ("generation", "ranking", "combined")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a global batch of lists.
+
+        generation: language_modelling_weight * mean over target tokens of -log p(token)
+        ranking:    ranking_weight * mean over lists of ranking_loss(identifier scores, teacher's ranks)
+        combined:   the sum of the two
+
+    Identifier scores are the logits of the identifiers' tokens at the list's score position.
+
+    Args:
+        name: "generation", "ranking" or "combined".
+        language_modelling_weight: factor of the language-modelling part.
+        ranking_weight: factor of the ranking part.
+        ranking_loss: a key of `losses.LOSSES`.
+        ranking_loss_options: keyword arguments of that loss, e.g. {"weighted": True}.
+    Raises:
+        ValueError: the name or the loss is unknown.
+    """
+
+    name: str
+    language_modelling_weight: float = 1.0
+    ranking_weight: float = 1.0
+    ranking_loss: str = "ranknet"
+    ranking_loss_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"objective.name: found {self.name!r}, allowed are {', '.join(OBJECTIVES)}")
+        if self.ranking_loss not in LOSSES:
+            raise ValueError(
+                f"objective.ranking_loss: found {self.ranking_loss!r}, allowed are {', '.join(sorted(LOSSES))}"
+            )
+
+    @property
+    def trains_language_modelling(self) -> bool:
+        return self.name != "ranking"
+
+    @property
+    def trains_ranking(self) -> bool:
+        return self.name != "generation"
+
+    def __call__(self, logits: torch.Tensor, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Loss parts of one packed microbatch, each scaled so that Composer's average is the global batch's mean.
+
+        Args:
+            logits: (R, V) at the batch's logit positions; for `ranking`, (R, C) with `batch["identifier_columns"]`.
+            batch: a microbatch of `packing.split_batch`.
+        Returns:
+            "total", which is trained, and the parts "language_modelling" (nats per token) and "ranking" (nats per list,
+            or the loss's own unit) that the objective has, unweighted. Scalars in float32.
+        """
+        parts: dict[str, torch.Tensor] = {}
+        total = logits.new_zeros((), dtype=torch.float32)
+        if self.trains_language_modelling:
+            nats = F.cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
+            parts["language_modelling"] = nats * batch["language_modelling_scale"]
+            total = total + self.language_modelling_weight * parts["language_modelling"]
+        if self.trains_ranking:
+            per_list = self._ranking(identifier_scores(logits, batch), batch)
+            parts["ranking"] = per_list.sum() * batch["ranking_scale"]
+            total = total + self.ranking_weight * parts["ranking"]
+        if not batch["record_ids"]:
+            total = total + 0.0 * logits.float().sum()  # every rank runs a backward pass, also with nothing to learn
+        return {"total": total, **parts}
+
+    def _ranking(self, scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+        loss = partial(LOSSES[self.ranking_loss], **self.ranking_loss_options)
+        return loss(scores, batch["ranks"], mask=batch["candidate_mask"], reduction="none")
+
+
+def identifier_scores(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The scores of each list's candidates: logits of their identifiers at the score position.
+
+    Args:
+        logits: (R, V), or (R, C) where `batch["identifier_columns"]` maps identifiers to columns.
+        batch: a packed microbatch.
+    Returns:
+        (S, N) float32; padding candidates hold the score of token 0, to be masked by `batch["candidate_mask"]`.
+    """
+    columns = batch.get("identifier_columns", batch["identifier_token_ids"])  # (S, N)
+    return logits[batch["score_rows"]].gather(1, columns).float()

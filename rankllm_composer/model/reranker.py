@@ -1,0 +1,167 @@
+"""A Hugging Face causal LM as a Composer model that is trained, and read, as a listwise reranker."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from composer.models import HuggingFaceModel
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rankllm_composer.model.attention import choose_attention
+from rankllm_composer.model.flops import forward_flops, training_flops
+from rankllm_composer.model.losses import Objective
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+
+
+def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """The transformer layers of a causal LM, first to last, also under PEFT."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
+    """Recompute, not keep, the activations of a share of the layers, spread evenly over the depth.
+
+    Args:
+        model: the causal LM.
+        fraction: 0 = none … 1 = every layer.
+    Raises:
+        ValueError: the fraction is outside [0, 1].
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"model.activation_checkpointing: found {fraction}, allowed is a fraction from 0 to 1")
+    if fraction == 0.0:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.gradient_checkpointing = int((index + 1) * fraction + 1e-9) > int(index * fraction + 1e-9)
+
+
+class ListwiseReranker(HuggingFaceModel):
+    """Packed forward, logits only where the loss needs them, and an objective's loss.
+
+    Args:
+        model: any decoder-only HF causal LM whose forward takes `logits_to_keep` (Mistral, Llama, Qwen, … families).
+        tokenizer: its tokenizer; saved with checkpoints.
+        objective: what is trained.
+        attention: "auto", "flash_attention_2" or "packed_sdpa".
+        device: "gpu" or "cpu", where the forward will run.
+        activation_checkpointing: share of layers whose activations are recomputed, 0 … 1.
+        compile_layers: run each layer through torch.compile.
+        bf16_on_cpu: run the forward under PyTorch's autocast to bfloat16 on a CPU, where Composer's `amp_bf16` is none.
+        peft_config: a PEFT LoRA configuration. None = all weights are trained.
+    Raises:
+        ValueError: the attention cannot run here, or the tokenizer has more tokens than the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        objective: Objective,
+        *,
+        attention: str = "auto",
+        device: str = "cpu",
+        activation_checkpointing: float = 0.0,
+        compile_layers: bool = False,
+        bf16_on_cpu: bool = False,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        model.config._attn_implementation = choose_attention(attention, device)
+        model.config.use_cache = False
+        checkpoint_activations(model, activation_checkpointing)
+        super().__init__(
+            model=model,
+            tokenizer=tokenizer,  # type: ignore[arg-type]
+            use_logits=True,
+            metrics=[],
+            peft_config=peft_config,
+        )
+        self.objective = objective
+        self.bf16_on_cpu = bf16_on_cpu
+        layer_types = {type(layer) for layer in decoder_layers(self.model)}
+        self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types  # type: ignore[assignment]
+        if compile_layers:
+            for layer in decoder_layers(self.model):
+                layer.compile()
+
+    @property
+    def output_head(self) -> torch.nn.Module:
+        return self.model.get_output_embeddings()
+
+    @contextmanager
+    def _head_rows(self, token_ids: torch.Tensor) -> Iterator[None]:
+        """While open, the LM head computes only the rows of these (C,) tokens: (…, D) → (…, C)."""
+        head = self.output_head
+        bias: torch.Tensor | None = getattr(head, "bias", None)
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            weight: torch.Tensor = head.weight  # type: ignore[assignment]  # read here: under FSDP2 it is whole only now
+            return F.linear(hidden, weight[token_ids], None if bias is None else bias[token_ids])
+
+        head.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del head.forward
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """One packed microbatch through the model.
+
+        Args:
+            batch: a microbatch of `packing.split_batch`. For `ranking` its key "identifier_columns" is set: (S, N)
+                columns of the returned logits.
+        Returns:
+            {"logits": (R, V)}, or (R, C) of the batch's C different identifiers where only `ranking` is trained.
+        """
+        call = functools.partial(
+            self.model,
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            cu_seq_lens_q=batch["cu_seqlens"],
+            cu_seq_lens_k=batch["cu_seqlens"],
+            max_length_q=max(batch["lengths"]),
+            max_length_k=max(batch["lengths"]),
+            logits_to_keep=batch["logit_positions"],
+            use_cache=False,
+        )
+        with torch.autocast("cpu", torch.bfloat16) if self.bf16_on_cpu else nullcontext():
+            if self.objective.trains_language_modelling or not batch["record_ids"]:
+                logits = call().logits
+            else:
+                token_ids, columns = torch.unique(batch["identifier_token_ids"], return_inverse=True)
+                batch["identifier_columns"] = columns  # type: ignore[index]
+                with self._head_rows(token_ids):
+                    logits = call().logits
+        return {"logits": logits[0]}
+
+    def loss(  # type: ignore[override]  # a dict is what the Trainer logs by name
+        self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """The objective's loss parts of this microbatch; Composer trains `total` and logs all."""
+        return self.objective(outputs["logits"], batch)
+
+    def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> Any:
+        """As `forward`; the Trainer's evaluation calls it."""
+        return self.forward(batch) if outputs is None else outputs
+
+    def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
+        """Floating-point operations of training on a device batch, forward and backward (Composer's SpeedMonitor)."""
+        lengths = [len(s.encoded.input_ids) for s in batch["sequences"] if s.encoded is not None]
+        num_logits = sum(
+            max(1, len(s.encoded.input_ids) - s.encoded.response_start)
+            for s in batch["sequences"]
+            if s.encoded is not None
+        )
+        if all(weight.requires_grad for weight in self.model.parameters()):
+            return training_flops(self.config, lengths, num_logits)
+        # Frozen weights need no gradient of their own, which is a third of the products.
+        return 2 * forward_flops(self.config, lengths, num_logits)

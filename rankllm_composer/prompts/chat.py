@@ -1,0 +1,263 @@
+"""Chat template and tokenizer: messages → prompt text → tokens, and what a tokenizer must be able to do for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from rankllm_composer.prompts.permutations import IdentifierStyle, identifiers
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, PromptError, render_user_turn
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
+
+Objective = Literal["generation", "ranking", "combined"]
+
+
+_PROBE = "rankllmprobe"  # a word no template holds
+
+
+_OPEN_END = "end the generation prompt of the chat template with a line break or a special token"
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What was found out about a tokenizer with its chat template."""
+
+    chat_template: Any
+    has_system_role: bool
+    prompt: str
+    tokens: dict[str, int | None] = field(default_factory=dict)
+
+
+_FACTS: WeakKeyDictionary[PreTrainedTokenizerBase, _Facts] = WeakKeyDictionary()
+
+
+def build_messages(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """Chat messages of a prompt: system and user, or the user turn alone, led by the system text, newline and space.
+
+    A chat template has a system role if what is sent under it comes out in the prompt. An empty system text is left
+    out, as the client does.
+
+    Raises:
+        PromptError: the tokenizer is slow, its chat template is missing or fails, or its prompt has an open end.
+    """
+    return _messages(system, user, _facts(tokenizer).has_system_role)
+
+
+def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prompt text: the chat template with the generation prompt, then `ftfy.fix_text`.
+
+    Raises:
+        PromptError: the template fails on these messages.
+    """
+    from ftfy import fix_text
+
+    try:
+        # The client sends enable_thinking=False; a template that does not know it takes no notice.
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except Exception as error:  # a template is a program and raises what it likes
+        roles = ", ".join(message["role"] for message in messages)
+        raise PromptError(
+            f"{_name(tokenizer)}: the chat template failed on the roles {roles}: {error}; "
+            "correct tokenizer.chat_template"
+        ) from error
+    return fix_text(str(text))
+
+
+def tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+    """Tokens of a prompt, with the special tokens the tokenizer adds in front, as the client's server makes them.
+
+    A template that writes the beginning-of-sequence token itself thereby gets two, in training as in serving.
+
+    Raises:
+        PromptError: the tokenizer adds tokens after the text.
+    """
+    encoding: BatchEncoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    if encoding["input_ids"] and encoding.token_to_sequence(len(encoding["input_ids"]) - 1) is None:
+        raise PromptError(
+            f"{_name(tokenizer)}: found tokens added after the end of the text, allowed is none, for a response or a "
+            "score follows; load it with add_eos_token=False"
+        )
+    return encoding
+
+
+def bracket_position(encoding: BatchEncoding, start: int) -> int:
+    """Index of the token of the `[` at character `start`.
+
+    Raises:
+        PromptError: it is not a token of its own.
+    """
+    index = encoding.char_to_token(start)
+    span = None if index is None else encoding.token_to_chars(index)
+    if index is None or span is None or (span.start, span.end) != (start, start + 1):
+        raise PromptError(
+            "tokenizer: the '[' that opens the response merges with what stands beside it, allowed is a token of its "
+            f"own; {_OPEN_END}, or use another tokenizer"
+        )
+    return index
+
+
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token that closes a response.
+
+    Raises:
+        PromptError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise PromptError(
+            f"{_name(tokenizer)}: found no end-of-sequence token, allowed is one, for it closes a response; "
+            "set tokenizer.eos_token, or use the objective ranking"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def identifier_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int | None, ...]:
+    """Token of each identifier as it stands in `[A] > [B]` after a prompt; None for one that takes several.
+
+    Raises:
+        PromptError: an identifier merges with its bracket, or has no token that is the same everywhere.
+    """
+    facts = _facts(tokenizer)
+    for name in names:
+        if name not in facts.tokens:
+            facts.tokens[name] = _identifier_token(name, facts.prompt, tokenizer)
+    return tuple(facts.tokens[name] for name in names)
+
+
+def identifier_token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    num_candidates: int,
+    style: IdentifierStyle = "letters",
+) -> tuple[int, ...]:
+    """Tokens of a list's identifiers, for objectives and decodings that read a score from each.
+
+    Args:
+        tokenizer: a fast HF tokenizer with a chat template; looked at once, then remembered.
+        num_candidates: length of the list.
+        style: how candidates are named.
+    Returns:
+        `num_candidates` token ids.
+    Raises:
+        PromptError: an identifier takes several tokens, merges with its bracket, or is unknown to the tokenizer.
+        PermutationError: more candidates than the style can name.
+    """
+    names = identifiers(num_candidates, style)
+    found = identifier_tokens(tokenizer, names)
+    single = tuple(token for token in found if token is not None)
+    if len(single) < num_candidates:
+        first = found.index(None)
+        raise PromptError(
+            f"{_name(tokenizer)}: identifier [{names[first]}] takes several tokens, allowed is one each, so that "
+            f"one position scores all candidates; use letters, lists of at most {first}, or the objective generation"
+        )
+    return single
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    style: IdentifierStyle = "letters",
+    num_candidates: int = 20,
+) -> None:
+    """Stop, before any record is read, where a tokenizer cannot carry an objective.
+
+    A pad token is not asked for: sequences are packed and nothing is padded.
+
+    Args:
+        tokenizer: the tokenizer the model comes with.
+        objective: what will be trained.
+        style: how the lists name their candidates.
+        num_candidates: length of the longest list.
+    Raises:
+        PromptError: slow tokenizer; no chat template; no end-of-sequence token (but for `ranking`); a prompt whose last
+            token depends on what follows; identifiers that merge with a bracket, are unknown or (but for `generation`)
+            take several tokens. Each names the remedy.
+        PermutationError: more candidates than the style can name.
+    """
+    identifier_tokens(tokenizer, identifiers(num_candidates, style))
+    if objective != "generation":
+        identifier_token_ids(tokenizer, num_candidates, style)
+    if objective != "ranking":
+        end_of_sequence(tokenizer)
+
+
+def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
+    """What holds for every prompt, found out once for a tokenizer and chat template.
+
+    Tokens added later are not looked for (it would cost more than the tokenising): records that meet them are refused.
+    """
+    facts = _FACTS.get(tokenizer)
+    if facts is not None and facts.chat_template == tokenizer.chat_template:
+        return facts
+    if not tokenizer.is_fast:
+        raise PromptError(
+            f"{_name(tokenizer)}: found a slow tokenizer, allowed are fast ones, whose character offsets tell "
+            "the prompt from the response; load it with use_fast=True from a folder with a tokenizer.json"
+        )
+    if not tokenizer.chat_template:
+        raise PromptError(
+            f"{_name(tokenizer)}: found no chat template, allowed is one that writes a user turn and a generation "
+            "prompt; set tokenizer.chat_template to that of the model's family"
+        )
+    if _PROBE not in render_chat([{"role": "user", "content": _PROBE}], tokenizer):
+        raise PromptError(
+            f"{_name(tokenizer)}: found a chat template that leaves out the user turn, allowed is one that writes it; "
+            "set tokenizer.chat_template to that of the model's family"
+        )
+    try:
+        both = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "query"}]
+        has_system_role = _PROBE in render_chat(both, tokenizer)
+    except PromptError:
+        has_system_role = False
+    turn = render_user_turn(_PROBE, (_PROBE, _PROBE))
+    prompt = render_chat(_messages(SYSTEM_MESSAGE, turn, has_system_role), tokenizer)
+    alone = tokenise(prompt, tokenizer)["input_ids"]
+    for response in ("[", "[A] > [B]", "[1] > [2]"):
+        if tokenise(prompt + response, tokenizer)["input_ids"][: len(alone)] != alone:
+            raise PromptError(
+                f"{_name(tokenizer)}: the end of the prompt, {prompt[-20:]!r}, is tokenised otherwise when a response "
+                f"follows, allowed is an end that stays the same; {_OPEN_END}"
+            )
+    facts = _Facts(tokenizer.chat_template, has_system_role, prompt)
+    _FACTS[tokenizer] = facts
+    return facts
+
+
+def _messages(system: str, user: str, has_system_role: bool) -> list[dict[str, str]]:
+    if not system:
+        return [{"role": "user", "content": user}]
+    if has_system_role:
+        return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return [{"role": "user", "content": f"{system}\n {user}"}]
+
+
+def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    text = f"{prompt}[{name}] > [{name}]"  # the first identifier of a response, and any other
+    encoding = tokenise(text, tokenizer)
+    tokens: set[int | None] = set()
+    for start in (len(prompt) + 1, len(text) - 1 - len(name)):
+        end = start + len(name)
+        index = encoding.char_to_token(start)
+        span = None if index is None else encoding.token_to_chars(index)
+        if index is None or span is None or span.start < start or span.end > end:
+            raise PromptError(
+                f"{_name(tokenizer)}: identifier [{name}] merges with its bracket, allowed is a token of its own; "
+                f"use {'numbers' if name.isalpha() else 'letters'}, or another tokenizer"
+            )
+        tokens.add(encoding["input_ids"][index] if span.end == end else None)
+    token = tokens.pop()
+    if tokens or (token is not None and tokenizer.convert_ids_to_tokens(token) != name):
+        raise PromptError(
+            f"{_name(tokenizer)}: identifier [{name}] has no token {name!r} that is the same everywhere in a response, "
+            "allowed is one that has; use a tokenizer that knows it"
+        )
+    return token
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"

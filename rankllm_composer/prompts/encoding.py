@@ -1,0 +1,151 @@
+"""Prompts: a teacher-ranked list → prompt text → token ids and where they supervise.
+
+The parts are `user_turn` (query and passages ⇄ text) and `chat` (messages → text → tokens); what other rooms need of
+them is importable from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from rankllm_composer.prompts.chat import (
+    Objective,
+    bracket_position,
+    build_messages,
+    end_of_sequence,
+    identifier_token_ids,
+    identifier_tokens,
+    render_chat,
+    tokenise,
+)
+from rankllm_composer.prompts.permutations import (
+    PermutationError,
+    identifier_style,
+    identifiers,
+    parse_permutation,
+    ranks_from_permutation,
+)
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.user_turn import (
+    PromptError,
+    num_announced,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+@dataclass(eq=False, slots=True)
+class EncodedRecord:
+    """A record as the model sees it.
+
+    Attributes:
+        input_ids: (L,) int32. For `ranking` the prompt and a `[`; otherwise prompt, response, end of sequence.
+        response_start: index of the first token that is not prompt; L for `ranking`.
+        score_position: index of the `[` whose next-token logits score the candidates.
+        identifier_token_ids: (N,) int32, the token of each candidate's identifier in presentation order; None only for
+            `generation` where an identifier takes several tokens.
+        ranks: (N,) int64, the teacher's 0-based place of each candidate.
+    """
+
+    input_ids: NDArray[np.int32]
+    response_start: int
+    score_position: int
+    identifier_token_ids: NDArray[np.int32] | None
+    ranks: NDArray[np.int64]
+
+
+def render_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prompt text of a record, up to where the response begins: chat template, then `ftfy.fix_text`.
+
+    Raises:
+        PromptError: the tokenizer cannot be used (see `check_tokenizer`).
+    """
+    return render_chat(build_messages(record.system, record.user, tokenizer), tokenizer)
+
+
+def encode_prompt(
+    system: str,
+    user: str,
+    tokenizer: PreTrainedTokenizerBase,
+    append_bracket: bool,
+) -> NDArray[np.int32]:
+    """Token ids of a prompt, for inference.
+
+    Args:
+        system, user: the turns.
+        tokenizer: a fast HF tokenizer with a chat template.
+        append_bracket: end with `[`, so that the next-token logits of the last position score the candidates.
+    Returns:
+        (L,) int32.
+    Raises:
+        PromptError: the tokenizer cannot be used (see `check_tokenizer`).
+    """
+    prompt = render_chat(build_messages(system, user, tokenizer), tokenizer)
+    encoding = tokenise(prompt + "[" if append_bracket else prompt, tokenizer)
+    if append_bracket:
+        bracket_position(encoding, len(prompt))
+    return np.array(encoding["input_ids"], dtype=np.int32)
+
+
+def encode_record(
+    record: Record | Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+) -> EncodedRecord:
+    """Token ids and supervision of a record.
+
+    The text is tokenised once, prompt and response together; character offsets say where the response begins.
+
+    Args:
+        record: a Record, or a mapping of the published layout.
+        tokenizer: a fast HF tokenizer with a chat template.
+        objective: "ranking" ends the prompt with `[` and holds no response; "generation" and "combined" hold it.
+    Returns:
+        EncodedRecord.
+    Raises:
+        PromptError: the record is not of the layout, its response is no permutation of its passages, or the tokenizer
+            cannot be used (see `check_tokenizer`).
+    """
+    if objective not in get_args(Objective):
+        raise PromptError(f"objective: found {objective!r}, allowed are {', '.join(get_args(Objective))}")
+    if not isinstance(record, Record):
+        record = Record.from_conversations(record)
+    where = f"record {record.id!r}"
+    try:
+        style = identifier_style(record.response)
+        # A turn that is not of the client's layout announces nothing: then the response says how many there are.
+        num_candidates = num_announced(record.user) or record.response.count("[")
+        permutation = parse_permutation(record.response, num_candidates, style)
+    except PermutationError as error:
+        raise PromptError(f"{where}: response: {error}") from error
+    names = identifiers(num_candidates, style)
+    ranks = np.array(ranks_from_permutation(permutation), dtype=np.int64)  # (N,)
+    tokens = identifier_tokens(tokenizer, names)
+    candidate_tokens: NDArray[np.int32] | None = None  # (N,)
+    if objective != "generation" or None not in tokens:
+        candidate_tokens = np.array(identifier_token_ids(tokenizer, num_candidates, style), dtype=np.int32)
+
+    prompt = render_prompt(record, tokenizer)
+    encoding = tokenise(prompt + ("[" if objective == "ranking" else record.response), tokenizer)
+    score_position = bracket_position(encoding, len(prompt))
+    ids = encoding["input_ids"]
+    if objective == "ranking":
+        return EncodedRecord(np.array(ids, dtype=np.int32), len(ids), score_position, candidate_tokens, ranks)
+
+    start = len(prompt) + 1  # character of the first identifier
+    for index in permutation:
+        token = tokens[index]
+        if token is not None and ids[encoding.char_to_token(start)] != token:
+            raise PromptError(
+                f"{where}: response: identifier [{names[index]}] is not the token {token} that it is elsewhere; use a "
+                "tokenizer whose identifiers do not merge with what stands beside them"
+            )
+        start += len(names[index]) + len("] > [")
+    input_ids = np.array([*ids, end_of_sequence(tokenizer)], dtype=np.int32)
+    return EncodedRecord(input_ids, score_position, score_position, candidate_tokens, ranks)

@@ -1,0 +1,254 @@
+"""Permutations of a candidate list: `[B] > [A]` as text, as candidate indices (best first), and as ranks.
+
+Two readers: `parse_permutation` is strict and is for training data, `parse_answer` is the inference client's
+lenient rule and is for what a model writes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+IdentifierStyle = Literal["letters", "numbers"]
+
+
+MAX_CANDIDATES: dict[str, int] = {"letters": 26, "numbers": 99}
+
+
+SEPARATOR = " > "
+
+
+_BRACKETED = re.compile(r"\[([^\[\]]*)\]")
+
+
+# What the client reads as a digit beside 0-9: runs of look-alikes, each with the digit its first character stands for.
+_DIGIT_RUNS = (
+    ("⁰¹²³⁴⁵⁶⁷⁸⁹", 0),
+    ("₀₁₂₃₄₅₆₇₈₉", 0),
+    ("①②③④⑤⑥⑦⑧⑨", 1),
+    ("❶❷❸❹❺❻❼❽❾", 1),
+    ("０１２３４５６７８９", 0),
+    ("🄀🄁🄂🄃🄄🄅🄆🄇🄈🄉", 0),
+)
+
+
+_DIGITS = str.maketrans(
+    {char: str(first + i) for run, first in _DIGIT_RUNS for i, char in enumerate(run)},
+)
+
+
+class PermutationError(ValueError):
+    """A text or sequence that is not a permutation of the candidates it is said to order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedAnswer:
+    """What the inference client makes of a model's answer.
+
+    Attributes:
+        permutation: candidate indices, best first; always complete, whatever the answer was.
+        num_repeated: identifiers of the list that came again (ignored).
+        num_out_of_range: identifiers that are not of the list (ignored).
+        num_missing: candidates the answer did not name (appended in input order).
+        is_well_formed: True if `parse_permutation` would accept the answer, white space around it aside.
+    """
+
+    permutation: tuple[int, ...]
+    num_repeated: int
+    num_out_of_range: int
+    num_missing: int
+    is_well_formed: bool
+
+
+def identifiers(num_candidates: int, style: IdentifierStyle = "letters") -> tuple[str, ...]:
+    """Identifiers of a list in presentation order, without brackets: ("A", "B", …) or ("1", "2", …).
+
+    Args:
+        num_candidates: length of the list, 1 to `MAX_CANDIDATES[style]`.
+        style: "letters" (A–Z) or "numbers" (1–99).
+    Returns:
+        `num_candidates` strings.
+    Raises:
+        PermutationError: style is unknown, or the list is empty or longer than the style can name.
+    """
+    if style not in MAX_CANDIDATES:
+        raise PermutationError(
+            f"identifier style: found {style!r}, allowed are {', '.join(get_args(IdentifierStyle))}",
+        )
+    limit = MAX_CANDIDATES[style]
+    if not 1 <= num_candidates <= limit:
+        raise PermutationError(
+            f"number of candidates: found {num_candidates}, allowed with {style} is 1 to {limit}; "
+            + ("use a shorter window" if style == "numbers" else "use a shorter window, or numbers (1 to 99)"),
+        )
+    if style == "letters":
+        return tuple(string.ascii_uppercase[:num_candidates])
+    return tuple(str(i + 1) for i in range(num_candidates))
+
+
+def identifier_style(text: str) -> IdentifierStyle:
+    """Style of the first bracketed identifier of `text`: `[B] > [A]` is letters, `[2] > [1]` is numbers.
+
+    Raises:
+        PermutationError: the text holds no bracketed letter or number.
+    """
+    for match in _BRACKETED.finditer(text):
+        if re.fullmatch(r"[A-Z]", match[1]):
+            return "letters"
+        if re.fullmatch(r"[0-9]{1,2}", match[1]):
+            return "numbers"
+    raise PermutationError(
+        f"permutation: found {_shorten(text)}, which names no candidate; write it like '[B] > [A]' or '[2] > [1]'",
+    )
+
+
+def format_permutation(permutation: Sequence[int], style: IdentifierStyle = "letters") -> str:
+    """Text of a permutation, as a training target: (1, 0) → `[B] > [A]`.
+
+    Raises:
+        PermutationError: not a permutation of 0 … N-1, or too long for the style.
+    """
+    _check(permutation, "permutation")
+    names = identifiers(len(permutation), style)
+    return SEPARATOR.join(f"[{names[i]}]" for i in permutation)
+
+
+def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "letters") -> tuple[int, ...]:
+    """Candidate indices, best first, of a text that must name every candidate exactly once.
+
+    Args:
+        text: `[B] > [A] > [C]`, nothing before, between or after.
+        num_candidates: N, the length of the list ordered.
+        style: how candidates are named.
+    Returns:
+        N indices into the list: (1, 0, 2).
+    Raises:
+        PermutationError: with the identifiers that repeat, are missing, exceed the list or are unknown, or the place
+            where the text leaves the format.
+    """
+    names = identifiers(num_candidates, style)
+    index_of = {name: i for i, name in enumerate(names)}
+    found = _BRACKETED.findall(text)
+    if SEPARATOR.join(f"[{name}]" for name in found) != text:
+        raise PermutationError(
+            f"permutation: found {_shorten(text)}, allowed is bracketed identifiers joined by ' > ' and nothing else, "
+            f"e.g. '{SEPARATOR.join(f'[{name}]' for name in reversed(names[:2]))}'; correct the response",
+        )
+    every = identifiers(MAX_CANDIDATES[style], style)
+    faults = {
+        "repeated": [name for name in names if found.count(name) > 1],
+        "missing": [name for name in names if name not in found],
+        "beyond the list": [name for name in every[num_candidates:] if name in found],
+        "unknown": list(dict.fromkeys(name for name in found if name not in every)),
+    }
+    told = "; ".join(f"{fault}: {_shorten(', '.join(which))}" for fault, which in faults.items() if which)
+    if told:
+        raise PermutationError(
+            f"permutation: found {_shorten(text)} for {num_candidates} candidates, {told}; allowed is each of "
+            f"[{names[0]}] to [{names[-1]}] once; correct the response or leave the record out",
+        )
+    return tuple(index_of[name] for name in found)
+
+
+def parse_answer(text: str, num_candidates: int, style: IdentifierStyle = "letters") -> ParsedAnswer:
+    """Order the inference client takes from a model's answer: never fails, always complete.
+
+    Identifiers count in the order they come; repeats and those out of range are dropped, missing candidates follow in
+    input order. As in the client, brackets do not matter, letters that touch are read as one identifier (`AB` is the
+    12th, not the 1st and 2nd), only what follows a last `</think>` counts, digit look-alikes (①, ２, ³) are digits,
+    and where a number cannot be read at all the input order stands.
+
+    Args:
+        text: the answer, any text.
+        num_candidates: N, the length of the list.
+        style: how candidates are named in the prompt.
+    Returns:
+        ParsedAnswer.
+    Raises:
+        PermutationError: style is unknown, or no such list can exist. Never because of `text`.
+    Source:
+        rank_llm 0.25.7, listwise answers.
+    """
+    identifiers(num_candidates, style)
+    answer = text.rpartition("</think>")[2] if "</think>" in text else text
+    answer = answer.translate(_DIGITS)
+    if style == "letters":
+        words = "".join(char if char.isalpha() else " " for char in answer).split()
+        words = ["".join(str(ord(char) - ord("A") + 1) for char in word) for word in words]
+    else:
+        words = "".join(char if char.isdigit() else " " for char in answer).split()
+    try:
+        named = [int(word) - 1 for word in words]
+    except ValueError:  # digits that are no decimals, or thousands of them
+        return ParsedAnswer(tuple(range(num_candidates)), 0, len(words), num_candidates, False)
+    in_range = [i for i in named if 0 <= i < num_candidates]
+    first = tuple(dict.fromkeys(in_range))
+    missing = tuple(i for i in range(num_candidates) if i not in first)
+    try:
+        parse_permutation(text.strip(), num_candidates, style)
+        is_well_formed = True
+    except PermutationError:
+        is_well_formed = False
+    return ParsedAnswer(
+        permutation=first + missing,
+        num_repeated=len(in_range) - len(first),
+        num_out_of_range=len(named) - len(in_range),
+        num_missing=len(missing),
+        is_well_formed=is_well_formed,
+    )
+
+
+def ranks_from_permutation(permutation: Sequence[int]) -> tuple[int, ...]:
+    """Ranks of a permutation: `ranks[i]` is the 0-based place of candidate i. (1, 2, 0) → (2, 0, 1).
+
+    Raises:
+        PermutationError: not a permutation of 0 … N-1.
+    """
+    _check(permutation, "permutation")
+    return _inverse(permutation)
+
+
+def permutation_from_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
+    """Permutation whose ranks these are, the inverse of `ranks_from_permutation`: (2, 0, 1) → (1, 2, 0).
+
+    Raises:
+        PermutationError: not a permutation of 0 … N-1 (ties included).
+    """
+    _check(ranks, "ranks")
+    return _inverse(ranks)
+
+
+def permutation_from_scores(scores: Iterable[float]) -> tuple[int, ...]:
+    """Candidate indices by descending score; equal scores keep their input order. (0.1, 0.9, 0.1) → (1, 0, 2).
+
+    Raises:
+        PermutationError: a score is NaN.
+    """
+    values = [float(score) for score in scores]
+    for i, value in enumerate(values):
+        if math.isnan(value):
+            raise PermutationError(f"scores: found NaN at candidate {i}, allowed are numbers and infinities")
+    return tuple(sorted(range(len(values)), key=lambda i: -values[i]))
+
+
+def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    inverse = [0] * len(permutation)
+    for place, index in enumerate(permutation):
+        inverse[index] = place
+    return tuple(inverse)
+
+
+def _check(values: Sequence[int], what: str) -> None:
+    if sorted(values) != list(range(len(values))):
+        raise PermutationError(
+            f"{what}: found {_shorten(str(list(values)))}, allowed is each of 0 to {len(values) - 1} exactly once"
+        )
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    quoted = repr(text)
+    return quoted if len(quoted) <= limit else f"{quoted[: limit - 2]}…{quoted[-1]}"

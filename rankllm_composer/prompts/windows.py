@@ -1,0 +1,150 @@
+"""Windows: the candidates of one prompt, cut from a list from the bottom up, and shortened until they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rankllm_composer.prompts.encoding import encode_prompt
+from rankllm_composer.prompts.permutations import IdentifierStyle, format_permutation, identifier_style
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.user_turn import (
+    SYSTEM_MESSAGE,
+    clean_query,
+    parse_user_turn,
+    passage_word_limit,
+    render_user_turn,
+    truncate_passage,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+WORDS_SHARE = 4  # the client takes one word off every passage for each 4 tokens that one of them is over
+
+
+class WindowError(ValueError):
+    """Candidates that cannot be shown to a model."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Window:
+    """A prompt that asks for an order of its candidates.
+
+    Attributes:
+        id: names the window in messages.
+        input_ids: (L,) int32, the prompt's tokens and then `[`.
+        num_candidates: N.
+        style: how the candidates are named.
+    """
+
+    id: str
+    input_ids: NDArray[np.int32]
+    num_candidates: int
+    style: IdentifierStyle = "letters"
+
+
+def record_window(record: Record, tokenizer: PreTrainedTokenizerBase, order: Sequence[int] | None = None) -> Window:
+    """Window of a teacher-ranked list, as it is or with its passages in another order.
+
+    Args:
+        record: system and user turn are taken; the response tells the number of candidates and their style.
+        tokenizer: a fast HF tokenizer with a chat template.
+        order: candidates in the order to show them; None = as the record shows them.
+    Raises:
+        PromptError: the user turn cannot be read back (only with an order), or the tokenizer cannot be used.
+        PermutationError: the response names no candidate.
+    """
+    style, user = identifier_style(record.response), record.user
+    if order is not None:
+        turn = parse_user_turn(record.user)
+        user = render_user_turn(turn.query, [turn.passages[i] for i in order], turn.style)
+    input_ids = encode_prompt(record.system, user, tokenizer, append_bracket=True)
+    return Window(record.id, input_ids, record.response.count("["), style)
+
+
+def fit_window(
+    window_id: str,
+    query: str,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    style: IdentifierStyle = "letters",
+    context_size_tokens: int = 4096,
+    max_passage_words: int = 300,
+) -> Window:
+    """Window of candidates, passages cut as the inference client cuts them until prompt and answer fit the context.
+
+    Args:
+        window_id: names the window in messages.
+        query, texts: as they are in the collection.
+        tokenizer: a fast HF tokenizer with a chat template.
+        style: how the candidates are named.
+        context_size_tokens: prompt and answer together.
+        max_passage_words: words of a passage in a window of 20; more in a shorter one, fewer where they do not fit.
+    Raises:
+        WindowError: prompt and answer do not fit even without passages.
+        PromptError: the tokenizer cannot be used.
+        PermutationError: no candidates, or more than the style can name.
+    """
+    num_candidates = len(texts)
+    reserved = answer_lengths(tokenizer, num_candidates, style)[0]
+    words = passage_word_limit(num_candidates, max_passage_words)
+    while True:
+        passages = [truncate_passage(text, words) for text in texts]
+        user = render_user_turn(clean_query(query), passages, style)
+        input_ids = encode_prompt(SYSTEM_MESSAGE, user, tokenizer, append_bracket=True)
+        excess = len(input_ids) - 1 + reserved - context_size_tokens
+        if excess <= 0:
+            return Window(window_id, input_ids, num_candidates, style)
+        if words == 0:
+            raise WindowError(
+                f"window {window_id}: found {len(input_ids) - 1} tokens of prompt without any passage and {reserved} "
+                f"of answer, allowed are {context_size_tokens} together; use a shorter window, a shorter query or a "
+                "larger context_size_tokens"
+            )
+        words = max(0, words - max(1, excess // (WORDS_SHARE * num_candidates)))
+
+
+def answer_lengths(
+    tokenizer: PreTrainedTokenizerBase, num_candidates: int, style: IdentifierStyle = "letters"
+) -> tuple[int, int]:
+    """Tokens of an answer: how many the inference client asks for, and how many a whole answer has.
+
+    The client encodes an answer and takes one off for the beginning-of-sequence token, so that with a tokenizer that
+    adds none it asks for one token too few: the last bracket, which does not matter.
+    """
+    answer = format_permutation(range(num_candidates), style)
+    asked = len(tokenizer(answer)["input_ids"]) - 1
+    return asked, len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
+def sliding_spans(num_candidates: int, window_size: int, stride: int) -> list[tuple[int, int]]:
+    """Windows over a list, from the bottom up: (first, last + 1) of each, in the order they are ranked.
+
+    As in the inference client the window moves `stride` up until it reaches the top; the last one may be shorter. A
+    list shorter than the window is one window. Unlike in the client that is so for every length: a list of exactly
+    window_size - stride candidates the client leaves as it is, unless it is told its length. A window of one candidate
+    is left out.
+
+    Raises:
+        WindowError: the window is shorter than two or than the stride, or the stride below 1.
+    """
+    if not 1 <= stride <= window_size or window_size < 2:
+        raise WindowError(
+            f"window {window_size}, stride {stride}: allowed is a window of 2 or more and a stride of 1 to the window, "
+            "or candidates between two of them are never compared"
+        )
+    spans = []
+    stop = num_candidates
+    start = max(0, stop - window_size)
+    while stop - start > 1:
+        spans.append((start, stop))
+        if start == 0:
+            break
+        start, stop = max(0, start - stride), stop - stride
+    return spans

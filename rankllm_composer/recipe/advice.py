@@ -1,0 +1,71 @@
+"""What a recipe may say and its author should know: keys without effect, and what disappoints later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rankllm_composer.recipe.sections import Recipe
+
+MISREAD_NAMES = ("gpt", "gemini", "monot5")
+"""The inference client takes a model folder for another kind of reranker if its path holds one of these."""
+
+
+FROM_RUN = (
+    "window",
+    "stride",
+    "lists_per_query",
+    "depth",
+    "max_passage_words",
+    "identifiers",
+    "seed",
+    "require_relevant",
+)
+"""Keys of a source that say how lists are made from a first-stage run."""
+
+
+def without_effect(recipe: Recipe) -> dict[str, str]:
+    """Dotted keys that this recipe never reads, each with the reason. A key stands for those below it too."""
+    reasons: dict[str, str] = {}
+    if recipe.objective.name == "generation":
+        for name in ("ranking_weight", "ranking_loss", "ranking_loss_options"):
+            reasons[f"objective.{name}"] = "objective.name is generation"
+    if recipe.objective.name == "ranking":
+        reasons["objective.language_modelling_weight"] = "objective.name is ranking"
+    if recipe.schedule.name == "constant":
+        reasons["schedule.final_lr_fraction"] = "schedule.name is constant"
+    if not recipe.parallelism.fsdp:
+        for name in ("reshard_after_forward", "mixed_precision"):
+            reasons[f"parallelism.{name}"] = "parallelism.fsdp is false"
+    if recipe.model.lora is None and recipe.checkpoint.export is not None:
+        reasons["checkpoint.export.merge_lora"] = "model.lora is null"
+    if recipe.evaluation is None:
+        reasons["data.eval"] = "evaluation is null"
+    for section, split in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        source = split.source if split is not None else None
+        if source is not None and source.input is not None:
+            for name in FROM_RUN:
+                reasons[f"{section}.source.{name}"] = f"{section}.source.input is given"
+        elif source is not None:
+            reasons[f"{section}.source.split"] = f"{section}.source.input is null"
+    return reasons
+
+
+def surprises(recipe: Recipe) -> Iterator[str]:
+    """What works here and fails or disappoints later, a sentence each."""
+    folder = (recipe.export_folder or "").lower()
+    for name in MISREAD_NAMES:
+        if name in folder:
+            yield (
+                f"checkpoint.export.folder = {recipe.export_folder}: the inference client takes a path with '{name}' "
+                "in it for another kind of reranker"
+            )
+    styles = [
+        split.identifiers or (split.source.identifiers if split.source and split.source.run else None)
+        for split in (recipe.data.train, recipe.data.eval)
+        if split is not None
+    ]
+    if recipe.objective.name != "generation" and "numbers" in styles:
+        yield (
+            f"objective.name: {recipe.objective.name} scores identifiers at one token, and the inference client reads "
+            "only letters there: numbers can be served by generation alone"
+        )

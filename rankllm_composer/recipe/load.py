@@ -1,0 +1,343 @@
+"""Dataclass defaults ← a YAML file ← `key=value` from the command line: one checked recipe that knows its origins."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
+
+from rankllm_composer.recipe.advice import surprises, without_effect
+from rankllm_composer.recipe.build import build
+from rankllm_composer.recipe.checks import contradictions
+from rankllm_composer.recipe.schema import (
+    Problem,
+    RecipeError,
+    RecipeWarning,
+    default_tree,
+    find_key,
+    plain_tree,
+    repr_yaml,
+    show,
+)
+from rankllm_composer.recipe.sections import Recipe
+
+Steps = tuple[str, ...]
+
+
+class ExplainedKey(NamedTuple):
+    """A key of a merged recipe.
+
+    Args:
+        key: dotted key.
+        value: what it holds, in plain mappings, lists and scalars.
+        origin: "default", "yaml" or "override".
+    """
+
+    key: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class MergedRecipe:
+    """A recipe and everything known about it, also where it cannot be used.
+
+    Args:
+        recipe: the recipe; defaults stand in for what is wrong.
+        keys: every value and its origin; what is wrong stands there as it was given.
+        problems: what is wrong. The recipe is usable only if this is empty.
+        warnings: what has no effect or will surprise later, a sentence each.
+    """
+
+    recipe: Recipe
+    keys: list[ExplainedKey]
+    problems: list[Problem]
+    warnings: list[str]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` with dotted keys; the value is YAML and replaces what was there.
+    Raises:
+        RecipeError: the recipe cannot be used; the message holds every problem.
+    Warns:
+        RecipeWarning: a key has no effect, or will surprise later.
+    """
+    merged = merge_recipe(path, overrides)
+    if merged.problems:
+        raise RecipeError(str(path), merged.problems)
+    for sentence in merged.warnings:
+        warnings.warn(f"{path}: {sentence}", RecipeWarning, stacklevel=2)
+    return merged.recipe
+
+
+def explain(path: str | Path, overrides: Sequence[str] = ()) -> list[ExplainedKey]:
+    """Every key of the merged recipe with its value and where that came from.
+
+    Raises:
+        RecipeError: the file is no readable YAML mapping.
+    """
+    return merge_recipe(path, overrides).keys
+
+
+def merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergedRecipe:
+    """Merge and check a recipe without stopping at what is wrong with it.
+
+    Raises:
+        RecipeError: the file is no readable YAML mapping.
+    """
+    given = _read_yaml(Path(path))
+    tree = _merge(default_tree(Recipe), given)
+    origins = {steps: "yaml" for steps, _ in _leaves(given)}
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            steps, value = _parse_override(text)
+            tree = _assign(tree, steps, value)
+        except ValueError as error:
+            problems.append(Problem(text, "no readable override", "key=value with a dotted key", str(error)))
+            continue
+        kept = {other: origin for other, origin in origins.items() if not _is_within(other, steps)}
+        origins = {other: origin for other, origin in kept.items() if not _is_within(steps, other)}
+        origins |= {steps + below: "override" for below, _ in _leaves(value)}
+    tree = _resolve(OmegaConf.create(tree), problems)
+    unresolved = {problem.key for problem in problems}
+    recipe, unreadable = build(Recipe, tree)
+    problems += [problem for problem in unreadable if problem.key not in unresolved]
+    suspect = [dotted for problem in problems for dotted in (problem.key, *problem.involved)]
+    problems += [
+        problem
+        for problem in contradictions(recipe)
+        if not any(_rests_on(dotted, other) for dotted in (problem.key, *problem.involved) for other in suspect)
+    ]
+    keys = list(_explained(recipe, tree, origins, {problem.key for problem in problems}))
+    sentences = [] if problems else [*_ignored(keys, without_effect(recipe)), *surprises(recipe)]
+    return MergedRecipe(recipe, keys, problems, sentences)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; `load_recipe` reads it back as an equal recipe.
+
+    Keys that the recipe never reads are left out where they hold their default.
+    """
+    tree = plain_tree(recipe)
+    for dotted in without_effect(recipe):
+        *sections, name = dotted.split(".")
+        parent = tree
+        for step in sections:
+            parent = parent[step] or {}
+        item = find_key(Recipe, dotted.split("."))
+        if item is not None and name in parent and parent[name] == plain_tree(item.default):
+            del parent[name]
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(tree)))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    def refuse(found: str, remedy: str) -> RecipeError:
+        return RecipeError(str(path), [Problem("recipe", found, "a YAML file with the sections of a recipe", remedy)])
+
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise refuse("no file", "`rankllm-composer recipes list` names those that come with the package") from None
+    except MarkedYAMLError as error:
+        place = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise refuse(f"{error.problem}{place}", "correct the YAML") from None
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise refuse(str(error).splitlines()[0], "correct the file") from None
+    tree = OmegaConf.to_container(config)
+    if not isinstance(tree, dict):
+        raise refuse(f"a {type(tree).__name__}", "write sections such as run: and model:")
+    return {str(name): value for name, value in tree.items()}
+
+
+def _merge(tree: Any, given: Any) -> Any:
+    """`given` laid over `tree`: mappings key by key, everything else as a whole."""
+    if not (isinstance(tree, Mapping) and isinstance(given, Mapping)):
+        return copy.deepcopy(given)
+    return {**tree, **{name: _merge(tree.get(name), value) for name, value in given.items()}}
+
+
+def _leaves(value: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Any]]:
+    """Every value that is not a section, with the steps that lead to it. Lists of scalars are one value."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, (*steps, str(name)))
+    elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, (*steps, str(index)))
+    else:
+        yield steps, value
+
+
+def _parse_override(text: str) -> tuple[Steps, Any]:
+    dotted, equals, value = text.partition("=")
+    dotted = re.sub(r"\[(\d+)\]", r".\1", dotted)
+    if not equals:
+        raise ValueError("write = between key and value")
+    if dotted.startswith(("-", "+")):
+        raise ValueError(f"write {dotted.lstrip('-+')}={value}, without the leading {dotted[0]}")
+    steps = tuple(dotted.split("."))
+    if not all(re.fullmatch(r"[^\s.]+", step) for step in steps):
+        raise ValueError("write the key as section.key, without spaces")
+    try:
+        parsed = _written(OmegaConf.from_dotlist([f"value={value}"]), "value")
+    except (YAMLError, OmegaConfBaseException):
+        raise ValueError(f"{value} is no YAML value; put quotes around a text with : {{ [ or #") from None
+    item = find_key(Recipe, steps)
+    if item is not None and item.annotation is str and isinstance(parsed, bool | int | float):
+        return steps, value  # a text key such as model.revision=1e5 is not a number
+    return steps, parsed
+
+
+def _assign(tree: Any, steps: Steps, value: Any) -> Any:
+    """A copy of `tree` in which `steps` lead to `value`, through sections made on the way."""
+    if not steps:
+        return value
+    step, *rest = steps
+    if isinstance(tree, list):
+        if not (step.isdigit() and int(step) < len(tree)):
+            raise ValueError(f"'{step}' is no place in a list of {len(tree)}: count from 0, or give the whole list")
+        return [_assign(old, tuple(rest), value) if str(i) == step else old for i, old in enumerate(tree)]
+    sections = dict(tree) if isinstance(tree, Mapping) else {}
+    return {**sections, step: _assign(sections.get(step), tuple(rest), value)}
+
+
+def _resolve(config: Any, problems: list[Problem], place: Steps = ()) -> Any:
+    """`config` as plain values, `${...}` replaced; keys marked as missing (`???`) or not resolved are left out."""
+    names = range(len(config)) if OmegaConf.is_list(config) else list(config)
+    values = {}
+    for name in names:
+        steps = (*place, str(name))
+        try:
+            if OmegaConf.is_missing(config, name):
+                continue
+            value = config[name]
+        except (OmegaConfBaseException, RecursionError) as error:
+            found = f"{repr_yaml(_written(config, name))}: {str(error).splitlines()[0]}"
+            problems.append(Problem(_dotted(steps), found, "${key} of another key, or ${oc.env:NAME}", "correct it"))
+            continue
+        values[name] = _resolve(value, problems, steps) if OmegaConf.is_config(value) else value
+    return list(values.values()) if OmegaConf.is_list(config) else values
+
+
+def _written(config: Any, name: str | int) -> Any:
+    plain: Any = OmegaConf.to_container(config)
+    return plain[name]
+
+
+def _dotted(steps: Steps) -> str:
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(steps))
+
+
+def _is_within(steps: Steps, section: Steps) -> bool:
+    return steps[: len(section)] == section
+
+
+def _rests_on(dotted: str, other: str) -> bool:
+    """Whether one of two dotted keys is, holds, or lies within the other."""
+    return (
+        dotted == other
+        or dotted.startswith((f"{other}.", f"{other}["))
+        or other.startswith((f"{dotted}.", f"{dotted}["))
+    )
+
+
+def _explained(recipe: Recipe, tree: Any, origins: Mapping[Steps, str], wrong: set[str]) -> Iterator[ExplainedKey]:
+    written = dict(_leaves(tree))
+    for steps, value in _leaves(plain_tree(recipe)):
+        dotted = _dotted(steps)
+        within = {origin for other, origin in origins.items() if _is_within(other, steps)}
+        origin = next((name for name in ("override", "yaml") if name in within), "default")
+        yield ExplainedKey(dotted, written.get(steps, value) if dotted in wrong else value, origin)
+
+
+def _ignored(keys: Sequence[ExplainedKey], reasons: Mapping[str, str]) -> Iterator[str]:
+    for dotted, reason in reasons.items():
+        said = [
+            row
+            for row in keys
+            if row.origin != "default" and row.value not in (None, {}, []) and f"{row.key}.".startswith(f"{dotted}.")
+        ]
+        if said:
+            value = f" = {show(said[0].value)}" if said[0].key == dotted else ""
+            yield f"{dotted}{value} has no effect: {reason}"
+
+
+def _escape(value: Any) -> Any:
+    """Texts written so that `${` in them is read back as it stands."""
+    if isinstance(value, Mapping):
+        return {name: _escape(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_escape(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+RECIPE_NAME = "recipe.yaml"
+
+
+MAY_CHANGE = (
+    "run.folder",
+    "run.max_duration",
+    "checkpoint.interval",
+    "checkpoint.keep",
+    "checkpoint.export",
+    "logging.",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.loader_timeout_seconds",
+    "parallelism.dist_timeout_seconds",
+)
+"""Keys, and sections, that may differ when a run is resumed: they change no weight."""
+
+
+class RunFolderError(ValueError):
+    """A folder cannot take this run; the message says why and what to do."""
+
+
+def check_same_recipe(there: str, now: str, place: str) -> None:
+    """Refuse to go on with another recipe than a run began with.
+
+    Args:
+        there, now: resolved recipes.
+        place: key and folder of the first, for messages.
+    Raises:
+        RunFolderError: they differ in a key that may not change, or the first is damaged.
+    """
+    from omegaconf import OmegaConf
+
+    remedy = "Go on with the same recipe, or give this run its own run.name, run.folder or checkpoint.folder"
+    try:
+        before, after = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (there, now))
+    except Exception as error:  # those of YAML and of OmegaConf have no common class
+        raise RunFolderError(f"{place} holds a damaged {RECIPE_NAME} ({_first_line(error)}). {remedy}") from error
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    changed = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    if changed:
+        shown = "; ".join(f"{key} was {before.get(key)!r}, is now {after.get(key)!r}" for key in changed[:5])
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise RunFolderError(f"{place} holds a run of another recipe ({shown}{more}). {remedy}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, part in tree.items() for key, value in _flatten(part, f"{prefix}{name}.").items()}

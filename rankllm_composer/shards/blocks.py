@@ -1,0 +1,227 @@
+"""Blocks of records → shards, in one process or several.
+
+One process reads the source and cuts it into blocks of about a shard each; any process turns a block into a shard.
+Which records a shard holds, and its name, depend on the source alone, so a set is the same to the byte with any number
+of processes. Only a few blocks are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from rankllm_composer.prompts.permutations import SEPARATOR
+from rankllm_composer.prompts.record import Record, RecordError
+from rankllm_composer.prompts.user_turn import is_client_wording
+from rankllm_composer.shards.index import COLUMNS, ShardError, Tally, sample_from_record
+from rankllm_composer.sources.conversations import Item, RecordSource
+
+MAX_BLOCK_ITEMS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive items of a source (or of a part of it) that make one shard."""
+
+    number: int
+    items: list[Item]
+
+
+@dataclass
+class WrittenBlock:
+    """What became of a block.
+
+    Attributes:
+        entry: its shard as the index describes it; None if no record was left.
+        tally: what was counted.
+        refused: bad records as (error, raw record).
+        id_hashes: 64-bit hash of every record's id.
+    """
+
+    entry: dict[str, Any] | None = None
+    tally: Tally = field(default_factory=Tally)
+    refused: list[tuple[RecordError, Any]] = field(default_factory=list)
+    id_hashes: array[int] = field(default_factory=lambda: array("Q"))
+
+
+@dataclass(frozen=True)
+class BlockWriter:
+    """Turns blocks of one source into shard files of one folder; can be pickled."""
+
+    source: RecordSource
+    folder: Path
+    compression: str | None
+    hashes: tuple[str, ...]
+    stop_at_bad: bool
+
+    def write(self, block: Block) -> WrittenBlock:
+        """Validate the records of a block and write its shard, named for its number and content.
+
+        A name is never used for other content, so a reader's cache of an earlier set is never mistaken for this one.
+        """
+        written = WrittenBlock()
+        records: list[Record] = []
+        for item in block.items:
+            try:
+                found = self.source.records(item)
+            except RecordError as error:
+                written.refused.append((error, item.raw))
+                if self.stop_at_bad:
+                    return written
+                continue
+            for _, record in found:
+                if isinstance(record, Record):
+                    records.append(record)
+                    written.tally.count_record(
+                        record.response.count(SEPARATOR) + 1,
+                        len(record.user),
+                        other_wording=not is_client_wording(record.user),
+                    )
+                    written.id_hashes.append(_hash64(record.id))
+                else:
+                    written.tally.dropped[record.reason] += 1
+        written.tally.num_quarantined = len(written.refused)
+        if records:
+            written.entry = self._write_shard(block.number, records)
+        return written
+
+    def _write_shard(self, number: int, records: Iterable[Record]) -> dict[str, Any]:
+        from streaming import MDSWriter
+
+        scratch = self.folder / f"block.{number:05d}"
+        try:
+            writer = MDSWriter(
+                columns=COLUMNS,
+                out=str(scratch),
+                compression=self.compression,
+                hashes=list(self.hashes),
+                size_limit=None,
+            )
+        except ValueError as error:
+            raise ShardError(
+                f"compression {self.compression!r}, hashes {', '.join(self.hashes)}: {error} Allowed are zstd, gz, br, "
+                "bz2 (each with a level, as in zstd:7), snappy or none, and hashes such as sha1, sha256, xxh64, xxh128"
+            ) from error
+        for record in records:
+            writer.write(sample_from_record(record))
+        # finish() would also write an index, and may wait whole seconds for an upload that is none.
+        writer.flush_shard()
+        writer.executor.shutdown(wait=True)
+        entry = writer.shards[0]
+        published = entry["zip_data"] or entry["raw_data"]
+        stem = f"shard.{number:05d}.{published['hashes'][self.hashes[0]][:16]}.mds"
+        old_name = published["basename"]
+        entry["raw_data"]["basename"] = stem
+        if entry["zip_data"]:
+            entry["zip_data"]["basename"] = f"{stem}{Path(old_name).suffix}"
+        (scratch / old_name).replace(self.folder / published["basename"])
+        scratch.rmdir()
+        return entry
+
+
+def cut_blocks(items: Iterable[Item], *, part: tuple[int, int], block_bytes: int) -> Iterator[Block]:
+    """Blocks of about `block_bytes` of the items whose index belongs to part (I, N): index mod N = I - 1."""
+    index, num_parts = part
+    number, size = 0, 0
+    kept: list[Item] = []
+    for item in items:
+        if item.index % num_parts != index - 1:
+            continue
+        if kept and (size + item.num_bytes > block_bytes or len(kept) >= MAX_BLOCK_ITEMS):
+            yield Block(number, kept)
+            number, size, kept = number + 1, 0, []
+        kept.append(item)
+        size += item.num_bytes
+    if kept:
+        yield Block(number, kept)
+
+
+def write_blocks(
+    blocks: Iterable[Block], writer: BlockWriter, num_processes: int, num_alone: int = 1
+) -> Iterator[WrittenBlock]:
+    """What became of each block, in their order.
+
+    Args:
+        blocks: the blocks.
+        writer: what turns them into shards.
+        num_processes: processes to share them; 1 = this one.
+        num_alone: where there are no more blocks than this, no processes are started; otherwise this process writes
+            that many less one before it starts them.
+    Raises:
+        ShardError: a process ended in the middle.
+    """
+    blocks = iter(blocks)
+    if num_processes == 1:
+        yield from map(writer.write, blocks)
+        return
+    yield from map(writer.write, islice(blocks, num_alone - 1))
+    head = list(islice(blocks, 2))
+    if len(head) < 2:
+        yield from map(writer.write, head)
+        return
+    import multiprocessing
+
+    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        pending: deque[Future[WrittenBlock]] = deque()
+        for block in chain(head, blocks):
+            pending.append(pool.submit(writer.write, block))
+            if len(pending) > num_processes + 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ShardError(
+            "a process that writes shards was ended from outside, perhaps for want of memory; "
+            "run the same command again with fewer processes or smaller shards"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def quarantine_line(error: RecordError, raw: Any) -> str:
+    """A bad record as a line of `quarantine.jsonl`: where it stood, why it was refused, and what it holds."""
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            raw = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+    return json.dumps({"place": error.place, "id": error.record_id, "reason": error.reason, "record": raw}) + "\n"
+
+
+def num_repeats(id_hashes: array[int]) -> int:
+    """How many of the hashes came before."""
+    import numpy as np
+
+    return len(id_hashes) - len(np.unique(np.frombuffer(id_hashes, dtype=np.uint64)))
+
+
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when it ends: a killed parent would leave workers waiting forever."""
+    import multiprocessing
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_after, args=(parent.join,), daemon=True).start()
+
+
+def _end_after(wait: Callable[[], None]) -> None:
+    wait()
+    os._exit(1)

@@ -1,0 +1,362 @@
+"""Training lists from retrieval files: a TREC run, queries and documents, ordered by judgments or by a teacher's run.
+
+The files are read once into a small SQLite database on disk that holds ranks, grades and where each document starts, so
+memory stays flat however long they are, and any process can build the lists of any query.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, format_permutation
+from rankllm_composer.prompts.record import Record, RecordError, is_unicode, validate_record
+from rankllm_composer.prompts.user_turn import (
+    SYSTEM_MESSAGE,
+    PromptError,
+    clean_query,
+    document_text,
+    passage_word_limit,
+    render_user_turn,
+    truncate_passage,
+)
+from rankllm_composer.sources.conversations import Dropped, Item, describe_file
+from rankllm_composer.sources.retrieval_files import (
+    Judgment,
+    RunLine,
+    TrecError,
+    read_json_lines,
+    read_judgments,
+    read_run,
+)
+
+_BATCH_ROWS = 10_000
+
+
+_SCHEMA = """
+    CREATE TABLE queries (number INTEGER PRIMARY KEY, qid TEXT UNIQUE, text TEXT);
+    CREATE TABLE run (query INTEGER, rank INTEGER, line INTEGER, docid TEXT,
+        PRIMARY KEY (query, rank, line)) WITHOUT ROWID;
+    CREATE TABLE teacher (query INTEGER, rank INTEGER, line INTEGER, docid TEXT,
+        PRIMARY KEY (query, rank, line)) WITHOUT ROWID;
+    CREATE TABLE qrels (query INTEGER, grade INTEGER, line INTEGER, docid TEXT,
+        PRIMARY KEY (query, line)) WITHOUT ROWID;
+    CREATE TABLE docs (docid TEXT PRIMARY KEY, start INTEGER) WITHOUT ROWID;
+"""
+
+
+def candidate_lists(
+    num_candidates: int, *, window: int, stride: int, num_lists: int, seed: int, qid: str
+) -> list[tuple[int, ...]]:
+    """Which candidates each list of a query shows, in which order.
+
+    First come the windows over the first-stage order, from the top, `stride` apart, the last one ending at the last
+    candidate. Lists beyond those are random draws of `window` candidates in random order, each from its own generator
+    seeded with (seed, qid, number of the list).
+
+    Args:
+        num_candidates: length of the first-stage list.
+        window: candidates a list; a shorter first-stage list is shown whole.
+        stride: places from the start of one window to the next.
+        num_lists: how many lists to make; 0 = one for each window.
+        seed, qid: seed of the random draws.
+    Returns:
+        Lists of 0-based first-stage places.
+    """
+    size = min(window, num_candidates)
+    last = num_candidates - size
+    starts = [*range(0, last, stride), last]
+    lists = [tuple(range(start, start + size)) for start in starts]
+    for number in range(len(lists), num_lists):
+        lists.append(tuple(random.Random(f"{seed}/{qid}/{number}").sample(range(num_candidates), size)))
+    return lists[: num_lists or None]
+
+
+def teacher_order(
+    docids: Sequence[str], grades: dict[str, int] | None, teacher: Sequence[str] | None
+) -> tuple[int, ...]:
+    """Places of a list's candidates from best to worst, ties and unknowns in the order given.
+
+    By the teacher's run if there is one: first what it ranked, in its order, then the rest. Otherwise by grade,
+    highest first; what is not judged counts as grade 0.
+    """
+    if teacher is not None:
+        place = {docid: i for i, docid in enumerate(teacher)}
+        return tuple(sorted(range(len(docids)), key=lambda i: place.get(docids[i], len(place))))
+    known = grades or {}
+    return tuple(sorted(range(len(docids)), key=lambda i: -known.get(docids[i], 0)))
+
+
+@dataclass(frozen=True)
+class TrecSource:
+    """Records made from retrieval files; a `RecordSource`.
+
+    The queries file decides which queries are built. Passages are prepared as the inference client does: title and
+    text joined, repaired, cut, `[12]` → `(12)`. Candidates are taken in the order of the run's rank column. Grades
+    below 0 are kept as 0. A list's id is `qid-number`.
+
+    Attributes:
+        run: TREC run of the first stage.
+        queries: JSONL with `qid` and `text`.
+        docs: JSONL with `docid`, `text` and, if there is one, `title`.
+        judgments: TREC judgments: they give the grades and, without a teacher, the order.
+        teacher_run: TREC run of a teacher: gives the order. What it does not rank comes last, in first-stage order.
+        window: candidates a list.
+        stride: places from one window to the next; above `window` some candidates are in no window.
+        lists_per_query: lists a query, see `candidate_lists`; 0 = one for each window.
+        depth: candidates of the run that are used.
+        max_passage_words: words kept of a passage; None = the client's rule: 300 in lists of 20, more in shorter ones.
+        identifiers: "letters" or "numbers".
+        seed: of the random lists.
+        require_relevant: leave out lists without a candidate of grade 1 or more; None = if judgments give the order.
+        database: set by `prepare`.
+    Raises:
+        TrecError: settings that make no lists or have no effect.
+    """
+
+    run: str
+    queries: str
+    docs: str
+    judgments: str | None = None
+    teacher_run: str | None = None
+    window: int = 20
+    stride: int = 10
+    lists_per_query: int = 1
+    depth: int = 100
+    max_passage_words: int | None = None
+    identifiers: IdentifierStyle = "letters"
+    seed: int = 42
+    require_relevant: bool | None = None
+    database: str | None = None
+
+    def __post_init__(self) -> None:
+        limit = MAX_CANDIDATES.get(self.identifiers)
+        if limit is None:
+            raise TrecError(f"identifiers: found {self.identifiers!r}, allowed are {', '.join(MAX_CANDIDATES)}")
+        if self.judgments is None and self.teacher_run is None:
+            raise TrecError("found neither judgments nor a teacher's run; give at least one, the order comes from it")
+        if self.require_relevant and self.judgments is None:
+            raise TrecError("require_relevant: found true without judgments, where nothing is relevant; give them")
+        for name, low, high in (
+            ("window", 2, limit),
+            ("stride", 1, 1_000_000),
+            ("lists_per_query", 0, 10_000),
+            ("depth", 2, 1_000_000),
+            ("max_passage_words", 1, 1_000_000),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise TrecError(f"{name}: found {value}, allowed with {self.identifiers} is {low} to {high}")
+
+    @property
+    def name(self) -> str:
+        return Path(self.run).name
+
+    def describe(self) -> dict[str, Any]:
+        files = {
+            "run": self.run,
+            "queries": self.queries,
+            "docs": self.docs,
+            "judgments": self.judgments,
+            "teacher_run": self.teacher_run,
+        }
+        options = ("window", "stride", "lists_per_query", "depth", "max_passage_words", "identifiers", "seed")
+        return {
+            "kind": "trec",
+            "files": [{"role": role, **describe_file(path)} for role, path in files.items() if path is not None],
+            "options": {name: getattr(self, name) for name in options} | {"require_relevant": self._drops_irrelevant},
+        }
+
+    def prepare(self, folder: Path) -> TrecSource:
+        """Read the files into a database in `folder`.
+
+        Raises:
+            TrecError: a malformed line, a query or document that comes twice, or a run that shares no query with the
+                queries file.
+        """
+        handle, path = tempfile.mkstemp(suffix=".sqlite", dir=folder)
+        os.close(handle)
+        with sqlite3.connect(path) as database:
+            database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _SCHEMA)
+            _import_queries(database, self.queries)
+            _import_lines(database, "run", read_run(self.run))
+            if self.teacher_run is not None:
+                _import_lines(database, "teacher", read_run(self.teacher_run))
+            if self.judgments is not None:
+                _import_lines(database, "qrels", read_judgments(self.judgments))
+            _import_docs(database, self.docs)
+            if database.execute("SELECT 1 FROM run LIMIT 1").fetchone() is None:
+                raise TrecError(
+                    f"{self.run}: holds no candidate for any query of {self.queries}; check that they match"
+                )
+        database.close()
+        return replace(self, database=path)
+
+    def items(self) -> Iterator[Item]:
+        """Every query of the queries file in its order, then those that only the run has, which will be dropped."""
+        size = self.window * min(self.max_passage_words or passage_word_limit(self.window), 100) * 6
+        num_lists = self.lists_per_query or -(-max(0, self.depth - self.window) // self.stride) + 1
+        with closing(_Files(self)) as files:
+            rows = files.database.execute("SELECT number, qid FROM queries ORDER BY number")
+            for index, (number, qid) in enumerate(rows):
+                yield Item(index, f"{self.name}:query {qid!r}", (number, qid), size * num_lists)
+
+    def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
+        """Lists of one query.
+
+        Raises:
+            RecordError: a candidate comes twice or is not in the docs file, a document has no text, judgments
+                contradict each other.
+        """
+        with closing(_Files(self)) as files:
+            return self._lists(files, item)
+
+    def _lists(self, files: _Files, item: Item) -> list[tuple[str, Record | Dropped]]:
+        number, qid = item.raw
+        query = files.query(number)
+        if query is None:
+            return [(item.place, Dropped("queries of the run that are not in the queries file"))]
+        candidates = files.order("run", number, self.name, self.depth)
+        if len(candidates) < 2:
+            return [(item.place, Dropped("queries with fewer than two candidates"))]
+        teacher = None
+        if self.teacher_run is not None:
+            teacher = files.order("teacher", number, Path(self.teacher_run).name, None)
+            if not teacher:
+                return [(item.place, Dropped("queries without a teacher's order"))]
+        grades = None if self.judgments is None else files.grades(number, Path(self.judgments).name)
+        made: list[tuple[str, Record | Dropped]] = []
+        passages: dict[str, str] = {}
+        lists = candidate_lists(
+            len(candidates),
+            window=self.window,
+            stride=self.stride,
+            num_lists=self.lists_per_query,
+            seed=self.seed,
+            qid=qid,
+        )
+        for i, members in enumerate(lists):
+            place = f"{item.place} list {i}"
+            docids = tuple(candidates[member] for member in members)
+            record_grades = None if grades is None else tuple(max(0, grades.get(docid, 0)) for docid in docids)
+            if self._drops_irrelevant and not any(record_grades or ()):
+                made.append((place, Dropped("lists without a relevant passage")))
+                continue
+            in_run = sorted(range(len(members)), key=lambda k: members[k])  # ties keep the first-stage order
+            best_first = [in_run[k] for k in teacher_order([docids[k] for k in in_run], grades, teacher)]
+            words = self.max_passage_words or passage_word_limit(len(docids))
+            for docid in docids:
+                if docid not in passages:  # windows overlap, and all lists of a query have one length
+                    passages[docid] = truncate_passage(files.document(docid, place), words)
+            user = render_user_turn(clean_query(query.strip()), [passages[docid] for docid in docids], self.identifiers)
+            response = format_permutation(best_first, self.identifiers)
+            record = Record(f"{qid}-{i}", SYSTEM_MESSAGE, user, response, qid, docids, record_grades)
+            validate_record(record, place)
+            made.append((place, record))
+        return made
+
+    @property
+    def _drops_irrelevant(self) -> bool:
+        if self.require_relevant is None:
+            return self.judgments is not None and self.teacher_run is None
+        return self.require_relevant
+
+
+class _Files:
+    """A prepared source, open for reading."""
+
+    def __init__(self, source: TrecSource) -> None:
+        assert source.database is not None, "prepare() comes first"
+        self.database = sqlite3.connect(f"{Path(source.database).as_uri()}?mode=ro&immutable=1", uri=True)
+        self._docs = Path(source.docs).open("rb")  # noqa: SIM115 - closed by close()
+        self._docs_name = Path(source.docs).name
+
+    def close(self) -> None:
+        self.database.close()
+        self._docs.close()
+
+    def query(self, number: int) -> str | None:
+        return self.database.execute("SELECT text FROM queries WHERE number = ?", (number,)).fetchone()[0]
+
+    def order(self, table: str, number: int, name: str, depth: int | None) -> list[str]:
+        """Document ids of a run's list, best first."""
+        order = f"SELECT docid, line FROM {table} WHERE query = ? ORDER BY rank, line"
+        rows = self.database.execute(order, (number,)).fetchall()
+        lines: dict[str, int] = {}
+        for docid, line in rows:
+            if docid in lines:
+                reason = f"document {docid!r} comes twice, also in line {lines[docid]}; remove one"
+                raise RecordError(f"{name}:line {line}", None, reason)
+            lines[docid] = line
+        return [docid for docid, _ in rows[:depth]]
+
+    def grades(self, number: int, name: str) -> dict[str, int]:
+        grades: dict[str, int] = {}
+        for docid, grade, line in self.database.execute(
+            "SELECT docid, grade, line FROM qrels WHERE query = ?", (number,)
+        ):
+            if grades.setdefault(docid, grade) != grade:
+                reason = f"document {docid!r} has grade {grade} here and {grades[docid]} before; remove one"
+                raise RecordError(f"{name}:line {line}", None, reason)
+        return grades
+
+    def document(self, docid: str, place: str) -> str:
+        row = self.database.execute("SELECT start FROM docs WHERE docid = ?", (docid,)).fetchone()
+        if row is None:
+            reason = f"document {docid!r} of the run is not in {self._docs_name}; add it, or take it out of the run"
+            raise RecordError(place, None, reason)
+        self._docs.seek(row[0])
+        try:
+            return document_text(json.loads(self._docs.readline()))
+        except PromptError as error:
+            raise RecordError(place, None, f"document {docid!r} of {self._docs_name}: {error}") from error
+
+
+def _import_queries(database: sqlite3.Connection, path: str) -> None:
+    for number, _, query in read_json_lines(path, "qid"):
+        place = f"{Path(path).name}:line {number}"
+        text = query.get("text")
+        if not isinstance(text, str) or not text.strip() or not is_unicode(text):
+            raise TrecError(f"{place}: query {query['qid']!r} has no text under 'text'; correct it or leave it out")
+        try:
+            database.execute("INSERT INTO queries (qid, text) VALUES (?, ?)", (query["qid"], text))
+        except sqlite3.IntegrityError as error:
+            raise TrecError(f"{place}: query {query['qid']!r} comes twice; remove one") from error
+
+
+def _import_lines(database: sqlite3.Connection, table: str, lines: Iterable[RunLine | Judgment]) -> None:
+    """Keep the lines whose query has a text; of the others of the run keep the query, to be counted."""
+    qid, number, has_text = None, 0, False
+    source = iter(lines)
+    while batch := list(islice(source, _BATCH_ROWS)):
+        rows = []
+        for line in batch:
+            if line.qid != qid:
+                qid = line.qid
+                row = database.execute("SELECT number, text FROM queries WHERE qid = ?", (qid,)).fetchone()
+                if row is None and table == "run":
+                    database.execute("INSERT INTO queries (qid) VALUES (?)", (qid,))
+                number, has_text = (row[0], row[1] is not None) if row else (0, False)
+            if has_text:
+                rows.append((number, line.rank if isinstance(line, RunLine) else line.grade, line.line, line.docid))
+        database.executemany(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", rows)
+
+
+def _import_docs(database: sqlite3.Connection, path: str) -> None:
+    source = ((number, start, doc["docid"]) for number, start, doc in read_json_lines(path, "docid"))
+    while batch := list(islice(source, _BATCH_ROWS)):
+        try:
+            database.executemany("INSERT INTO docs VALUES (?, ?)", [(docid, start) for _, start, docid in batch])
+        except sqlite3.IntegrityError as error:
+            raise TrecError(
+                f"{Path(path).name}:lines {batch[0][0]} to {batch[-1][0]}: a document comes twice; remove one"
+            ) from error

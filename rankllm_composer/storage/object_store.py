@@ -1,0 +1,255 @@
+"""A folder of files, on disk or in an object store, behind the few operations that publishing a set of shards needs.
+
+Object stores are reached through streaming's own up- and downloaders, so credentials and `S3_ENDPOINT_URL` are those
+of training. On S3-compatible stores a file counts as stored if size and checksum agree; where a store lists names only,
+the name has to do, and where it lists nothing everything is uploaded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit, urlunsplit
+
+UPLOAD_ATTEMPTS = 3
+
+
+UPLOAD_THREADS = 4
+
+
+# Clients of object stores draw from Python's own random numbers, for their pauses and temporary names.
+_DRAWING_MODULES = (
+    "botocore.retries.standard",
+    "botocore.retryhandler",
+    "botocore.utils",
+    "s3transfer",
+    "s3transfer.utils",
+    "streaming.base.util",
+)
+
+
+# Above this size boto3 uploads in pieces of it, and the checksum is one of checksums.
+_S3_PIECE_BYTES = 8 << 20
+
+
+class StoreError(ValueError):
+    """A folder that cannot be reached, read or written."""
+
+
+class StoredFile(NamedTuple):
+    """What a listing tells of a file: size, and S3's entity tag; None where the store does not tell."""
+
+    num_bytes: int | None
+    etag: str | None = None
+
+
+class Folder(Protocol):
+    """A folder by name. File names are relative, with '/' between parts."""
+
+    name: str
+
+    def files(self) -> dict[str, StoredFile] | None:
+        """Every file below; None if the store cannot list."""
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a small file; None if there is no such file."""
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        """A local path of the file, below `scratch` if it has to be downloaded. It may not exist."""
+
+    def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
+        """Store these files of the local folder `source`. Each appears whole or not at all."""
+
+
+def is_remote(target: str | Path) -> bool:
+    """True for a URL such as `s3://bucket/folder`, False for a path."""
+    return re.match(r"[a-z][a-z0-9+.-]+:", str(target)) is not None and not isinstance(target, Path)
+
+
+def without_credentials(url: str) -> str:
+    """A URL fit to be printed or kept: user, password, query and fragment are taken out."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def open_folder(target: str | Path, *below: str) -> Folder:
+    """The folder `target`, or one below it."""
+    if is_remote(target):
+        return RemoteFolder("/".join([str(target).rstrip("/"), *below]))
+    return LocalFolder(Path(target, *below))
+
+
+def spare_random_numbers() -> None:
+    """Let the S3 client and streaming draw from random numbers of their own.
+
+    They draw in threads beside training, whenever a store keeps them waiting; the numbers of a run, and of the
+    checkpoint that another goes on from, must not depend on that.
+    """
+    own = random.Random()
+    for name in _DRAWING_MODULES:
+        module: Any = importlib.import_module(name)
+        module.random = own
+    backoff: Any = importlib.import_module("botocore.retries.standard").ExponentialBackoff.__init__
+    backoff.__defaults__ = tuple(own.random if value == random.random else value for value in backoff.__defaults__)
+
+
+class LocalFolder:
+    """A folder on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+
+    def files(self) -> dict[str, StoredFile]:
+        found = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+        return {path.relative_to(self.path).as_posix(): StoredFile(path.stat().st_size) for path in found}
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"{self.path / name}: cannot be read: {error.strerror}; check path and rights") from error
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        return self.path / name
+
+    def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
+        """Move the files; `source` must be on the same disk."""
+        for name in names:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).replace(self.path / name)
+
+
+class RemoteFolder:
+    """A folder in an object store."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.name = without_credentials(self.url)
+        self._uploader: Any = None
+        self._downloader: Any = None
+
+    def files(self) -> dict[str, StoredFile] | None:
+        uploader = self._connect()
+        parts = urlsplit(self.url)
+        prefix = f"{parts.path.strip('/')}/".lstrip("/")
+        try:
+            if parts.scheme == "s3":
+                pages = uploader.s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix)
+                entries = [entry for page in pages for entry in page.get("Contents", ())]
+                return {
+                    entry["Key"].removeprefix(prefix): StoredFile(entry["Size"], entry["ETag"].strip('"'))
+                    for entry in entries
+                }
+            keys = uploader.list_objects() or []
+        except NotImplementedError:
+            return None
+        except Exception as error:  # every store's client has its own errors
+            raise self._error("cannot be listed", error) from error
+        return {key.removeprefix(prefix): StoredFile(None) for key in keys}
+
+    def read(self, name: str) -> bytes | None:
+        files = self.files()
+        if files is not None and name not in files:
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                return self.fetch(name, Path(scratch)).read_bytes()
+            except StoreError:
+                if files is None:  # a store that cannot list does not tell missing from failed
+                    return None
+                raise
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        from streaming.base.storage.download import DEFAULT_TIMEOUT, CloudDownloader
+
+        path = scratch / name
+        try:
+            self._downloader = self._downloader or CloudDownloader.get(self.url)
+            self._downloader.download(f"{self.url}/{name}", str(path), DEFAULT_TIMEOUT)
+        except Exception as error:  # as above
+            code = getattr(error, "response", {}).get("Error", {}).get("Code")
+            if code in ("404", "NoSuchKey"):
+                return path
+            raise self._error(f"{name} cannot be downloaded", error) from error
+        return path
+
+    def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
+        """Upload what is not there yet, then look whether all of it is."""
+        uploader = self._connect()
+        uploader.local = str(source)
+        names = list(names)
+        stored = self.files()
+        missing = [name for name in names if not _is_stored(source / name, (stored or {}).get(name))]
+        if len(missing) < len(names):
+            report(f"{self.name}: {len(names) - len(missing)} of {len(names)} files are there already")
+        with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+            uploads = {name: pool.submit(uploader.upload_file, name) for name in missing}
+            for name, upload in uploads.items():
+                try:
+                    upload.result()
+                except Exception as error:  # as above
+                    pool.shutdown(cancel_futures=True)
+                    raise self._error(f"{name} cannot be uploaded", error) from error
+        stored = self.files()
+        if stored is not None:
+            lost = [name for name in names if not _is_stored(source / name, stored.get(name), etag=False)]
+            if lost:
+                raise StoreError(f"{self.name}: {', '.join(lost[:3])} did not arrive whole; run the same command again")
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files of an S3 folder, in this order."""
+        client = self._connect().s3
+        parts = urlsplit(self.url)
+        for name in names:
+            try:
+                client.delete_object(Bucket=parts.netloc, Key=f"{parts.path.strip('/')}/{name}".lstrip("/"))
+            except Exception as error:  # as above
+                raise self._error(f"{name} cannot be removed", error) from error
+
+    def _connect(self) -> Any:
+        if self._uploader is None:
+            from streaming.base.storage.upload import CloudUploader
+
+            spare_random_numbers()
+            try:
+                self._uploader = CloudUploader.get(self.url, keep_local=True, retry=UPLOAD_ATTEMPTS)
+            except Exception as error:  # as above, and what a missing client library raises
+                raise self._error("cannot be reached", error) from error
+            # Given a URL alone the uploader makes itself an empty folder; `put` names the one to read from instead.
+            shutil.rmtree(self._uploader.local, ignore_errors=True)
+        return self._uploader
+
+    def _error(self, what: str, error: BaseException) -> StoreError:
+        told = str(error).replace(self.url, self.name) or type(error).__name__
+        return StoreError(
+            f"{self.name}: {what}: {told}; check the name, the credentials and (S3) S3_ENDPOINT_URL, then run the same "
+            "command again: what is stored already is not lost"
+        )
+
+
+def _is_stored(path: Path, stored: StoredFile | None, *, etag: bool = True) -> bool:
+    if stored is None or stored.num_bytes not in (None, path.stat().st_size):
+        return False
+    return not etag or stored.etag is None or stored.etag == s3_etag(path)
+
+
+def s3_etag(path: Path) -> str:
+    """Entity tag S3 gives a file that boto3 uploads: its MD5, or for a large one that of its pieces' MD5s."""
+    pieces = []
+    with path.open("rb") as file:
+        while piece := file.read(_S3_PIECE_BYTES):
+            pieces.append(hashlib.md5(piece, usedforsecurity=False).digest())
+    if path.stat().st_size < _S3_PIECE_BYTES:
+        return (pieces or [hashlib.md5(b"", usedforsecurity=False).digest()])[0].hex()
+    return f"{hashlib.md5(b''.join(pieces), usedforsecurity=False).hexdigest()}-{len(pieces)}"

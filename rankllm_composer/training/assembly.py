@@ -1,0 +1,346 @@
+"""The parts of a run, each made from what a recipe says of it."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from composer import Callback
+    from composer.loggers import LoggerDestination
+    from transformers import PreTrainedTokenizerBase
+
+    from rankllm_composer.data.dataset import ListDataset
+    from rankllm_composer.model.reranker import ListwiseReranker
+    from rankllm_composer.prompts.contract import DecodingContract
+    from rankllm_composer.recipe.sections import Recipe, Split
+    from rankllm_composer.training.validation import Validation
+
+
+class AssemblyError(ValueError):
+    """A part that a recipe names cannot be had on this machine; the message says which and what to do."""
+
+
+def choose_device(name: str) -> str:
+    """ "gpu" or "cpu".
+
+    Raises:
+        AssemblyError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    if name == "gpu" and not torch.cuda.is_available():
+        raise AssemblyError("parallelism.device: found gpu, but this machine shows no CUDA device; use cpu or auto")
+    if name == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer, refused before any data is read where it cannot carry the objective."""
+    from rankllm_composer.model.loading import load_tokenizer
+    from rankllm_composer.prompts.chat import check_tokenizer
+
+    keys = recipe.model
+    tokenizer = load_tokenizer(recipe.tokenizer, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
+    check_tokenizer(tokenizer, recipe.objective.name, recipe.data.train.identifiers or "letters", 2)
+    return tokenizer
+
+
+def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> ListDataset:
+    """The lists of a split, streamed and tokenised."""
+    from rankllm_composer.data.dataset import ListDataset, lists_per_rank
+    from rankllm_composer.data.streams import Stream
+
+    streams = [Stream(s.local, s.remote, s.proportion) for s in split.streams]
+    return ListDataset(
+        streams or [Stream(split.local, split.remote)],  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        objective=recipe.objective.name,
+        max_length_tokens=recipe.data.max_length_tokens,
+        batch_size=lists_per_rank(recipe.batch.global_lists),
+        too_long=recipe.data.too_long,
+        shuffle=split.shuffle,
+        seed=recipe.run.seed,
+        shuffle_passages=split.shuffle_passages,
+        identifiers=split.identifiers,
+        num_canonical_nodes=split.num_canonical_nodes,
+        cache_limit=split.cache_limit,
+        download_retry=split.download_retry,
+        download_timeout_seconds=split.download_timeout_seconds,
+    )
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str, bf16_on_cpu: bool = False
+) -> ListwiseReranker:
+    """The model of a recipe. Under FSDP2 rank 0 loads the weights; the others start on the meta device."""
+    import torch
+    from composer.utils import dist, reproducibility
+
+    from rankllm_composer.model.loading import load_causal_lm
+    from rankllm_composer.model.losses import Objective
+    from rankllm_composer.model.reranker import ListwiseReranker
+
+    keys = recipe.model
+    reproducibility.seed_all(recipe.run.seed)  # fresh weights are the same on every rank
+    causal_lm = load_causal_lm(
+        keys.name_or_path,
+        revision=keys.revision,
+        trust_remote_code=keys.trust_remote_code,
+        random_weights=keys.random_weights,
+        config_overrides=keys.config_overrides,
+        on_meta=recipe.parallelism.fsdp and dist.get_global_rank() > 0,
+        dtype=torch.bfloat16 if keys.lora is not None and keys.lora.frozen_precision == "bf16" else torch.float32,
+    )
+    return ListwiseReranker(
+        causal_lm,
+        tokenizer,
+        Objective(
+            recipe.objective.name,
+            language_modelling_weight=recipe.objective.language_modelling_weight,
+            ranking_weight=recipe.objective.ranking_weight,
+            ranking_loss=recipe.objective.ranking_loss,
+            ranking_loss_options=recipe.objective.ranking_loss_options,
+        ),
+        attention=keys.attention,
+        device=device,
+        activation_checkpointing=keys.activation_checkpointing,
+        compile_layers=keys.compile,
+        bf16_on_cpu=bf16_on_cpu,
+        peft_config=build_peft_config(recipe),
+    )
+
+
+def build_peft_config(recipe: Recipe) -> Any:
+    """PEFT's LoRA configuration; None where all weights are trained."""
+    lora = recipe.model.lora
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank; a fraction is fine
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Optimizer:
+    """AdamW over the weights that are trained.
+
+    Raises:
+        AssemblyError: adamw_8bit without bitsandbytes.
+    """
+    import torch
+
+    keys = recipe.optimizer
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {
+        "lr": keys.lr,
+        "betas": tuple(keys.betas),
+        "eps": keys.eps,
+        "weight_decay": keys.weight_decay,
+    }
+    if keys.name == "adamw":
+        return torch.optim.AdamW(weights, fused=True, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise AssemblyError(
+            "optimizer.name: adamw_8bit needs bitsandbytes; install the `bitsandbytes` extra, or use adamw"
+        ) from error
+    return AdamW8bit(weights, **options)
+
+
+def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
+    """metrics.jsonl, the progress line, and the Composer loggers a recipe names."""
+    from composer import loggers
+
+    from rankllm_composer.training.progress import MetricsFile, ProgressLine
+
+    kinds = {"tensorboard": loggers.TensorboardLogger, "wandb": loggers.WandBLogger, "mlflow": loggers.MLFlowLogger}
+    ours: list[LoggerDestination] = []
+    if recipe.logging.metrics_file:
+        ours.append(MetricsFile(folder / "metrics.jsonl"))
+    if recipe.logging.progress:
+        ours.append(ProgressLine())
+    return ours + [_named("loggers", name, kinds[name], options) for name, options in recipe.logging.loggers.items()]
+
+
+def _named(section: str, name: str, kind: type, options: dict[str, Any]) -> Any:
+    """Composer's logger or callback of this name.
+
+    Raises:
+        AssemblyError: its library is not installed, or it knows no such argument.
+    """
+    key, allowed = f"logging.{section}.{name}", inspect.signature(kind).parameters
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise AssemblyError(
+            f"{key}: found {', '.join(unknown)}, allowed are {', '.join(allowed)}; these are the arguments of "
+            f"Composer's {kind.__name__}"
+        )
+    try:
+        return kind(**options)
+    except ImportError as error:
+        raise AssemblyError(
+            f"{key}: found that its library is not installed; install the `loggers` extra, or remove {key}"
+        ) from error
+
+
+def build_validation(
+    recipe: Recipe, contract: DecodingContract, tokenizer: PreTrainedTokenizerBase
+) -> Validation | None:
+    """Ranking of `data.eval` while training; every n-th window is this rank's. None where the recipe asks for none.
+
+    Raises:
+        AssemblyError: the best export is to be told by a figure that these windows cannot have.
+    """
+    from composer.utils import dist
+
+    from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation
+
+    if recipe.evaluation is None or recipe.data.eval is None:
+        return None
+    windows = build_dataset(recipe, recipe.data.eval, tokenizer)
+    best_by = recipe.evaluation.best_by
+    grades = (windows.record(number).grades for number in range(windows.num_samples))
+    if best_by is not None and not best_by.endswith("/tau") and not any(max(own or (0,)) >= 1 for own in grades):
+        raise AssemblyError(
+            f"evaluation.best_by: found {best_by}, but no window of data.eval has a relevant candidate (grade 1 or "
+            f"more); build data.eval with judgments, or use {best_by.partition('/')[0]}/tau"
+        )
+    own = range(dist.get_global_rank(), windows.num_samples, dist.get_world_size())
+    return Validation(
+        [windows.record(number) for number in own],
+        tokenizer=tokenizer,
+        contract=contract,
+        interval=recipe.evaluation.interval,
+        decodings=recipe.evaluation.decodings,
+        constrained=recipe.evaluation.constrained,
+        num_shuffles=recipe.evaluation.num_shuffles,
+        seed=recipe.run.seed,
+        details=Path(recipe.run_folder, EVALUATIONS_FILE),
+    )
+
+
+def build_callbacks(
+    recipe: Recipe,
+    contract: DecodingContract,
+    model: ListwiseReranker,
+    num_lists: int,
+    validation: Validation | None,
+) -> list[Callback]:
+    """The guards, the export, the Composer callbacks a recipe names, and after all these what writes checkpoints."""
+    from composer import callbacks
+
+    from rankllm_composer.recipe.load import recipe_to_yaml
+    from rankllm_composer.storage.object_store import is_remote
+    from rankllm_composer.training.checkpoint_callback import CheckpointFolder, ends_epoch
+    from rankllm_composer.training.export_callback import ExportFolder
+    from rankllm_composer.training.guards import EpochGuard, LossGuard
+    from rankllm_composer.training.stopping import Preemption
+
+    kinds = {
+        "speed_monitor": callbacks.SpeedMonitor,
+        "memory_monitor": callbacks.MemoryMonitor,
+        "lr_monitor": callbacks.LRMonitor,
+        "optimizer_monitor": callbacks.OptimizerMonitor,
+        "nan_monitor": callbacks.NaNMonitor,
+    }
+    ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
+    if validation is not None:
+        ours.append(validation)
+    if recipe.export_folder is not None and recipe.checkpoint.export is not None:
+        ours.append(
+            ExportFolder(
+                recipe.export_folder,
+                tokenizer=model.tokenizer,  # type: ignore[arg-type]
+                contract=contract,
+                facts=card_facts(recipe, contract, num_lists),
+                interval=recipe.checkpoint.export.interval,
+                merge_lora=recipe.checkpoint.export.merge_lora,
+                generation_config=model.model.generation_config,
+                dtype="float32" if recipe.parallelism.precision == "fp32" else "bfloat16",
+                figures=lambda batch: {} if validation is None else validation.figures_after(batch),
+                best_by=None if recipe.evaluation is None else recipe.evaluation.best_by,
+            )
+        )
+    is_url = is_remote(recipe.checkpoint_folder)
+    checkpoints = CheckpointFolder(
+        Path(recipe.run_folder, "checkpoints") if is_url else recipe.checkpoint_folder,
+        interval=recipe.checkpoint.interval,
+        keep=recipe.checkpoint.keep,
+        resume=recipe.run.autoresume,
+        url=recipe.checkpoint_folder if is_url else None,
+        recipe_yaml=recipe_to_yaml(recipe),
+    )
+    named = [_named("callbacks", name, kinds[name], options) for name, options in recipe.logging.callbacks.items()]
+    return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop, ends_epoch)]
+
+
+def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
+    """How the trained model is asked and read; identifiers as the first training list has them."""
+    from rankllm_composer.prompts.chat import identifier_token_ids
+    from rankllm_composer.prompts.contract import decoding_contract
+    from rankllm_composer.prompts.permutations import identifiers
+    from rankllm_composer.prompts.user_turn import PromptError, read_user_turn
+
+    style = read_user_turn(dataset.record(0).user).style
+    names = identifiers(20, style)
+    try:
+        token_ids = identifier_token_ids(dataset.tokenizer, len(names), style)
+    except PromptError:
+        if recipe.objective.name != "generation":
+            raise
+        token_ids = None
+    return decoding_contract(
+        dataset.tokenizer,
+        objective=recipe.objective.name,
+        identifier_style=style,
+        identifiers=names,
+        identifier_token_ids=token_ids,
+        context_size_tokens=recipe.data.max_length_tokens,
+    )
+
+
+def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int) -> Any:
+    """What the model card tells of a run."""
+    from rankllm_composer.export.model_card import CardFacts, published_figures
+
+    train, source = recipe.data.train, recipe.data.train.source
+    data: list[str | None] = [s.remote or s.local for s in train.streams]
+    data = data or [(source and (source.input or source.run)) or train.remote or train.local]
+    weights = {}
+    if recipe.objective.name != "ranking":
+        weights["language modelling"] = recipe.objective.language_modelling_weight
+    if recipe.objective.name != "generation":
+        options = ", ".join(f"{name}={value}" for name, value in recipe.objective.ranking_loss_options.items())
+        loss = recipe.objective.ranking_loss + (f" ({options})" if options else "")
+        weights[loss] = recipe.objective.ranking_weight
+    return CardFacts(
+        name=recipe.run.name,
+        base_model=None if recipe.model.random_weights else recipe.model.name_or_path,
+        contract=contract,
+        data=tuple(str(name) for name in data),
+        num_lists=num_lists,
+        losses=weights,
+        published=published_figures(recipe.run.name),
+        hyperparameters={
+            "lists a step": recipe.batch.global_lists,
+            "duration": recipe.run.max_duration,
+            "optimizer": recipe.optimizer.name,
+            "learning rate": recipe.optimizer.lr,
+            "schedule": f"{recipe.schedule.name}, warmup {recipe.schedule.warmup}",
+            "gradient clipping": recipe.optimizer.gradient_clip_norm,
+            "NEFTune alpha": None if recipe.neftune is None else recipe.neftune.alpha,
+            "arithmetic": recipe.parallelism.precision,
+            "longest list, tokens": recipe.data.max_length_tokens,
+            "seed": recipe.run.seed,
+        },
+    )

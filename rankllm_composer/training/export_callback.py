@@ -1,0 +1,180 @@
+"""rankllm_composer/training/export_callback.py."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer.core import Callback, Time, TimeUnit
+from composer.utils import dist
+
+from rankllm_composer.distributed import run_on_rank_zero
+from rankllm_composer.export.model_card import CardFacts, render_card
+from rankllm_composer.export.model_folder import (
+    BEST,
+    DTYPES,
+    Dtype,
+    ExportError,
+    _check_tokenizer,
+    _local_path,
+    log,
+    write_model_folder,
+)
+from rankllm_composer.export.weights import (
+    Weights,
+    causal_lm_class,
+    gather_full_state_dict,
+    hf_module,
+)
+from rankllm_composer.prompts.contract import (
+    DecodingContract,
+    warn_of_serving_name,
+)
+
+if TYPE_CHECKING:
+    from composer.core import State
+    from composer.loggers import Logger
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+class ExportFolder(Callback):
+    """Exports the model every so many epochs or batches, and at the end of training.
+
+    Folders are named `epoch_K`, K from 0, or `batch_N` in the middle of an epoch. All ranks gather the weights; rank 0
+    writes; what fails there is raised on every rank. It runs before Composer's checkpoint of the same moment, so a run
+    killed while it exports trains to that moment again and exports then.
+
+    Args:
+        folder: local folder the exports go into.
+        tokenizer: with the chat template of training.
+        contract: written as `reranker.json`.
+        facts: of the model card; progress and figures are filled in.
+        interval: Composer time string in epochs or batches.
+        generation_config: of the base model.
+        dtype: of the weights on disk.
+        merge_lora: False = an adapter is exported apart from the model it changes.
+        figures: of the number of batches trained, what the weights of that moment were measured to be worth; empty =
+            not measured. None = the Trainer's evaluation metrics.
+        best_by: name of a figure, without its `eval/`; `best` in the folder is a link to the export of which it was
+            highest, the first of equals. None = no link.
+    Raises:
+        ExportError: an interval in another unit, or a folder that is not local.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        contract: DecodingContract,
+        facts: CardFacts,
+        interval: str = "1ep",
+        generation_config: GenerationConfig | None = None,
+        dtype: Dtype = "bfloat16",
+        merge_lora: bool = True,
+        figures: Callable[[int], Mapping[str, float]] | None = None,
+        best_by: str | None = None,
+    ) -> None:
+        self.folder = _local_path(folder)
+        self.tokenizer = tokenizer
+        self.contract = contract
+        self.facts = facts
+        self.generation_config = generation_config
+        self.dtype: Dtype = dtype
+        self.merge_lora = merge_lora
+        self.figures = figures
+        self.best_by = best_by
+        self._best = -math.inf
+        self._interval = Time.from_input(interval, TimeUnit.EPOCH)
+        if self._interval.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or self._interval.value < 1:
+            raise ExportError(f"interval: found {interval!r}, allowed are at least 1ep (epochs) or 1ba (batches)")
+        self._last_batch = -1
+
+    def init(self, state: State, logger: Logger) -> None:
+        del state, logger
+        if dist.get_global_rank() == 0:
+            warn_of_serving_name(self.folder)
+            _check_tokenizer(self.tokenizer, None, self.contract)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        del logger
+        batch = state.timestamp.batch.value
+        # At the end of an epoch the epoch's own event follows, and names the folder.
+        stops_here = _is_finished(state) and state.timestamp.batch_in_epoch.value != _num_batches(state)
+        if stops_here or (self._interval.unit == TimeUnit.BATCH and batch % self._interval.value == 0):
+            self._export(state, f"batch_{batch}")
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        del logger
+        epoch = state.timestamp.epoch.value
+        if _is_finished(state) or (self._interval.unit == TimeUnit.EPOCH and epoch % self._interval.value == 0):
+            self._export(state, f"epoch_{epoch - 1}")
+
+    def _export(self, state: State, name: str) -> None:
+        if state.timestamp.batch.value == self._last_batch:
+            return
+        weights = gather_full_state_dict(state.model, merge_lora=self.merge_lora, dtype=DTYPES[self.dtype])
+        target = self.folder / name
+        run_on_rank_zero(lambda: self._write(state, target, weights), f"export of {target}")
+        figure = None if self.best_by is None else self._figures(state).get(f"eval/{self.best_by}")
+        if self.best_by is not None and figure is None and dist.get_global_rank() == 0:
+            warnings.warn(
+                f"best_by: found no figure {self.best_by} at {name}; {self.folder / BEST} stays as it is", stacklevel=2
+            )
+        if figure is not None and figure > self._best:
+            self._best = figure
+            run_on_rank_zero(lambda: _link(self.folder / BEST, name), f"link to {target}")
+        self._last_batch = state.timestamp.batch.value
+        log.info("exported %s", target)
+
+    def _figures(self, state: State) -> dict[str, float]:
+        figures = state.eval_metric_values if self.figures is None else self.figures(state.timestamp.batch.value)
+        return {name: float(value) for name, value in figures.items()}
+
+    def _write(self, state: State, target: Path, weights: Weights) -> None:
+        inner: Any = hf_module(state.model)
+        adapters = getattr(inner, "peft_config", None)
+        facts = replace(
+            self.facts,
+            progress=f"{target.name} (after {state.timestamp.batch.value} batches)",
+            figures=self._figures(state),
+        )
+        write_model_folder(
+            target,
+            state_dict=weights,
+            config=inner.config,
+            tokenizer=self.tokenizer,
+            contract=self.contract,
+            card=render_card(facts),
+            generation_config=self.generation_config,
+            dtype=self.dtype,
+            model_class=causal_lm_class(inner),
+            adapter_config=next(iter(adapters.values())) if adapters and not self.merge_lora else None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best = state["best"]
+
+
+def _link(link: Path, target: str) -> None:
+    """Make a link, or turn it, so that it is there at every moment."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)
+
+
+def _is_finished(state: State) -> bool:
+    elapsed = state.get_elapsed_duration()
+    return elapsed is not None and elapsed.value >= 1.0
+
+
+def _num_batches(state: State) -> int | None:
+    return None if state.dataloader_len is None else state.dataloader_len.value

@@ -1,0 +1,165 @@
+"""A loss or gradient that is not a number never reaches the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from composer.core import Callback
+from composer.utils import dist
+
+if TYPE_CHECKING:
+    from composer.core import State
+    from composer.loggers import Logger
+
+MAX_IDS_SHOWN = 20
+
+
+class LossError(ValueError):
+    """A loss or gradient is NaN or infinite; names the lists it came from. The weights are those of before."""
+
+
+class LossGuard(Callback):
+    """Looks at loss and gradient after the backward pass, before the optimizer: what is not finite stops every rank.
+
+    Composer's NaNMonitor looks at the loss alone, does not know infinity, and stops one rank, after the update.
+
+    Args:
+        max_skipped_updates: so many updates of a run are left out instead, and counted as
+            `loss/skipped_updates`; a resumed run goes on counting. The learning rate moves on as if they had been made.
+    Raises:
+        LossError: on every rank.
+    """
+
+    def __init__(self, max_skipped_updates: int = 0) -> None:
+        self.max_skipped_updates = max_skipped_updates
+        self.num_skipped = 0
+        self._microbatches: list[tuple[list[str], torch.Tensor]] = []
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self._microbatches = []
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        del logger
+        loss: Any = state.loss
+        total = loss["total"] if isinstance(loss, Mapping) else loss
+        self._microbatches.append((list(state.batch["record_ids"]), total.detach().isfinite().all()))
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        finite = torch.stack([is_finite for _, is_finite in self._microbatches])
+        gradients = [weight.grad for weight in state.model.parameters() if weight.grad is not None]
+        largest = [_local(gradient).abs().amax() for gradient in gradients if _local(gradient).numel()]
+        is_bad = ~finite.all()
+        if largest:
+            is_bad = is_bad | ~torch.stack(largest).isfinite().all()
+        flag = is_bad.to(torch.int32).reshape(1)
+        dist.all_reduce(flag, reduce_operation="MAX")
+        if flag.item():
+            self._refuse(state, finite.tolist())
+        if self.num_skipped:
+            logger.log_metrics({"loss/skipped_updates": self.num_skipped})
+
+    def _refuse(self, state: State, finite: list[bool]) -> None:
+        own = [name for (ids, _), is_finite in zip(self._microbatches, finite) if not is_finite for name in ids]
+        everything = [name for ids, _ in self._microbatches for name in ids]
+        parts = dist.all_gather_object((own, everything))
+        in_loss = {rank: bad for rank, (bad, _) in enumerate(parts) if bad}
+        batch = state.timestamp.batch.value + 1
+        if in_loss:
+            where = "; ".join(f"rank {rank}: {_shown(ids)}" for rank, ids in in_loss.items())
+            found = f"a loss that is not finite ({where})"
+        else:
+            ids = [name for _, every in parts for name in every]
+            found = f"a gradient that is not finite from finite losses (lists of the batch: {_shown(ids)})"
+        if self.num_skipped >= self.max_skipped_updates:
+            skipped = f", after {self.num_skipped} updates were left out" if self.num_skipped else ""
+            raise LossError(
+                f"batch {batch}: found {found}{skipped}; the weights are those of before this batch. Look at these "
+                "lists, lower optimizer.lr, start again from the last checkpoint, or let the run leave out some "
+                "updates (optimizer.max_skipped_updates)"
+            )
+        self.num_skipped += 1
+        for weight in state.model.parameters():
+            weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_skipped = int(state["num_skipped"])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
+def _shown(ids: list[str]) -> str:
+    more = f" and {len(ids) - MAX_IDS_SHOWN} more" if len(ids) > MAX_IDS_SHOWN else ""
+    return ", ".join(ids[:MAX_IDS_SHOWN]) + more
+
+
+class EpochError(ValueError):
+    """An epoch ended before every list of it was trained."""
+
+
+class EpochGuard(Callback):
+    """Counts what every epoch trains, logs it, and stops the run where an epoch was not complete.
+
+    Logs at the end of each batch, for the epoch so far and over all ranks: `data/lists_trained`, `data/lists_too_long`.
+    An epoch that the Trainer was told to cut short (`train_subset_num_batches`) is counted but not judged.
+
+    Raises:
+        EpochError: at the end of an epoch, on every rank: lists are missing, or not one of them could be trained.
+    """
+
+    def __init__(self) -> None:
+        self._counts = {"trained": 0, "too_long": 0, "padding": 0}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        sample_in_epoch = state.timestamp.sample_in_epoch.value
+        if sum(self._counts.values()) != sample_in_epoch:  # resumed from a checkpoint without these counts
+            self._counts = {"trained": min(sample_in_epoch, _epoch_size(state)), "too_long": 0, "padding": 0}
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        sequences = state.batch["sequences"]
+        trained = sum(s.encoded is not None for s in sequences)
+        padding = sum(not s.record_id for s in sequences)
+        counts = torch.tensor([trained, len(sequences) - trained - padding, padding])
+        counts = state.device.tensor_to_device(counts)
+        dist.all_reduce(counts, reduce_operation="SUM")
+        for name, count in zip(self._counts, counts.tolist()):
+            self._counts[name] += count
+        logger.log_metrics(
+            {"data/lists_trained": self._counts["trained"], "data/lists_too_long": self._counts["too_long"]}
+        )
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+        if state.dataloader_len is None or int(state.dataloader_len) < len(state.train_dataloader):  # type: ignore[arg-type]
+            return
+        found, expected = counts["trained"] + counts["too_long"], _epoch_size(state)
+        epoch = state.timestamp.epoch.value - 1
+        if found != expected:
+            raise EpochError(
+                f"epoch {epoch}: {found} lists were read ({counts['too_long']} of them too long), its data hold "
+                f"{expected}; the input ended early, so check the shards (rankllm-composer shards verify) and start "
+                "again from the last checkpoint"
+            )
+        if not counts["trained"]:
+            raise EpochError(
+                f"epoch {epoch}: all {found} lists are longer than data.max_length_tokens, so nothing was trained; "
+                "raise it, or build shards with fewer words a passage"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._counts)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._counts = {name: int(state[name]) for name in self._counts}
+
+
+def _epoch_size(state: State) -> int:
+    return int(state.train_dataloader.dataset.epoch_size)  # type: ignore[union-attr]

@@ -1,0 +1,368 @@
+"""What a run says while it trains: `metrics.jsonl`, a line a batch, and one line on the screen."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from composer.core import TimeUnit
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+
+if TYPE_CHECKING:
+    from composer.core import State
+    from composer.loggers import Logger
+
+log = logging.getLogger(__name__)
+
+
+LOSS_PREFIX = "loss/train/"
+
+
+_OTHER_TIMES = "time/"
+
+
+class MetricsError(ValueError):
+    """The file of metrics cannot be written."""
+
+
+class MetricsFile(LoggerDestination):
+    """Appends what is logged to a JSON Lines file, flushed line by line, on rank 0.
+
+    Lines, by `event`:
+    - "batch", one a batch: batch (1 = the first), epoch (0 = the first), samples and tokens so far, lr of this update,
+      batch_seconds, tokens_per_second of all ranks together, and every logged metric under its own name, such as
+      `loss/train/total`;
+    - "eval" and "epoch", where something was logged by an evaluation or at the end of an epoch: the metrics.
+    A value that is no number is null, and `not_finite` names it: nan, inf or -inf.
+
+    A resumed run drops the lines beyond the batch it resumes from, and a last line that a kill tore.
+
+    Args:
+        path: of the file; its folder is made.
+    Raises:
+        MetricsError: on rank 0: a line could not be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._pending: dict[str, Any] = {}
+        self._descriptor: int | None = None
+        self._lr: float | None = None
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        del logger
+        if dist.get_global_rank() != 0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept, dropped = _lines_until(self.path, state.timestamp.batch.value, state.timestamp.epoch.value)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._descriptor, kept)
+        if dropped:
+            log.info("%s: dropped %d lines beyond batch %d", self.path, dropped, state.timestamp.batch.value)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        del step
+        if self._descriptor is not None:
+            self._pending.update({name: value for name, value in metrics.items() if not name.startswith(_OTHER_TIMES)})
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        del logger
+        # By BATCH_END the schedule has already moved on to the next update.
+        self._lr = _learning_rate(state)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        del logger
+        now, before = state.timestamp, state.previous_timestamp
+        assert before is not None
+        seconds = now.batch_wct.total_seconds()
+        tokens = now.token.value - before.token.value
+        self._write(
+            "batch",
+            state,
+            {
+                "samples": now.sample.value,
+                "tokens": now.token.value,
+                "lr": self._lr,
+                "batch_seconds": round(seconds, 6),
+                "tokens_per_second": round(tokens / seconds, 3) if seconds > 0 else None,
+            },
+        )
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        del logger
+        if self._pending:
+            self._write("epoch", state)
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        del logger
+        if self._pending:
+            self._write("eval", state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        self.eval_after_all(state, logger)
+
+    def close(self, state: State, logger: Logger) -> None:
+        del state, logger
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _write(self, event: str, state: State, values: Mapping[str, Any] | None = None) -> None:
+        pending, self._pending = self._pending, {}
+        if self._descriptor is None:
+            return
+        place = {"event": event, "batch": state.timestamp.batch.value, "epoch": state.timestamp.epoch.value}
+        line = json.dumps(_finite({**place, **(values or {}), **pending})) + "\n"
+        data = line.encode()
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise MetricsError(
+                f"{self.path}: batch {state.timestamp.batch.value} could not be written ({error.strerror}); "
+                "checkpoints are as they were: free space or correct the rights there, and start again with the same "
+                "command"
+            ) from error
+
+
+class ProgressLine(LoggerDestination):
+    """Where training is, how it goes and when it ends, in one line; rank 0 alone speaks.
+
+    On a terminal the line is redrawn in place; elsewhere a plain line comes with the first and the last batch, the
+    last of every epoch, and every `interval_seconds` between.
+
+    Args:
+        stream: written to. None = standard error.
+        interval_seconds: between plain lines.
+        redraw_seconds: between two states of the line on a terminal.
+        clock: seconds that only ever grow.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        interval_seconds: float = 30.0,
+        redraw_seconds: float = 0.2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream
+        self._interval_seconds = interval_seconds
+        self._redraw_seconds = redraw_seconds
+        self._clock = clock
+        self._losses: dict[str, float] = {}
+        self._quality: dict[str, float] = {}
+        self._lr: float | None = None
+        self._speeds: deque[tuple[int, float]] = deque(maxlen=20)  # tokens, seconds of the last batches
+        self._start = (0.0, 0.0)  # clock and fraction done where this process began
+        self._last_shown: float | None = None
+        self._line_open = False
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        del step
+        for name, value in metrics.items():
+            number = _number(value)
+            if number is None:
+                continue
+            if name.startswith(LOSS_PREFIX):
+                self._losses[name.removeprefix(LOSS_PREFIX)] = number
+            elif name.endswith(("first_token/ndcg@10", "generation/ndcg@10")):
+                self._quality[" ".join(name.split("/")[-2:])] = number
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        del logger
+        self._start = (self._clock(), fraction_done(state))
+        self._last_shown = None
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        del logger
+        self._lr = _learning_rate(state)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        del logger
+        before = state.previous_timestamp
+        assert before is not None
+        tokens = state.timestamp.token.value - before.token.value
+        self._speeds.append((tokens, state.timestamp.batch_wct.total_seconds()))
+        now = self._clock()
+        pause = self._redraw_seconds if self._on_terminal() else self._interval_seconds
+        ends = fraction_done(state) >= 1.0 or state.timestamp.batch_in_epoch.value == _batches_in_epoch(state)
+        if ends or self._last_shown is None or now - self._last_shown >= pause:
+            self._last_shown = now
+            self._show(self._text(state, now))
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self._end_line()
+
+    def close(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self._end_line()
+
+    def _text(self, state: State, now: float) -> str:
+        stamp = state.timestamp
+        epochs, batches = _total_epochs(state), _total_batches(state)
+        parts = [f"epoch {stamp.epoch.value + 1}" + (f"/{epochs}" if epochs is not None else "")]
+        parts.append(f"batch {stamp.batch.value}" + (f"/{batches}" if batches is not None else ""))
+        if self._losses:
+            total = self._losses.get("total")
+            rest = [f"{name} {value:.4g}" for name, value in self._losses.items() if name != "total"]
+            if total is None:
+                parts.append("loss " + ", ".join(rest))
+            else:
+                parts.append(f"loss {total:.4g}" + (f" ({', '.join(rest)})" if rest else ""))
+        if self._lr is not None:
+            parts.append(f"lr {self._lr:.3g}")
+        parts += [f"{name} {value:.4f}" for name, value in self._quality.items()]
+        seconds = sum(duration for _, duration in self._speeds)
+        if seconds > 0:
+            parts.append(f"{_short(sum(tokens for tokens, _ in self._speeds) / seconds)} tokens/s")
+        parts.append(f"ETA {self._eta(state, now)}")
+        return "  ".join(parts)
+
+    def _eta(self, state: State, now: float) -> str:
+        start, before = self._start
+        done = fraction_done(state)
+        if done <= before:
+            return "?"
+        seconds = round((now - start) * (1.0 - done) / (done - before))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def _show(self, text: str) -> None:
+        if dist.get_global_rank() != 0:
+            return
+        stream = self._stream or sys.stderr
+        if self._on_terminal():
+            width = shutil.get_terminal_size().columns
+            stream.write(f"\r\x1b[K{text[: width - 1]}")
+            self._line_open = True
+        else:
+            stream.write(text + "\n")
+        stream.flush()
+
+    def _end_line(self) -> None:
+        if self._line_open:
+            (self._stream or sys.stderr).write("\n")
+            self._line_open = False
+
+    def _on_terminal(self) -> bool:
+        return (self._stream or sys.stderr).isatty()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file, without a last one that a kill tore."""
+    with Path(path).open("rb") as file:
+        return [line for line, _ in _whole_lines(file)]
+
+
+def fraction_done(state: State) -> float:
+    """Share of training behind us, 0 to 1, batch by batch also where its length is given in epochs."""
+    longest = state.max_duration
+    if longest is None:
+        return 0.0
+    stamp = state.timestamp
+    if longest.unit == TimeUnit.EPOCH:
+        length = _batches_in_epoch(state)
+        done = stamp.epoch.value + (stamp.batch_in_epoch.value / length if length else 0.0)
+        return min(1.0, done / longest.value) if longest.value else 1.0
+    elapsed = state.get_elapsed_duration()
+    return min(1.0, elapsed.value) if elapsed is not None else 0.0
+
+
+def _batches_in_epoch(state: State) -> int | None:
+    return None if state.dataloader_len is None else state.dataloader_len.value
+
+
+def _total_batches(state: State) -> int | None:
+    longest, length = state.max_duration, _batches_in_epoch(state)
+    if longest is None:
+        return None
+    if longest.unit == TimeUnit.BATCH:
+        return longest.value
+    return longest.value * length if longest.unit == TimeUnit.EPOCH and length is not None else None
+
+
+def _total_epochs(state: State) -> int | None:
+    longest = state.max_duration
+    return longest.value if longest is not None and longest.unit == TimeUnit.EPOCH else None
+
+
+def _learning_rate(state: State) -> float | None:
+    rates = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
+    return float(rates[0]) if rates else None
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _number(value: Any) -> float | None:
+    """A logged value as a Python number; None for what is no single number, such as a table."""
+    if isinstance(value, bool | int | float):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for JSON, which has no name for what is not finite."""
+    line: dict[str, Any] = {}
+    not_finite: dict[str, str] = {}
+    for name, value in values.items():
+        number = value if isinstance(value, str) or value is None else _number(value)
+        if isinstance(number, float) and not math.isfinite(number):
+            not_finite[name] = str(number)
+            number = None
+        elif number is None and value is not None:
+            continue
+        line[name] = number
+    if not_finite:
+        line["not_finite"] = not_finite
+    return line
+
+
+def _lines_until(path: Path, batch: int, epoch: int) -> tuple[int, int]:
+    """Bytes of a metrics file up to a moment of training, and how many lines lie beyond it.
+
+    An evaluation after the end of an epoch bears the next epoch's number, so that (batch, epoch) orders all lines. A
+    run at batch 0 is a new one: nothing of an older file is kept.
+    """
+    if not path.exists():
+        return 0, 0
+    data = path.read_bytes()
+    kept = 0
+    if batch > 0:
+        for line, end in _whole_lines(data.splitlines(keepends=True)):
+            if (line["batch"], line["epoch"]) > (batch, epoch):
+                break
+            kept = end
+    return kept, len(data[kept:].splitlines())
+
+
+def _whole_lines(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Parsed lines with the bytes up to their end, as far as they are whole."""
+    end = 0
+    for raw in lines:
+        try:
+            line = json.loads(raw) if raw.endswith(b"\n") else None
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not {"batch", "epoch"} <= line.keys():
+            return
+        end += len(raw)
+        yield line, end

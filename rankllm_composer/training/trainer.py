@@ -1,0 +1,93 @@
+"""A Composer Trainer from a recipe: every part of a run, put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankllm_composer.training import assembly
+
+if TYPE_CHECKING:
+    from composer import Trainer
+
+    from rankllm_composer.recipe.sections import Recipe
+
+WHEREABOUTS = ".ranks"
+
+
+def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
+    """Everything a recipe names, put into a Composer Trainer. A collective."""
+    from composer import Trainer
+    from composer.algorithms import GradientClipping
+    from composer.utils.parallelism import FSDP2Config
+
+    from rankllm_composer.data.dataset import build_train_data_spec, lists_per_rank
+    from rankllm_composer.distributed import average_sharded_gradients
+    from rankllm_composer.model.neftune import NEFTune
+    from rankllm_composer.training.schedule import apply_schedule, build_schedule
+    from rankllm_composer.training.stopping import Whereabouts, ignore_sigterm
+
+    tokenizer = assembly.build_tokenizer(recipe)
+    dataset = assembly.build_dataset(recipe, recipe.data.train, tokenizer)
+    contract = assembly.build_contract(recipe, dataset)
+    validation = assembly.build_validation(recipe, contract, tokenizer)
+    precision = recipe.parallelism.precision
+    # Composer has amp_bf16 on a GPU only; on a CPU the model computes so by itself.
+    model = assembly.build_model(recipe, tokenizer, device, device == "cpu" and precision == "amp_bf16")
+    algorithms: list[Any] = []
+    if recipe.optimizer.gradient_clip_norm is not None:
+        algorithms.append(
+            GradientClipping(clipping_type="norm", clipping_threshold=recipe.optimizer.gradient_clip_norm)
+        )
+    if recipe.neftune is not None:
+        algorithms.append(NEFTune(alpha=recipe.neftune.alpha, seed=recipe.run.seed))
+    sharding = FSDP2Config(
+        reshard_after_forward=recipe.parallelism.reshard_after_forward,
+        mixed_precision=recipe.parallelism.mixed_precision,
+        state_dict_type="sharded",
+    )
+    data_spec = build_train_data_spec(
+        dataset,
+        microbatch_lists=recipe.batch.microbatch_lists,
+        microbatch_tokens=recipe.batch.microbatch_tokens,
+        num_workers=recipe.data.num_workers,
+        prefetch_factor=recipe.data.prefetch_factor,
+        loader_timeout_seconds=recipe.data.loader_timeout_seconds,
+    )
+    data_spec.dataloader.worker_init_fn = ignore_sigterm  # type: ignore[union-attr]
+    optimizer = assembly.build_optimizer(recipe, model)
+    schedule = build_schedule(
+        optimizer,
+        name=recipe.schedule.name,
+        warmup=recipe.schedule.warmup,
+        final_fraction=recipe.schedule.final_lr_fraction,
+        max_duration=recipe.run.max_duration,
+        updates_per_epoch=len(data_spec.dataloader),  # type: ignore[arg-type]
+        lists_per_update=recipe.batch.global_lists,
+    )
+    trainer = Trainer(
+        model=model,
+        train_dataloader=data_spec,
+        max_duration=recipe.run.max_duration,
+        optimizers=optimizer,
+        schedulers=schedule,
+        step_schedulers_every_batch=True,
+        algorithms=algorithms,
+        callbacks=[
+            Whereabouts(folder / WHEREABOUTS),
+            *assembly.build_callbacks(recipe, contract, model, dataset.epoch_size, validation),
+        ],
+        loggers=assembly.build_loggers(recipe, folder),
+        run_name=recipe.run.name,
+        progress_bar=False,
+        parallelism_config={"fsdp": sharding} if recipe.parallelism.fsdp else None,
+        device=device,
+        precision="fp32" if device == "cpu" else precision,
+        device_train_microbatch_size=recipe.batch.microbatch_lists or lists_per_rank(recipe.batch.global_lists),
+        accumulate_train_batch_on_tokens=True,
+        seed=recipe.run.seed,
+        dist_timeout=recipe.parallelism.dist_timeout_seconds,
+    )
+    average_sharded_gradients(model)
+    apply_schedule(schedule)
+    return trainer

@@ -1,0 +1,130 @@
+"""How well the model ranks while it trains: held-out windows by both decodings, shared out over the ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+
+from rankllm_composer.export.weights import hf_module
+from rankllm_composer.ranking.evaluation import (
+    DECODINGS,
+    Decoding,
+    WindowResult,
+    evaluate_windows,
+    position_matrix,
+    summarise,
+    window_ndcg,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rankllm_composer.prompts.contract import DecodingContract
+    from rankllm_composer.prompts.record import Record
+
+PREFIX = "eval/"
+
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+
+
+class Validation(Callback):
+    """Ranks windows every so many epochs or batches, and at the end; logs what `evaluation.summarise` tells.
+
+    The figures are of the windows of all ranks, each counted once, and the same on every rank.
+
+    Args:
+        records: this rank's share of the windows; ranks may have different numbers, or none.
+        tokenizer: of the model.
+        contract: how the model is read.
+        interval: Composer time string.
+        decodings: "first_token", "generation" or both.
+        constrained, num_shuffles, seed: see `evaluate_windows`.
+        details: rank 0 adds a line an evaluation to this file, see `read_details`. None = nowhere.
+        batch_tokens: tokens in one forward pass.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        contract: DecodingContract,
+        interval: str,
+        decodings: Sequence[Decoding] = DECODINGS,
+        constrained: bool = False,
+        num_shuffles: int = 0,
+        seed: int = 0,
+        details: Path | None = None,
+        batch_tokens: int = 16384,
+    ) -> None:
+        self.figures: dict[str, float] = {}
+        self._records = records
+        self._tokenizer = tokenizer
+        self._contract = contract
+        self._decodings = tuple(decodings)
+        self._options: dict[str, Any] = {"constrained": constrained, "num_shuffles": num_shuffles, "seed": seed}
+        self._details = details
+        self._batch_tokens = batch_tokens
+        self._last_batch = -1
+        ends = {Event.BATCH_END, Event.EPOCH_END}  # of training: the one or the other, by the unit of its duration
+        self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        batch = state.timestamp.batch.value
+        # At the end of training the end of a batch and that of an epoch both fall due.
+        if event in (Event.BATCH_END, Event.EPOCH_END) and self._is_due(state, event) and batch != self._last_batch:
+            self._last_batch = batch
+            model: Any = hf_module(state.model)
+            own = evaluate_windows(
+                model,
+                self._tokenizer,
+                self._records,
+                self._contract,
+                decodings=self._decodings,
+                batch_tokens=self._batch_tokens,
+                lockstep=dist.get_world_size() > 1,
+                **self._options,
+            )
+            every = [result for share in dist.all_gather_object(own) for result in share]
+            self.figures = {PREFIX + name: value for name, value in summarise(every).items()}
+            logger.log_metrics(self.figures)
+            if self._details is not None and dist.get_global_rank() == 0:
+                with self._details.open("a") as file:
+                    file.write(json.dumps(_details(state, every)) + "\n")
+
+    def figures_after(self, num_batches: int) -> dict[str, float]:
+        """The figures, if they are of the model after so many batches; empty where it was not ranked then."""
+        return self.figures if num_batches == self._last_batch else {}
+
+
+def _details(state: State, results: Sequence[WindowResult]) -> dict[str, Any]:
+    return {
+        "batch": state.timestamp.batch.value,
+        "epoch": state.timestamp.epoch.value,
+        "ndcg@10": {result.id: window_ndcg(result) for result in results},
+        "positions": {name: counts.tolist() for name in DECODINGS if (counts := position_matrix(results, name)).size},
+    }
+
+
+def read_details(path: Path) -> Iterator[dict[str, Any]]:
+    """What evaluations found, by batch, each once, also where a resumed run came by it again.
+
+    Yields:
+        batch, epoch; "ndcg@10": window → "presented" or decoding → figure, of windows with a relevant candidate;
+        "positions": decoding → counts, see `position_matrix`.
+    """
+    found = {}
+    for line in path.read_text().splitlines():
+        try:
+            details = json.loads(line)
+            found[details["batch"]] = details
+        except (ValueError, KeyError, TypeError):  # torn by a kill; written anew after it
+            continue
+    yield from (found[batch] for batch in sorted(found))

@@ -1,0 +1,372 @@
+"""The benchmarks at their smallest: what they compare is the same, what they count is right, what they write holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import math
+import random
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.known_item import build_known_items
+from rankllm_composer.model.flops import forward_flops
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, is_client_wording
+from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.sources.retrieval_files import load_judgments, load_queries, load_run
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture()
+def benchmark(monkeypatch):
+    """Loads a benchmark by name, as its own folder lies on the path of one that is run."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("checkpointing", [0.0, 1.0])
+def test_both_steps_compute_the_same_loss_and_gradient(benchmark, checkpointing):
+    steps, workload = benchmark("steps"), benchmark("workload")
+    lists = workload.new_lists([190, 150, 240], "toy")
+    found = {}
+    for kind in steps.STEPS:
+        step = steps.new_stepper(kind, workload.new_model("toy"), activation_checkpointing=checkpointing)
+        loss = step.loss(step.model, lists)
+        loss.backward()
+        found[kind] = [loss.detach(), *(parameter.grad for parameter in step.model.parameters())]
+    assert len(found["plain"]) == len(found["packed"]) > 10
+    for plain, packed in zip(found["plain"], found["packed"]):
+        torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_the_products_are_those_of_the_model(benchmark):
+    """All forward products, as often as a layer has them, are the FLOPs counted but for attention."""
+    products = benchmark("machine_limit").products("toy", 30, 7)
+    config = benchmark("workload").new_model("toy").config
+    times = {"query, output": 2, "key, value": 2, "gate, up": 2, "down": 1}
+    flops = {name: 2 * m * k * n for name, (m, k, n) in products.items()}
+    layers = sum(count * flops[name] for name, count in times.items())
+    pairs = 10 * 11 // 2 + 20 * 21 // 2
+    attention = 4 * config.hidden_size * pairs  # per layer: scores and sums, H·d = D
+    assert forward_flops(config, [10, 20], 7) == config.num_hidden_layers * (layers + attention) + flops["LM head"]
+    assert products["square"] == (2048, 2048, 2048)
+    for name in (*times, "LM head"):  # both gradients cost what the product costs
+        assert flops[f"{name}, input's gradient"] == flops[f"{name}, weight's gradient"] == flops[name]
+
+
+def test_the_speed_that_arithmetic_alone_would_give(benchmark):
+    """Lists of 10 and 20 tokens, 5 of them response: what each step multiplies, counted by hand."""
+    packed_step, workload = benchmark("packed_step"), benchmark("workload")
+    packed_step.RESPONSE_TOKENS = 5
+    sizes = workload.SHAPES["toy"][1]
+    hidden, inner, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
+    layer = 2 * (2 * hidden**2 + hidden**2 + 3 * hidden * inner)  # a token; keys and values have half the width
+    pairs = {10: 55, 20: 210}
+
+    def forward(lengths):
+        return 2 * sum(layer * length + 4 * hidden * pairs[length] for length in lengths)
+
+    head = 2 * hidden * vocabulary
+    again = {lengths: forward(lengths) - 2 * 2 * inner * hidden * sum(lengths) for lengths in ((20, 20), (10, 20))}
+    for share in (0.0, 0.5):
+        plain, packed = (packed_step.computed_flops(kind, "toy", [10, 20], share) for kind in ("plain", "packed"))
+        assert plain == 3 * (forward([20, 20]) + head * 40) + share * again[20, 20]
+        assert packed == 3 * (forward([10, 20]) + head * 10) + share * again[10, 20]
+
+
+@pytest.mark.parametrize(
+    ("events", "highest"),
+    [
+        ([], 0),
+        ([(100, 10), (200, 20), (100, -10), (300, 5)], 30),
+        ([(100, 10), (100, 10), (100, 10)], 10),  # freed where nobody looked, and given out again
+        ([(100, 40), (120, 10), (300, 5)], 40),  # a part of it
+        ([(100, 10), (110, 10), (95, 40), (300, 1)], 41),  # both of them, and more
+        ([(100, 10), (110, 10)], 20),  # neighbours
+        ([(500, -50), (100, 10)], 0),  # what was there before
+    ],
+)
+def test_memory_given_out_again_counts_once(benchmark, events, highest):
+    assert benchmark("plan_vs_measured").highest_in_use(events) == highest
+
+
+@pytest.fixture()
+def known_lists(tmp_path):
+    """40 known-item lists of four passages, each asked for by two of its own words."""
+    rows = [{"docid": f"d{i}", "text": " ".join(f"word{i}x{k}" for k in range(9))} for i in range(12)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return build_known_items(
+        tmp_path / "docs.jsonl",
+        tmp_path / "known",
+        num_lists=40,
+        num_candidates=4,
+        ask_with="text",
+        query_words=(2, 2),
+        passage_words=5,
+    )
+
+
+def test_the_first_lesson_goes_from_a_short_prompt_to_the_clients(benchmark, known_lists):
+    records = list(benchmark("smollm2").known_records(known_lists, seed=1))
+    assert len(records) == len({record.id for record in records}) == 40
+    wording = [(record.system == SYSTEM_MESSAGE, is_client_wording(record.user)) for record in records]
+    assert wording[:27] == [(False, False)] * 27 and wording[38:] == [(True, True)] * 2
+    assert {system for system, _ in wording[27:38]} == {True, False}
+    queries = load_queries(known_lists.queries)
+    for record in records:
+        query = queries[record.id]
+        passages = re.findall(r"^\[([A-D])\] (.+)$", record.user, re.MULTILINE)
+        around = re.sub(r"^\[[A-D]\] .+$", "", record.user, flags=re.MULTILINE)
+        assert around.count(query) == 2 and record.response.count(">") == 3
+        asked = [name for name, text in passages if set(query.split()) <= set(text.split())]
+        assert asked == [record.response[1]]
+
+
+def test_a_lesson_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_path, golden, mistral_v3_folder, capsys):
+    base = shutil.copytree(mistral_v3_folder, tmp_path / "base")
+    for path in (golden / "tiny_mistral").iterdir():
+        shutil.copy(path, base)
+    smollm2 = benchmark("smollm2")
+    recipe = load_recipe(smollm2.RECIPE, ["model.config_overrides={num_hidden_layers: 1}", "batch.global_lists=4"])
+    smollm2.give_lesson(recipe, base, smollm2.known_records(known_lists, seed=1), 1e-3, tmp_path / "start")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "start"))
+    assert "model.layers.1.mlp.up_proj.weight" not in after
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.float32 and not torch.equal(before[name], after[name])
+    assert re.search(r"start 40 of 40 lists, loss 0\.\d+", capsys.readouterr().out)
+    assert (tmp_path / "start" / "tokenizer_config.json").exists() and not (tmp_path / "start.partial").exists()
+
+
+@pytest.fixture()
+def judged_folder(tmp_path):
+    """A judged collection: 12 queries, 24 candidates each of 60 documents of three sentences."""
+    source, folder = random.Random(5), tmp_path / "judged"
+    folder.mkdir()
+    texts = {f"d{i}": [" ".join(f"w{source.randrange(80)}" for _ in range(8)) for _ in range(3)] for i in range(60)}
+    rows = [{"docid": docid, "title": parts[0] + " .", "text": " . ".join(parts)} for docid, parts in texts.items()]
+    queries = [
+        {"qid": f"q{i}", "text": " ".join(f"w{source.randrange(80)}" for _ in range(6)) + " ."} for i in range(12)
+    ]
+    run, grades = [], []
+    for query in queries:
+        docids = source.sample(sorted(texts), 24)
+        run += [f"{query['qid']} Q0 {docid} {place + 1} {-place} first" for place, docid in enumerate(docids)]
+        grades += [f"{query['qid']} 0 {docid} {place % 2}" for place, docid in enumerate(docids[3:7])]
+    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    (folder / "bm25.trec").write_text("\n".join(run))
+    (folder / "qrels.trec").write_text("\n".join(grades))
+    return folder
+
+
+def test_lists_for_a_real_model_keep_held_out_queries_apart(benchmark, judged_folder, tmp_path):
+    smollm2 = benchmark("smollm2")
+    recipe, folder = load_recipe(smollm2.RECIPE, []), tmp_path / "collection"
+    found = smollm2.prepare(folder, judged_folder, recipe, num_known=20, num_words=30, num_lists=200, seed=3)
+    collection = smollm2.load_collection(judged_folder)
+    trained, held_out = smollm2.part_queries(collection, 3)
+    assert len(trained) == len(held_out) == 6 and not set(trained) & set(held_out)
+    relevant = {docid for qid in held_out for docid, grade in collection.grades[qid].items() if grade}
+    assert relevant and not relevant & set(found.passages)
+    assert not any(name.startswith(f"{docid}-in-") for name in load_texts(found.known.docs) for docid in relevant)
+    assert len(list(smollm2.word_records(found))) == 30
+    assert not any(set(item.docids) & relevant for item in found.words)
+
+    queries, run = load_queries(folder / "train_queries.jsonl"), load_run(folder / "train_run.trec")
+    grades, texts = load_judgments(folder / "train_qrels.trec"), load_texts(folder / "train_docs.jsonl")
+    kinds = Counter(qid.split("-")[0] for qid in queries)
+    assert kinds == {"judged": 60, "words": 20, "text": 120} and list(run) == list(queries)
+    asking = {collection.queries[qid]: qid for qid in trained}
+    for qid, docids in run.items():
+        assert len(set(docids)) == 4 == len(grades[qid]) and set(docids) <= set(texts)
+        if qid.startswith("judged"):
+            judged, ranked = collection.grades[asking[queries[qid]]], collection.run[asking[queries[qid]]]
+            best = max(docids, key=lambda docid: grades[qid][docid])
+            assert judged.get(best, 0) == max(judged.get(docid, 0) for docid in docids)
+            assert [docid for docid in ranked[:20] if docid in docids] == docids
+        else:
+            assert not relevant & set(docids)
+    assert set(load_queries(folder / "heldout_queries.jsonl")) == set(held_out)
+    assert all(len(text.split()) == 20 and " . " in text for text in texts.values())
+
+    places = benchmark("trained").places_of_smollm2(tmp_path, tmp_path / "scratch")
+    data = load_recipe(smollm2.RECIPE, places).data
+    for split, name in ((data.train, "train"), (data.eval, "heldout")):
+        assert Path(split.source.run) == folder / f"{name}_run.trec"
+        assert all(Path(getattr(split.source, key)).exists() for key in ("run", "judgments", "queries", "docs"))
+
+
+def test_a_collection_without_lists_is_told(benchmark):
+    word_lists = benchmark("word_lists")
+    texts = {f"d{i}": ("", "too short") for i in range(9)}
+    index = word_lists.Index({docid: text for docid, (_, text) in texts.items()})
+    passages = {docid: text for docid, (_, text) in texts.items()}
+    draws = word_lists.asked_by_texts(index, texts, passages, 4, seed=1, by_rank=True)
+    with pytest.raises(SystemExit, match="found no text list in 10,000 draws"):
+        next(word_lists.without_gaps(draws, "text list"))
+
+
+def load_texts(path):
+    return {row["docid"]: row["text"] for row in map(json.loads, path.read_text().splitlines())}
+
+
+def test_words_score_as_bm25_does(benchmark):
+    word_lists = benchmark("word_lists")
+    texts = {"a": "the wing of the jet", "b": "the jet, in a shock wave", "c": "flow past the wing", "d": "heat"}
+    index = word_lists.Index(texts)
+    split = {docid: text.replace(",", "").split() for docid, text in texts.items()}
+    mean = sum(map(len, split.values())) / 4
+
+    def bm25(query, docid):
+        score = 0.0
+        for word in set(query.split()):
+            holding = sum(word in words for words in split.values())
+            count = split[docid].count(word)
+            score += (
+                math.log(1 + (4 - holding + 0.5) / (holding + 0.5))
+                * count
+                * 1.9
+                / (count + 0.9 * (0.6 + 0.4 * len(split[docid]) / mean))
+            )
+        return score
+
+    for query in ("wing jet", "the wing the", "shock heat flow past", "unheard"):
+        expected = sorted((docid for docid in texts if bm25(query, docid)), key=lambda docid: -bm25(query, docid))
+        assert index.top(query, 9) == expected
+        assert index.top(query, 9, without="a") == [docid for docid in expected if docid != "a"]
+    assert index.score_shown("wing unheard", "wing wing unheard") == pytest.approx(
+        math.log(1 + 2.5 / 2.5) * 2 * 1.9 / 2.9 + math.log(1 + 4.5 / 0.5)
+    )
+    assert word_lists.WordList("q", ["a", "b", "c"], [2.0, 7.5, 2.0]).grades() == [0, 1, 0]
+
+
+def test_the_lists_are_alike_on_every_run(benchmark):
+    workload = benchmark("workload")
+    lengths = workload.typical_lengths(4, num_draws=50)
+    assert lengths == workload.typical_lengths(4, num_draws=50)
+    assert all(240 < length <= workload.MAX_LIST_TOKENS for length in lengths)
+    assert workload.useful_share([100, 50, 50]) == pytest.approx(2 / 3)
+    assert [len(item.encoded.input_ids) for item in workload.new_lists(lengths, "toy")] == lengths
+
+
+TABLES = {
+    "packed_step": (["--cases", "toy:2:1", "--repeats", "1"], ["toy"]),
+    "machine_limit": (["--cases", "toy:1:0", "--repeats", "1"], ["toy"]),
+    "profile_step": (["--shape", "toy", "--lists", "1"], ["linear layers", "attention", "all"]),
+    "scaling": (["--shape", "toy", "--tokens", "120,150", "--lists", "1,2", "--seconds", "0"], ["120", "150"]),
+    "compile_layers": (
+        ["--shape", "toy", "--lists", "1", "--steps", "1", "--repeats", "1"],
+        ["as they are", "compiled"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_benchmark_prints_its_table(benchmark, monkeypatch, capsys, name):
+    arguments, first_cells = TABLES[name]
+    module = benchmark(name)
+    if name in ("packed_step", "compile_layers"):  # a process of its own is needed for peak memory alone
+        monkeypatch.setattr(module, "in_own_process", lambda function, *given, threads: function(*given))
+    if name == "compile_layers":  # what compiling does to a layer has tests of its own; here it would take a minute
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: None)
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--threads", "1"])
+    module.main()
+    printed = capsys.readouterr().out
+    assert "no GPU" in printed and "1 threads" in printed
+    for cell in first_cells:
+        assert re.search(rf"^\| {cell} \|( [^|]+ \|)+$", printed, re.MULTILINE), printed
+
+
+# Those that start processes anyway: what is replaced to start few, their arguments, and the row that must be there.
+RUNS = {
+    "ranks": (
+        {"RUNS": {"2 ranks, 1 thread each, FSDP2": (2, 1, True)}},
+        ["--shape", "toy", "--lists", "2", "--steps", "1"],
+        r"\| 2 ranks, 1 thread each, FSDP2 \|( [^|]+ \|){4}",
+    ),
+    "plan_vs_measured": (
+        {"CASES": {"LoRA on one rank": None}},
+        [],
+        r"LoRA on one rank +[\d.]+ +[\d.]+ +[+-]\d\.\d%",
+    ),
+    "objectives": (
+        {},
+        ["--updates", "2", "--queries", "64", "--threads", "1", "--runs", "combined, ListNet"],
+        r"\| combined, ListNet \|( -?\d[^|]* \|){6}",
+    ),
+    "augmentation": (
+        {},
+        ["--updates", "2", "--queries", "64", "--threads", "1", "--runs", "passages shuffled"],
+        r"\| passages shuffled \|( -?\d[^|]* \|){7}",
+    ),
+    "shard_build": ({}, ["--records", "12", "--processes", "1"], r"\| 12 \|( [^|]+ \|){10}"),
+    "input_pipeline": (
+        {"in_own_process": lambda function, *given, threads: function(*given)},
+        ["--lists", "8", "--workers", "0", "--batch-size", "4", "--shape", "toy"],
+        r"\| 0 \|( [^|]+ \|){6}\n\nA training step of toy",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_benchmark_of_whole_runs_prints_its_table(benchmark, monkeypatch, capsys, name):
+    replaced, arguments, row = RUNS[name]
+    module = benchmark(name)
+    for what, value in replaced.items():
+        whole = getattr(module, what)
+        monkeypatch.setattr(module, what, {k: whole[k] for k in value} if isinstance(value, dict) else value)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    assert not module.main()
+    assert re.search(row, capsys.readouterr().out)
+
+
+def test_results_are_written_a_section_a_benchmark(benchmark, monkeypatch, tmp_path):
+    run_all = benchmark("run_all")
+    monkeypatch.setattr(run_all, "FOLDER", tmp_path)
+    monkeypatch.setattr(run_all, "BENCHMARKS", {"good": ["--fast"], "bad": []})
+    good = '"""Is it good?\n\nMore."""\nimport sys\nprint("| a |\\n|---|\\n|", sys.argv[1], "|")'
+    (tmp_path / "good.py").write_text(good)
+    (tmp_path / "bad.py").write_text('"""Is it bad?"""\nraise SystemExit(3)')
+    results = tmp_path / "RESULTS.md"
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run_all", "--output", str(results), *arguments])
+        return run_all.main()
+
+    assert call() == 1
+    text = results.read_text()
+    assert "## Is it good?\n\n    python benchmarks/good.py --fast\n" in text and "| --fast |" in text
+    assert "## Is it bad?" in text and "**Failed** with exit code 3" in text
+    (tmp_path / "good.py").write_text('"""Is it better?"""\nprint("yes")')
+    assert call("--only", "good") == 0
+    text = results.read_text()
+    assert "## Is it better?" in text and "Is it good" not in text and "## Is it bad?" in text
+
+
+def test_every_benchmark_of_the_list_is_there_and_asks_a_question(benchmark):
+    run_all = benchmark("run_all")
+    for name in run_all.BENCHMARKS:
+        assert run_all.question(name).endswith("?")
+        assert f"python benchmarks/{name}.py" in ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+
+
+def test_every_section_of_the_results_has_its_command(benchmark):
+    run_all = benchmark("run_all")
+    found = run_all.sections(FOLDER / "RESULTS.md")
+    written = re.findall(r"^<!-- (\w+) -->$", (FOLDER / "RESULTS.md").read_text(), re.MULTILINE)
+    assert written == list(run_all.BENCHMARKS)
+    for name, text in found.items():
+        assert f"    python benchmarks/{name}.py" in text
+        assert re.search(r"\d{4}-\d\d-\d\d", text), f"{name}: no date"
+        assert "cores" in text and "Failed" not in text

@@ -1,0 +1,299 @@
+"""Rows, batches and the DataSpec: what of the shards reaches training, counted by Composer's own Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from composer import Trainer
+from composer.models import ComposerModel
+from support.list_shards import new_record, write_shards
+
+from rankllm_composer.data import dataset as data
+from rankllm_composer.data.dataset import DataError, ListDataset, LoaderError, build_train_data_spec, lists_per_rank
+from rankllm_composer.data.streams import Stream
+from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.prompts.permutations import identifier_style
+from rankllm_composer.prompts.record import AugmentationError, lay_out_anew, record_key
+from rankllm_composer.prompts.user_turn import PromptError, parse_user_turn
+from rankllm_composer.training.guards import EpochError, EpochGuard
+
+LONG = 6  # number of the one long record
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """10 lists of 4 candidates; one has far more words."""
+    records = [new_record(i, num_words=60 if i == LONG else 5) for i in range(10)]
+    return str(write_shards(tmp_path_factory.mktemp("shards") / "set", records))
+
+
+@pytest.fixture()
+def new_dataset(shards, mistral_v3_tokenizer):
+    def new(local=None, kind=ListDataset, **options):
+        options = {"objective": "combined", "max_length_tokens": 2000, "batch_size": 4, "seed": 3, **options}
+        return kind([Stream(local=str(local or shards))], tokenizer=mistral_v3_tokenizer, **options)
+
+    return new
+
+
+def new_loader(dataset, **options):
+    return build_train_data_spec(dataset, **{"microbatch_lists": 2, "num_workers": 0, **options}).dataloader
+
+
+def read(loader):
+    return [batch["sequences"] for batch in loader]
+
+
+def read_rows(loader):
+    return [row for batch in read(loader) for row in batch]
+
+
+@pytest.mark.parametrize("objective", ["generation", "ranking", "combined"])
+def test_a_row_is_the_encoded_record(new_dataset, mistral_v3_tokenizer, objective):
+    row, record = new_dataset(objective=objective)[2], new_record(2)
+    expected = encode_record(record, mistral_v3_tokenizer, objective)
+    assert (row.record_id, row.record_key, row.docids) == ("q2", record_key("q2"), record.docids)
+    np.testing.assert_array_equal(row.grades, record.grades)
+    np.testing.assert_array_equal(row.encoded.input_ids, expected.input_ids)
+    np.testing.assert_array_equal(row.encoded.ranks, expected.ranks)
+    assert (row.encoded.response_start, row.encoded.score_position) == (
+        expected.response_start,
+        expected.score_position,
+    )
+
+
+def test_absent_grades_stay_absent(new_dataset, tmp_path):
+    bare = dataclasses.replace(new_record(0), grades=None, docids=None)
+    row = new_dataset(write_shards(tmp_path / "bare", [bare] * 4))[0]
+    assert row.grades is None and row.docids is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_list_too_long_is_counted_and_not_trained(new_dataset, workers):
+    dataset = new_dataset()
+    limit = len(dataset[LONG].encoded.input_ids) - 1
+    rows = read_rows(new_loader(new_dataset(max_length_tokens=limit), num_workers=workers))
+    assert sorted(row.record_id for row in rows) == [f"q{i}" for i in range(10)]
+    assert [row.record_id for row in rows if row.encoded is None] == [f"q{LONG}"]
+    assert max(len(row.encoded.input_ids) for row in rows if row.encoded) <= limit
+    assert new_dataset(max_length_tokens=limit + 1)[LONG].encoded is not None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_list_too_long_is_refused_by_name(new_dataset, workers):
+    length = len(new_dataset()[LONG].encoded.input_ids)
+    loader = new_loader(new_dataset(max_length_tokens=300, too_long="refuse"), num_workers=workers)
+    expected = rf"^record 'q6': {length} tokens, data\.max_length_tokens allows 300; raise it, .*data\.too_long: drop"
+    with pytest.raises(DataError, match=expected):
+        read(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_passages_are_shuffled_anew_every_epoch_and_the_same_after_a_resume(new_dataset, mistral_v3_tokenizer, workers):
+    options = {"shuffle_passages": True, "identifiers": "letters"}
+    loader = new_loader(new_dataset(**options), num_workers=workers)
+    epochs = [{row.record_id: row for row in read_rows(loader)} for _ in range(2)]
+    for epoch, rows in enumerate(epochs):
+        for number in range(10):
+            record = lay_out_anew(
+                new_record(number, num_words=60 if number == LONG else 5),
+                seed=3,
+                epoch=epoch,
+                shuffle_passages=True,
+                identifiers=None,
+            )
+            expected = encode_record(record, mistral_v3_tokenizer, "combined")
+            row = rows[f"q{number}"]
+            np.testing.assert_array_equal(row.encoded.input_ids, expected.input_ids)
+            np.testing.assert_array_equal(row.grades, record.grades)
+            assert row.docids == record.docids
+    assert any(epochs[0][name].docids != epochs[1][name].docids for name in epochs[0])
+
+    resumed = new_loader(new_dataset(**options), num_workers=workers)
+    resumed.load_state_dict({**loader.dataset.state_dict(0, True), "epoch": 1, "sample_in_epoch": 4})
+    rows = read_rows(resumed)
+    assert len(rows) == 6
+    for row in rows:
+        np.testing.assert_array_equal(row.encoded.input_ids, epochs[1][row.record_id].encoded.input_ids)
+
+
+def test_records_are_shown_as_the_keys_of_their_split_say(new_dataset):
+    """What validation ranks, and what the contract is read from: named and ordered as training would have them."""
+    plain, anew = new_dataset(), new_dataset(identifiers="numbers", shuffle_passages=True)
+    before, after = plain.record(0), anew.record(0)
+    assert "[A] " in before.user and "[1] " in after.user and "[A] " not in after.user
+    assert identifier_style(after.response) == "numbers"
+    assert before.id == after.id
+    first, second = (parse_user_turn(record.user) for record in (before, after))
+    assert sorted(first.passages) == sorted(second.passages) and first.passages != second.passages
+
+
+def test_numbers_for_letters(new_dataset, mistral_v3_tokenizer):
+    row = new_dataset(identifiers="numbers", objective="generation")[0]
+    text = mistral_v3_tokenizer.decode(row.encoded.input_ids[row.encoded.response_start :])
+    assert text.startswith("[") and "A" not in text and text.count("[") == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "told"),
+    [
+        ({"human": "Order these."}, {"shuffle_passages": True}, AugmentationError, "record 'q1': its passages cannot"),
+        ({"gpt": "[A] > [A]"}, {}, PromptError, "record 'q1': response"),
+    ],
+)
+def test_a_record_that_cannot_be_used_stops_the_run(new_dataset, tmp_path, changes, options, error, told, workers):
+    bad = write_shards(tmp_path / "bad", [new_record(0), new_record(1, **changes), new_record(2), new_record(3)])
+    with pytest.raises(error, match=f"^{told}"):
+        read(new_loader(new_dataset(bad, **options), num_workers=workers))
+
+
+def test_the_spec_counts_rows_and_tokens(new_dataset):
+    dataset = new_dataset(max_length_tokens=300)
+    spec = build_train_data_spec(dataset, microbatch_lists=3, num_workers=0)
+    batch = next(batch for batch in spec.dataloader if any(s.encoded is None for s in batch["sequences"]))
+    tokens = sum(len(s.encoded.input_ids) for s in batch["sequences"] if s.encoded)
+    num_rows = len(batch["sequences"])
+    assert spec.num_samples == 10
+    assert spec.get_num_samples_in_batch(batch) == num_rows
+    assert spec.get_num_tokens_in_batch(batch) == tokens
+    microbatches = spec.split_batch(batch, 1)
+    assert sum(spec.get_num_samples_in_batch(m) for m in microbatches) == num_rows - 1
+    assert [spec.get_num_tokens_in_batch(m, token_type="loss_generating") for m in microbatches] == [1] * len(
+        microbatches
+    )
+    assert all(len(m["record_ids"]) <= 3 for m in microbatches)
+
+
+@pytest.mark.parametrize(
+    ("dataset_options", "options", "told"),
+    [
+        ({"batch_size": 11}, {}, r"data\.train: found 10 lists an epoch, allowed is at least one global batch of 11"),
+        ({}, {"microbatch_tokens": 64}, "allowed is exactly one of them"),
+        ({}, {"microbatch_lists": None}, "allowed is exactly one of them"),
+        (
+            {},
+            {"microbatch_lists": None, "microbatch_tokens": 1999},
+            r"batch\.microbatch_tokens: found 1999, allowed is data\.max_length_tokens \(2000\) or more",
+        ),
+    ],
+)
+def test_batches_that_cannot_work(new_dataset, dataset_options, options, told):
+    with pytest.raises(DataError, match=told):
+        new_loader(new_dataset(**dataset_options), **options)
+
+
+def test_lists_per_rank(monkeypatch):
+    assert lists_per_rank(6) == 6
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 4)
+    assert lists_per_rank(8) == 2
+    with pytest.raises(DataError, match=r"batch\.global_lists: found 6, allowed is a multiple of the 4 ranks"):
+        lists_per_rank(6)
+
+
+class Stalling(ListDataset):
+    def __getitem__(self, at):
+        time.sleep(3)
+        return super().__getitem__(at)
+
+
+class Dying(ListDataset):
+    def __getitem__(self, at):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("kind", "told"), [(Stalling, "timed out after 1 seconds"), (Dying, "exited unexpectedly")])
+def test_a_worker_that_stalls_or_dies_is_an_error_of_its_rank(new_dataset, kind, told):
+    loader = new_loader(new_dataset(kind=kind), num_workers=1, loader_timeout_seconds=1 if kind is Stalling else 60)
+    with pytest.raises(LoaderError, match=rf"^rank 0: DataLoader .*{told}.*data\.loader_timeout_seconds"):
+        read(loader)
+
+
+def test_starting_an_epoch_draws_no_random_numbers(new_dataset):
+    loader = new_loader(new_dataset(), num_workers=1)
+    before = torch.get_rng_state()
+    read(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Ledger(ComposerModel):
+    """Notes the ids it is given, batch by batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def forward(self, batch):
+        self.seen += batch["record_ids"]
+        return self.weight
+
+    def loss(self, outputs, batch):
+        return outputs * 0.0
+
+
+def train(dataset, folder, *, load=None, max_duration="2ep", workers=0):
+    """Train on a dataset; returns the ids in the order they were trained, and the Trainer."""
+    model = Ledger()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            model=model,
+            optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+            train_dataloader=build_train_data_spec(dataset, microbatch_lists=2, num_workers=workers),
+            max_duration=max_duration,
+            device="cpu",
+            callbacks=[EpochGuard()],
+            save_folder=str(folder),
+            save_filename="ba{batch}.pt",
+            save_interval="1ba",
+            save_overwrite=True,
+            load_path=load and str(load),
+            device_train_microbatch_size=2,
+            accumulate_train_batch_on_tokens=True,
+            progress_bar=False,
+            seed=0,
+        )
+        trainer.fit()
+    trainer.close()
+    return model.seen, trainer
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_composer_trains_each_list_once_an_epoch_and_resumes_anywhere(new_dataset, tmp_path, workers):
+    # 10 lists, batches of 4, 4 and 2; list 6 is too long
+    options = {"max_length_tokens": 300, "batch_size": 4}
+    seen, trainer = train(new_dataset(**options), tmp_path / "whole", workers=workers)
+    expected = sorted(f"q{i}" for i in range(10) if i != LONG)
+    first, second = seen[:9], seen[9:]
+    assert sorted(first) == sorted(second) == expected and first != second
+    assert trainer.state.timestamp.sample.value == 20 and trainer.state.timestamp.batch.value == 6
+
+    trained = [len([i for i in batch if i]) for batch in batches_of(new_dataset(**options))]
+    for batch in (1, 2, 3, 4) if not workers else (2, 3):  # 3 = between the epochs
+        resumed, _ = train(
+            new_dataset(**options), tmp_path / "again", load=tmp_path / "whole" / f"ba{batch}.pt", workers=workers
+        )
+        assert resumed == seen[sum(trained[:batch]) :]
+
+
+def batches_of(dataset):
+    """Ids that are trained in each batch of two epochs."""
+    loader = new_loader(dataset)
+    return [[row.record_id if row.encoded else None for row in batch] for batch in read(loader) + read(loader)]
+
+
+def test_an_epoch_that_ended_early_stops_composer(new_dataset, tmp_path):
+    dataset = new_dataset()
+    dataset.epoch_size += 1
+    with pytest.raises(EpochError, match=r"epoch 0: 10 lists were read .* its data hold 11"):
+        train(dataset, tmp_path)
+    assert not Path(tmp_path / "ba4.pt").exists()

@@ -1,0 +1,187 @@
+"""Model cards: what they tell, the verdict, and that nothing secret gets into one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+from support.contracts import new_contract
+from support.launching import REPOSITORY
+from support.secret_texts import SECRETS
+from support.tiny_training import new_tokenizer
+
+from rankllm_composer.export.model_card import (
+    CardError,
+    CardFacts,
+    add_figures,
+    published_figures,
+    render_card,
+    verdict,
+)
+from rankllm_composer.redaction import BLOTTED
+
+FACTS = CardFacts(
+    name="first_mistral",
+    base_model="mistralai/Mistral-7B-Instruct-v0.3",
+    base_licence="apache-2.0",
+    contract=new_contract("combined"),
+    data=("rryisthebest/rank_zephyr_training_data_alpha",),
+    num_lists=40_000,
+    losses={"language modelling": 1.0, "ranknet": 10.0},
+    hyperparameters={"learning rate": 5e-6, "global batch": 128},
+    progress="epoch_2 (after 936 batches)",
+)
+
+
+def test_a_card_tells_what_was_trained_and_how():
+    card = render_card(FACTS)
+    for text in (
+        "# first_mistral",
+        "fine-tuned from `mistralai/Mistral-7B-Instruct-v0.3`",
+        "epoch_2 (after 936 batches)",
+        "| objective | combined |",
+        "| identifiers | letters, A to T |",
+        "| weight of ranknet | 10 |",
+        "| training lists | 40,000 |",
+        "| data | rryisthebest/rank_zephyr_training_data_alpha |",
+        "| learning rate | 5e-06 |",
+        "its licence (apache-2.0)",
+        "begin with 2 beginning-of-sequence tokens",
+    ):
+        assert text in card
+
+
+def test_front_matter_is_what_a_hub_reads():
+    front = yaml.safe_load(render_card(FACTS).split("---\n")[1])
+    assert front["base_model"] == "mistralai/Mistral-7B-Instruct-v0.3"
+    assert front["license"] == "apache-2.0"
+    assert front["pipeline_tag"] == "text-ranking"
+    assert "license" not in yaml.safe_load(render_card(dataclasses.replace(FACTS, base_licence=None)).split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    # 2.5 % of 0.8 is 0.02
+    [
+        (None, "not measured"),
+        (0.7799, "below"),
+        (0.7801, "within tolerance"),
+        (0.8199, "within tolerance"),
+        (0.8201, "above"),
+    ],
+)
+def test_verdict_against_a_published_figure(measured, expected):
+    assert verdict(measured, 0.8) == expected
+
+
+def test_figures_stand_beside_the_published_ones():
+    card = render_card(
+        dataclasses.replace(
+            FACTS,
+            figures={"DL20, BM25 top 100": 0.65, "held-out windows": 0.9},
+            published={"DL20, BM25 top 100": 0.7043, "DL19, BM25 top 100": 0.7294},
+        )
+    )
+    assert "| DL20, BM25 top 100 | 0.6500 | 0.7043 | below |" in card
+    assert "| DL19, BM25 top 100 | not measured | 0.7294 | not measured |" in card
+    assert "| held-out windows | 0.9000 | – | – |" in card
+    assert "Tolerance: 2.5%" in card
+
+
+def test_figures_measured_later_are_added_to_the_card(tmp_path):
+    published = {"dl19-bm25/nDCG@10": 0.7294, "dl20-bm25/nDCG@10": 0.7043}
+    early = {"eval/first_token/ndcg@10": 0.5}
+    card = tmp_path / "README.md"
+    card.write_text(render_card(dataclasses.replace(FACTS, published=published, figures=early)))
+    before = card.read_text()
+    add_figures(card, {"dl20-bm25/nDCG@10": 0.69})
+    add_figures(card, {"dl20-bm25/nDCG@10": 0.65, "other/RR@10": -0.25})
+    text = card.read_text()
+    later = early | {"dl20-bm25/nDCG@10": 0.65, "other/RR@10": -0.25}
+    assert text == render_card(dataclasses.replace(FACTS, published=published, figures=later))
+    assert "| dl20-bm25/nDCG@10 | 0.6500 | 0.7043 | below |" in text and "0.6900" not in text
+    assert "| dl19-bm25/nDCG@10 | not measured | 0.7294 | not measured |" in text
+    card.write_text(before.replace("A listwise reranker", "My words: a listwise reranker"))
+    add_figures(card, {"dl20-bm25/nDCG@10": 0.7})
+    assert "My words" in card.read_text() and "within tolerance" in card.read_text()
+    for facts in (FACTS, dataclasses.replace(FACTS, figures=early)):  # nothing is published
+        card.write_text(render_card(facts))
+        add_figures(card, {"x": 1.0})
+        assert card.read_text() == render_card(dataclasses.replace(facts, figures={**facts.figures, "x": 1.0}))
+    card.write_text("# other")
+    with pytest.raises(CardError, match="found no section '## Results'"):
+        add_figures(card, {"x": 1.0})
+
+
+def test_published_figures_are_those_of_the_recipes():
+    for name, published in (("first_mistral", 4), ("rank_zephyr", 4), ("first_mistral_lora", 0), ("demo", 0)):
+        figures = published_figures(name)
+        header = (REPOSITORY / "yamls" / f"{name}.yaml").read_text().partition("\nrun:")[0].replace("#", "")
+        words = " ".join(header.split())
+        assert len(figures) == published
+        for figure, value in figures.items():
+            at, first_stage = figure.removesuffix("/nDCG@10").split("-")
+            if at == "beir":
+                assert f"11 BEIR sets: {value:.4f}".replace("0.", ".") in words
+                continue
+            stage = {"bm25": "BM25 top 100: ", "splade": "SPLADE++ top 100: "}[first_stage]
+            told = words.split(stage)[1].split(";")[0]
+            assert f"{at.upper()} {value:.4f}".replace(" 0.", " .") in told
+
+
+def test_without_figures_it_says_so():
+    assert "Not measured." in render_card(FACTS)
+    assert "| held-out windows | 0.9000 |" in render_card(dataclasses.replace(FACTS, figures={"held-out windows": 0.9}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "style", "options", "arguments"),
+    [
+        ("combined", "letters", "--use_alpha --use_logits", "use_alpha=True, use_logits=True"),
+        ("generation", "letters", "--use_alpha", "use_alpha=True)"),
+        ("generation", "numbers", "--variable_passages\n", "stride=10)"),
+    ],
+)
+def test_commands_serve_the_model_as_it_was_trained(objective, style, options, arguments):
+    card = render_card(dataclasses.replace(FACTS, contract=new_contract(objective, identifier_style=style)))
+    assert options in card
+    assert arguments in card
+    assert ("--use_logits" in card) == (objective == "combined")
+
+
+def test_a_ranking_model_is_not_offered_to_a_client_that_cannot_serve_it():
+    card = render_card(dataclasses.replace(FACTS, contract=new_contract("ranking")))
+    assert "run_rank_llm.py" not in card
+    assert "cannot serve this model" in card
+    assert "rankllm-composer rerank" in card
+
+
+def test_paths_of_the_machine_stay_out():
+    single_bos = new_contract("combined", new_tokenizer(adds_bos=False))
+    card = render_card(
+        dataclasses.replace(
+            FACTS, base_model="/home/me/models/tiny", data=("/home/me/lists.jsonl",), contract=single_bos
+        )
+    )
+    assert "`tiny`" in card
+    assert "lists.jsonl" in card
+    assert "/home/me" not in card
+    assert "base_model:" not in card
+    assert "beginning-of-sequence" not in card
+    scratch = render_card(dataclasses.replace(FACTS, base_model=None))
+    assert "trained from random weights" in scratch
+
+
+def test_tables_survive_what_is_put_into_them():
+    card = render_card(dataclasses.replace(FACTS, hyperparameters={"a|b": "c\nd"}))
+    assert "| a\\|b | c d |" in card
+
+
+@pytest.mark.parametrize("secret", SECRETS, ids=lambda secret: secret[:6])
+def test_no_secret_gets_into_a_card(secret):
+    assert secret not in render_card(dataclasses.replace(FACTS, hyperparameters={"key": secret}, notes=(secret,)))
+
+
+def test_a_card_of_harmless_facts_has_nothing_blotted_out():
+    assert BLOTTED not in render_card(FACTS)

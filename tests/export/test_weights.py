@@ -1,0 +1,195 @@
+"""Full weights: low-rank updates merged by visible arithmetic, checkpoints read without running what is in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support.tiny_training import new_hf_model, new_trainer
+
+from rankllm_composer.export.weights import (
+    WeightsError,
+    causal_lm_class,
+    check_tied,
+    gather_full_state_dict,
+    hf_module,
+    merge_lora_weights,
+    read_checkpoint_weights,
+)
+
+
+def test_a_low_rank_update_is_added_to_its_weight():
+    merged = merge_lora_weights(
+        {
+            "base_model.model.q.base_layer.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+            "base_model.model.q.base_layer.bias": torch.tensor([7.0, 7.0]),
+            "base_model.model.q.lora_A.default.weight": torch.tensor([[1.0, -1.0]]),  # (r, in)
+            "base_model.model.q.lora_B.default.weight": torch.tensor([[2.0], [3.0]]),  # (out, r)
+            "base_model.model.norm.weight": torch.tensor([5.0]),
+        },
+        {"base_model.model.q": 0.5},
+        "default",
+    )
+    # W + 0.5 * [[2], [3]] @ [[1, -1]] = W + [[1, -1], [1.5, -1.5]]
+    assert {name: value.tolist() for name, value in merged.items()} == {
+        "q.weight": [[2.0, 1.0], [4.5, 2.5]],
+        "q.bias": [7.0, 7.0],
+        "norm.weight": [5.0],
+    }
+
+
+def test_embeddings_and_whole_modules_are_merged():
+    merged = merge_lora_weights(
+        {
+            "base_model.model.embed.base_layer.weight": torch.zeros(3, 2),  # (V, D)
+            "base_model.model.embed.lora_embedding_A.default": torch.tensor([[1.0, 2.0, 3.0]]),  # (r, V)
+            "base_model.model.embed.lora_embedding_B.default": torch.tensor([[1.0], [10.0]]),  # (D, r)
+            "base_model.model.head.modules_to_save.default.weight": torch.tensor([9.0]),
+            "base_model.model.head.original_module.weight": torch.tensor([0.0]),
+        },
+        {"base_model.model.embed": 2.0},
+        "default",
+    )
+    assert merged["embed.weight"].tolist() == [[2.0, 20.0], [4.0, 40.0], [6.0, 60.0]]
+    assert merged["head.weight"].tolist() == [9.0]
+    assert len(merged) == 2
+
+
+def test_adapters_that_do_not_add_are_refused():
+    with pytest.raises(WeightsError, match=r"lora_magnitude_vector.*allowed is plain LoRA"):
+        merge_lora_weights({"q.lora_magnitude_vector.default.weight": torch.ones(1)}, {}, "default")
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
+def test_merging_equals_what_peft_merges(options):
+    settings = {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ["q_proj", "down_proj"],
+        "init_lora_weights": False,
+    } | options
+    model = get_peft_model(new_hf_model(), LoraConfig(**settings))
+    merged = gather_full_state_dict(model)
+    expected = model.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    moved = 0.0
+    for name, start in new_hf_model().state_dict().items():
+        torch.testing.assert_close(merged[name], expected[name])
+        moved = max(moved, float((merged[name] - start).abs().max()))
+    assert moved > 0.01
+
+
+def test_two_adapters_are_refused():
+    model = get_peft_model(new_hf_model(), LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(WeightsError, match=r"found \['default', 'second'\]"):
+        gather_full_state_dict(model)
+
+
+def test_gathering_casts_floating_point_tensors():
+    model = new_hf_model()
+    gathered = gather_full_state_dict(model, dtype=torch.bfloat16)
+    assert gathered.keys() == model.state_dict().keys()
+    assert {value.dtype for value in gathered.values()} == {torch.bfloat16}
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_the_model_inside_is_found():
+    model = new_hf_model()
+    assert hf_module(model) is model
+    assert causal_lm_class(model).__name__ == "MistralForCausalLM"
+    with pytest.raises(WeightsError, match="found Linear"):
+        hf_module(torch.nn.Linear(2, 2))
+
+
+def test_an_output_layer_that_drifted_from_the_embeddings_is_refused():
+    config = new_hf_model("llama_tied").config
+    same = {"head": torch.ones(2), "embed": torch.ones(2)}
+    check_tied(same, config, "head", "embed")
+    check_tied({"head": torch.ones(2)}, config, "head", "embed")
+    with pytest.raises(WeightsError, match="head: found values that differ from embed"):
+        check_tied(same | {"head": torch.zeros(2)}, config, "head", "embed")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run: its weights, and its checkpoint in one file."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = new_trainer(new_hf_model(), "1ep", save_folder=str(folder), save_interval="1ep")
+    trainer.fit()
+    weights = {name: value.clone() for name, value in trainer.state.model.model.state_dict().items()}
+    trainer.close()
+    return weights, folder / "ep1-ba4-rank0.pt"
+
+
+def test_a_checkpoint_in_one_file(trained):
+    weights, checkpoint = trained
+    read = read_checkpoint_weights(checkpoint)
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+    link = checkpoint.parent / "latest-rank0.pt"
+    assert link.is_symlink()
+    assert read_checkpoint_weights(link).keys() == weights.keys()
+
+
+class Payload:
+    """Makes a folder when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_payload_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    trap = tmp_path / "was run"
+    torch.save({"state": {"model": {}, "x": Payload(trap)}}, tmp_path / "file.pt")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload(trap)))
+    for checkpoint, named in ((tmp_path / "file.pt", "file.pt"), (folder, r"\.metadata")):
+        with pytest.raises(
+            WeightsError, match=rf"{named}: found a pickle that asks for posix.mkdir, allowed is data alone"
+        ):
+            read_checkpoint_weights(checkpoint)
+    assert not trap.exists()
+    pickle.loads((folder / ".metadata").read_bytes())
+    assert trap.exists()  # it would have been
+
+
+def test_damaged_and_foreign_checkpoints_are_named(trained, tmp_path):
+    _, checkpoint = trained
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(checkpoint.read_bytes()[:5000])
+    garbage = tmp_path / "garbage.pt"
+    garbage.write_bytes(b"nothing of the kind")
+    other = tmp_path / "other.pt"
+    torch.save({"weights": torch.ones(1)}, other)
+    tampered = tmp_path / "tampered.pt"
+    with zipfile.ZipFile(checkpoint) as old, zipfile.ZipFile(tampered, "w") as new:
+        for name in old.namelist():
+            if not name.endswith("data.pkl"):
+                new.writestr(name, old.read(name))
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    torn_index = tmp_path / "torn"
+    torn_index.mkdir()
+    (torn_index / ".metadata").write_bytes(b"\x80\x04\x95")
+    for path, message in (
+        (cut, "damaged"),
+        (garbage, "damaged"),
+        (other, "found no model weights"),
+        (tampered, "damaged"),
+        (unfinished, "never finished"),
+        (torn_index, "damaged"),
+        (tmp_path / "absent.pt", "found nothing"),
+    ):
+        with pytest.raises(WeightsError, match=message) as failure:
+            read_checkpoint_weights(path)
+        assert path.name in str(failure.value)

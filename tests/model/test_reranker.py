@@ -1,0 +1,256 @@
+"""The packed model against a plain Hugging Face forward of each list alone: losses, gradients, model families."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.packed_models import FAMILIES, SIZES, gradients, new_model, packed_losses, plain_losses, random_sequences
+from support.tiny_training import new_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+)
+
+from rankllm_composer.data.packing import Sequence, split_batch
+from rankllm_composer.model.loading import ModelError, load_causal_lm, load_tokenizer
+from rankllm_composer.model.losses import LOSSES, OBJECTIVES, Objective
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations, decoder_layers
+from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def assert_same_step(model, reference, parts, expected) -> None:
+    assert parts.keys() == expected.keys()
+    for name in parts:
+        torch.testing.assert_close(parts[name], expected[name].detach(), rtol=2e-6, atol=1e-6)
+    for name, gradient in gradients(reference).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_packed_step_equals_each_list_alone(family, name):
+    objective = Objective(name, language_modelling_weight=0.5, ranking_weight=3.0)
+    sequences = random_sequences(name)
+    reference = new_model(family)
+    expected = plain_losses(reference, sequences, objective)
+    expected["total"].backward()
+    model = new_model(family)
+    parts = packed_losses(model, sequences, objective, activation_checkpointing=0.5)
+    assert_same_step(model, reference, parts, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_ranking_loss_trains(loss):
+    objective = Objective("combined", ranking_loss=loss)
+    sequences = random_sequences("combined")
+    reference = new_model("mistral")
+    expected = plain_losses(reference, sequences, objective)
+    expected["total"].backward()
+    model = new_model("mistral")
+    assert_same_step(model, reference, packed_losses(model, sequences, objective), expected)
+
+
+@pytest.mark.parametrize("limit", [{"max_lists": 1}, {"max_lists": 2}, {"max_tokens": 60}])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_does_not_depend_on_microbatches(name, limit):
+    objective = Objective(name, ranking_weight=10.0)
+    sequences = random_sequences(name, num=7)
+    whole, split = new_model("mistral"), new_model("mistral")
+    parts = packed_losses(split, sequences, objective, limit=limit)
+    assert_same_step(split, whole, parts, packed_losses(whole, sequences, objective))
+
+
+@pytest.mark.parametrize("fraction, expected", [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4)])
+def test_activation_checkpointing_by_fraction(fraction, expected):
+    model = new_model("mistral")
+    checkpoint_activations(model, fraction)
+    assert sum(layer.gradient_checkpointing for layer in decoder_layers(model)) == expected
+    with pytest.raises(ValueError, match="fraction from 0 to 1"):
+        checkpoint_activations(model, 1.5)
+
+
+def test_compiled_layers_compute_the_same(monkeypatch):
+    """What torch.compile traces of a layer, on lengths that change, checked without the minute its C++ takes."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    objective = Objective("combined", ranking_weight=3.0)
+    for num in (2, 5):
+        sequences = random_sequences("combined", num=num, seed=num)
+        reference, model = new_model("mistral"), new_model("mistral")
+        expected = packed_losses(reference, sequences, objective)
+        parts = packed_losses(model, sequences, objective, compile_layers=True, activation_checkpointing=1.0)
+        assert all(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+        assert_same_step(model, reference, parts, expected)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_forward_in_bfloat16_on_cpu(name):
+    """Products in bfloat16, near to float32's; weights, gradients and losses stay float32."""
+    objective = Objective(name, ranking_weight=3.0)
+    sequences = random_sequences(name)
+    reference, model = new_model("mistral"), new_model("mistral")
+    expected = packed_losses(reference, sequences, objective)
+    computed = []
+    for layer in decoder_layers(model):
+        layer.self_attn.q_proj.register_forward_hook(lambda _module, _inputs, output: computed.append(output.dtype))
+    parts = packed_losses(model, sequences, objective, bf16_on_cpu=True, activation_checkpointing=1.0)
+    assert set(computed) == {torch.bfloat16} and len(computed) == 8  # forward and again
+    for part, value in parts.items():
+        assert value.dtype == torch.float32 and value != expected[part]
+        torch.testing.assert_close(value, expected[part], rtol=2e-2, atol=0)
+    for parameter, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        against = gradients(reference)[parameter]
+        assert F.cosine_similarity(gradient.flatten(), against.flatten(), dim=0) > 0.98, parameter
+
+
+def test_logits_only_where_they_count():
+    sequences = random_sequences("combined")
+    (batch,) = split_batch({"sequences": sequences}, max_lists=10)
+    model = ListwiseReranker(new_model("mistral"), None, Objective("combined"))
+    assert model(batch)["logits"].shape == (sum(4 * len(s.encoded.ranks) for s in sequences), 96)
+
+    (batch,) = split_batch({"sequences": random_sequences("ranking")}, max_lists=10)
+    model = ListwiseReranker(new_model("mistral"), None, Objective("ranking"))
+    different = len(np.unique(batch["identifier_token_ids"]))
+    assert model(batch)["logits"].shape == (5, different)
+    assert "forward" not in vars(model.output_head)  # the LM head is whole again
+
+
+def list_of(prompt: int, objective: str) -> Sequence:
+    """One list of this many prompt tokens, 4 candidates and a response of 16 tokens."""
+    encoded = EncodedRecord(
+        input_ids=np.arange(prompt + (0 if objective == "ranking" else 16), dtype=np.int32) % 96,
+        response_start=prompt,
+        score_position=prompt - 1 if objective == "ranking" else prompt,
+        identifier_token_ids=np.arange(10, 14, dtype=np.int32),
+        ranks=np.array([2, 0, 3, 1]),
+    )
+    return Sequence(encoded, "r", 0)
+
+
+def peak_of_a_step(vocabulary: int, prompt: int, objective: str) -> int:
+    """Most bytes that one forward and backward pass held at once, by what torch's allocator gave and took back."""
+    torch.manual_seed(0)
+    config = MistralConfig(**{**SIZES, "vocab_size": vocabulary}, sliding_window=None)
+    model = ListwiseReranker(AutoModelForCausalLM.from_config(config), None, Objective(objective))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        (batch,) = split_batch({"sequences": [list_of(prompt, objective)]}, max_lists=1)
+        model.loss(model(batch), batch)["total"].backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(in_use.max())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_peak_memory_does_not_grow_with_vocabulary_times_prompt(name):
+    """A longer prompt costs the same at any vocabulary: there is no row of logits for each of its places."""
+    small, large, short, long = 4_000, 40_000, 200, 1_000
+    growth = {size: peak_of_a_step(size, long, name) - peak_of_a_step(size, short, name) for size in (small, large)}
+    every_place = 4 * (large - small) * (long - short)
+    assert abs(growth[large] - growth[small]) < 0.05 * every_place
+    assert peak_of_a_step(large, long, name) < 0.5 * every_place
+
+
+def test_a_microbatch_with_nothing_to_train_has_zero_gradient():
+    for name in OBJECTIVES:
+        model = new_model("mistral")
+        parts = packed_losses(model, [Sequence(None, "too long", 0)], Objective(name))
+        assert parts["total"] == 0.0
+        assert all(gradient.abs().max() == 0.0 for gradient in gradients(model).values())
+
+
+TRAJECTORIES = json.loads((GOLDEN / "training_steps.json").read_text())["trajectories"]
+LOSS_OF = {
+    "ranknet": ("ranknet", {"weighted": False}, 1.0),
+    "ranknet_weighted": ("ranknet", {"weighted": True}, 10.0),
+    "listnet": ("listnet", {"target": "self_sorted"}, 0.1),
+    "lambda": ("lambdarank", {"target": "self_sorted"}, 1.0),
+}
+
+
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+@pytest.mark.parametrize("max_lists", [6, 2])
+def test_published_training_steps(trajectory, max_lists, mistral_v3_tokenizer):
+    """Loss parts and gradient norm of five AdamW steps, measured with the published code (tests/golden)."""
+    name, loss_name = trajectory.split("/")
+    loss, options, weight = LOSS_OF[loss_name]
+    objective = Objective(
+        name, ranking_loss=loss, ranking_loss_options=options, ranking_weight=1.0 if name == "ranking" else weight
+    )
+    records = json.loads((GOLDEN / "records.json").read_text())
+    sequences = [
+        Sequence(encode_record(record, mistral_v3_tokenizer, name), record["id"], index)
+        for index, record in enumerate(records)
+    ]
+    model = load_causal_lm(str(GOLDEN / "tiny_mistral"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for expected in TRAJECTORIES[trajectory]:
+        parts = packed_losses(model, sequences, objective, limit={"max_lists": max_lists})
+        for part in ("total", "language_modelling", "ranking"):
+            if expected[part] is None:
+                assert part not in parts
+            else:
+                assert float(parts[part]) == pytest.approx(expected[part], rel=1e-4)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        assert float(norm) == pytest.approx(expected["grad_norm"], rel=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_load_errors_name_the_key(tmp_path):
+    with pytest.raises(ModelError, match=r"model\.name_or_path: cannot load .*give a local folder"):
+        load_causal_lm(str(tmp_path / "absent"))
+    with pytest.raises(ModelError, match=r"config_overrides: hidden_sise is no key of MistralConfig"):
+        load_causal_lm(str(GOLDEN / "tiny_mistral"), config_overrides={"hidden_sise": 3})
+    tied = load_causal_lm(str(GOLDEN / "tiny_mistral"), random_weights=True, config_overrides={"hidden_size": 64})
+    assert tied.config.hidden_size == 64 and tied.dtype == torch.float32
+    meta = load_causal_lm(str(GOLDEN / "tiny_mistral"), on_meta=True)
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+FOREIGN_CODE = """
+from pathlib import Path
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+Path({trap!r}).touch()
+
+class ForeignConfig(MistralConfig):
+    model_type = "foreign"
+
+class ForeignLM(MistralForCausalLM):
+    config_class = ForeignConfig
+
+class ForeignTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "load", [functools.partial(load_causal_lm, random_weights=True), load_tokenizer], ids=["model", "tokenizer"]
+)
+def test_code_that_comes_with_a_model_is_run_only_where_asked_for_and_announced(tmp_path, monkeypatch, load):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, trap = tmp_path / "foreign_model", tmp_path / "was run"
+    new_tokenizer().save_pretrained(folder)
+    (folder / "foreign.py").write_text(FOREIGN_CODE.format(trap=str(trap)))
+    config = json.loads((GOLDEN / "tiny_mistral" / "config.json").read_text())
+    names = {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.ForeignLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "auto_map": names}))
+    keys = json.loads((folder / "tokenizer_config.json").read_text())
+    keys |= {"auto_map": {"AutoTokenizer": [None, "foreign.ForeignTokenizer"]}, "tokenizer_class": "ForeignTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(keys))
+    with pytest.raises(ModelError, match="foreign_model"):
+        load(str(folder))
+    assert not trap.exists()
+    with pytest.warns(UserWarning, match="model.trust_remote_code: Python code shipped with '.*foreign_model' will be"):
+        assert type(load(str(folder), trust_remote_code=True)).__name__.startswith("Foreign")
+    assert trap.exists()

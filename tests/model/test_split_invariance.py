@@ -1,0 +1,84 @@
+"""The gradient of a global batch is the same however it is split over microbatches and ranks, DDP or FSDP2.
+
+One update of SGD with learning rate 1 moves the weights by exactly the gradient; all runs through Composer's loop.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.packed_models import new_model, plain_losses, random_sequences
+from workers.one_update import FAMILIES
+
+from rankllm_composer.model.losses import Objective
+
+WORKER = Path(__file__).parents[1] / "workers" / "one_update.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{1: cases, 2: cases} by number of ranks."""
+    folder = tmp_path_factory.mktemp("one_update")
+    for family in ("mistral_tied", *FAMILIES):
+        new_model(family).save_pretrained(folder / family)
+    for ranks in (1, 2):
+        launcher = Path(sys.executable).with_name("composer")
+        subprocess.run(
+            [sys.executable, launcher, "-n", str(ranks), WORKER, folder], check=True, timeout=600, capture_output=True
+        )
+    return {ranks: torch.load(folder / f"results_{ranks}.pt", weights_only=True) for ranks in (1, 2)}
+
+
+def normalised(weights):
+    """Names as the HF model has them."""
+    return {name.removeprefix("model."): value for name, value in weights.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["generation", "ranking", "combined", "combined with noise"])
+def test_one_update_is_the_same_for_every_split(results, objective):
+    reference_limit = "by_1" if objective == "combined with noise" else "by_3"
+    reference = results[1][objective, reference_limit, "ddp"]
+    moved = 0
+    before = normalised({f"model.{k}": v for k, v in new_model("mistral_tied").state_dict().items()})
+    compared = 0
+    for ranks, cases in results.items():
+        for (name, *how), case in cases.items():
+            if name != objective:
+                continue
+            compared += 1
+            assert case["losses"] == pytest.approx(reference["losses"], rel=2e-6), (ranks, how)
+            for parameter, value in normalised(case["weights"]).items():
+                expected = normalised(reference["weights"])[parameter]
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=3e-6, msg=f"{ranks} {how} {parameter}")
+                moved = max(moved, float((value - before[parameter]).abs().max()))
+    assert moved > 0.01  # the update is far above the tolerance
+    assert compared >= 6
+
+
+def test_noise_changes_the_gradient(results):
+    plain, noised = (results[1][name, "by_1", "ddp"]["losses"] for name in ("combined", "combined with noise"))
+    assert plain != pytest.approx(noised, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("activations", ["kept", "recomputed"])
+def test_a_sharded_update_is_that_of_each_list_alone(results, family, activations):
+    """Two ranks under FSDP2, packed by a token budget, against a plain Hugging Face forward of one list at a time."""
+    reference = new_model(family)
+    before = {name: weight.detach().clone() for name, weight in reference.named_parameters()}
+    sequences = random_sequences("combined", num=7, seed=5)
+    losses = plain_losses(reference, sequences, Objective("combined", ranking_weight=3.0))
+    losses["total"].backward()
+    case = results[2][family, activations, "fsdp2"]
+    assert case["losses"]["loss/train/total"] == pytest.approx(float(losses["total"]), rel=2e-6)
+    after = normalised(case["weights"])
+    assert after.keys() == before.keys()
+    for name, weight in reference.named_parameters():
+        gradient = before[name] - after[name]
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=3e-6, msg=lambda text, n=name: f"{n}: {text}")
+        assert weight.grad.abs().max() > 1e-4

@@ -1,0 +1,253 @@
+"""`plan`: bytes against arithmetic, autograd and the allocator; updates, hours and remedies against visible sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.launching import REPOSITORY
+from support.synthetic_records import conversation, write_jsonl
+from support.toy_recipe import MISTRAL_7B, TOY
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from rankllm_composer.cli import main
+from rankllm_composer.data import packing
+from rankllm_composer.model.flops import training_flops
+from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.preflight.ledger import Ledger
+from rankllm_composer.preflight.memory import Workload, lists_without_content, plan_memory
+from rankllm_composer.preflight.plan import GPUS, Gpu, PlanError, plan_recipe
+from rankllm_composer.recipe.load import load_recipe
+
+FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental"),
+    pytest.mark.filterwarnings("ignore:.*has no effect. parallelism.fsdp is false"),
+]
+
+
+def shapes(keys):
+    """Weights of a Mistral: name → shape, spelled out."""
+    hidden, inner = keys["hidden_size"], keys["intermediate_size"]
+    narrow = hidden // keys["num_attention_heads"] * keys["num_key_value_heads"]
+    layer = (
+        [(hidden, hidden)] * 2 + [(narrow, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)] + [(hidden,)] * 2
+    )
+    return layer * keys["num_hidden_layers"] + [(keys["vocab_size"], hidden)] * 2 + [(hidden,)]
+
+
+def shard_bytes(keys, num_ranks):
+    """Rank 0's shard of each weight: the first of `num_ranks` slices of its rows, float32."""
+    return [4 * math.ceil(shape[0] / num_ranks) * math.prod(shape[1:]) for shape in shapes(keys)]
+
+
+def toy_work(**changes):
+    options = {"precision": "fp32", "attention": "packed_sdpa", "num_targets": 12, "num_candidates": 4}
+    config = MistralConfig(**TOY)
+    return Workload(config, Objective("combined"), (40, 30), **(options | changes))
+
+
+@pytest.mark.parametrize("keys, num_ranks", [(TOY, 8), (MISTRAL_7B | {"num_hidden_layers": 2}, 64), (TOY, 512)])
+def test_shards_of_any_number_of_ranks_are_exact(keys, num_ranks):
+    memory = plan_memory(Workload(MistralConfig(**keys), Objective("combined"), (64, 64), num_ranks=num_ranks))
+    each = shard_bytes(keys, num_ranks)
+    rotary = 4 * keys["hidden_size"] // keys["num_attention_heads"] // 2  # inverse frequencies, a buffer
+    assert memory.held["weights"] - sum(each) in (rotary, 2 * rotary)  # transformers may keep the original beside it
+    assert memory.held["gradients"] == sum(each)
+    assert memory.held["optimizer"] == 2 * sum(each) + 4 * len(each)
+    assert memory.num_parameters == memory.num_trained == sum(map(math.prod, shapes(keys)))
+    assert memory.peak >= sum(memory.held.values())
+
+
+def test_optimizer_state_is_that_of_adamw_and_8_bit_is_a_quarter():
+    memory = plan_memory(toy_work(fsdp=False))
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes(TOY)]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
+    assert memory.held["optimizer"] == sum(tensor.nbytes for tensor in state)
+    eight_bit = plan_memory(toy_work(fsdp=False, optimizer="adamw_8bit")).held["optimizer"]
+    expected = 0
+    for count in map(math.prod, shapes(TOY)):
+        small = 2 * 4 * count + 4  # two float32 averages and the step
+        expected += small if count < 4096 else 2 * (count + 4 * math.ceil(count / 256) + 4 * 256)
+    assert eight_bit == expected
+
+
+@pytest.mark.parametrize("checkpointing", [0.0, 1.0])
+def test_the_ledger_holds_what_autograd_saves(checkpointing):
+    """After a real forward pass: the storages that saved-tensor hooks see, and what is returned."""
+    work = toy_work()
+    model = ListwiseReranker(
+        AutoModelForCausalLM.from_config(work.config).train(),
+        None,
+        work.objective,
+        activation_checkpointing=checkpointing,
+    )
+    (batch,) = packing.split_batch({"sequences": lists_without_content(work)}, max_lists=2)
+    given = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    there = [*model.parameters(), *model.buffers(), *given]
+    known = {tensor.untyped_storage().data_ptr() for tensor in there}
+    saved: dict[int, int] = {}
+    ledger = Ledger()
+    for tensor in there:
+        ledger.book(tensor, "weights")
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with ledger, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(batch)
+    for tensor in outputs.values():
+        pack(tensor)
+    if checkpointing:  # a checkpoint keeps what it calls its layer with: cosines and sines (T, 16), positions (T,)
+        saved[0] = 2 * 70 * 16 * 4 + 70 * 8
+    assert ledger.bytes_of["activations"] == pytest.approx(sum(saved.values()), rel=0.001)
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": 1.0}, {"accumulates": False}], ids=str)
+def test_peak_is_within_a_tenth_of_what_the_allocator_gives(changes):
+    """A real update in this process, summed over the allocator's own events."""
+    work = toy_work(fsdp=False, **changes)
+    planned = plan_memory(work)
+    batches = [
+        packing.split_batch({"sequences": lists_without_content(work)}, max_lists=2)[0]
+        for _ in range(2 if work.accumulates else 1)
+    ]
+    base = AutoModelForCausalLM.from_config(work.config).train()
+    model = ListwiseReranker(base, None, work.objective, activation_checkpointing=work.activation_checkpointing)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    in_use = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(2):
+            for batch in batches:
+                outputs = model(batch)
+                model.loss(outputs, batch)["total"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    highest = in_use
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        in_use += event.nbytes()
+        highest = max(highest, in_use)
+    assert planned.peak == pytest.approx(highest, rel=0.1)
+
+
+def test_parts_move_as_they_should():
+    """Recomputation shrinks activations; ranking makes no logits."""
+    plain = plan_memory(toy_work(num_ranks=4))
+    recomputed = plan_memory(toy_work(num_ranks=4, activation_checkpointing=1.0))
+    ranking = plan_memory(dataclasses.replace(toy_work(num_ranks=4), objective=Objective("ranking")))
+    halves = plan_memory(toy_work(num_ranks=4, precision="amp_bf16"))
+    assert recomputed.at_peak["activations"] < plain.at_peak["activations"]
+    assert halves.at_peak["activations"] < plain.at_peak["activations"]
+    assert recomputed.held == plain.held == halves.held
+    assert ranking.at_peak["logits"] < plain.at_peak["logits"]
+    assert plain.at_peak["buffers"] > 0 == plan_memory(toy_work(fsdp=False)).at_peak["buffers"]
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    MistralConfig(**TOY).save_pretrained(folder)
+    return folder
+
+
+def toy_recipe(folder, *more):
+    return load_recipe(
+        FIRST_MISTRAL,
+        [
+            f"model.name_or_path={folder}",
+            "data.max_length_tokens=128",
+            "batch.microbatch_tokens=512",
+            "data.train.local=absent",
+            *more,
+        ],
+    )
+
+
+def quiet(line):
+    pass
+
+
+def test_updates_rate_and_hours_are_sums(toy_folder):
+    found = plan_recipe(toy_recipe(toy_folder), 8, gpu="a100-80gb", mfu=0.25, num_lists=40_000, report=quiet)
+    assert (found.steps_per_epoch, found.num_steps, found.num_warmup) == (313, 939, 50)  # 40,000 / 128 = 312.5
+    assert found.flops_per_list == training_flops(MistralConfig(**TOY), [128], 64)
+    assert found.num_hours == pytest.approx(939 * 128 * found.flops_per_list / (8 * 312e12 * 0.25 * 3600))
+    text = "\n".join(found.lines())
+    assert "update 1: 0, update 51: 5e-06" in text and "▁▅███" in text
+    assert "16 a rank, in microbatches of at most 512 tokens" in text
+    assert "25% (your assumption; nobody measured it)" in text
+    assert "taken to be 128 tokens each, the longest allowed (assumed)" in text and found.fits
+    unknown = plan_recipe(toy_recipe(toy_folder), 8, report=quiet)
+    assert unknown.num_steps is unknown.num_hours is None
+    assert "give --lists" in "\n".join(unknown.lines())
+
+
+def test_lists_that_are_here_are_counted_and_measured(toy_folder, tmp_path, mistral_v3_folder):
+    source = write_jsonl(tmp_path / "records.jsonl", (conversation(index) for index in range(300)))
+    recipe = toy_recipe(
+        toy_folder,
+        "data.max_length_tokens=512",
+        f"data.train.source.input={source}",
+        f"model.tokenizer={mistral_v3_folder}",
+    )
+    found = plan_recipe(recipe, 2, report=quiet)
+    assert found.steps_per_epoch == 3 and found.lengths.num_lists == len(found.lengths.tokens) == 300
+    mean = round(np.mean(found.lengths.tokens))
+    assert sum(found.work.lengths) == 512 and found.work.lengths[0] == mean
+    text = "\n".join(found.lines())
+    assert f"longest {max(found.lengths.tokens)}; 0 above the limit of 512" in text and "#####" in text
+    assert "40% (the default, an assumption; nobody measured it)" in text
+
+
+def test_remedies_make_it_fit(toy_folder, monkeypatch):
+    least = ["parallelism.fsdp=false", "optimizer.name=adamw_8bit", "batch.microbatch_tokens=128"]
+    whole, more = (
+        plan_recipe(toy_recipe(toy_folder, *least, f"model.activation_checkpointing={share}"), 2, report=quiet)
+        for share in (1.0, 0.0)
+    )
+    monkeypatch.setitem(GPUS, "toy", Gpu(int((whole.memory.peak + more.memory.peak) / 2 / 0.9), 1e12))
+    found = plan_recipe(more.recipe, 2, gpu="toy", report=quiet)
+    assert not found.fits
+    (told, memory), *others = found.remedies
+    assert (told, others) == ("model.activation_checkpointing=1.0", [])
+    assert memory.peak == whole.memory.peak <= found.usable_bytes
+    assert "would fit: model.activation_checkpointing=1.0" in "\n".join(found.lines())
+    monkeypatch.setitem(GPUS, "toy", Gpu(1000, 1e12))
+    hopeless = plan_recipe(whole.recipe, 2, gpu="toy", report=quiet)
+    assert hopeless.remedies == () and "nothing tried makes it fit" in "\n".join(hopeless.lines())
+
+
+def test_what_cannot_be_planned_is_said(toy_folder):
+    with pytest.raises(PlanError, match=r"config\.json alone, no weights"):
+        plan_recipe(load_recipe(FIRST_MISTRAL), 8, report=quiet)
+    with pytest.raises(PlanError, match="gpu: found abacus, allowed are h100-80gb"):
+        plan_recipe(toy_recipe(toy_folder), 8, gpu="abacus", report=quiet)
+    with pytest.raises(PlanError, match="mfu: found 40"):
+        plan_recipe(toy_recipe(toy_folder), 8, mfu=40, report=quiet)
+    with pytest.raises(ValueError, match="does not divide over 7 ranks"):
+        plan_recipe(toy_recipe(toy_folder), 7, report=quiet)
+
+
+@pytest.mark.slow
+def test_first_mistral_on_eight_cards(tmp_path, capsys):
+    """The whole 7B model, 32 layers, by the command line."""
+    MistralConfig(**MISTRAL_7B).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(FIRST_MISTRAL), f"model.name_or_path={tmp_path}", "-n", "8", "--lists", "40000"])
+    out = capsys.readouterr().out
+    assert not stop.value.code
+    assert "7,248,023,552 weights" in out and "updates       939, 313 an epoch" in out
+    assert f"gradients {sum(shard_bytes(MISTRAL_7B, 8)) / 2**30:.2f} GiB" in out and "fits in 71.19 GiB" in out

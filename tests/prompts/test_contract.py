@@ -1,0 +1,152 @@
+"""The decoding contract: what it says of a tokenizer and an objective, and that it reads back or says why not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import warnings
+
+import pytest
+from support.contracts import new_contract
+from support.tiny_training import CHAT_TEMPLATE, new_tokenizer
+
+from rankllm_composer.prompts.contract import (
+    CONTRACT_FILE,
+    ContractError,
+    ServingNameWarning,
+    num_bos_tokens,
+    read_contract,
+    warn_of_serving_name,
+)
+
+
+@pytest.mark.parametrize(
+    ("objective", "append_bracket", "score_token_index"),
+    [("generation", False, 1), ("combined", False, 1), ("ranking", True, 0)],
+)
+def test_only_ranking_needs_the_bracket_appended(objective, append_bracket, score_token_index):
+    contract = new_contract(objective)
+    assert (contract.append_bracket, contract.score_token_index) == (append_bracket, score_token_index)
+
+
+@pytest.mark.parametrize(
+    ("style", "template"),
+    [("letters", "rank_zephyr_alpha_template.yaml"), ("numbers", "rank_zephyr_template.yaml")],
+)
+def test_prompt_template_is_the_clients_for_the_identifiers(style, template):
+    assert new_contract(identifier_style=style).prompt_template == template
+
+
+def test_what_it_says_of_the_tokenizer():
+    contract = new_contract()
+    assert contract.chat_template_sha256 == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+    assert contract.eos_token_ids == (2,)
+    assert contract.num_bos == 2  # one from the template, one from the tokenizer
+    assert new_contract(tokenizer=new_tokenizer(adds_bos=False)).num_bos == 1
+
+
+def test_real_tokenizers_begin_prompts_as_the_client_does(mistral_v3_tokenizer, zephyr_v1_tokenizer):
+    # Mistral's template writes <s> and its tokenizer adds one; Zephyr's template writes none.
+    assert num_bos_tokens(mistral_v3_tokenizer) == 2
+    assert num_bos_tokens(zephyr_v1_tokenizer) == 1
+
+
+def test_a_tokenizer_without_bos_begins_prompts_with_none():
+    tokenizer = new_tokenizer(adds_bos=False)
+    tokenizer.chat_template = CHAT_TEMPLATE.removeprefix("<s>")
+    assert num_bos_tokens(tokenizer) == 0
+
+
+@pytest.mark.parametrize("objective", ["generation", "ranking", "combined"])
+def test_it_reads_back(tmp_path, objective):
+    contract = new_contract(objective, window_size=8, stride=4, context_size_tokens=512, max_passage_words=50)
+    (tmp_path / CONTRACT_FILE).write_text(contract.to_json())
+    assert read_contract(tmp_path) == contract
+
+
+def test_numbers_of_several_tokens_are_for_generation_alone():
+    assert new_contract("generation", identifier_token_ids=None).identifier_token_ids is None
+    with pytest.raises(ContractError, match="identifier_token_ids: found none with the objective combined"):
+        new_contract("combined", identifier_token_ids=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "pairwise"}, "objective: found 'pairwise', allowed are generation, ranking, combined"),
+        ({"identifier_style": "roman"}, "identifier_style: found 'roman'"),
+        ({"stride": 0}, "stride: found 0 with a window of 20"),
+        ({"stride": 21}, "stride: found 21 with a window of 20"),
+        ({"window_size": 21}, "window_size: found 21 with 20 identifiers"),
+        ({"identifier_token_ids": (7,) * 20}, "found 1 different tokens for 20 identifiers"),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(ContractError, match=message):
+        dataclasses.replace(new_contract(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "found no JSON"),
+        ("[]", "found format 'list', allowed is 1"),
+        ('{"format": 2}', "found format 2, allowed is 1"),
+        ('{"format": 1}', "missing .*'stride'"),
+    ],
+)
+def test_files_that_do_not_read_are_named(tmp_path, text, message):
+    (tmp_path / CONTRACT_FILE).write_text(text)
+    with pytest.raises(ContractError, match=message) as failure:
+        read_contract(tmp_path)
+    assert str(tmp_path / CONTRACT_FILE) in str(failure.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("window_size", "20"), ("identifiers", 5), ("stride", None), ("extra", 1)])
+def test_values_of_another_type_are_refused(tmp_path, key, value):
+    (tmp_path / CONTRACT_FILE).write_text(json.dumps(json.loads(new_contract().to_json()) | {key: value}))
+    with pytest.raises(ContractError):
+        read_contract(tmp_path)
+
+
+def test_a_folder_without_contract_is_named(tmp_path):
+    with pytest.raises(ContractError, match="found no contract"):
+        read_contract(tmp_path)
+
+
+def test_tokenizers_that_cannot_serve_are_refused():
+    without_template = new_tokenizer()
+    without_template.chat_template = None
+    with pytest.raises(ContractError, match="found no chat template"):
+        new_contract(tokenizer=without_template)
+    without_end = copy.deepcopy(new_tokenizer())
+    without_end.eos_token = None
+    with pytest.raises(ContractError, match="no end-of-sequence token"):
+        new_contract(tokenizer=without_end)
+    assert new_contract("ranking", tokenizer=without_end).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runs/mygpt/epoch_2",
+        "gemini_student",
+        "x/monot5",
+        "x/duot5-3b",
+        "x/LiT5-Distill-base",
+        "x/lit5-score",
+        "rank_vicuna",
+    ],
+)
+def test_paths_the_client_takes_for_another_model_warn(path):
+    with pytest.warns(ServingNameWarning, match="rank_llm picks another reranker"):
+        warn_of_serving_name(path)
+
+
+@pytest.mark.parametrize("path", ["runs/first_mistral/hf/epoch_2", "GPT", "lit5"])
+def test_other_paths_do_not_warn(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_serving_name(path)

@@ -1,0 +1,683 @@
+"""The reranking job: sliding windows over many queries, resuming, inputs, the comparison with the first stage."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from support.tiny_rerankers import KnownReranker, new_contract, new_model, new_tokenizer
+
+from rankllm_composer.cli import main
+from rankllm_composer.export.model_card import CardFacts, published_figures, render_card
+from rankllm_composer.prompts.contract import ContractError, read_contract
+from rankllm_composer.prompts.windows import fit_window
+from rankllm_composer.ranking.comparison import (
+    ComparisonError,
+    MeasureComparison,
+    compare,
+    compare_runs,
+    comparison_table,
+    query_lines,
+    read_measured,
+)
+from rankllm_composer.ranking.decoding import generate_windows, score_windows_first_token
+from rankllm_composer.ranking.evaluation import ndcg
+from rankllm_composer.ranking.rerank import load_reranker, model_identity, rerank_files, rerank_run, write_run
+from rankllm_composer.ranking.sliding import RerankError, rerank_queries
+from rankllm_composer.sources.retrieval_files import (
+    RetrievalError,
+    load_documents,
+    load_judgments,
+    load_queries,
+    load_run,
+)
+
+DECODINGS = ("first_token", "generation")
+
+
+def collection(sizes: dict[str, int], seed: int = 0) -> tuple[dict, dict, dict, dict]:
+    """(queries, documents, run, value of each document): lists of these lengths; a document is worth its `w…`."""
+    generator = np.random.default_rng(seed)
+    queries, documents, run, values = {}, {}, {}, {}
+    for qid, size in sizes.items():
+        queries[qid] = "heat flow"
+        run[qid] = [f"{qid}-{i}" for i in range(size)]
+        for docid, value in zip(run[qid], generator.permutation(100)[:size].tolist()):
+            values[docid], documents[docid] = value, f"wing w{value}"
+    return queries, documents, run, values
+
+
+def slide(docids: list[str], rank, window: int, stride: int, passes: int = 1) -> list[str]:
+    """Slow: one query alone, a window at a time."""
+    docids = list(docids)
+    for _ in range(passes):
+        stop = len(docids)
+        while True:
+            start = max(0, stop - window)
+            docids[start:stop] = rank(docids[start:stop])
+            if start == 0:
+                break
+            stop -= stride
+    return docids
+
+
+def rerank(model, sizes, contract_options, seed=0, objective="combined", **options):
+    tokenizer = new_tokenizer()
+    contract = new_contract(tokenizer, objective, **contract_options)
+    queries, documents, run, values = collection(sizes, seed)
+    found = rerank_queries(model, tokenizer, queries, documents, run, contract, **options)
+    return {query.qid: query for query in found}, run, values
+
+
+SIZES = {"one": 1, "two": 2, "five": 5, "window": 6, "more": 7, "long": 17, "exact": 12}
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("window, stride, passes", [(6, 3, 1), (6, 3, 2), (6, 6, 1), (5, 2, 1), (20, 10, 1), (2, 1, 3)])
+def test_windows_of_a_model_that_knows_lift_the_best(decoding, window, stride, passes):
+    options = {"window_size": window, "stride": stride}
+    found, run, values = rerank(
+        KnownReranker(ending="]"), SIZES, options, decoding=decoding, passes=passes, queries_at_once=3
+    )
+    assert found.keys() == run.keys()
+    for qid, docids in run.items():
+
+        def by_value(part):
+            return sorted(part, key=values.__getitem__, reverse=True)
+
+        assert list(found[qid].docids) == slide(docids, by_value, window, stride, passes)
+        if stride < window or len(docids) <= window:
+            assert values[found[qid].docids[0]] == max(values[docid] for docid in docids)
+        assert found[qid].num_opened == (found[qid].num_windows if decoding == "first_token" else None)
+        assert found[qid].num_malformed == (0 if decoding == "generation" else None)
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_a_random_model_ranks_as_one_query_and_window_at_a_time(decoding):
+    """Packed with others, in any number of queries at once, a query ends as it does alone, unpacked."""
+    model, tokenizer = new_model(seed=6), new_tokenizer()
+    contract = new_contract(tokenizer, window_size=4, stride=2)
+    queries, documents, run, _ = collection({"a": 9, "b": 3, "c": 6})
+
+    def rank(part):
+        if len(part) < 2:
+            return part
+        window = fit_window("w", "heat flow", [documents[docid] for docid in part], tokenizer)
+        if decoding == "first_token":
+            (answer,) = score_windows_first_token(
+                model, tokenizer, [window], append_bracket=False, eos_token_ids=contract.eos_token_ids
+            )
+        else:
+            (answer,) = generate_windows(model, tokenizer, [window], eos_token_ids=contract.eos_token_ids)
+        return [part[i] for i in answer.permutation]
+
+    expected = {qid: tuple(slide(docids, rank, 4, 2)) for qid, docids in run.items()}
+    for queries_at_once, batch_tokens in ((1, 10), (2, 500), (32, 10_000)):
+        found = rerank_queries(
+            model,
+            tokenizer,
+            queries,
+            documents,
+            run,
+            contract,
+            decoding=decoding,
+            queries_at_once=queries_at_once,
+            batch_tokens=batch_tokens,
+        )
+        assert {query.qid: query.docids for query in found} == expected
+    assert expected != {qid: tuple(docids) for qid, docids in run.items()}
+
+
+def test_only_the_top_is_reranked():
+    found, run, values = rerank(KnownReranker(), {"a": 30}, {"window_size": 6, "stride": 3}, top_k=10)
+    assert found["a"].docids[10:] == tuple(run["a"][10:])
+    top = [values[docid] for docid in found["a"].docids[:10]]
+    assert top[0] == max(values[docid] for docid in run["a"][:10])
+    assert found["a"].num_windows == 3  # 4–10, 1–7, 0–4
+
+
+def test_windows_of_different_queries_share_a_forward():
+    sizes = {f"q{i}": 9 for i in range(10)}
+    model = KnownReranker()
+    rerank(model, sizes, {"window_size": 6, "stride": 3}, queries_at_once=10, batch_tokens=100_000)
+    assert model.num_forwards == 2  # two windows a query
+    model.num_forwards = 0
+    rerank(model, sizes, {"window_size": 6, "stride": 3}, queries_at_once=4, batch_tokens=100_000)
+    assert model.num_forwards == 2 * math.ceil(10 / 4)
+
+
+def test_ranking_objective_reads_behind_an_appended_bracket():
+    model = KnownReranker(opening=[">"])
+    found, run, values = rerank(model, {"a": 5}, {}, objective="ranking")
+    assert found["a"].docids == tuple(sorted(run["a"], key=values.__getitem__, reverse=True))
+    assert found["a"].num_opened == 0 and model.num_forwards == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"decoding": "beam"}, "decoding: found 'beam', allowed are first_token, generation"),
+        ({"passes": 0}, "passes: found 0, allowed is 1 or more"),
+        ({"top_k": 1}, "top_k: found 1, allowed is 2 or more"),
+        ({"queries_at_once": 0}, "queries_at_once: found 0"),
+        ({"constrained": True}, "constrained: has no effect on first_token"),
+        ({"decoding": "generation", "objective": "ranking"}, "generation for a model trained by ranking alone"),
+    ],
+)
+def test_settings_that_cannot_be(options, message):
+    with pytest.raises(RerankError, match=message):
+        rerank(KnownReranker(), {"a": 5}, {}, **options)
+
+
+# The job
+
+
+class Killed(Exception):
+    pass
+
+
+class MortalReranker(KnownReranker):
+    """Dies at its nth forward."""
+
+    def __init__(self, dies_at: int) -> None:
+        super().__init__()
+        self.dies_at = dies_at
+
+    def forward(self, *args, **kwargs):
+        if self.num_forwards + 1 == self.dies_at:
+            raise Killed
+        return super().forward(*args, **kwargs)
+
+
+def run_job(folder: Path, model, **options):
+    tokenizer = new_tokenizer()
+    queries, documents, run, values = collection(SIZES)
+    contract = new_contract(tokenizer, window_size=options.pop("window_size", 6), stride=3)
+    options = {"queries_at_once": 2, "batch_tokens": 10, "model_name": "known", "progress_bar": False, **options}
+    return rerank_run(model, tokenizer, queries, documents, run, contract, folder / "out.trec", **options), values
+
+
+def test_output_is_a_trec_run_in_the_order_of_the_queries(tmp_path):
+    ranked, _ = run_job(tmp_path, KnownReranker(), tag="mine")
+    lines = [line.split() for line in (tmp_path / "out.trec").read_text().splitlines()]
+    assert [line[0] for line in lines if line[3] == "1"] == list(SIZES)
+    assert len(lines) == sum(SIZES.values())
+    for query in ranked:
+        own = [line for line in lines if line[0] == query.qid]
+        assert [line[2] for line in own] == list(query.docids)
+        assert [int(line[3]) for line in own] == list(range(1, len(own) + 1))
+        assert [int(line[4]) for line in own] == list(range(len(own), 0, -1))
+        assert {line[1] for line in own} == {"Q0"} and {line[5] for line in own} == {"mine"}
+    assert load_run(tmp_path / "out.trec") == {query.qid: list(query.docids) for query in ranked}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.trec"]
+
+
+def test_a_job_stopped_anywhere_goes_on_where_it_was(tmp_path):
+    model = KnownReranker()
+    expected, _ = run_job(tmp_path, model)
+    whole = (tmp_path / "out.trec").read_bytes()
+    total, resumed = model.num_forwards, 0
+    assert total > 6
+    for dies_at in range(1, total + 1):
+        folder = tmp_path / str(dies_at)
+        folder.mkdir()
+        with pytest.raises(Killed):
+            run_job(folder, MortalReranker(dies_at))
+        assert not (folder / "out.trec").exists()
+        second = KnownReranker()
+        ranked, _ = run_job(folder, second)
+        assert ranked == expected and (folder / "out.trec").read_bytes() == whole
+        resumed += second.num_forwards < total
+    assert resumed > total / 2
+
+
+def test_the_progress_bar_counts_windows_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, *, total, initial, unit, disable):
+            self.total, self.initial, self.told = total, initial, 0
+            assert (unit, disable) == (" windows", None)  # None = on a terminal
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def update(self, num):
+            self.told += num
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    with pytest.raises(Killed):
+        run_job(tmp_path, MortalReranker(8), progress_bar=True)
+    ranked, _ = run_job(tmp_path, KnownReranker(), progress_bar=True)
+    stopped, resumed = bars
+    assert stopped.total == resumed.total == sum(query.num_windows for query in ranked)
+    assert stopped.initial == 0 < resumed.initial < resumed.total
+    assert resumed.initial + resumed.told == resumed.total
+
+
+def test_what_a_kill_tore_is_done_again(tmp_path):
+    kept = tmp_path / "out.trec.progress.jsonl"
+    expected, _ = run_job(tmp_path, KnownReranker())
+    with pytest.raises(Killed):
+        run_job(tmp_path, MortalReranker(8))
+    content = kept.read_bytes()
+    lines = content.splitlines(keepends=True)
+    assert len(lines) > 2
+    for torn in (content[:-1], content[:-20], lines[0] + lines[1][:5], lines[0][:7], b""):
+        kept.write_bytes(torn)
+        assert run_job(tmp_path, KnownReranker())[0] == expected
+        assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_name": "other"}, "model"),
+        ({"passes": 2}, "passes"),
+        ({"top_k": 9}, "top_k"),
+        ({"decoding": "generation"}, "decoding"),
+        ({"window_size": 5}, "contract"),
+    ],
+)
+def test_other_settings_do_not_go_on_with_a_stopped_job(tmp_path, change, named):
+    with pytest.raises(Killed):
+        run_job(tmp_path, MortalReranker(8))
+    with pytest.raises(RerankError, match=rf"progress\.jsonl: is of a stopped job with other settings \({named}\)"):
+        run_job(tmp_path, KnownReranker(), **change)
+    run_job(tmp_path, KnownReranker(), batch_tokens=9000, queries_at_once=7)  # these change nothing in the result
+
+
+def test_a_damaged_or_busy_progress_file_is_refused(tmp_path):
+    kept = tmp_path / "out.trec.progress.jsonl"
+    with pytest.raises(Killed):
+        run_job(tmp_path, MortalReranker(8))
+    lines = kept.read_bytes().splitlines(keepends=True)
+    for bad in (b"{\n", b"[]\n", b'{"qid": "one"}\n'):
+        kept.write_bytes(lines[0] + bad)
+        with pytest.raises(RerankError, match=r"is damaged .*; delete it to begin anew"):
+            run_job(tmp_path, KnownReranker())
+    kept.write_bytes(b"")
+    with kept.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RerankError, match="another process is writing this run"):
+            run_job(tmp_path, KnownReranker())
+
+
+def test_queries_that_do_not_match_the_run(tmp_path):
+    tokenizer = new_tokenizer()
+    with pytest.raises(RerankError, match="none of its 1 queries is among the 1 queries given"):
+        rerank_run(
+            KnownReranker(), tokenizer, {"a": "x"}, {}, {"b": ["d"]}, new_contract(tokenizer), tmp_path / "out.trec"
+        )
+
+
+# Inputs
+
+
+def write_json_lines(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_files(folder: Path, sizes=SIZES) -> dict[str, Path]:
+    """A collection as files; the judgments are the values."""
+    queries, documents, run, values = collection(sizes)
+    write_run(folder / "run.trec", run)
+    judgments = [f"{qid} 0 {docid} {values[docid]}\n" for qid, docids in run.items() for docid in docids]
+    (folder / "qrels.trec").write_text("".join(judgments))
+    return {
+        "queries": write_json_lines(folder / "q.jsonl", ({"qid": k, "text": v} for k, v in queries.items())),
+        "documents": write_json_lines(folder / "d.jsonl", ({"docid": k, "text": v} for k, v in documents.items())),
+        "run": folder / "run.trec",
+        "judgments": folder / "qrels.trec",
+    }
+
+
+def test_files_and_a_beir_folder_hold_the_same(tmp_path):
+    write_json_lines(tmp_path / "q.jsonl", [{"qid": "1", "text": " heat "}, {"qid": "2", "text": "flow"}])
+    rows = [{"docid": "a", "title": "T", "text": "one"}, {"docid": "b", "text": "two"}, {"docid": "c", "contents": "x"}]
+    write_json_lines(tmp_path / "d.jsonl", rows)
+    (tmp_path / "qrels.trec").write_text("1 0 a 2\n1 0 b 0\n")
+    beir = tmp_path / "beir"
+    write_json_lines(beir / "queries.jsonl", [{"_id": "1", "text": "heat"}, {"_id": "2", "text": "flow"}])
+    rows = [{"_id": "a", "title": "T", "text": "one"}, {"_id": "b", "title": "", "text": "two"}]
+    write_json_lines(beir / "corpus.jsonl", rows)
+    (beir / "qrels").mkdir()
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
+    assert load_queries(tmp_path / "q.jsonl") == load_queries(beir) == {"1": "heat", "2": "flow"}
+    expected = {"a": "Title: T Content: one", "b": "two"}
+    assert load_documents(tmp_path / "d.jsonl", ["a", "b"]) == load_documents(beir, ["a", "b"]) == expected
+    judgments = {"1": {"a": 2, "b": 0}}
+    assert load_judgments(tmp_path / "qrels.trec") == load_judgments(beir) == judgments
+    assert load_judgments(beir / "qrels" / "test.tsv") == judgments
+
+
+class LocalFile:
+    """A file that is here already, as ir_datasets takes what it would download."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def path(self, force: bool = True) -> str:
+        return str(self._path)
+
+    @contextmanager
+    def stream(self):
+        with self._path.open("rb") as file:
+            yield file
+
+
+class TopicQuery(NamedTuple):
+    query_id: str
+    title: str
+
+
+class PageDoc(NamedTuple):
+    doc_id: str
+    url: str
+    body: str
+
+    def default_text(self) -> str:
+        return f"{self.url} {self.body}"
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Two data sets registered with the real ir_datasets: one of all four parts, one of pages and topics alone."""
+    home = tmp_path_factory.mktemp("irds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IR_DATASETS_HOME", str(home))
+        import ir_datasets
+        from ir_datasets.datasets.base import Dataset
+        from ir_datasets.formats import TrecQrels, TrecScoredDocs, TsvDocs, TsvQueries
+
+        parts = {
+            "docs": "a\tone\nb\ttwo [12]\nc\tthree\n",
+            "queries": "1\theat\n2\tflow\n",
+            "qrels": "1 0 a 2\n1 0 b 0\n",
+            "scoreddocs": "1 Q0 b 1 1.5 x\n1 Q0 a 2 2.5 x\n2 Q0 c 1 0.1 x\n",
+        }
+        for name, text in parts.items():
+            (home / name).write_text(text)
+        files = {name: LocalFile(home / name) for name in parts}
+        whole = Dataset(
+            TsvDocs(files["docs"], namespace="local", lang="en"),
+            TsvQueries(files["queries"], lang="en"),
+            TrecQrels(files["qrels"], {0: "no", 2: "yes"}),
+            TrecScoredDocs(files["scoreddocs"]),
+        )
+        (home / "pages").write_text("p\thttp://x\tbody\n")
+        (home / "topics").write_text("t\ta title\n")
+        pages = Dataset(
+            TsvDocs(LocalFile(home / "pages"), doc_cls=PageDoc, namespace="pages", lang="en"),
+            TsvQueries(LocalFile(home / "topics"), query_cls=TopicQuery, lang="en"),
+        )
+        for name, dataset in (("rankllm-local", whole), ("rankllm-pages", pages)):
+            if name not in ir_datasets.registry:
+                ir_datasets.registry.register(name, dataset)
+        yield
+
+
+def test_ir_datasets_ids(stored):
+    """Through the real package: every part, the collection's own text fields, and what a data set lacks."""
+    source = "irds:rankllm-local"
+    assert load_queries(source) == {"1": "heat", "2": "flow"}
+    assert load_documents(source, ["a", "b"]) == {"a": "one", "b": "two [12]"}
+    assert load_judgments(source) == {"1": {"a": 2, "b": 0}}
+    assert load_run(source) == {"1": ["a", "b"], "2": ["c"]}  # by score, not as the lines stand
+    assert load_queries("irds:rankllm-pages") == {"t": "a title"}
+    assert load_documents("irds:rankllm-pages", ["p"]) == {"p": "http://x body"}
+    with pytest.raises(RetrievalError, match="irds:rankllm-local: 1 documents of the run are not in it, such as z"):
+        load_documents(source, ["a", "z"])
+    with pytest.raises(RetrievalError, match="irds:nowhere: ir_datasets knows no 'nowhere'"):
+        load_queries("irds:nowhere")
+    for load, part in ((load_judgments, "qrels"), (load_run, "scoreddocs")):
+        with pytest.raises(RetrievalError, match=f"irds:rankllm-pages: found no {part} in this dataset"):
+            load("irds:rankllm-pages")
+
+
+def test_ir_datasets_where_the_package_is_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ir_datasets", None)
+    with pytest.raises(RetrievalError, match="irds:vaswani: needs the package ir_datasets"):
+        load_queries("irds:vaswani")
+
+
+def test_the_command_takes_ids_and_folders(exported, stored, tmp_path, capsys):
+    """All four inputs as one ir_datasets id, and as a BEIR folder beside a TREC run: the same reranked run."""
+    beir = tmp_path / "beir"
+    rows = [{"_id": docid, "text": text} for docid, text in (("a", "one"), ("b", "two [12]"), ("c", "three"))]
+    write_json_lines(beir / "corpus.jsonl", rows)
+    write_json_lines(beir / "queries.jsonl", [{"_id": "1", "text": "heat"}, {"_id": "2", "text": "flow"}])
+    (beir / "qrels").mkdir()
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
+    write_run(tmp_path / "run.trec", {"1": ["a", "b"], "2": ["c"]})
+    for name, source, run in (("ids", "irds:rankllm-local", "irds:rankllm-local"), ("beir", beir, "run.trec")):
+        inputs = {"queries": source, "docs": source, "qrels": source, "run": tmp_path / run if name == "beir" else run}
+        arguments = [text for key, value in inputs.items() for text in (f"--{key}", str(value))]
+        with pytest.raises(SystemExit) as ended:
+            main(["rerank", "--model", str(exported), *arguments, "--output", str(tmp_path / f"{name}.trec")])
+        assert not ended.value.code, capsys.readouterr().err
+    assert (tmp_path / "ids.trec").read_text() == (tmp_path / "beir.trec").read_text()
+    assert "nDCG@10" in capsys.readouterr().out
+
+
+BAD_FILES = {
+    "query twice": (load_queries, '{"qid": "1", "text": "x"}\n' * 2, r"f:line 2: query '1' comes twice"),
+    "query without text": (load_queries, '{"qid": "1"}\n', r"f:line 1: query '1' has no text"),
+    "document twice": (
+        lambda path: load_documents(path, ["1"]),
+        '{"docid": "1", "text": "x"}\n' * 2,
+        r"f:line 2: document '1' comes twice",
+    ),
+    "document without text": (
+        lambda path: load_documents(path, ["1"]),
+        '{"docid": "1", "x": 1}\n',
+        r"f:line 1: document '1': .*allowed is a text",
+    ),
+    "document missing": (
+        lambda path: load_documents(path, ["1", "2"]),
+        '{"docid": "1", "text": "x"}\n',
+        r"1 documents of the run are not in it, such as 2",
+    ),
+    "run with a document twice": (load_run, "1 Q0 a 1 2 t\n1 Q0 a 2 1 t\n", r"f:line 2: document 'a' comes twice"),
+    "empty run": (load_run, "", "holds no candidates"),
+    "run with a bad line": (load_run, "1 Q0 a 1\n", r"f:line 1: found 4 fields"),
+    "contradiction": (load_judgments, "1 0 a 1\n1 0 a 2\n", r"f:line 2: document 'a' has grade 2 here and 1 before"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_named_with_their_line(case, tmp_path):
+    read, content, message = BAD_FILES[case]
+    (tmp_path / "f").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "f")
+
+
+def test_a_bad_beir_line(tmp_path):
+    (tmp_path / "f.tsv").write_text("query-id\tcorpus-id\tscore\n1 a 2\n")
+    with pytest.raises(RetrievalError, match=r"f\.tsv:line 2: found '1 a 2', allowed is query-id, corpus-id, score"):
+        load_judgments(tmp_path / "f.tsv")
+
+
+def test_run_order_is_the_rank_column(tmp_path):
+    (tmp_path / "f").write_text("1 Q0 a 3 9 t\n1 Q0 b 1 1 t\n2 Q0 a 1 1 t\n1 Q0 c 2 5 t\n")
+    assert load_run(tmp_path / "f") == {"1": ["b", "c", "a"], "2": ["a"]}
+
+
+# Comparison
+
+
+def test_comparison_equals_our_own_measures():
+    first = {"a": ["1", "2", "3"], "b": ["1", "2"], "c": ["9"], "unjudged": ["1"]}
+    second = {"a": ["3", "1", "2"], "b": ["1", "2"], "c": ["9"], "unjudged": ["1"]}
+    judgments = {"a": {"3": 2, "2": 1, "7": 1}, "b": {"2": 1}, "c": {"8": 1}, "not in the run": {"1": 1}}
+    rows = {row.measure: row for row in compare_runs(first, second, judgments, ["nDCG@10", "RR@10", "P@1"])}
+    for name, run in (("first_stage", first), ("reranked", second)):
+        for qid in "abc":
+            grades = [judgments[qid].get(docid, 0) for docid in run[qid]]
+            assert getattr(rows["nDCG@10"], name)[qid] == pytest.approx(ndcg(grades, list(judgments[qid].values())))
+    row = rows["RR@10"].comparison
+    assert (row.first_mean, row.second_mean) == pytest.approx(((1 / 2 + 1 / 2 + 0) / 3, (1 + 1 / 2 + 0) / 3))
+    assert (row.wins, row.ties, row.losses) == (1, 2, 0)
+    assert row.p_value == 1.0  # one query that differs has either sign half of the time
+    table = comparison_table(list(rows.values()))
+    assert "RR@10" in table and "0.3333 → 0.5000" in table and "+0.1667" in table and "1/2/0" in table
+
+
+def test_ties_of_the_run_are_not_ordered_anew():
+    """Scores are made from places, so that trec_eval's order of equal scores, by id, changes nothing."""
+    rows = compare_runs({"a": ["x", "y"]}, {"a": ["y", "x"]}, {"a": {"y": 1}}, ["RR@10"])
+    assert (rows[0].first_stage["a"], rows[0].reranked["a"]) == (0.5, 1.0)
+
+
+def test_the_queries_that_changed_most_are_told():
+    first = {f"q{i}": 0.5 for i in range(9)}
+    second = first | {"q1": 0.75, "q3": 1.0, "q2": 0.75, "q7": 0.0, "q8": 0.5 - 1e-9}
+    row = MeasureComparison("RR@10", compare(first, second), first, second)
+    assert list(query_lines(row, 2)) == [
+        "RR@10  gained  0.5000 → 1.0000  +0.5000  query q3",
+        "RR@10  gained  0.5000 → 0.7500  +0.2500  query q1",
+        "RR@10  lost    0.5000 → 0.0000  -0.5000  query q7",
+        "RR@10  lost    0.5000 → 0.5000  -0.0000  query q8",
+    ]
+    assert list(query_lines(MeasureComparison("RR@10", compare(first, first), first, first))) == []
+
+
+def test_what_cannot_be_compared():
+    with pytest.raises(ComparisonError, match=r"measure: found 'nGCG@10', allowed are names of ir-measures"):
+        compare_runs({"a": ["1"]}, {"a": ["1"]}, {"a": {"1": 1}}, ["nGCG@10"])
+    with pytest.raises(ComparisonError, match="none of them among the 1 reranked"):
+        compare_runs({"a": ["1"]}, {"a": ["1"]}, {"b": {"1": 1}})
+
+
+# From an exported folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A folder as it is exported: a random model, its tokenizer and its decoding contract."""
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer = new_tokenizer()
+    new_model(seed=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "reranker.json").write_text(new_contract(tokenizer, window_size=6, stride=3).to_json())
+    return folder
+
+
+def test_files_in_report_out(exported, tmp_path):
+    files = write_files(tmp_path)
+    with files["queries"].open("a") as file:
+        file.write('{"qid": "extra", "text": "no candidates"}\n')
+    with files["run"].open("a") as file:
+        file.write("nobody Q0 one-0 1 1 t\n")
+    with files["judgments"].open("a") as file:
+        file.write("absent 0 x 1\n")
+    report = rerank_files(
+        exported, **files, output=tmp_path / "out.trec", measures=("nDCG@10", "AP"), progress_bar=False
+    )
+    assert load_run(tmp_path / "out.trec") == {query.qid: list(query.docids) for query in report.queries}
+    assert "7 queries reranked by first_token" in report.text
+    assert "windows in which the model's own first token is '['" in report.text
+    assert "1 queries given that have no candidates in the run, such as extra" in report.text
+    assert "1 queries of the run that have no text, such as nobody" in report.text
+    assert "1 queries judged that were not reranked, such as absent" in report.text
+    assert [row.measure for row in report.comparisons] == ["nDCG@10", "AP"]
+    assert comparison_table(report.comparisons) in report.text
+    assert "run: 7 queries" in report.text  # the set has the run's name
+    kept = read_measured(tmp_path / "out.trec.figures.json")
+    assert kept == report.measured and (kept.name, kept.model) == ("run", str(exported))
+    told = [line for line in report.text.splitlines() if "  query " in line]
+    assert told == list(query_lines(report.comparisons[0])) and len(told) > 2
+    again = rerank_files(exported, **files, output=tmp_path / "again.trec", progress_bar=False, batch_tokens=300)
+    assert again.queries == report.queries
+
+    written = rerank_files(
+        exported,
+        **{**files, "judgments": None},
+        output=tmp_path / "written.trec",
+        decoding="generation",
+        window_size=4,
+        stride=2,
+        progress_bar=False,
+    )
+    assert "answers not exactly as asked" in written.text and written.comparisons == ()
+    assert not (tmp_path / "written.trec.figures.json").exists()  # nothing was measured
+
+
+def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    facts = CardFacts("first_mistral", None, read_contract(folder), published=published_figures("first_mistral"))
+    (folder / "README.md").write_text(render_card(facts))
+    files = write_files(tmp_path, {"a": 9, "b": 5})
+    arguments = ["rerank", "--model", str(folder), "--output", str(tmp_path / "out.trec")]
+    for name, key in (("queries", "queries"), ("docs", "documents"), ("run", "run")):
+        arguments += [f"--{name}", str(files[key])]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--card"])
+    assert ended.value.code == 2 and "found --card or --name without --qrels" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--qrels", str(files["judgments"]), "--name", "dl20-bm25", "--card"])
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    value = read_measured(tmp_path / "out.trec.figures.json").figures()["dl20-bm25/nDCG@10"]
+    assert "dl20-bm25: 2 queries" in told and f"→ {value:.4f}" in told
+    side = "above" if value > 0.7043 * 1.025 else "below" if value < 0.7043 * 0.975 else "within tolerance"
+    card = (folder / "README.md").read_text()
+    assert f"| dl20-bm25/nDCG@10 | {value:.4f} | 0.7043 | {side} |" in card
+    assert "| dl19-bm25/nDCG@10 | not measured |" in card
+
+
+def test_what_cannot_be_measured_stops_before_the_work(exported, tmp_path):
+    files = write_files(tmp_path)
+    with pytest.raises(ComparisonError, match="nGCG"):
+        rerank_files(exported, **files, output=tmp_path / "out.trec", measures=("nGCG@10",))
+    with pytest.raises(ContractError, match="window_size: found 27"):
+        rerank_files(exported, **files, output=tmp_path / "out.trec", window_size=27)
+    assert not (tmp_path / "out.trec.progress.jsonl").exists()
+
+
+def test_loading_a_reranker(exported, tmp_path):
+    model, tokenizer, contract = load_reranker(exported)
+    assert not model.training and contract.window_size == 6
+    with pytest.raises(RerankError, match="dtype: found 'float8'"):
+        load_reranker(exported, dtype="float8")
+    with pytest.raises(ContractError, match="found no contract"):
+        load_reranker(tmp_path)
+    (tmp_path / "reranker.json").write_text(contract.to_json())
+    with pytest.raises(RerankError, match="holds no model that loads"):
+        load_reranker(tmp_path)
+    model.save_pretrained(tmp_path)
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ContractError, match="chat template is not the one the model was trained with"):
+        load_reranker(tmp_path)
+    before = model_identity(tmp_path)
+    assert before != model_identity(exported)
+    (tmp_path / "config.json").write_text("{}")
+    assert model_identity(tmp_path) != before
+
+
+def test_cranfield_first_stage_is_measured_as_published(shared):
+    """The BM25 run of Cranfield has nDCG@10 0.358 (known independently)."""
+    folder = shared / "data" / "cranfield"
+    queries, run = load_queries(folder / "queries.jsonl"), load_run(folder / "bm25_top100.trec")
+    judgments = load_judgments(folder / "qrels.trec")
+    (row,) = compare_runs(run, run, judgments, ["nDCG@10"])
+    assert row.comparison.first_mean == pytest.approx(0.3576, abs=5e-5)
+    assert len(load_documents(folder / "docs.jsonl", {docid for docids in run.values() for docid in docids})) <= 1400
+    assert queries.keys() == run.keys()

@@ -1,0 +1,503 @@
+"""Every row of the table of faults: the fault is made, and what follows is what the row says."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+from composer.core import Callback
+from support import child_process, exporting, guarded_updates, resumable_runs
+from support import streaming_loader as streaming_tests
+from support.killing import Run, kill
+from support.list_shards import damage, write_shards
+from support.s3_server import s3_server
+from support.small_run import RECIPE, small_run
+from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
+
+from rankllm_composer.checkpoints.folder import remove, whole_checkpoints
+from rankllm_composer.data.shared_memory import clear_dead_claims
+from rankllm_composer.data.streams import Stream, check_stream
+from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.prompts.chat import check_tokenizer
+from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
+from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+from rankllm_composer.training.guards import LossGuard
+from rankllm_composer.training.progress import MetricsFile, read_metrics
+from rankllm_composer.training.run import claim_run_folder
+
+TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
+ROW = re.compile(
+    r"^\| (?P<key>[a-z-]+) \| [^|]+ \| (?P<code>[012]) \| (`(?P<message>[^`]+)`)? ?\| [^|]+ \|$", re.MULTILINE
+)
+ROWS = {row["key"]: row for row in ROW.finditer(TABLE.read_text())}
+ALL_LISTS = sorted(streaming_tests.ids(*range(10)))
+
+
+class Ended(NamedTuple):
+    """Exit code of a run and what it said."""
+
+    code: int
+    said: str
+
+
+WENT_ON = Ended(0, "")
+DRIVERS: dict[str, Callable[..., Ended]] = {}
+SIGNALS = {
+    "rank-stalls": signal.SIGSTOP,
+    "rank-dies": signal.SIGKILL,
+    "launcher-dies": signal.SIGKILL,
+    "launcher-asked-to-stop": signal.SIGTERM,
+    "interrupted": signal.SIGINT,
+    "asked-to-stop": signal.SIGTERM,
+}
+
+
+SLOW = {*SIGNALS, "asked-to-stop-early"}
+
+
+def makes(*keys: str) -> Callable[[Callable[..., Ended]], Callable[..., Ended]]:
+    """The function makes these faults; it is told the key and the test's tools."""
+
+    def enter(driver: Callable[..., Ended]) -> Callable[..., Ended]:
+        DRIVERS.update(dict.fromkeys(keys, driver))
+        return driver
+
+    return enter
+
+
+class Tools:
+    """What the drivers share.
+
+    Attributes:
+        folder: of this fault alone.
+        patch: pytest's monkeypatch.
+        request: pytest's, for the fixtures that few drivers need.
+    """
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+        self.folder, self.patch, self.request = folder, patch, request
+
+    def shards(self, num_lists: int = 10, name: str = "set") -> Path:
+        return write_shards(self.folder / name, range(num_lists))
+
+    def cached(self) -> Stream:
+        """A stream of 10 lists in 3 shards through a cache that is still empty."""
+        return Stream(local=str(self.folder / "cache"), remote=str(self.shards()))
+
+    def fixture(self, name: str):
+        return self.request.getfixturevalue(name)
+
+
+def read(stream: Stream, **options) -> list[str]:
+    """Ids of one epoch, as training reads it."""
+    return sorted(
+        filter(None, streaming_tests.flat(streaming_tests.read(streaming_tests.new_loader(stream, **options))[0]))
+    )
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory, mistral_v3_folder) -> list[str]:
+    """A run of seconds."""
+    return small_run(tmp_path_factory.mktemp("small"), mistral_v3_folder)
+
+
+def test_every_row_is_made_and_everything_made_has_a_row():
+    num_rows = sum(line.startswith("| ") for line in TABLE.read_text().splitlines()) - 1
+    assert set(ROWS) == set(DRIVERS) and len(ROWS) == num_rows > 25
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow if key in SLOW else ()) for key in ROWS])
+def test_what_happens_is_what_the_table_says(key, tmp_path, monkeypatch, request):
+    try:
+        ended = DRIVERS[key](key, Tools(tmp_path, monkeypatch, request))
+    except ValueError as error:  # what train.py tells in one line, with exit code 2
+        ended = Ended(2, str(error))
+    assert ended.code == int(ROWS[key]["code"]), ended.said
+    message = ROWS[key]["message"] or ""
+    pattern = ".*".join(re.escape(part) for part in message.split("…"))
+    assert re.search(pattern, ended.said, re.DOTALL), f"the table says\n  {message}\nthe run said\n  {ended.said}"
+
+
+# --- the object store -------------------------------------------------------------------------------------------------
+
+
+@makes("store-fails-a-while", "store-slow-a-while", "store-fails-for-good", "store-times-out", "wrong-credentials")
+def object_store(key: str, tools: Tools) -> Ended:
+    folder = tools.shards()
+    with s3_server() as server:
+        client = server.client()
+        client.create_bucket(Bucket="lists")
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".zstd")):
+            client.upload_file(str(path), "lists", path.relative_to(folder).as_posix())
+        stream = Stream(local=str(tools.folder / "cache"), remote="s3://lists")
+        refusals = iter([500, 503, 503, 500])
+        answers = {
+            "store-fails-a-while": lambda: next(refusals, None),
+            "store-fails-for-good": lambda: 503,
+            "store-times-out": lambda: time.sleep(4),
+        }
+        try:
+            if key == "wrong-credentials":
+                server.on_get = lambda name: 403
+                check_stream(stream, download_retry=0)
+            if key == "store-slow-a-while":
+                naps = iter([4, 4])
+                loader = streaming_tests.new_loader(stream, download_retry=2, download_timeout_seconds=1)
+                server.on_get = lambda name: time.sleep(next(naps, 0)) if name.startswith("02/") else None
+                assert sorted(streaming_tests.flat(streaming_tests.read(loader)[0])) == ALL_LISTS
+                assert next(naps, None) is None
+                return WENT_ON
+            if key == "store-fails-a-while":  # when the set is looked at, too
+                server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
+                assert read(stream, download_retry=2) == ALL_LISTS and next(refusals, None) is None
+                return WENT_ON
+            loader = streaming_tests.new_loader(stream, download_timeout_seconds=1)
+            server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
+            streaming_tests.read(loader)
+            return WENT_ON
+        finally:
+            server.on_get = lambda name: None
+            clear_store(client, "lists")
+
+
+def clear_store(client, bucket: str) -> None:
+    """Servers of one process share what they hold."""
+    for entry in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
+        client.delete_object(Bucket=bucket, Key=entry["Key"])
+    client.delete_bucket(Bucket=bucket)
+
+
+@makes(
+    "checkpoint-store-refuses",
+    "checkpoint-store-missing",
+    "checkpoint-store-empty",
+    "checkpoint-copy-short",
+    "store-of-another-recipe",
+)
+def checkpoint_store(key: str, tools: Tools) -> Ended:
+    here, there = tools.folder / "run", tools.folder / "another machine"
+    url = f"s3://faults/{key}"
+    with s3_server() as server:
+        if key != "checkpoint-store-missing":
+            server.client().create_bucket(Bucket="faults")
+        try:
+            if key == "checkpoint-store-refuses":
+                server.on_put = lambda name: 403 if "/ep0" in name else None
+            elif key == "checkpoint-copy-short":
+                resumable_runs.train(here, "2ba", url=url)
+                server.client().delete_object(Bucket="faults", Key=f"{key}/ep0-ba2/rank0.pt")
+            elif key == "store-of-another-recipe":
+                resumable_runs.train(here, "2ba", url=url, recipe_yaml=recipe_to_yaml(load_recipe(RECIPE)))
+            other = recipe_to_yaml(load_recipe(RECIPE, ["optimizer.lr=1e-4"]))
+            _, _, checkpoints = resumable_runs.train(there, "1ep", url=url, recipe_yaml=other)
+        finally:
+            if key != "checkpoint-store-missing":
+                clear_store(server.client(), "faults")
+    before = {"checkpoint-copy-short": there / "ep0-ba1", "checkpoint-store-empty": None}
+    assert checkpoints.resumed_from == before[key]
+    return WENT_ON
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@makes("shard-missing", "shard-truncated", "index-damaged", "path-outside")
+def damaged_set(key: str, tools: Tools) -> Ended:
+    folder = tools.shards()
+    index = folder / "index.json"
+    if key == "shard-missing":
+        (folder / "01" / "shard.00000.mds.zstd").unlink()
+    elif key == "shard-truncated":
+        (folder / "02" / "shard.00000.mds.zstd").write_bytes(b"abc")
+    elif key == "index-damaged":
+        index.write_text(index.read_text()[:40])
+    else:
+        index.write_text(index.read_text().replace("02/shard", "../shard"))
+    check_stream(Stream(local=str(tools.folder / "cache"), remote=str(folder)), download_retry=0)
+    return WENT_ON
+
+
+@makes("shard-corrupted")
+def corrupted_shard(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+    damage(Path(str(stream.remote)) / "01" / "shard.00000.mds.zstd")
+    try:
+        read(stream)
+    finally:
+        assert not list(Path(str(stream.local), "01").glob("shard*"))
+    return WENT_ON
+
+
+@makes("shard-vanishes")
+def vanishing_shard(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+    loader = streaming_tests.new_loader(stream)  # by then it was there
+    Path(str(stream.remote), "02", "shard.00000.mds.zstd").unlink()
+    streaming_tests.read(loader)
+    return WENT_ON
+
+
+@makes("cached-shard-corrupted", "cached-index-damaged")
+def corrupted_cache(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+    read(stream)
+    damaged = "index.json" if key == "cached-index-damaged" else "01/shard.00000.mds"
+    damage(Path(str(stream.local), damaged))
+    assert read(stream) == ALL_LISTS
+    return WENT_ON
+
+
+@makes("two-runs-one-cache")
+def shared_cache(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+    read(stream)
+    before = {path: path.read_bytes() for path in Path(str(stream.local)).rglob("*") if path.is_file()}
+    try:
+        check_stream(Stream(local=stream.local, remote=str(tools.shards(5, "other"))))
+    finally:
+        assert {path: path.read_bytes() for path in before} == before
+    return WENT_ON
+
+
+@makes("fewer-lists-than-a-batch")
+def small_set(key: str, tools: Tools) -> Ended:
+    from rankllm_composer.data.dataset import ListDataset, build_train_data_spec
+
+    dataset = ListDataset(
+        [Stream(local=str(tools.shards(3)))],
+        tokenizer=tools.fixture("mistral_v3_tokenizer"),
+        objective="combined",
+        batch_size=4,
+        max_length_tokens=4096,
+    )
+    build_train_data_spec(dataset, microbatch_tokens=4096, num_workers=0)
+    return WENT_ON
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+def no_space(*arguments, **options):
+    raise OSError(28, os.strerror(28))
+
+
+@makes("disk-full-cache")
+def full_cache_disk(key: str, tools: Tools) -> Ended:
+    stream = tools.cached()
+
+    def copy(source, target):
+        Path(target).write_bytes(b"part")
+        no_space()
+
+    loader = streaming_tests.new_loader(stream)  # the index is cached
+    with tools.patch.context() as patch:
+        patch.setattr("streaming.base.storage.download.shutil.copy", copy)
+        with pytest.raises(ValueError, match="No space") as raised:
+            streaming_tests.read(loader)
+    assert read(stream) == ALL_LISTS  # the same command, once there is space
+    return Ended(2, str(raised.value))
+
+
+def no_right(*arguments, **options):
+    raise PermissionError(13, os.strerror(13))
+
+
+@makes("disk-full-checkpoint", "checkpoint-folder-read-only", "checkpoint-of-another-model", "checkpoint-damaged")
+def checkpoint(key: str, tools: Tools) -> Ended:
+    resumable_runs.train(tools.folder, "2ba", keep=1)
+    ((path, _),) = whole_checkpoints(tools.folder)
+    if key == "checkpoint-damaged":
+        damaged = path / "rank0.pt"
+        damaged.write_bytes(bytes(damaged.stat().st_size))
+    if key == "disk-full-checkpoint":
+        tools.patch.setattr("rankllm_composer.training.checkpoint_callback.save_checkpoint", no_space)
+    if key == "checkpoint-folder-read-only":
+        tools.patch.setattr("rankllm_composer.training.checkpoint_callback.clear_stage", no_right)
+    family = "qwen2" if key == "checkpoint-of-another-model" else "mistral"
+    try:
+        resumable_runs.train(tools.folder, "1ep", family=family)
+    finally:
+        assert resumable_runs.names(tools.folder) == ["ep0-ba2"]
+    return WENT_ON
+
+
+@makes("checkpoint-half-written")
+def half_checkpoint(key: str, tools: Tools) -> Ended:
+    resumable_runs.train(tools.folder, "2ba")
+    torn = tools.folder / "ep0-ba2" / "rank0.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    _, _, checkpoints = resumable_runs.train(tools.folder, "1ep")
+    assert checkpoints.resumed_from == tools.folder / "ep0-ba1"
+    return WENT_ON
+
+
+@makes("checkpoint-no-data")
+def pickle_in_a_checkpoint(key: str, tools: Tools) -> Ended:
+    trap = tools.folder / "was run"
+    resumable_runs.train(tools.folder, "2ba", keep=1)
+    payload = {"x": resumable_runs.Payload(trap)}
+    resumable_runs.poison(tools.folder / "ep0-ba2", lambda state: state.update(callbacks=payload))
+    try:
+        resumable_runs.train(tools.folder, "1ep")
+    finally:
+        assert not trap.exists()
+    return WENT_ON
+
+
+@makes("disk-full-metrics", "metrics-torn")
+def metrics_file(key: str, tools: Tools) -> Ended:
+    path, checkpoints = tools.folder / "metrics.jsonl", tools.folder / "checkpoints"
+
+    def train(duration: str, disk: Callback | None = None) -> None:
+        callbacks = [*filter(None, [disk]), CheckpointFolder(checkpoints, interval="1ba")]
+        trainer = new_trainer(new_hf_model(), duration, callbacks=callbacks, loggers=[MetricsFile(path)])
+        trainer.fit()
+        trainer.close()
+
+    try:
+        if key == "disk-full-metrics":
+            train("1ep", FullDisk(tools.patch))
+        train("2ba")
+        path.write_bytes(path.read_bytes()[:-20])
+        remove(checkpoints / "ep0-ba2")  # a batch has its line before it has its checkpoint
+    finally:
+        tools.patch.undo()
+        assert resumable_runs.names(checkpoints) == ["ep0-ba1"]
+        train("1ep")
+        assert [line["batch"] for line in read_metrics(path)] == [1, 2, 3, 4]
+    return WENT_ON
+
+
+class FullDisk(Callback):
+    """From the second batch on no line fits."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+
+    def batch_start(self, state, logger):
+        if state.timestamp.batch.value == 1:
+            self.patch.setattr("rankllm_composer.training.progress.os", SimpleNamespace(write=no_space, close=os.close))
+
+
+@makes("disk-full-export")
+def full_export_disk(key: str, tools: Tools) -> Ended:
+    folder, report = tools.folder / "runs" / "model", tools.folder / "report"
+    assert exporting.run_in_a_child(exporting.write_on_a_full_disk, folder, report) == 0
+    assert not list(folder.parent.iterdir())
+    return Ended(2, report.read_text())
+
+
+# --- other runs -------------------------------------------------------------------------------------------------------
+
+
+@makes("stale-shared-memory")
+def stale_shared_memory(key: str, tools: Tools) -> Ended:
+    tools.patch.setattr(tempfile, "tempdir", str(tools.folder))
+    number = int(child_process.in_a_child(child_process.names_of_a_dataset, then_die=True))
+    assert child_process.exists(f"{number:06}_locals")
+    assert read(tools.cached()) == ALL_LISTS
+    clear_dead_claims()
+    assert not child_process.exists(f"{number:06}_locals")
+    return WENT_ON
+
+
+@makes("two-runs-one-folder", "folder-of-another-recipe", "run-folder-read-only")
+def run_folder(key: str, tools: Tools) -> Ended:
+    first = recipe_to_yaml(load_recipe(RECIPE))
+    second = recipe_to_yaml(load_recipe(RECIPE, ["optimizer.lr=1e-4"]))
+    folder = tools.folder / "run"
+    if key == "run-folder-read-only":
+        folder.parent.joinpath("file").touch()
+        with claim_run_folder(folder.parent / "file" / "run", first):
+            return WENT_ON
+    if key == "two-runs-one-folder":
+        with claim_run_folder(folder, first), claim_run_folder(folder, first):
+            return WENT_ON
+    with claim_run_folder(folder, first):
+        pass
+    try:
+        with claim_run_folder(folder, second):
+            return WENT_ON
+    finally:
+        assert (folder / "recipe.yaml").read_text() == first
+
+
+# --- numbers and ranks ------------------------------------------------------------------------------------------------
+
+
+@makes("loss-not-finite", "loss-not-finite-skipped")
+def bad_loss(key: str, tools: Tools) -> Ended:
+    guard = LossGuard(max_skipped_updates=int(key.endswith("skipped")))
+    weights = guarded_updates.run([0.5, 0.5, 0.25, guarded_updates.NAN, 0.25, 0.25], guard)
+    assert weights == [0.5, 0.5, 0.25] and guard.num_skipped == 1
+    return WENT_ON
+
+
+@makes("asked-to-stop-early")
+def stopped_at_the_start(key: str, tools: Tools) -> Ended:
+    run = Run(RECIPE, tools.fixture("overlay"), tools.folder)
+    run.wait_until(lambda: (tools.folder / "run" / "recipe.yaml").exists())  # seconds before the first batch
+    kill(run.ranks(), signal.SIGTERM)
+    code = run.finish()
+    assert "Traceback" not in run.output() and not run.locks()
+    return Ended(code, run.output())
+
+
+@makes(*SIGNALS)
+def signalled(key: str, tools: Tools) -> Ended:
+    patience = ["parallelism.dist_timeout_seconds=30"] if key == "rank-stalls" else []
+    ours = key in ("interrupted", "launcher-asked-to-stop")
+    run = Run(RECIPE, [*tools.fixture("overlay"), *patience], tools.folder, is_patient=ours)
+    run.wait_until(lambda: run.batches() >= 3)
+    segments = run.shared_memory()
+    assert segments and run.locks()
+    if key == "interrupted":  # a terminal tells it to every process
+        os.killpg(run.process.pid, SIGNALS[key])
+    elif key.startswith("launcher"):
+        run.process.send_signal(SIGNALS[key])
+    else:
+        kill(run.ranks() if key == "asked-to-stop" else run.ranks()[1:], SIGNALS[key])
+    code = run.finish()
+    folder = tools.folder / "run"
+    assert whole_checkpoints(folder / "checkpoints")
+    with claim_run_folder(folder, (folder / "recipe.yaml").read_text()):  # not held by anybody
+        pass
+    if key in ("rank-stalls", "rank-dies"):  # the next run clears away what the killed one could not
+        tools.patch.setattr(tempfile, "tempdir", str(run.temporary))
+        clear_dead_claims()
+    assert not [path for path in segments if path.exists()] and not run.locks()
+    if key == "interrupted":
+        assert run.output().count("error: ") == 1
+    if ours:
+        assert "Traceback" not in run.output()
+    return Ended(int(code != 0), run.output())
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+@makes("no-pad-token", "no-chat-template")
+def tokenizer(key: str, tools: Tools) -> Ended:
+    found = new_tokenizer()
+    assert found.pad_token is None
+    if key == "no-chat-template":
+        found.chat_template = None
+    check_tokenizer(found, "generation")
+    return WENT_ON
+
+
+@makes("tokens-unknown-to-the-model")
+def extra_tokens(key: str, tools: Tools) -> Ended:
+    found = new_tokenizer()
+    found.add_tokens([f"new{index}" for index in range(40)])
+    ListwiseReranker(new_hf_model(), found, Objective("combined"))
+    return WENT_ON

@@ -1,0 +1,129 @@
+"""Composer's loggers and callbacks by name: a tiny run whose figures each of them keeps as metrics.jsonl has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from support.launching import metrics, succeeded, train
+from support.small_run import RECIPE, small_run
+
+from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.training.assembly import AssemblyError, build_loggers
+
+LOSSES = ("loss/train/total", "loss/train/language_modelling", "loss/train/ranking")
+NUM_BATCHES = 6
+LOGGERS = (
+    "logging.loggers={tensorboard: {log_dir: tb},"
+    " wandb: {project: rerankers, init_kwargs: {mode: offline, dir: wb}},"
+    " mlflow: {tracking_uri: ml, experiment_name: rerankers, log_system_metrics: false}}"
+)
+CALLBACKS = (
+    "logging.callbacks={speed_monitor: {window_size: 2, gpu_flops_available: 1.0e+12}, lr_monitor: {},"
+    " optimizer_monitor: {batch_log_interval: 1}, nan_monitor: {}, memory_monitor: {}}"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, mistral_v3_folder) -> Path:
+    """A folder in which a run of two ranks left what its loggers write."""
+    folder = tmp_path_factory.mktemp("loggers")
+    (folder / "wb").mkdir()
+    overlay = [*small_run(folder, mistral_v3_folder), "run.folder=run", "run.max_duration=1ep", LOGGERS, CALLBACKS]
+    succeeded(train(RECIPE, *overlay, folder=folder, WANDB_SILENT="true"))
+    return folder
+
+
+def lines(folder: Path) -> list[dict]:
+    return metrics(folder / "run" / "metrics.jsonl")
+
+
+def of_metrics_file(folder: Path) -> dict[str, list[float]]:
+    return {name: [line[name] for line in lines(folder)] for name in LOSSES}
+
+
+def test_tensorboard_keeps_the_losses(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {file.parent for file in (run / "tb").rglob("events.out.tfevents.*")}
+    accumulator = EventAccumulator(str(folder)).Reload()  # every rank's file; what rank 1 wrote would be there twice
+    kept = {name: [event.value for event in accumulator.Scalars(name)] for name in LOSSES}
+    assert kept == {name: pytest.approx(values) for name, values in of_metrics_file(run).items()}
+
+
+def test_wandb_keeps_the_losses_offline(run):
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = (run / "wb").rglob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    kept: dict[str, list[float]] = {name: [] for name in LOSSES}
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            name = item.key or "/".join(item.nested_key)
+            if name in kept:
+                kept[name].append(float(item.value_json))
+    assert kept == {name: pytest.approx(values) for name, values in of_metrics_file(run).items()}
+
+
+def test_mlflow_keeps_the_losses_in_a_folder(run):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=str(run / "ml"))
+    experiment = client.get_experiment_by_name("rerankers")
+    (kept_run,) = client.search_runs([experiment.experiment_id])
+    assert kept_run.info.status == "FINISHED"
+    for name, values in of_metrics_file(run).items():
+        history = sorted(client.get_metric_history(kept_run.info.run_id, name), key=lambda metric: metric.step)
+        assert [metric.value for metric in history] == pytest.approx(values)
+
+
+def test_speed_is_measured_over_a_window(run):
+    speeds = lines(run)
+    assert ["throughput/tokens_per_sec" in line for line in speeds] == [False, False, True, True, True, True]
+    for line in speeds[2:]:
+        assert line["throughput/tokens_per_sec"] == pytest.approx(2 * line["throughput/device/tokens_per_sec"])
+        mfu = line["throughput/device/flops_per_sec"] / 1e12
+        assert line["throughput/device/mfu"] == pytest.approx(mfu) and mfu > 0
+
+
+def test_the_rate_is_that_of_the_next_update(run):
+    """Composer notes the rate when the schedule has moved on; metrics.jsonl notes the one that was used."""
+    used = [line["lr"] for line in lines(run)]
+    noted = [line["lr-AdamW/group0"] for line in lines(run)]
+    assert noted[:-1] == pytest.approx(used[1:]) and noted[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_optimizer_monitor_notes_norms_of_the_gradient(run):
+    """After clipping to a norm of 1; under sharding the norm of a single weight is that of rank 0's share of it."""
+    for line in lines(run):
+        shares = [value for name, value in line.items() if re.fullmatch(r"l2_norm/grad/(?!global).*", name)]
+        assert len(shares) > 10
+        assert 0 < math.sqrt(sum(share**2 for share in shares)) < line["l2_norm/grad/global"] + 1e-6
+        assert line["l2_norm/grad/global"] == pytest.approx(1, abs=1e-4)
+
+
+def test_memory_and_nan_monitors_are_quiet_on_a_cpu(run):
+    """Memory is CUDA's alone, and a loss that is no number stops at our guard first (tests/training/test_guards.py)."""
+    assert len(lines(run)) == NUM_BATCHES
+    assert not any(name.startswith("memory/") for line in lines(run) for name in line)
+
+
+def logging_of(section: str, value: dict):
+    recipe = load_recipe(RECIPE)
+    return dataclasses.replace(recipe, logging=dataclasses.replace(recipe.logging, **{section: value}))
+
+
+def test_a_logger_that_is_not_installed_or_misused_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
+    with pytest.raises(AssemblyError, match=r"logging\.loggers\.wandb: found that its library is not installed"):
+        build_loggers(logging_of("loggers", {"wandb": {}}), tmp_path)
+    with pytest.raises(AssemblyError, match=r"found projet, allowed are project, group, .* Composer's WandBLogger"):
+        build_loggers(logging_of("loggers", {"wandb": {"projet": "x"}}), tmp_path)

@@ -1,0 +1,120 @@
+"""Every recipe of yamls/ as it stands, on CPU: two ranks under FSDP2, a tiny random model of the same architecture laid
+over it, a few batches, checkpoint, resume, export, reload. The lists are the six golden ones, several times over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.launching import ON_CPU, REPOSITORY, metrics, succeeded, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+
+from rankllm_composer.cli import main
+from rankllm_composer.prompts.contract import chat_template_sha256, read_contract
+from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.ranking.evaluation import evaluate_windows, summarise
+from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.training.progress import read_metrics
+
+RECIPES = sorted((REPOSITORY / "yamls").glob("*.yaml"))
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory, golden, mistral_v3_tokenizer, zephyr_v1_tokenizer):
+    """A folder with 24 records and, for each base model, a folder of tokenizer and tiny configuration."""
+    folder = tmp_path_factory.mktemp("rehearse")
+    records = json.loads((golden / "records.json").read_text())
+    copies = [dict(record, id=f"{record['id']}-{copy}") for copy in range(4) for record in records]
+    (folder / "records.json").write_text(json.dumps(copies))
+    (folder / "windows.json").write_text(json.dumps(records[:3]))
+    bases = {
+        "mistral": (mistral_v3_tokenizer, {"vocab_size": 32768, "sliding_window": None, "rope_theta": 1e6}),
+        "zephyr": (zephyr_v1_tokenizer, {"vocab_size": 32000, "sliding_window": 4096}),
+    }
+    for name, (tokenizer, keys) in bases.items():
+        tokenizer.save_pretrained(folder / name)
+        MistralConfig(**TINY, **keys, max_position_embeddings=32768).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
+    base = "zephyr" if "zephyr" in recipe.stem else "mistral"
+    overlay = [
+        *ON_CPU,
+        "run.folder=run",
+        f"model.name_or_path={material / base}",
+        "model.tokenizer=null",
+        "model.random_weights=true",
+        "model.config_overrides={}",
+        "data.train.local=shards",
+        "data.train.remote=null",
+        f"data.train.source={{input: {material / 'records.json'}}}",
+        "data.max_length_tokens=2048",
+        "batch.global_lists=8",
+        "batch.microbatch_lists=null",
+        "batch.microbatch_tokens=2048",
+        "parallelism.fsdp=true",
+        "schedule.warmup=2ba",
+        "checkpoint.interval=1ep",
+        f"data.eval={{local: windows, source: {{input: {material / 'windows.json'}}}}}",
+        "evaluation={interval: 1ep, decodings: [first_token], num_shuffles: 1}",
+    ]
+    if load_recipe(recipe).model.lora is not None:
+        overlay.append("model.lora.frozen_precision=fp32")
+    succeeded(train(recipe, *overlay, "run.max_duration=1ep", folder=tmp_path))
+    succeeded(train(recipe, *overlay, "run.max_duration=2ep", folder=tmp_path))
+
+    lines = metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["batch"] for line in lines] == [1, 2, 3, 4, 5, 6]  # resumed at 3, nothing twice
+    assert all(np.isfinite(line["loss/train/total"]) for line in lines)
+    keys = load_recipe(recipe)
+    if keys.schedule.name == "cosine":  # after two updates of warmup, half a cosine over the other four
+        shape = [0.5 * (1 + np.cos(np.pi * done / 4)) for done in (1, 2, 3)]
+        assert [line["lr"] / keys.optimizer.lr for line in lines[3:]] == pytest.approx(shape)
+    assert lines[-1]["data/lists_trained"] == 24 and lines[-1]["data/lists_too_long"] == 0
+
+    validated = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/windows" in line]
+    assert [line["eval/windows"] for line in validated] == [3, 3]
+    assert all(-1 <= line["eval/first_token/tau"] <= 1 for line in validated)
+
+    export = tmp_path / "run" / "hf" / "epoch_1"
+    assert "eval/first_token/tau" in (export / "README.md").read_text()
+    contract = read_contract(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    model = AutoModelForCausalLM.from_pretrained(export)
+    assert contract.chat_template_sha256 == chat_template_sha256(tokenizer)
+    assert type(model).__name__ == "MistralForCausalLM" and model.config.use_cache
+    record = json.loads((material / "records.json").read_text())[3]
+    ids = encode_record(record, tokenizer, contract.objective).input_ids
+    windows = [Record.from_conversations(record) for record in json.loads((material / "windows.json").read_text())]
+    told = summarise(
+        evaluate_windows(
+            model, tokenizer, windows, contract, decodings=["first_token"], num_shuffles=1, seed=keys.run.seed
+        )
+    )
+    # Of two ranks that shared three windows and a sharded model, and of the exported one alone.
+    assert {f"eval/{name}": value for name, value in told.items()} == pytest.approx(
+        {name: value for name, value in validated[-1].items() if name.startswith("eval/")}
+    )
+    with torch.no_grad():
+        assert model(torch.from_numpy(ids.astype(np.int64))[None]).logits.isfinite().all()
+
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "run")])
+    assert not ended.value.code
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f'<img id="{name}"' in page for name in ("positions", "losses", "learning_rate", "throughput"))
+    assert "first_token/tau" in page and "recipe of run" in page

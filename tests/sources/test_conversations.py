@@ -1,0 +1,248 @@
+"""Records are read from every kind of source one by one, and a bad one is named by file, index, id and fault."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.synthetic_records import conversation, write_jsonl
+
+from rankllm_composer.prompts.record import AugmentationError, Record, RecordError, lay_out_anew, validate_record
+from rankllm_composer.prompts.user_turn import PromptError
+from rankllm_composer.prompts.windows import record_window
+from rankllm_composer.sources.conversations import open_source, read_records
+
+HUMAN = conversation(3)["conversations"][1]["value"]
+
+
+def write(folder: Path, ending: str, records: list[object]) -> Path:
+    path = folder / f"train{ending}"
+    if ending == "folder":
+        path.mkdir()
+        write_jsonl(path / "train.jsonl", records)
+        return path
+    plain = ending.removesuffix(".gz")
+    text = json.dumps(records, indent=1) if plain == ".json" else "\n".join(map(json.dumps, records)) + "\n\n"
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz", "folder"])
+def test_every_kind_of_source_gives_the_same_records(tmp_path, ending):
+    layouts = [conversation(i, num_candidates=2 + i) for i in range(4)]
+    found = list(read_records(write(tmp_path, ending, layouts)))
+    assert [record for _, record in found] == [Record.from_conversations(layout) for layout in layouts]
+    place = found[2][0]
+    assert place.startswith({"folder": "trainfolder[train]"}.get(ending, f"train{ending}") + ":record 2")
+    assert ("(line 3)" in place) == (ending in (".jsonl", ".jsonl.gz"))
+
+
+def test_golden_records_are_valid(golden):
+    assert [len(validate_record(record).passages) for _, record in read_records(golden / "records.json")] == [
+        record["conversations"][2]["value"].count("[") for record in json.loads((golden / "records.json").read_text())
+    ]
+
+
+def test_what_is_known_of_the_candidates_is_kept(tmp_path):
+    layout = conversation(0, num_candidates=3, qid="7", docids=["a", "b", "c"], grades=[0, 2, 1])
+    (_, record), *_ = read_records(write_jsonl(tmp_path / "a.jsonl", [layout]))
+    assert (record.qid, record.docids, record.grades) == ("7", ("a", "b", "c"), (0, 2, 1))
+
+
+# Prompts of other versions, and such as only the tolerant reading takes: what they change in the client's.
+OTHER_WORDINGS = {
+    "blank lines": ("\n", "\n\n"),
+    "other last words": ("Answer concisely and directly and only respond", "Only respond"),
+    "another example": ("e.g., [B] > [A]", "e.g., [D] > [B]"),
+    "another kind in words": ("an alphabetical identifier", "number identifier"),
+    "no full stops": (" number 3.", " number 3"),
+    "several readings": ("\n[B] ", "\nfirst line\n[B] second line\n[B] "),
+}
+
+
+@pytest.mark.parametrize("wording", OTHER_WORDINGS)
+def test_a_prompt_in_another_wording_is_taken_as_it_stands_but_not_laid_out_anew(tmp_path, wording):
+    human = HUMAN.replace(*OTHER_WORDINGS[wording])
+    assert human != HUMAN
+    ((_, record),) = read_records(write_jsonl(tmp_path / "a.jsonl", [conversation(3, human=human)]))
+    assert record.user == human
+    turn = validate_record(record)
+    assert (turn.query, turn.style, len(turn.passages)) == ("where is oar number 3", "letters", 4)
+    for shuffle, style in ((True, None), (False, "numbers")):
+        with pytest.raises(AugmentationError, match="cannot be shuffled or named anew"):
+            lay_out_anew(record, seed=1, epoch=0, shuffle_passages=shuffle, identifiers=style)
+    with pytest.raises(PromptError):
+        record_window(record, None, order=[1, 0, 2, 3])
+
+
+# What is wrong with a record → what the error must say. Record 3 has 4 passages.
+BAD_RECORDS = {
+    "a permutation that repeats": (conversation(3, gpt="[B] > [A] > [B] > [D]"), "repeated: 'B'"),
+    "a permutation that misses": (conversation(3, gpt="[B] > [A] > [D]"), "missing: 'C'"),
+    "a permutation that exceeds": (conversation(3, gpt="[B] > [A] > [D] > [C] > [E]"), "beyond the list: 'E'"),
+    "a permutation in numbers": (conversation(3, gpt="[2] > [1] > [4] > [3]"), "unknown"),
+    "a permutation with words": (conversation(3, gpt="Sure: [B] > [A] > [D] > [C]"), "nothing else"),
+    "no permutation": (conversation(3, gpt=""), "response: found nothing"),
+    "letters beyond Z": (conversation(3, human=HUMAN.replace("with 4 passages", "with 27 passages")), "1 to 26"),
+    "another number of passages": (conversation(3, human=HUMAN.replace("with 4", "with 5")), "user turn"),
+    "identifiers out of order": (conversation(3, human=HUMAN.replace("\n[B] ", "\n[C] ", 1)), "user turn"),
+    "one passage": (conversation(3, num_candidates=1, gpt="[A]"), "found 1 passage, allowed are 2 or more"),
+    "a missing turn": (conversation(3) | {"conversations": conversation(3)["conversations"][:2]}, "exactly three"),
+    "no turns": ({"id": "q3"}, "conversations"),
+    "an empty query": (conversation(3, human=HUMAN.replace("where is oar number 3", "")), "query is empty"),
+    "another template": (conversation(3, human="Rank these."), "user turn"),
+    "an empty user turn": (conversation(3, human="  "), "user turn: found nothing"),
+    "a turn that is no text": (conversation(3, gpt=["B", "A"]), "gpt turn"),
+    "a number for a record": (17, "found int"),
+    "no id": ({"conversations": conversation(3)["conversations"]}, "id is None"),
+    "an empty id": (conversation(3, id=" "), "id: found nothing"),
+    "half a surrogate pair": (conversation(3, human=HUMAN + "\ud800"), "surrogate"),
+    "docids of another length": (conversation(3, docids=["a"]), "docids: found 1 for 4 passages"),
+    "grades that are no numbers": (conversation(3, grades=["high"] * 4), "high"),
+    "grades that are no list": (conversation(3, grades=1), "grades: found 1"),
+}
+
+
+# The faults that another wording must not hide.
+FAULTS_OF_LISTS = [
+    "a permutation that repeats",
+    "a permutation that misses",
+    "a permutation that exceeds",
+    "a permutation in numbers",
+    "a permutation with words",
+    "letters beyond Z",
+    "another number of passages",
+    "identifiers out of order",
+    "one passage",
+    "an empty query",
+    "docids of another length",
+]
+
+
+@pytest.mark.parametrize("wording", OTHER_WORDINGS)
+@pytest.mark.parametrize("fault", FAULTS_OF_LISTS)
+def test_a_bad_record_is_refused_in_any_wording(tmp_path, fault, wording):
+    bad, told = BAD_RECORDS[fault]
+    system, human, gpt = bad["conversations"]
+    human = human | {"value": human["value"].replace(*OTHER_WORDINGS[wording])}
+    path = write_jsonl(tmp_path / "a.jsonl", [bad | {"conversations": [system, human, gpt]}])
+    with pytest.raises(RecordError) as caught:
+        list(read_records(path))
+    assert told in str(caught.value) and "q3" in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+@pytest.mark.parametrize("fault", BAD_RECORDS)
+def test_a_bad_record_is_named_by_file_index_id_and_fault(tmp_path, ending, fault):
+    bad, told = BAD_RECORDS[fault]
+    path = write(tmp_path, ending, [conversation(0), conversation(1), bad, conversation(4)])
+    records = read_records(path)
+    assert [record.id for _, record in (next(records), next(records))] == ["q0", "q1"]
+    with pytest.raises(RecordError) as caught:
+        next(records)
+    message = str(caught.value)
+    assert message.startswith(f"train{ending}:record 2")
+    assert told in message
+    if isinstance(bad, dict) and str(bad.get("id", " ")).strip():
+        assert "q3" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("cut.json", json.dumps([conversation(0), conversation(1)])[:-40], "cut.json:record 1: no valid JSON"),
+        (
+            "lines.json",
+            json.dumps(conversation(0)),
+            "one array of records; a file with one record a line is named .jsonl",
+        ),
+        ("array.jsonl", json.dumps([conversation(0)]), "name the file .json"),
+        ("broken.jsonl", '{"id": \n', "broken.jsonl:record 0 (line 1): is no valid JSON"),
+        ("deep.jsonl", "[" * 100_000, "deep.jsonl:record 0"),
+        ("latin.json", '[{"id": "\xe9"}]'.encode("latin-1"), "latin.json:after record 0: 'utf-8' codec can't decode"),
+        ("latin.jsonl", '{"id": "\xe9"}'.encode("latin-1"), "latin.jsonl:record 0 (line 1): is no valid JSON"),
+        ("cut.jsonl.gz", gzip.compress(b"\n" * 9)[:-12], "cannot be read on"),
+        ("plain.jsonl.gz", b'{"id": 1}', "cannot be read on"),
+        ("train.csv", "id,text", "found a file of another kind, allowed are .json, .jsonl"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, told):
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(RecordError) as caught:
+        list(read_records(path))
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "/no/such/folder", "a/b/c", ""])
+def test_a_path_that_does_not_exist_is_no_data_set_id(name):
+    with pytest.raises(RecordError, match="no such file or folder"):
+        open_source(name)
+
+
+def test_a_data_set_that_does_not_open_says_what_to_check(tmp_path):
+    (tmp_path / "set").mkdir()
+    with pytest.raises(RecordError, match=r"does not open.*check the id"):
+        list(read_records(tmp_path / "set"))
+
+
+def test_a_data_set_may_hold_a_list_a_field(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    layout = conversation(1)
+    fields = {name: [turn[name] for turn in layout["conversations"]] for name in ("from", "value")}
+    (tmp_path / "set").mkdir()
+    pyarrow.write_table(pa.Table.from_pylist([{"id": "q1", "conversations": fields}]), tmp_path / "set" / "a.parquet")
+    assert [record for _, record in read_records(tmp_path / "set")] == [Record.from_conversations(layout)]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_memory_does_not_grow_with_the_file(tmp_path, ending):
+    layouts = [conversation(i, num_words=400) for i in range(40)]
+    path = write(tmp_path, ending, layouts * 50)
+    records = read_records(path)
+    next(records)
+    tracemalloc.start()
+    assert sum(1 for _ in records) == 1999
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 15_000_000
+    assert peak < 6_000_000
+
+
+JSON_LIKE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+TURNS = st.lists(st.fixed_dictionaries({"value": st.sampled_from([HUMAN, "[A] > [B]", ""]) | JSON_LIKE}), max_size=4)
+LAYOUTS = JSON_LIKE | st.fixed_dictionaries(
+    {"id": st.just("q") | JSON_LIKE, "conversations": TURNS | JSON_LIKE},
+    optional={"qid": JSON_LIKE, "docids": JSON_LIKE, "grades": JSON_LIKE},
+)
+
+
+@given(layout=LAYOUTS)
+def test_whatever_a_line_holds_the_outcome_is_a_record_or_a_record_error(tmp_path_factory, layout):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text(json.dumps(layout) + "\n", encoding="utf-8")
+    try:
+        assert all(isinstance(record, Record) for _, record in read_records(path))
+    except RecordError as error:
+        assert str(error).startswith("any.jsonl:record 0 (line 1)")
+
+
+@given(content=st.binary(max_size=60), ending=st.sampled_from([".json", ".jsonl", ".jsonl.gz"]))
+def test_whatever_a_file_holds_the_outcome_is_records_or_a_record_error(tmp_path_factory, content, ending):
+    path = tmp_path_factory.getbasetemp() / f"bytes{ending}"
+    path.write_bytes(content)
+    try:
+        assert list(read_records(path)) == []
+    except RecordError as error:
+        assert str(error).startswith(f"bytes{ending}")

@@ -1,0 +1,343 @@
+"""Retrieval files become training lists: which candidates, in which order, with which target, and what is left out."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankllm_composer.prompts.permutations import parse_permutation
+from rankllm_composer.prompts.record import RecordError
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, parse_user_turn
+from rankllm_composer.sources.conversations import read_records
+from rankllm_composer.sources.retrieval_files import Judgment, RunLine, TrecError, read_judgments, read_run
+from rankllm_composer.sources.trec import TrecSource, candidate_lists, teacher_order
+
+QUERIES = {"q1": "sea [1] birds", "q2": "old maps"}
+DOCS = {"d1": "gulls and terns", "d2": "the mole", "d3": "auks [2] fly", "d4": "a  chart\nof 1600", "d5": "ink"}
+TITLES = {"d3": "Auks"}
+RUN = {"q1": ["d2", "d1", "d3", "d5"], "q2": ["d4", "d5", "d1"]}
+GRADES = {"q1": {"d1": 1, "d3": 2, "d5": 0}, "q2": {"d4": 1, "d2": 3}}
+
+
+def write_files(folder: Path, *, run=RUN, grades=GRADES, queries=QUERIES, docs=DOCS, teacher=None) -> dict[str, str]:
+    """The files of the small collection above, by the name of their argument."""
+
+    def lines(name: str, texts: list[str]) -> str:
+        (folder / name).write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+        return str(folder / name)
+
+    def run_lines(lists: dict[str, list[str]]) -> list[str]:
+        ranked = [(qid, docid, rank) for qid, docids in lists.items() for rank, docid in enumerate(docids, 1)]
+        return [f"{qid} Q0 {docid} {rank} {10 / rank} tag" for qid, docid, rank in ranked]
+
+    files = {
+        "run": lines("first.trec", run_lines(run)),
+        "queries": lines("queries.jsonl", [json.dumps({"qid": qid, "text": text}) for qid, text in queries.items()]),
+        "docs": lines(
+            "docs.jsonl",
+            [json.dumps({"docid": docid, "title": TITLES.get(docid, ""), "text": docs[docid]}) for docid in docs],
+        ),
+    }
+    if grades is not None:
+        judged = [f"{qid} 0 {docid} {grade}" for qid, known in grades.items() for docid, grade in known.items()]
+        files["judgments"] = lines("qrels.trec", judged)
+    if teacher is not None:
+        files["teacher_run"] = lines("teacher.trec", run_lines(teacher))
+    return files
+
+
+def build(folder: Path, *, files=None, **options) -> tuple[list, Counter]:
+    """Records and counts of what was left out."""
+    dropped: Counter[str] = Counter()
+    files = files or write_files(folder)
+    return list(read_records(TrecSource(**files, **options), dropped=dropped)), dropped
+
+
+def test_a_list_holds_what_the_client_would_show_and_the_order_of_the_judgments(tmp_path):
+    (place, record), _ = build(tmp_path)[0]
+    assert place == "first.trec:query 'q1' list 0"
+    assert (record.id, record.qid, record.system) == ("q1-0", "q1", SYSTEM_MESSAGE)
+    assert record.docids == ("d2", "d1", "d3", "d5")
+    assert record.grades == (0, 1, 2, 0)
+    turn = parse_user_turn(record.user)
+    assert turn.query == "sea (1) birds"
+    assert turn.passages == ("the mole", "gulls and terns", "Title: Auks Content: auks (2) fly", "ink")
+    # d3 has grade 2, d1 grade 1; d2 (not judged) and d5 (judged 0) tie and stay in first-stage order.
+    assert record.response == "[C] > [B] > [A] > [D]"
+
+
+def test_a_teachers_run_gives_the_order_and_judgments_the_grades(tmp_path):
+    files = write_files(tmp_path, teacher={"q1": ["d5", "d9", "d2"], "q2": ["d1", "d4", "d5"]})
+    records, dropped = build(tmp_path, files=files)
+    # d1 and d3 are unknown to the teacher: last, in first-stage order. d9 is not in the list.
+    assert records[0][1].response == "[D] > [A] > [B] > [C]"
+    assert records[0][1].grades == (0, 1, 2, 0)
+    assert records[1][1].response == "[C] > [A] > [B]"
+    assert not dropped
+
+
+def test_a_teacher_alone_leaves_grades_unknown(tmp_path):
+    files = write_files(tmp_path, grades=None, teacher={"q2": ["d1", "d4", "d5"]})
+    records, dropped = build(tmp_path, files=files)
+    assert [(record.id, record.grades) for _, record in records] == [("q2-0", None)]
+    assert dropped == {"queries without a teacher's order": 1}
+
+
+@pytest.mark.parametrize(
+    ("num_candidates", "window", "stride", "expected"),
+    [
+        (6, 4, 2, [(0, 1, 2, 3), (2, 3, 4, 5)]),
+        (7, 4, 2, [(0, 1, 2, 3), (2, 3, 4, 5), (3, 4, 5, 6)]),
+        (5, 4, 4, [(0, 1, 2, 3), (1, 2, 3, 4)]),
+        (8, 4, 4, [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        (8, 2, 5, [(0, 1), (5, 6), (6, 7)]),
+        (4, 4, 2, [(0, 1, 2, 3)]),
+        (3, 4, 2, [(0, 1, 2)]),
+    ],
+)
+def test_windows_cover_the_first_stage_from_the_top(num_candidates, window, stride, expected):
+    lists = candidate_lists(num_candidates, window=window, stride=stride, num_lists=0, seed=1, qid="q")
+    assert lists == expected
+
+
+def test_lists_beyond_the_windows_are_random_draws_that_hang_on_seed_query_and_number_alone():
+    def lists(num_lists, seed=1, qid="q"):
+        return candidate_lists(30, window=5, stride=5, num_lists=num_lists, seed=seed, qid=qid)
+
+    assert lists(2) == lists(0)[:2]
+    assert lists(9)[:6] == lists(0)
+    assert lists(9) == lists(12)[:9]
+    assert all(len(set(drawn)) == 5 and set(drawn) <= set(range(30)) for drawn in lists(12))
+    assert any(list(drawn) != sorted(drawn) for drawn in lists(12)[6:])
+    assert lists(9)[6:] != lists(9, seed=2)[6:]
+    assert lists(9)[6:] != lists(9, qid="p")[6:]
+    # Written down once: a set built elsewhere, or years later, is the same.
+    assert lists(7)[6] == PINNED_DRAW
+
+
+PINNED_DRAW = (26, 20, 4, 2, 28)
+
+
+def test_a_random_list_keeps_target_grades_and_documents_together(tmp_path):
+    records, _ = build(tmp_path, lists_per_query=12, window=4, require_relevant=False)
+    shown = {record.docids for _, record in records if record.qid == "q1"}
+    assert len(shown) > 1
+    for _, record in records:
+        known = GRADES[record.qid]
+        assert record.grades == tuple(known.get(docid, 0) for docid in record.docids)
+        order = parse_permutation(record.response, len(record.docids))
+        by_hand = sorted(record.docids, key=lambda docid: (-known.get(docid, 0), RUN[record.qid].index(docid)))
+        assert [record.docids[i] for i in order] == by_hand
+        passages = parse_user_turn(record.user).passages
+        assert all(DOCS[docid].split()[0] in passage for docid, passage in zip(record.docids, passages))
+
+
+def test_lists_without_a_relevant_passage_are_dropped_and_counted_or_kept(tmp_path):
+    _, dropped = build(tmp_path, window=2, stride=2, lists_per_query=0)
+    # q1: (d2, d1) and (d3, d5) hold grades 1 and 2; q2: (d4, d5) holds grade 1, (d5, d1) none.
+    assert dropped == {"lists without a relevant passage": 1}
+    records, dropped = build(tmp_path, window=2, stride=2, lists_per_query=0, require_relevant=False)
+    assert [record.id for _, record in records] == ["q1-0", "q1-1", "q2-0", "q2-1"]
+    assert not dropped
+
+
+def test_queries_that_make_no_list_are_counted(tmp_path):
+    files = write_files(
+        tmp_path,
+        run={**RUN, "q3": ["d1", "d2"], "q4": ["d1"]},
+        queries={**QUERIES, "q4": "one candidate", "q5": "none"},
+    )
+    records, dropped = build(tmp_path, files=files)
+    assert [record.qid for _, record in records] == ["q1", "q2"]
+    assert dropped == {
+        "queries of the run that are not in the queries file": 1,
+        "queries with fewer than two candidates": 2,
+    }
+
+
+def test_the_rank_column_is_the_order_and_depth_cuts_it(tmp_path):
+    files = write_files(tmp_path)
+    lines = Path(files["run"]).read_text().splitlines(keepends=True)
+    Path(files["run"]).write_text("".join(reversed(lines)))
+    assert build(tmp_path, files=files)[0][0][1].docids == ("d2", "d1", "d3", "d5")
+    assert build(tmp_path, files=files, depth=3)[0][0][1].docids == ("d2", "d1", "d3")
+
+
+@pytest.mark.parametrize(("words", "expected"), [(2, "Title: Auks"), (4, "Title: Auks Content: auks")])
+def test_passages_are_cut_to_the_word_limit(tmp_path, words, expected):
+    record = build(tmp_path, max_passage_words=words)[0][0][1]
+    assert parse_user_turn(record.user).passages[2] == expected
+
+
+def test_without_a_limit_the_clients_rule_holds(tmp_path):
+    files = write_files(tmp_path, docs=dict.fromkeys(DOCS, "word " * 5000))
+    num_words = [len(text.split()) for text in parse_user_turn(build(tmp_path, files=files)[0][1][1].user).passages]
+    assert num_words == [300 * 20 // 3] * 3
+
+
+def test_numbers_name_lists_beyond_26(tmp_path):
+    docs = {f"d{i}": f"text {i}" for i in range(40)}
+    files = write_files(tmp_path, run={"q1": list(docs)}, docs=docs, grades={"q1": {"d30": 1}})
+    (_, record), *_ = build(tmp_path, files=files, window=40, stride=20, identifiers="numbers")[0]
+    assert record.response.startswith("[31] > [1] > [2]")
+    assert parse_user_turn(record.user).style == "numbers"
+
+
+def test_negative_grades_are_worst_and_count_as_zero(tmp_path):
+    files = write_files(tmp_path, grades={"q1": {"d2": -2, "d1": 1}})
+    record = build(tmp_path, files=files)[0][0][1]
+    assert record.response == "[B] > [C] > [D] > [A]"
+    assert record.grades == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "number", "line", "told"),
+    [
+        ("run", 2, "q1 Q0 d1 2 5.0", "found 5 fields"),
+        ("run", 2, "q1 Q0 d1 second 5.0 tag", "invalid literal"),
+        ("run", 2, "q1 Q0 d1 2 high tag", "could not convert"),
+        ("run", 2, "q1 Q0 d1 2 nan tag", "nan"),
+        ("judgments", 3, "q1 0 d5", "found 3 fields"),
+        ("judgments", 3, "q1 0 d5 good", "invalid literal"),
+        ("queries", 1, '{"qid": "q1"', "no valid JSON"),
+        ("queries", 1, '{"qid": 1, "text": "a"}', "no text under 'qid'"),
+        ("queries", 1, '{"qid": "q1"}', "has no text"),
+        ("queries", 2, '{"qid": "q1", "text": "again"}', "comes twice"),
+        ("docs", 4, '["d4", "text"]', "no text under 'docid'"),
+        ("docs", 4, '{"docid": "d\\ud800", "text": "a"}', "surrogate"),
+    ],
+)
+def test_a_malformed_line_is_named_by_file_and_line(tmp_path, file, number, line, told):
+    files = write_files(tmp_path)
+    path = Path(files[file])
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(TrecError) as caught:
+        build(tmp_path, files=files)
+    assert str(caught.value).startswith(f"{path.name}:line {number}: ")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"docs": {"d1": "a", "d2": "b", "d3": "c", "d4": "d"}}, "document 'd5' of the run is not in docs.jsonl"),
+        ({"run": {"q1": ["d1", "d2", "d1"]}}, "first.trec:line 3: document 'd1' comes twice, also in line 1"),
+    ],
+)
+def test_files_that_contradict_each_other_are_an_error_of_the_query(tmp_path, change, told):
+    with pytest.raises(RecordError) as caught:
+        build(tmp_path, files=write_files(tmp_path, **change))
+    assert told in str(caught.value)
+
+
+def test_two_grades_for_one_document_are_an_error(tmp_path):
+    files = write_files(tmp_path)
+    with Path(files["judgments"]).open("a") as file:
+        file.write("q1 0 d1 3\n")
+    with pytest.raises(RecordError, match=r"qrels.trec:line 6: document 'd1' has grade 3 here and 1 before"):
+        build(tmp_path, files=files)
+
+
+def test_a_document_twice_names_the_lines_to_look_at(tmp_path):
+    files = write_files(tmp_path)
+    with Path(files["docs"]).open("a") as file:
+        file.write(json.dumps({"docid": "d2", "text": "again"}) + "\n")
+    with pytest.raises(TrecError, match=r"docs.jsonl:lines 1 to 6: a document comes twice"):
+        build(tmp_path, files=files)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"window": 27}, "window: found 27, allowed with letters is 2 to 26"),
+        ({"window": 100, "identifiers": "numbers"}, "2 to 99"),
+        ({"window": 1}, "window: found 1"),
+        ({"stride": 0}, "stride: found 0"),
+        ({"lists_per_query": -1}, "lists_per_query"),
+        ({"depth": 1}, "depth"),
+        ({"max_passage_words": 0}, "max_passage_words"),
+        ({"identifiers": "roman"}, "identifiers: found 'roman', allowed are letters, numbers"),
+        ({"judgments": None}, "found neither judgments nor a teacher's run"),
+        ({"judgments": None, "teacher_run": "t", "require_relevant": True}, "require_relevant: found true without"),
+    ],
+)
+def test_settings_that_make_no_lists_stop(tmp_path, options, told):
+    with pytest.raises(TrecError) as caught:
+        TrecSource(**(write_files(tmp_path) | options))
+    assert told in str(caught.value)
+
+
+def test_files_of_different_collections_stop(tmp_path):
+    files = write_files(tmp_path, queries={"x1": "another"})
+    with pytest.raises(TrecError, match="holds no candidate for any query"):
+        build(tmp_path, files=files)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    files = write_files(tmp_path) | {"run": str(tmp_path / "absent.trec")}
+    with pytest.raises(TrecError, match=r"absent.trec: cannot be read: No such file"):
+        build(tmp_path, files=files)
+
+
+def test_any_process_builds_the_same_lists_of_a_query(tmp_path):
+    source = TrecSource(**write_files(tmp_path), lists_per_query=5, window=3).prepare(tmp_path)
+    copy = pickle.loads(pickle.dumps(source))
+    items = list(source.items())
+    assert [copy.records(item) for item in reversed(items)] == [source.records(item) for item in reversed(items)]
+
+
+def test_the_description_holds_names_and_settings_but_no_paths(tmp_path):
+    text = json.dumps(TrecSource(**write_files(tmp_path), seed=7).describe())
+    assert str(tmp_path) not in text
+    assert '"seed": 7' in text
+    assert "docs.jsonl" in text
+
+
+def test_readers_give_fields_by_name(tmp_path):
+    files = write_files(tmp_path)
+    assert next(read_run(files["run"])) == RunLine(line=1, qid="q1", docid="d2", rank=1, score=10.0)
+    assert next(read_judgments(files["judgments"])) == Judgment(line=1, qid="q1", docid="d1", grade=1)
+
+
+@given(
+    st.lists(st.text("abcdef", min_size=1, max_size=2), unique=True, min_size=1),
+    st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(-1, 3)),
+    st.none() | st.lists(st.text("abcdef", min_size=1, max_size=2), unique=True),
+)
+def test_the_order_is_a_permutation_that_no_pair_contradicts(docids, grades, teacher):
+    order = teacher_order(docids, grades, teacher)
+    assert sorted(order) == list(range(len(docids)))
+    for better, worse in pairwise(order):
+        a, b = docids[better], docids[worse]
+        if teacher is None:
+            assert (-grades.get(a, 0), better) < (-grades.get(b, 0), worse)
+        else:
+            places = [teacher.index(docid) if docid in teacher else len(teacher) for docid in (a, b)]
+            assert (places[0], better) < (places[1], worse)
+
+
+def test_cranfield_makes_lists_whose_target_beats_the_first_stage(shared):
+    folder = shared / "data" / "cranfield"
+    dropped: Counter[str] = Counter()
+    source = TrecSource(
+        run=str(folder / "bm25_top100.trec"),
+        queries=str(folder / "queries.jsonl"),
+        docs=str(folder / "docs.jsonl"),
+        judgments=str(folder / "qrels.trec"),
+    )
+    records = [record for _, record in read_records(source, dropped=dropped)]
+    assert len(records) + dropped["lists without a relevant passage"] == 225
+    assert len(records) > 180
+    for record in records:
+        best_first = [record.grades[i] for i in parse_permutation(record.response, 20)]
+        assert best_first == sorted(record.grades, reverse=True)
+        assert max(record.grades) > 0

@@ -1,0 +1,153 @@
+"""Runs that are killed at a chosen moment, and what they left compared with runs that were not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from support.launching import TRAIN
+
+NOT_COMPARED = ("batch_seconds", "tokens_per_second")
+
+
+class Run:
+    """A started `composer -n RANKS train.py …` that can be watched and killed.
+
+    `python -m rankllm_composer.launch` starts it where `is_patient`.
+
+    Args:
+        recipe: its path.
+        overrides: `key=value` arguments; the run's folder is `run` in `folder`.
+        folder: the working directory.
+    """
+
+    def __init__(
+        self, recipe: Path, overrides: list[str], folder: Path, ranks: int = 2, *, is_patient: bool = False
+    ) -> None:
+        self.folder = folder
+        self.temporary = folder / "temporary"  # its own, so that what it leaves there can be told from others'
+        self.temporary.mkdir(parents=True, exist_ok=True)
+        self._output = (folder / "output.txt").open("w+")
+        composer = [str(Path(sys.executable).with_name("composer"))]
+        launcher = ["-m", "rankllm_composer.launch"] if is_patient else composer
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, "-n", str(ranks), TRAIN, recipe, *overrides, "run.folder=run"],
+            cwd=folder,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": str(self.temporary)},
+        )
+
+    def output(self) -> str:
+        return (self.folder / "output.txt").read_text()
+
+    def wait_until(self, moment: Callable[[], bool], timeout: float = 1800) -> None:
+        """Until the moment comes; fails where the run ends before."""
+        deadline = time.monotonic() + timeout
+        while not moment():
+            assert self.process.poll() is None, f"ended too early:\n{self.output()}"
+            assert time.monotonic() < deadline, f"nothing came:\n{self.output()}"
+            time.sleep(0.005)
+
+    def batches(self) -> int:
+        """Batches trained so far, of all starts together."""
+        path = self.folder / "run" / "metrics.jsonl"
+        return sum(1 for _ in path.open()) if path.exists() else 0
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is just being written."""
+        stage = self.folder / "run" / "checkpoints" / ".partial"
+        return stage.is_dir() and any(stage.iterdir())
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes, rank 0 first."""
+        return psutil.Process(self.process.pid).children()
+
+    def shared_memory(self) -> set[Path]:
+        """Segments that the processes of the run hold now."""
+        maps = []
+        for process in processes_of_session(self.process.pid):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                maps += Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        paths = {Path(line.split(maxsplit=5)[-1]) for line in maps}
+        return {path for path in paths if path.parent == Path("/dev/shm")}
+
+    def locks(self) -> list[Path]:
+        """Files that claim something for the run, as it or a dead one left them."""
+        return [path for name in ("names-*", "cache-*", "*_filelock") for path in self.temporary.rglob(name)]
+
+    def finish(self, timeout: float = 1800) -> int:
+        """The launcher's exit code, once every process of the run is gone; what stays fails the test."""
+        code = self.process.wait(timeout)
+        deadline = time.monotonic() + 60
+        while left := [process.pid for process in processes_of_session(self.process.pid)]:
+            assert time.monotonic() < deadline, f"left behind: {left}\n{self.output()}"
+            time.sleep(0.05)
+        return code
+
+
+def processes_of_session(session: int) -> Iterator[psutil.Process]:
+    """Living processes that a launcher started, children of its dead children too."""
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                yield process
+        except ProcessLookupError:
+            pass
+
+
+def kill(processes: list[psutil.Process], number: int = signal.SIGKILL) -> None:
+    for process in processes:
+        process.send_signal(number)
+
+
+def comparable_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in NOT_COMPARED} for line in lines]
+
+
+def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
+    """Everything in a checkpoint under dotted names, but the clock: weights, optimizer, schedule, random numbers."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    path = checkpoint / "rank0.pt"
+    if not path.exists():
+        path = checkpoint.parent / f"{checkpoint.name}.whole"
+        dcp_to_torch_save(checkpoint, path)
+    flat = dict(_flatten(torch.load(path, weights_only=False), ""))
+    return {name: value for name, value in flat.items() if not name.endswith(("_wct", ".repr"))}
+
+
+def _flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{name}")
+    elif isinstance(tree, list | tuple) and len(tree) < 100:
+        for index, value in enumerate(tree):
+            yield from _flatten(value, f"{prefix}.{index}")
+    else:
+        yield prefix, tree
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names whose values are not the same, bit by bit, or that only one has."""
+    return sorted(one.keys() ^ other.keys()) + [n for n in one.keys() & other.keys() if not _same(one[n], other[n])]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one.tolist() == other.tolist() if hasattr(one, "tolist") else one == other

@@ -1,0 +1,41 @@
+"""Runs of the real command line, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = REPOSITORY / "rankllm_composer" / "train.py"
+ON_CPU = ["parallelism.device=cpu", "parallelism.precision=fp32", "data.num_workers=1"]
+
+
+def train(
+    recipe: Path | str, *overrides: str, folder: Path, ranks: int = 2, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`composer -n RANKS rankllm_composer/train.py RECIPE key=value …` in a folder; returns output and exit code."""
+    launcher = Path(sys.executable).with_name("composer")
+    return subprocess.run(
+        [sys.executable, launcher, "-n", str(ranks), TRAIN, recipe, *overrides],
+        cwd=folder,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def succeeded(run: subprocess.CompletedProcess[str]) -> str:
+    """What a run printed; fails the test with it where the run failed."""
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, one a batch."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line["event"] == "batch"]

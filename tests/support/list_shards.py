@@ -1,0 +1,64 @@
+"""Small sets of shards, written straight through streaming."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from streaming import MDSWriter
+
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.shards.index import COLUMNS, dump_index, sample_from_record
+from support.synthetic_records import conversation
+
+
+def new_record(index: int, **options) -> Record:
+    """Record `q<index>`, with document ids and grades."""
+    layout = conversation(index, **options)
+    num_candidates = layout["conversations"][2]["value"].count("[")
+    return Record.from_conversations(
+        {
+            **layout,
+            "docids": [f"d{index}-{place}" for place in range(num_candidates)],
+            "grades": [place % 3 for place in range(num_candidates)],
+        }
+    )
+
+
+def write_shards(
+    folder: Path | str,
+    records: Iterable[int | Record],
+    *,
+    per_shard: int = 4,
+    compression: str | None = "zstd",
+    hashes: tuple[str, ...] = ("xxh64",),
+) -> Path:
+    """Write records, or the records of these numbers, into a new folder, some to a shard."""
+    records = [new_record(item) if isinstance(item, int) else item for item in records]
+    for start in range(0, len(records), per_shard):
+        part = Path(folder) / f"{start // per_shard:02}"
+        with MDSWriter(out=str(part), columns=COLUMNS, compression=compression, hashes=list(hashes)) as writer:
+            for record in records[start : start + per_shard]:
+                writer.write(sample_from_record(record))
+    merge_parts(Path(folder))
+    return Path(folder)
+
+
+def merge_parts(folder: Path) -> None:
+    """One index over the parts of a folder."""
+    entries = []
+    for index in sorted(folder.glob("*/index.json")):
+        for entry in json.loads(index.read_text())["shards"]:
+            for file in filter(None, (entry["raw_data"], entry["zip_data"])):
+                file["basename"] = f"{index.parent.name}/{file['basename']}"
+            entries.append(entry)
+        index.unlink()
+    (folder / "index.json").write_text(dump_index(entries))
+
+
+def damage(path: Path) -> None:
+    """Change one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)

@@ -1,0 +1,105 @@
+"""Shared by tests: packed models."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from rankllm_composer.data.packing import Sequence, split_batch
+from rankllm_composer.model.losses import LOSSES, Objective
+from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.prompts.encoding import EncodedRecord
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+}
+
+
+FAMILIES = {
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral_windowed": MistralConfig(**SIZES, sliding_window=9),
+    "mistral_tied": MistralConfig(**SIZES, sliding_window=None, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2_windowed": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+}
+
+
+def new_model(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), attn_implementation="sdpa")
+
+
+def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[Sequence]:
+    """Lists of different lengths and candidate counts; only `ranking` ends at its score position."""
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for index in range(num):
+        num_candidates = int(generator.integers(2, 7))
+        prompt, response = int(generator.integers(8, 30)), 0 if objective == "ranking" else 4 * num_candidates
+        encoded = EncodedRecord(
+            input_ids=generator.integers(0, 96, prompt + response).astype(np.int32),
+            response_start=prompt,
+            score_position=prompt - 1 if objective == "ranking" else prompt,
+            identifier_token_ids=np.arange(10, 10 + num_candidates, dtype=np.int32),
+            ranks=generator.permutation(num_candidates),
+        )
+        sequences.append(Sequence(encoded, f"r{index}", index))
+    return sequences
+
+
+def plain_losses(model: torch.nn.Module, sequences: list[Sequence], objective: Objective) -> dict[str, torch.Tensor]:
+    """Each list alone through the HF model, the losses spelled out in a loop."""
+    token_losses, list_losses = [], []
+    for sequence in sequences:
+        item = sequence.encoded
+        ids = torch.from_numpy(item.input_ids.astype(np.int64))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        for place in range(item.response_start, len(ids)):
+            token_losses.append(-F.log_softmax(logits[place - 1], -1)[ids[place]])
+        scores = logits[item.score_position][torch.from_numpy(item.identifier_token_ids.astype(np.int64))]
+        loss = LOSSES[objective.ranking_loss]
+        list_losses.append(loss(scores[None], torch.from_numpy(item.ranks)[None], **objective.ranking_loss_options))
+    parts = {}
+    if objective.name != "ranking":
+        parts["language_modelling"] = torch.stack(token_losses).mean()
+    if objective.name != "generation":
+        parts["ranking"] = torch.stack(list_losses).mean()
+    weights = {"language_modelling": objective.language_modelling_weight, "ranking": objective.ranking_weight}
+    return {"total": sum(weights[name] * value for name, value in parts.items()), **parts}
+
+
+def packed_losses(model: torch.nn.Module, sequences: list[Sequence], objective: Objective, **options) -> dict:
+    """All lists through ListwiseReranker, summed over microbatches as Composer does; gradients are accumulated."""
+    limit = options.pop("limit", {"max_lists": 100})
+    reranker = ListwiseReranker(model, None, objective, **options)
+    microbatches = split_batch({"sequences": sequences}, **limit)
+    totals: dict[str, torch.Tensor] = {}
+    for batch in microbatches:
+        parts = reranker.loss(reranker(batch), batch)
+        (parts["total"] / len(microbatches)).backward()
+        for name, value in parts.items():
+            totals[name] = totals.get(name, 0) + value.detach() / len(microbatches)
+    return totals
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,0 +1,130 @@
+"""The tokenizers of Mistral-7B-Instruct-v0.3 and Zephyr as HF folders, built from files of the package mistral-common.
+
+Both are SentencePiece BPE models. Their pieces are read from the protobuf file here, so that neither sentencepiece nor
+a download is needed; a test holds the result against known token ids.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # SentencePiece's types of a piece that is no text or byte
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tokenizer comes from: a file of mistral-common, and whether a space is put before every piece of text."""
+
+    file: str
+    legacy: bool
+
+
+SOURCES = {
+    "mistral_v3": Source("mistral_instruct_tokenizer_240323.model.v3", legacy=False),
+    "zephyr_v1": Source("tokenizer.model.v1", legacy=True),
+}
+
+
+def tokenizer_folder(name: str, cache: Path) -> Path:
+    """HF folder of a tokenizer in `cache`, built if it is not there; processes may ask at the same time."""
+    folder = cache / f"{name}-mistral-common-{version('mistral-common')}"
+    if not folder.exists():
+        made = Path(tempfile.mkdtemp(dir=cache))
+        build_tokenizer(name).save_pretrained(made)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(made)
+    return folder
+
+
+def build_tokenizer(name: str):
+    """The tokenizer `name` of `SOURCES` as a LlamaTokenizerFast, pad = eos, with the model's chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import LlamaTokenizerFast
+
+    source = SOURCES[name]
+    pieces = list(read_pieces(files("mistral_common").joinpath("data", source.file).read_bytes()))
+    vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges(pieces, vocabulary), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    for piece, _, kind in pieces:
+        if kind in (UNKNOWN, CONTROL):
+            tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True)])
+        elif kind == USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False)])
+    if source.legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s>:0 $A:0", pair="<s>:0 $A:0 <s>:1 $B:1", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    beginning, end, unknown = (AddedToken(piece, normalized=False) for piece in ("<s>", "</s>", "<unk>"))
+    return LlamaTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=beginning,
+        eos_token=end,
+        pad_token=end,
+        unk_token=unknown,
+        legacy=source.legacy,
+        sp_model_kwargs={},
+        spaces_between_special_tokens=False,
+        chat_template=(GOLDEN / f"{name}.jinja").read_text(encoding="utf-8"),
+    )
+
+
+def merges(pieces: list[tuple[str, float, int]], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of pieces that joins to a piece, the best-scored piece first."""
+    found = []
+    for piece, score, _ in pieces:
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        pairs = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
+        found += [(score, *pair) for pair in sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))]
+    found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
+    return [(left, right) for _, left, right in found]
+
+
+def read_pieces(model: bytes) -> Iterator[tuple[str, float, int]]:
+    """(piece, score, type) of each piece of a SentencePiece model: field 1 of the file, whose fields are 1, 2 and 3."""
+    for number, message in read_fields(model):
+        if number == 1:
+            fields = dict(read_fields(message))
+            yield fields[1].decode("utf-8"), struct.unpack("<f", fields[2])[0], fields.get(3, 1)
+
+
+def read_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """(number, value) of each field of a protobuf message."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = message[place]
+            place += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while place < len(message):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+        else:
+            length = {1: 8, 5: 4}.get(key & 7) or varint()
+            yield key >> 3, message[place : place + length]
+            place += length

@@ -1,0 +1,67 @@
+"""Shared by tests: resumable runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from composer.core import Callback
+from composer.models import HuggingFaceModel
+from peft import LoraConfig, get_peft_model
+
+from rankllm_composer.checkpoints.folder import MANIFEST, whole_checkpoints
+from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
+
+
+class Draws(Callback):
+    """Random numbers drawn with each batch, from every source."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, ...]] = []
+
+    def batch_start(self, state, logger):
+        self.seen.append((torch.rand(1).item(), np.random.rand(), random.random()))
+
+
+def train(folder: Path, duration: str, *, interval: str = "1ba", family: str = "mistral", lora=False, **options):
+    """Batches of 4 an epoch; returns the draws and the final weights."""
+    draws, checkpoints = Draws(), CheckpointFolder(folder, interval=interval, **options)
+    model = new_hf_model(family)
+    if lora:
+        model = HuggingFaceModel(get_peft_model(model, LORA), new_tokenizer())
+    trainer = new_trainer(model, duration, callbacks=[draws, checkpoints])
+    trainer.fit()
+    trainer.close()
+    return draws.seen, {name: weight.clone() for name, weight in model.state_dict().items()}, checkpoints
+
+
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path, _ in whole_checkpoints(folder)]
+
+
+class Payload:
+    """Makes a folder when unpickled, or evaluated."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def poison(checkpoint: Path, change) -> None:
+    """Change what is in a checkpoint and make its manifest fit."""
+    content = torch.load(checkpoint / "rank0.pt", weights_only=False)
+    change(content["state"])
+    torch.save(content, checkpoint / "rank0.pt")
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"]["rank0.pt"] = (checkpoint / "rank0.pt").stat().st_size
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))

@@ -1,0 +1,46 @@
+"""A recipe made so small that a run of it takes seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from rankllm_composer.shards.build import build_shards
+from support.launching import ON_CPU, REPOSITORY
+
+RECIPE = REPOSITORY / "yamls" / "first_mistral.yaml"
+GOLDEN = Path(__file__).parents[1] / "golden"
+BATCHES_PER_EPOCH = 6
+
+
+def small_run(folder: Path, tokenizer_folder: Path) -> list[str]:
+    """What is laid over the recipe: 24 lists in two epochs of 6 batches, a checkpoint every 2 batches, no export.
+
+    Args:
+        folder: shards and the model to start from are written there.
+        tokenizer_folder: HF folder of the recipe's tokenizer.
+    """
+    shutil.copytree(tokenizer_folder, folder / "base")
+    for path in (GOLDEN / "tiny_mistral").iterdir():
+        shutil.copy(path, folder / "base")
+    records = json.loads((GOLDEN / "records.json").read_text())
+    copies = [dict(record, id=f"{record['id']}-{copy}") for copy in range(4) for record in records]
+    (folder / "records.json").write_text(json.dumps(copies))
+    build_shards(str(folder / "shards"), input=str(folder / "records.json"))
+    return [
+        *ON_CPU,
+        f"model.name_or_path={folder / 'base'}",
+        "model.activation_checkpointing=0",
+        f"data.train.local={folder / 'shards'}",
+        "data.train.source=null",
+        "data.max_length_tokens=2048",
+        "batch.global_lists=4",
+        "batch.microbatch_tokens=2048",
+        "optimizer.lr=1e-3",
+        "schedule.warmup=2ba",
+        "run.max_duration=2ep",
+        "checkpoint.interval=2ba",
+        "checkpoint.keep=-1",
+        "checkpoint.export=null",
+    ]

@@ -1,0 +1,34 @@
+"""Shared by tests: streaming loader."""
+
+from __future__ import annotations
+
+import itertools
+
+from rankllm_composer.data.dataset import ListLoader
+from rankllm_composer.data.exact_streaming import ExactStreamingDataset
+
+
+def new_loader(stream, *, workers=0, batch_size=4, **options):
+    """A loader of ids, None for a padding row."""
+    streams = stream if isinstance(stream, list) else [stream]
+    options = {"seed": 7, "download_retry": 0, **options}
+    return ListLoader(
+        ExactStreamingDataset(streams, batch_size=batch_size, **options),
+        batch_size=batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        timeout=300 if workers else 0,
+        collate_fn=lambda rows: {"ids": [row and row["id"] for row in rows]},
+    )
+
+
+def read(loader, num_epochs=1):
+    return [[batch["ids"] for batch in loader] for _ in range(num_epochs)]
+
+
+def flat(batches):
+    return list(itertools.chain(*batches))
+
+
+def ids(*numbers):
+    return [f"q{number}" for number in numbers]

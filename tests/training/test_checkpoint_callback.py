@@ -1,0 +1,191 @@
+"""Checkpoints of a small Trainer: written, continued from, refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+import pytest
+import torch
+from composer.core import Callback
+from support.resumable_runs import Payload, names, poison, train
+from support.s3_server import s3_server
+from support.tiny_training import new_hf_model, new_trainer
+
+from rankllm_composer.checkpoints.folder import MANIFEST, CheckpointError
+from rankllm_composer.training import checkpoint_callback as resumption
+from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+
+
+def test_going_on_is_as_never_having_stopped(tmp_path):
+    draws, weights, _ = train(tmp_path / "whole", "2ep", interval="2ep")
+    assert names(tmp_path / "whole") == ["ep2-ba8"]
+    first, _, _ = train(tmp_path / "parts", "3ba")
+    second, _, resumed = train(tmp_path / "parts", "1ep")
+    assert resumed.resumed_from == tmp_path / "parts" / "ep0-ba3"
+    assert names(tmp_path / "parts") == ["ep0-ba2", "ep0-ba3", "ep1-ba4"]  # the three newest of both runs
+    third, again, _ = train(tmp_path / "parts", "2ep")
+    assert first + second + third == draws
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert not (tmp_path / "parts" / ".partial" / "ep2-ba8").exists()
+
+
+def test_adapters_are_saved_alone_and_go_on(tmp_path):
+    """In less than half of what all weights take; a checkpoint that lacks an adapter is refused."""
+    train(tmp_path / "all", "1ba")
+    _, weights, _ = train(tmp_path / "whole", "1ep", lora=True)
+    train(tmp_path / "parts", "2ba", lora=True)
+    size, size_of_all = ((tmp_path / name / "ep0-ba1" / "rank0.pt").stat().st_size for name in ("parts", "all"))
+    assert size < size_of_all / 2
+    _, again, resumed = train(tmp_path / "parts", "1ep", lora=True)
+    assert resumed.resumed_from == tmp_path / "parts" / "ep0-ba2"
+    assert len(weights) == 2 * 2 * 2 and all(torch.equal(again[name], weights[name]) for name in weights)
+    gone = next(iter(weights))
+    poison(tmp_path / "whole" / "ep1-ba4", lambda state: state["model"].pop(gone))
+    with pytest.raises(CheckpointError, match=f"found no weights {gone}; use an earlier one"):
+        train(tmp_path / "whole", "2ep", lora=True)
+
+
+def test_a_half_written_one_is_passed_over(tmp_path):
+    train(tmp_path, "3ba")
+    (tmp_path / "ep0-ba3" / MANIFEST).unlink()
+    _, _, resumed = train(tmp_path, "1ep")
+    assert resumed.resumed_from == tmp_path / "ep0-ba2"
+    assert names(tmp_path) == ["ep0-ba2", "ep0-ba3", "ep1-ba4"]
+
+
+def test_what_stands_in_the_way(tmp_path):
+    train(tmp_path, "2ba", keep=1)
+    with pytest.raises(CheckpointError, match=r"run\.autoresume: found false, but .*ep0-ba2 is a checkpoint of this"):
+        train(tmp_path, "1ep", resume=False)
+    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a checkpoint of another model \(model\.model\.layers"):
+        train(tmp_path, "1ep", family="qwen2")
+    damaged = tmp_path / "ep0-ba2" / "rank0.pt"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a damaged checkpoint"):
+        train(tmp_path, "1ep")
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    trap = tmp_path / "was run"
+    train(tmp_path / "a", "2ba", keep=1)
+    poison(tmp_path / "a" / "ep0-ba2", lambda state: state.update(callbacks={"x": Payload(trap)}))
+    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a pickle that asks for posix\.mkdir, allowed is data"):
+        train(tmp_path / "a", "1ep")
+    # Composer evaluates the text of an algorithm that a checkpoint says it needs.
+    train(tmp_path / "b", "2ba", keep=1)
+    text = f"BlurPool if __import__('os').mkdir({str(trap)!r}) else None"
+    poison(tmp_path / "b" / "ep0-ba2", lambda state: state.update(algorithms=[("BlurPool", {"repr": text})]))
+    train(tmp_path / "b", "1ep")
+    assert not trap.exists()
+
+
+def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    train(tmp_path, "2ba", keep=1)
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(resumption, "save_checkpoint", full)
+    with pytest.raises(CheckpointError, match=r"ep0-ba3: the checkpoint could not be written \(.*No space left"):
+        train(tmp_path, "1ep")
+    assert names(tmp_path) == ["ep0-ba2"]
+
+
+def test_machines_that_share_no_disk_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumption.dist, "all_gather_object", lambda own: [own, {"__9_0.distcp": 5}])
+    with pytest.raises(CheckpointError, match=r"ep0-ba1: __9_0\.distcp of another rank is not here.* share"):
+        train(tmp_path, "2ba")
+    assert names(tmp_path) == []
+
+
+# --- copies in an object store ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def server():
+    with s3_server() as running:
+        for bucket in ("copies", "newest", "refused"):  # the servers of a process share what they hold
+            running.client().create_bucket(Bucket=bucket)
+        yield running
+
+
+def copies(server, bucket: str) -> set[str]:
+    return {key.split("/")[1] for key in server.keys(bucket) if key.endswith(MANIFEST)}
+
+
+def test_copies_in_an_object_store(tmp_path, server):
+    draws, _, _ = train(tmp_path / "whole", "2ep", interval="2ep")
+    refusals = iter([500, 503, 503])
+    server.on_put = lambda key: next(refusals, None)
+    first, _, _ = train(tmp_path / "a", "3ba", keep=2, url="s3://copies/run")
+    assert next(refusals, "used") == "used"
+    assert copies(server, "copies") == {"ep0-ba2", "ep0-ba3"}  # the two newest, there as here
+    order = [key for key in server.puts if key.startswith("run/ep0-ba3/")]
+    assert order == ["run/ep0-ba3/rank0.pt", f"run/ep0-ba3/{MANIFEST}"]
+    server.client().delete_object(Bucket="copies", Key="run/ep0-ba3/rank0.pt")  # never arrived
+    second, _, resumed = train(tmp_path / "another machine", "2ep", keep=2, url="s3://copies/run")
+    assert resumed.resumed_from == tmp_path / "another machine" / "ep0-ba2"
+    # Python's own random numbers too, though a client of the store drew the length of its pauses meanwhile.
+    assert first[:2] + second == draws and len(second) == 6
+    assert copies(server, "copies") == {"ep1-ba7", "ep2-ba8"}
+
+
+class Reached(Callback):
+    """Tells when a batch begins."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.event = batch, threading.Event()
+
+    def batch_start(self, state, logger):
+        if state.timestamp.batch.value == self.batch:
+            self.event.set()
+
+
+def test_training_goes_on_while_a_copy_is_made(tmp_path, server):
+    """The store keeps the first file until two batches later; a run that waited for it would never come there."""
+    reached, answers = Reached(4), []
+    server.on_put = lambda key: answers.append(reached.event.wait(120))
+    checkpoints = CheckpointFolder(tmp_path, interval="3ba", url="s3://copies/patient")
+    trainer = new_trainer(new_hf_model(), "2ep", callbacks=[reached, checkpoints])
+    trainer.fit()
+    trainer.close()
+    assert answers and all(answers)
+    assert {"ep0-ba3", "ep1-ba6", "ep2-ba8"} <= copies(server, "copies")
+
+
+def test_names_in_any_script(tmp_path, server):
+    place = "läufe/検索 1"
+    train(tmp_path / place, "2ba", keep=2, url=f"s3://copies/{place}")
+    assert {key for key in server.keys("copies") if key.endswith(MANIFEST)} >= {f"{place}/ep0-ba2/{MANIFEST}"}
+    _, _, resumed = train(tmp_path / "x", "3ba", keep=2, url=f"s3://copies/{place}")
+    assert resumed.resumed_from == tmp_path / "x" / "ep0-ba2"
+    kept = [key for key in server.keys("copies") if key.startswith(place) and key.endswith(MANIFEST)]
+    assert kept == [f"{place}/ep0-ba2/{MANIFEST}", f"{place}/ep0-ba3/{MANIFEST}"]
+
+
+def test_the_newest_is_that_of_the_last_batch_whatever_clocks_say(tmp_path):
+    train(tmp_path, "3ba")
+    for age, name in enumerate(("ep0-ba3", "ep0-ba2", "ep0-ba1")):  # the newest looks a year older than the oldest
+        for path in (tmp_path / name, *(tmp_path / name).iterdir()):
+            os.utime(path, (1e9 + 2e7 * age,) * 2)
+    _, _, resumed = train(tmp_path, "1ep")
+    assert resumed.resumed_from == tmp_path / "ep0-ba3"
+
+
+def test_the_newest_of_both_places(tmp_path, server):
+    train(tmp_path / "a", "2ba", url="s3://newest/run")
+    train(tmp_path / "a", "3ba")
+    _, _, resumed = train(tmp_path / "a", "1ep", url="s3://newest/run")
+    assert resumed.resumed_from == tmp_path / "a" / "ep0-ba3"
+
+
+def test_a_store_that_refuses(tmp_path, server):
+    server.on_put = lambda key: 403
+    with pytest.raises(CheckpointError, match=r"checkpoint\.folder: s3://refused/run: ep0-ba1/rank0\.pt cannot"):
+        train(tmp_path, "2ba", url="s3://refused/run")
+    assert "ep0-ba1" in names(tmp_path) and copies(server, "refused") == set()  # nothing here is lost
+    server.on_put = lambda key: None
+    train(tmp_path, "1ep", url="s3://refused/run")
+    assert "ep1-ba4" in copies(server, "refused")

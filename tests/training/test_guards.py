@@ -1,0 +1,35 @@
+"""A loss or gradient that is not finite: no update, the lists it came from, on every rank."""
+
+from __future__ import annotations
+
+import pytest
+from support.guarded_updates import INF, NAN, run
+
+from rankllm_composer.training.guards import LossError, LossGuard
+
+
+def test_finite_losses_pass():
+    guard = LossGuard()
+    assert run([0.5, 0.5, 0.25, 0.25], guard) == [0.5, 0.25]
+    assert guard.num_skipped == 0
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_bad_loss_stops_before_the_update(bad):
+    with pytest.raises(LossError, match=r"batch 2: found a loss that is not finite \(rank 0: q3\); the weights are"):
+        run([0.5, 0.5, 0.25, bad], LossGuard())
+
+
+def test_a_bad_gradient_behind_a_good_loss():
+    with pytest.raises(LossError, match=r"gradient that is not finite from finite losses \(lists of the batch: q0, q1"):
+        run([0.5, 0.5], LossGuard(), slopes=[0.0, INF])
+
+
+def test_so_many_updates_are_left_out_and_no_more():
+    guard = LossGuard(max_skipped_updates=2)
+    assert run([0.5, 0.5, NAN, 1, 0.25, 0.25, 1, INF], guard) == [0.5, 0.5, 0.25, 0.25]
+    assert guard.num_skipped == 2
+    resumed = LossGuard(max_skipped_updates=2)
+    resumed.load_state_dict(guard.state_dict())
+    with pytest.raises(LossError, match=r"batch 1: .*, after 2 updates were left out; .*max_skipped_updates"):
+        run([NAN, NAN], resumed)

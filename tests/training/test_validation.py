@@ -1,0 +1,131 @@
+"""Ranking held-out windows while a model trains: when, what is told, and that training does not notice."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composer import Trainer
+from composer.loggers import InMemoryLogger
+from composer.models import HuggingFaceModel
+from support.launching import REPOSITORY
+from support.tiny_rerankers import FAMILIES, new_contract, new_tokenizer, record_of
+from support.tiny_training import new_loader
+from transformers import AutoModelForCausalLM
+
+from rankllm_composer.ranking.evaluation import evaluate_windows, summarise, window_ndcg
+from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.training import assembly
+from rankllm_composer.training.validation import PREFIX, Validation, read_details
+
+GRADED = [
+    ([None, None], "generation/ndcg@10", True),
+    ([(0, 0, 0, 0), None], "generation/ndcg@10", True),
+    ([(0, 0, 0, 0), (1, 0)], "generation/ndcg@10", False),
+    ([None, None], "generation/tau", False),
+]
+RECORDS = [record_of(values, record_id=f"r{values}") for values in ([0, 3, 1, 2], [1, 2], [0, 0, 0])]
+
+
+def trained(duration="2ep", validation: Validation | None = None, dropout: float = 0.0, **options) -> Trainer:
+    """A model trained for two epochs of four batches, or as long as is said."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(FAMILIES["mistral"])
+    config.attention_dropout = dropout
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    trainer = Trainer(
+        model=HuggingFaceModel(model, new_tokenizer()),
+        train_dataloader=new_loader(),
+        optimizers=torch.optim.AdamW(model.parameters(), lr=1e-3),
+        max_duration=duration,
+        device="cpu",
+        progress_bar=False,
+        seed=1,
+        callbacks=[] if validation is None else [validation],
+        **options,
+    )
+    trainer.fit()
+    return trainer
+
+
+def new_validation(interval="1ep", **options) -> Validation:
+    tokenizer = new_tokenizer()
+    return Validation(RECORDS, tokenizer=tokenizer, contract=new_contract(tokenizer), interval=interval, **options)
+
+
+@pytest.mark.parametrize(
+    "interval, duration, expected",
+    [
+        ("1ep", "2ep", [4, 8]),
+        ("1ep", "8ba", [4, 8]),  # the last batch and the epoch end together: once
+        ("2ep", "3ep", [8, 12]),
+        ("3ba", "2ep", [3, 6, 8]),
+        ("2ba", "4ba", [2, 4]),
+        ("5ba", "6ba", [5, 6]),
+        ("0.5dur", "8ba", [4, 8]),
+    ],
+)
+def test_when_windows_are_ranked(interval, duration, expected, tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    trained(duration, new_validation(interval, decodings=["first_token"], details=path))
+    assert [json.loads(line)["batch"] for line in path.read_text().splitlines()] == expected
+
+
+def test_what_is_told_is_what_the_model_does(tmp_path):
+    """Logged, kept for the export, and written window by window: all of the weights of that moment."""
+    memory, path = InMemoryLogger(), tmp_path / "evaluations.jsonl"
+    validation = new_validation("1ep", num_shuffles=3, seed=7, details=path)
+    trainer = trained("1ep", validation, loggers=[memory])
+    tokenizer = new_tokenizer()
+    model = trainer.state.model.model
+    results = evaluate_windows(model, tokenizer, RECORDS, new_contract(tokenizer), num_shuffles=3, seed=7)
+    expected = {PREFIX + name: value for name, value in summarise(results).items()}
+    assert validation.figures == validation.figures_after(4) == expected
+    assert validation.figures_after(3) == {}  # other weights
+    assert {name: memory.data[name][-1][1] for name in expected} == expected
+    for decoding in ("first_token", "generation"):
+        assert {f"eval/{decoding}/{figure}" for figure in ("ndcg@10", "mrr@10", "tau")} <= expected.keys()
+    beside = {"eval/presented/ndcg@10", "eval/oracle/ndcg@10", "eval/chance/ndcg@10", "eval/agreement/tau"}
+    beside |= {f"eval/generation/{share}" for share in ("malformed", "repeated", "incomplete")}
+    beside |= {"eval/first_token/shuffled/ndcg@10_deviation", "eval/first_token/reversed/tau"}
+    assert beside <= expected.keys()
+    (details,) = read_details(path)
+    assert details["ndcg@10"] == {result.id: window_ndcg(result) for result in results}
+    assert sum(map(sum, details["positions"]["first_token"])) == 3 * (4 + 2 + 3)
+
+
+def test_training_does_not_notice():
+    """With dropout drawing from torch's generator: the same weights, bit by bit, as without any evaluation."""
+    plain = trained(dropout=0.2)
+    watched = trained(validation=new_validation("1ba", num_shuffles=2), dropout=0.2)
+    assert watched.state.model.model.training == plain.state.model.model.training
+    for (name, one), (_, other) in zip(
+        plain.state.model.named_parameters(), watched.state.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("grades, best_by, stops", GRADED)
+def test_a_best_by_that_the_windows_cannot_tell_stops_before_training(monkeypatch, grades, best_by, stops):
+    records = [replace(record, grades=own) for record, own in zip(RECORDS, grades)]
+    windows = SimpleNamespace(num_samples=len(records), record=records.__getitem__)
+    monkeypatch.setattr(assembly, "build_dataset", lambda *_: windows)
+    keys = ["data.eval={local: windows}", f"evaluation={{best_by: {best_by}}}"]
+    recipe = load_recipe(REPOSITORY / "yamls" / "first_mistral.yaml", keys)
+    tokenizer = new_tokenizer()
+    if stops:
+        with pytest.raises(assembly.AssemblyError, match=r"best_by: found generation/ndcg@10, but no window .*/tau"):
+            assembly.build_validation(recipe, new_contract(tokenizer), tokenizer)
+    else:
+        assert assembly.build_validation(recipe, new_contract(tokenizer), tokenizer) is not None
+
+
+def test_what_a_resumed_run_comes_by_again_counts_once(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    lines = [{"batch": 4, "x": "lost"}, {"batch": 2, "x": "first"}, {"batch": 4, "x": "again"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"batch": 6, "ndc')
+    assert [(found["batch"], found["x"]) for found in read_details(path)] == [(2, "first"), (4, "again")]
