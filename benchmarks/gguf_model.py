@@ -33,7 +33,7 @@ def unpack_gguf_model(source: str | Path, folder: str | Path, *, end_of_turn: st
     Raises:
         GgufError: no such file, none or several models in it, one that transformers does not read, or a tokenizer that
             is not byte-level or lacks one of the tokens.
-        StagingError: the folder cannot be written.
+        StoreError: the folder cannot be written.
     """
     source, folder = Path(source), Path(folder).absolute()
     if not source.is_file():

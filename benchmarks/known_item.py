@@ -65,7 +65,7 @@ def build_known_items(
         seed: of documents, words, places and orders.
     Raises:
         KnownItemError: a number is out of range, or too few documents can ask.
-        TrecError: the documents cannot be read.
+        SourceError: the documents cannot be read.
     """
     fewest, most = query_words or (1, 1)
     if num_lists < 1 or num_candidates < 2 or not 1 <= fewest <= most or (passage_words or 1) < 1:

@@ -91,9 +91,10 @@ def recipes_check(
     ] = None,
 ) -> None:
     """Print the merged recipe with the origin of each value, then all that is wrong with it (and exit code 2)."""
+    from rankllm_composer.errors import RecipeError
     from rankllm_composer.recipe.checks import check_world, is_secret, missing_files
     from rankllm_composer.recipe.load import merge_recipe
-    from rankllm_composer.recipe.schema import RecipeError, show
+    from rankllm_composer.recipe.schema import show
 
     path = recipe_path(file)
     merged = merge_recipe(path, overrides or [])
@@ -442,10 +443,10 @@ def report(
     ] = None,
 ) -> None:
     """Draw what runs did: losses, learning rate, throughput, nDCG, gains, lengths, position bias, in one HTML page."""
+    from rankllm_composer.errors import RecipeError
     from rankllm_composer.preflight.plan import look_at_lists
     from rankllm_composer.ranking.comparison import read_measured
     from rankllm_composer.recipe.load import load_recipe
-    from rankllm_composer.recipe.schema import RecipeError
     from rankllm_composer.report.page import write_report
     from rankllm_composer.report.run_record import read_run, with_reranked
 

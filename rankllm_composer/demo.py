@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankllm_composer.errors import RunError
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
@@ -258,10 +259,6 @@ MEASURE = "nDCG@10"
 NUM_THREADS = 2
 
 
-class DemoError(ValueError):
-    """The demo could not finish."""
-
-
 def run_demo(
     folder: Path,
     recipe_path: Path,
@@ -281,7 +278,7 @@ def run_demo(
     Returns:
         nDCG@10 on the held-out queries of "first stage", "untrained", "trained" and "oracle".
     Raises:
-        DemoError: training failed.
+        RunError: training failed.
         ValueError: a key of the recipe is wrong.
     """
     import torch
@@ -321,7 +318,7 @@ def _train(recipe_path: Path, overrides: Sequence[str]) -> None:
     command = [sys.executable, str(launcher), "-n", "1", str(train.__file__), str(recipe_path), *overrides]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS)}, check=False)
     if done.returncode != 0:
-        raise DemoError(f"training ended with exit code {done.returncode}; what it said is above")
+        raise RunError(f"training ended with exit code {done.returncode}; what it said is above")
 
 
 def _places(folder: Path, files: Collection) -> list[str]:

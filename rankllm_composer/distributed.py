@@ -11,6 +11,8 @@ import torch.distributed
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 
+from rankllm_composer.errors import RunError
+
 if TYPE_CHECKING:
     pass
 
@@ -38,16 +40,12 @@ def _reduce_over_ranks(values: list[int], operation: str) -> list[int]:
 HEARTBEAT_SECONDS = 10.0
 
 
-class RankZeroError(ValueError):
-    """What failed on rank 0, as the other ranks hear of it."""
-
-
 def run_on_rank_zero(task: Callable[[], None], what: str) -> None:
     """Runs a task on rank 0 while the other ranks wait, however long it takes; a collective.
 
     Raises:
         Exception: on rank 0, what the task raised.
-        RankZeroError: on every other rank, the same text.
+        RunError: on every other rank, the same text.
     """
     if dist.get_world_size() == 1:
         task()
@@ -75,7 +73,7 @@ def run_on_rank_zero(task: Callable[[], None], what: str) -> None:
     if failure:
         raise failure[0]
     if error is not None:
-        raise RankZeroError(f"rank 0, {what}: {error}")
+        raise RunError(f"rank 0, {what}: {error}")
 
 
 def average_sharded_gradients(model: torch.nn.Module) -> float:

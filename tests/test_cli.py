@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 import typer
 
 from rankllm_composer import __version__
-from rankllm_composer.cli import app, find_recipe, main, recipe_folder, shards_build
+from rankllm_composer.cli import app, find_recipe, main, shards_build
 from rankllm_composer.shards import build as shards
 
 ROOT = Path(__file__).parent.parent
@@ -312,25 +311,3 @@ def test_recipes_check_of_no_recipe(run: Run, tmp_path: Path) -> None:
 def test_recipes_keys(run: Run) -> None:
     assert "  optimizer.lr=required\n" in run("recipes", "keys").out
     assert "| `optimizer.betas` | `[0.9, 0.999]` |" in run("recipes", "keys", "--markdown").out
-
-
-def test_recipes_are_part_of_the_installed_package(tmp_path: Path) -> None:
-    assert recipe_folder() == ROOT / "yamls"
-    source, built = tmp_path / "source", tmp_path / "built"
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("rankllm_composer", "yamls"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", source)
-    (source / "README.md").touch()
-    setup = "import setuptools; setuptools.setup()"
-    build = [sys.executable, "-c", setup, "-q", "build_py", "--build-lib", str(built)]
-    subprocess.run(build, cwd=source, check=True, capture_output=True)
-    shutil.rmtree(source)
-    code = (
-        f"import sys; sys.path.insert(0, {str(built)!r}); from rankllm_composer.recipe_commands import recipe_folder; "
-        "print(recipe_folder())"
-    )
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    folder = Path(found.stdout.strip())
-    assert folder == built / "rankllm_composer" / "yamls"
-    assert sorted(path.name for path in folder.glob("*.yaml")) == [path.name for path in YAMLS]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from support.launching import REPOSITORY, metrics
 
-from rankllm_composer.demo import DemoError, run_demo
+from rankllm_composer.demo import run_demo
+from rankllm_composer.errors import RunError
 from rankllm_composer.prompts.contract import read_contract
 
 RECIPE = REPOSITORY / "yamls" / "demo.yaml"
@@ -23,5 +24,5 @@ def test_the_demo_goes_all_the_way(tmp_path):
     assert len(metrics(tmp_path / "metrics.jsonl")) == 4
     assert read_contract(tmp_path / "untrained").objective == read_contract(tmp_path / "hf" / "epoch_0").objective
 
-    with pytest.raises(DemoError, match="exit code"):
+    with pytest.raises(RunError, match="exit code"):
         run_demo(tmp_path, RECIPE, ["optimizer.lr=2"], num_train_queries=256, report=told.append)

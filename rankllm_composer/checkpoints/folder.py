@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankllm_composer.errors import CheckpointError
+
 log = logging.getLogger(__name__)
 
 
@@ -31,10 +33,6 @@ _NAME = re.compile(r"ep(\d{1,18})-ba(\d{1,18})", re.ASCII)
 
 
 _STAGE = ".partial"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or one that this run cannot continue from."""
 
 
 @dataclass(frozen=True)

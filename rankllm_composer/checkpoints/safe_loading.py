@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rankllm_composer.errors import CheckpointError, first_line
+
 # What the index of a sharded checkpoint holds besides plain containers.
 _INDEX_TYPES = {
     "pathlib": {"PosixPath", "PurePosixPath"},
@@ -30,10 +32,6 @@ _INDEX_TYPES = {
 
 
 INDEX_NAME = ".metadata"
-
-
-class UnsafeCheckpointError(ValueError):
-    """A checkpoint that is damaged, or whose pickle asks for more than data."""
 
 
 def data_types() -> list[Any]:
@@ -65,12 +63,12 @@ def read_index(stream: BinaryIO, name: str) -> Any:
         stream: its bytes.
         name: of the file, for messages.
     Raises:
-        UnsafeCheckpointError: it is damaged, or no index.
+        CheckpointError: it is damaged, or no index.
     """
     try:
         return _IndexUnpickler(stream).load()
     except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise UnsafeCheckpointError(explain_unreadable(name, error)) from None
+        raise CheckpointError(explain_unreadable(name, error)) from None
 
 
 def holds_only_data(path: str | Path, specs: object = None) -> bool:
@@ -78,7 +76,7 @@ def holds_only_data(path: str | Path, specs: object = None) -> bool:
     others with `weights_only`.
 
     Raises:
-        UnsafeCheckpointError: see `read_index`.
+        CheckpointError: see `read_index`.
     """
     del specs
     if Path(path).name == INDEX_NAME:
@@ -117,12 +115,8 @@ def explain_unreadable(name: object, error: BaseException) -> str:
             f"{name}: found a pickle that asks for {asked[1]}, allowed is data alone, as loading it could run any "
             "code; use a checkpoint from a run you trust"
         )
-    return f"{name}: found a damaged checkpoint ({_first_line(error)}); use an earlier one"
+    return f"{name}: found a damaged checkpoint ({first_line(error)}); use an earlier one"
 
 
 def _is_refusal(error: BaseException) -> bool:
     return "UnpicklingError" in repr(error) or "UnpicklingError" in str(error)
-
-
-def _first_line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

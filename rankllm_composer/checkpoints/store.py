@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 from rankllm_composer.checkpoints.folder import (
     MANIFEST,
-    CheckpointError,
     Manifest,
     batch_of,
     clear_stage,
@@ -18,7 +17,8 @@ from rankllm_composer.checkpoints.folder import (
     publish,
     stage_folder,
 )
-from rankllm_composer.storage.object_store import RemoteFolder, StoredFile, StoreError, without_credentials
+from rankllm_composer.errors import CheckpointError, StoreError
+from rankllm_composer.storage.object_store import RemoteFolder, StoredFile, without_credentials
 
 log = logging.getLogger(__name__)
 

@@ -18,22 +18,18 @@ from rankllm_composer.data import packing
 from rankllm_composer.data.exact_streaming import ExactStreamingDataset
 from rankllm_composer.data.packing import Sequence
 from rankllm_composer.data.streams import Stream
+from rankllm_composer.errors import PromptError, ShardError
 from rankllm_composer.prompts.chat import Objective
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
-from rankllm_composer.prompts.record import AugmentationError, Record, lay_out_anew, record_key
-from rankllm_composer.prompts.user_turn import PromptError
-from rankllm_composer.shards.index import ShardError, record_from_sample
+from rankllm_composer.prompts.record import Record, lay_out_anew, record_key
+from rankllm_composer.shards.index import record_from_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Counted as a row so that every rank has as many, never trained.
 PADDING = Sequence(encoded=None, record_id="", record_key=0)
-
-
-class DataError(ValueError):
-    """Lists that cannot be trained on as asked: one too long, too few for a batch, a batch that cannot be divided."""
 
 
 class LoaderError(RuntimeError):
@@ -103,7 +99,7 @@ class ListDataset(ExactStreamingDataset):
         """The record of a sample number, as this epoch shows it.
 
         Raises:
-            AugmentationError: it cannot be laid out anew.
+            PromptError: it cannot be laid out anew.
             ShardError: its shard cannot be read.
         """
         record = record_from_sample(super().__getitem__(at))
@@ -121,7 +117,7 @@ class ListDataset(ExactStreamingDataset):
         """Row of a sample number: the list, tokenised.
 
         Raises:
-            DataError: the list is too long and `too_long` is "refuse", or it cannot be laid out anew.
+            ShardError: the list is too long and `too_long` is "refuse", or it cannot be laid out anew.
             PromptError: the record cannot be encoded.
             ShardError: its shard cannot be read.
         """
@@ -130,7 +126,7 @@ class ListDataset(ExactStreamingDataset):
         length = len(encoded.input_ids)
         if length > self.max_length_tokens:
             if self.too_long == "refuse":
-                raise DataError(
+                raise ShardError(
                     f"record {record.id!r}: {length} tokens, data.max_length_tokens allows {self.max_length_tokens}; "
                     "raise it, leave out and count such lists (data.too_long: drop), or build shards with fewer words "
                     "a passage"
@@ -153,11 +149,11 @@ class ListLoader(streaming.StreamingDataLoader):
 
         Raises:
             LoaderError: no batch came within the timeout, or a worker died.
-            AugmentationError, DataError, PromptError, ShardError: as `ListDataset`.
+            PromptError, ShardError, PromptError, ShardError: as `ListDataset`.
         """
         try:
             yield from super().__iter__()
-        except (AugmentationError, DataError, PromptError, ShardError) as error:
+        except (PromptError, ShardError) as error:
             self.close()
             raise type(error)(_without_traceback(error)) from None
         except RuntimeError as error:
@@ -197,11 +193,11 @@ def lists_per_rank(global_lists: int) -> int:
     """Rows of each rank in an optimizer step.
 
     Raises:
-        DataError: the global batch cannot be dealt evenly to the ranks.
+        ShardError: the global batch cannot be dealt evenly to the ranks.
     """
     num_ranks = dist.get_world_size()
     if global_lists % num_ranks:
-        raise DataError(
+        raise ShardError(
             f"batch.global_lists: found {global_lists}, allowed is a multiple of the {num_ranks} ranks; change it, or "
             "the number of processes"
         )
@@ -231,21 +227,21 @@ def build_train_data_spec(
     Returns:
         A DataSpec whose batches are `{"sequences": [Sequence, …]}` and whose microbatches are `packing.split_batch`'s.
     Raises:
-        DataError: an epoch holds fewer lists than one global batch, or a microbatch may not hold the longest list.
+        ShardError: an epoch holds fewer lists than one global batch, or a microbatch may not hold the longest list.
     """
     global_lists = dataset.batch_size * dist.get_world_size()
     if dataset.epoch_size < global_lists:
-        raise DataError(
+        raise ShardError(
             f"data.train: found {dataset.epoch_size} lists an epoch, allowed is at least one global batch of "
             f"{global_lists}; lower batch.global_lists, or add lists"
         )
     if (microbatch_lists is None) == (microbatch_tokens is None):
-        raise DataError(
+        raise ShardError(
             f"batch: found microbatch_lists {microbatch_lists} and microbatch_tokens {microbatch_tokens}, allowed is "
             "exactly one of them; leave the other out"
         )
     if microbatch_tokens is not None and microbatch_tokens < dataset.max_length_tokens:
-        raise DataError(
+        raise ShardError(
             f"batch.microbatch_tokens: found {microbatch_tokens}, allowed is data.max_length_tokens "
             f"({dataset.max_length_tokens}) or more, or the longest list fits no microbatch; raise it, or lower that"
         )

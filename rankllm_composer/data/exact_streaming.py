@@ -28,7 +28,7 @@ from streaming.base.util import bytes_to_int
 
 from rankllm_composer.data.shared_memory import private_shared_memory
 from rankllm_composer.data.streams import Stream, cause, check_streams
-from rankllm_composer.shards.index import ShardError
+from rankllm_composer.errors import ShardError
 
 if TYPE_CHECKING:
     pass

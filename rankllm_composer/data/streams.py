@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankllm_composer.data.shared_memory import claim_cache
-from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardError, parse_index, read_index
+from rankllm_composer.errors import ShardError
+from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, read_index
 from rankllm_composer.storage.object_store import is_remote, spare_random_numbers, without_credentials
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankllm_composer import __version__
+from rankllm_composer.errors import ModelError
 from rankllm_composer.prompts.contract import DecodingContract
 from rankllm_composer.redaction import redact
 
@@ -45,10 +46,6 @@ def published_figures(run_name: str) -> Mapping[str, float]:
         Published for RankZephyr and FirstMistral; the header of each recipe has the same.
     """
     return {f"{name}/{MEASURE}": value for name, value in _BY_RECIPE.get(run_name, {}).items()}
-
-
-class CardError(ValueError):
-    """A file that is no card of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +105,13 @@ def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
         card: file that `render_card` made, changed since or not.
         figures: name → value; those of the same name are replaced.
     Raises:
-        CardError: the file has no section of results.
+        ModelError: the file has no section of results.
     """
     path = Path(card)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     if found is None:
-        raise CardError(
+        raise ModelError(
             f"{path}: found no section '## Results', allowed is the card of an export; export the model again"
         )
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].splitlines() if "|" in line]

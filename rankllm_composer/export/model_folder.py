@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rankllm_composer.export.weights import (
-    Weights,
-    check_tied,
-    read_checkpoint_weights,
-)
+from rankllm_composer.errors import ModelError
+from rankllm_composer.export.weights import Weights, check_tied, read_checkpoint_weights
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
     DecodingContract,
@@ -39,10 +36,6 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 BEST = "best"
-
-
-class ExportError(ValueError):
-    """A model that cannot be exported."""
 
 
 def write_model_folder(
@@ -79,14 +72,14 @@ def write_model_folder(
     Returns:
         The folder.
     Raises:
-        ExportError: weights that do not fit the configuration, or a tokenizer that does not fit the contract.
-        StagingError: something else at that path, or no space. Nothing is left behind in any case.
+        ModelError: weights that do not fit the configuration, or a tokenizer that does not fit the contract.
+        StoreError: something else at that path, or no space. Nothing is left behind in any case.
     """
     target = _local_path(folder)
     warn_of_serving_name(target)
     _check_tokenizer(tokenizer, config, contract)
     if dtype not in DTYPES:
-        raise ExportError(f"dtype: found {dtype!r}, allowed are {', '.join(DTYPES)}")
+        raise ModelError(f"dtype: found {dtype!r}, allowed are {', '.join(DTYPES)}")
     weights = {
         name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()
     }
@@ -129,13 +122,13 @@ def export_checkpoint(
         dtype: of the weights on disk.
         adapter_config: PEFT configuration, if the checkpoint holds an adapter.
     Raises:
-        WeightsError: a checkpoint that cannot be read.
-        ExportError: see `write_model_folder`; or an adapter without its configuration.
+        ModelError: a checkpoint that cannot be read.
+        ModelError: see `write_model_folder`; or an adapter without its configuration.
     """
     weights = read_checkpoint_weights(checkpoint)
     adapter = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
     if adapter and adapter_config is None:
-        raise ExportError(
+        raise ModelError(
             f"{checkpoint}: found {len(adapter)} tensors of an adapter, allowed are full weights; "
             "give adapter_config to export the adapter",
         )
@@ -156,7 +149,7 @@ def export_checkpoint(
 
 def _local_path(folder: str | Path) -> Path:
     if "://" in str(folder):
-        raise ExportError(f"{folder}: found a URL, allowed is a local folder; copy the finished export there")
+        raise ModelError(f"{folder}: found a URL, allowed is a local folder; copy the finished export there")
     return Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow the links a user made)
 
 
@@ -166,12 +159,12 @@ def _check_tokenizer(
     contract: DecodingContract,
 ) -> None:
     if chat_template_sha256(tokenizer) != contract.chat_template_sha256:
-        raise ExportError(
+        raise ModelError(
             f"tokenizer {tokenizer.name_or_path}: found another chat template than the contract's, allowed is the one "
             "of training; make the contract from this tokenizer",
         )
     if config is not None and len(tokenizer) > config.vocab_size:
-        raise ExportError(
+        raise ModelError(
             f"tokenizer {tokenizer.name_or_path}: found {len(tokenizer)} tokens, the model knows {config.vocab_size}; "
             "resize the embeddings before training",
         )
@@ -241,13 +234,13 @@ def _write_model(
         weights.pop(head, None)
     missing, unknown = sorted(known - tied - set(weights)), sorted(set(weights) - known)
     if missing or unknown:
-        raise ExportError(
+        raise ModelError(
             f"weights: found {len(missing)} missing {missing[:3]} and {len(unknown)} unknown {unknown[:3]}, allowed "
             f"are those of {type(model).__name__}; give the configuration of the model that was trained",
         )
     for name, parameter in model.named_parameters():
         if name in weights and weights[name].shape != parameter.shape:
-            raise ExportError(
+            raise ModelError(
                 f"weights: found {name} of shape {tuple(weights[name].shape)}, the configuration says "
                 f"{tuple(parameter.shape)}; give the configuration of the model that was trained",
             )

@@ -12,13 +12,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.chat import identifier_token_ids
 from rankllm_composer.prompts.encoding import render_prompt
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
-    PromptError,
     clean_query,
     passage_word_limit,
     render_user_turn,
@@ -195,12 +195,13 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
     """An exported folder held against its own decoding contract, and a request against the client's.
 
     Raises:
-        ContractError: no contract, or one that does not read.
+        ModelError: no contract, or one that does not read.
         ModelError: the tokenizer or the configuration cannot be read.
     """
     from transformers import AutoConfig
 
-    from rankllm_composer.model.loading import ModelError, load_tokenizer
+    from rankllm_composer.errors import ModelError
+    from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.contract import CONTRACT_FILE, chat_template_sha256, num_bos_tokens, read_contract
 
     contract = read_contract(folder)

@@ -11,13 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from rankllm_composer.checkpoints.safe_loading import (
-    INDEX_NAME,
-    UnsafeCheckpointError,
-    data_types,
-    explain_unreadable,
-    read_index,
-)
+from rankllm_composer.checkpoints.safe_loading import INDEX_NAME, data_types, explain_unreadable, read_index
+from rankllm_composer.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -27,10 +22,6 @@ Weights = dict[str, torch.Tensor]
 
 
 _MODEL_PREFIX = "state.model."
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be gathered, merged or read."""
 
 
 def gather_full_state_dict(
@@ -49,7 +40,7 @@ def gather_full_state_dict(
     Returns:
         name → tensor on rank 0, empty on the others. Tensors of a model on the CPU may share its memory.
     Raises:
-        WeightsError: a kind of adapter that cannot be merged.
+        ModelError: a kind of adapter that cannot be merged.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -59,7 +50,7 @@ def gather_full_state_dict(
     adapters = getattr(inner, "peft_config", None)
     if weights and adapters:
         if len(adapters) != 1:
-            raise WeightsError(f"adapters: found {sorted(adapters)}, allowed is one; keep the one that was trained")
+            raise ModelError(f"adapters: found {sorted(adapters)}, allowed is one; keep the one that was trained")
         (adapter,) = adapters
         if merge_lora:
             weights = merge_lora_weights(weights, _lora_scalings(inner, adapter), adapter)
@@ -83,7 +74,7 @@ def hf_module(model: torch.nn.Module) -> torch.nn.Module:
         return model
     inner = getattr(model, "model", None)
     if not isinstance(inner, torch.nn.Module):
-        raise WeightsError(f"model: found {type(model).__name__}, allowed is a HF model or a Composer model around one")
+        raise ModelError(f"model: found {type(model).__name__}, allowed is a HF model or a Composer model around one")
     return inner
 
 
@@ -108,7 +99,7 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
         scalings: name of a layer in the PEFT model → its scaling.
         adapter: name of the adapter.
     Raises:
-        WeightsError: tensors of another kind of adapter than plain LoRA are left over.
+        ModelError: tensors of another kind of adapter than plain LoRA are left over.
     Source:
         Hu et al. 2021 (arXiv:2106.09685).
     """
@@ -128,7 +119,7 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
         rest.pop(name.replace(f".modules_to_save.{adapter}.", ".original_module."), None)
     foreign = sorted(name for name in rest if "lora_" in name or ".modules_to_save." in name)
     if foreign:
-        raise WeightsError(
+        raise ModelError(
             f"{foreign[0]}: found {len(foreign)} adapter tensors that do not add to a weight, allowed is plain LoRA; "
             "export the adapter apart",
         )
@@ -159,14 +150,14 @@ def read_checkpoint_weights(checkpoint: str | Path) -> Weights:
     Args:
         checkpoint: a file (`…-rank0.pt`), a folder of shards (`ep1-ba100/`), or a link to either.
     Raises:
-        WeightsError: not found, damaged, no model in it, or a pickle that asks for anything but data.
+        ModelError: not found, damaged, no model in it, or a pickle that asks for anything but data.
     """
     path = Path(checkpoint)
     if not path.exists():
-        raise WeightsError(f"{path}: found nothing, allowed is a checkpoint file or folder on this machine")
+        raise ModelError(f"{path}: found nothing, allowed is a checkpoint file or folder on this machine")
     weights = _read_shards(path) if path.is_dir() else _read_file(path)
     if not weights:
-        raise WeightsError(f"{path}: found no model weights, allowed is a checkpoint that Composer's Trainer saved")
+        raise ModelError(f"{path}: found no model weights, allowed is a checkpoint that Composer's Trainer saved")
     # `model.` is the attribute of the Composer model that holds the HF model.
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
@@ -176,7 +167,7 @@ def _read_file(path: Path) -> Weights:
         with torch.serialization.safe_globals(data_types()):
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(explain_unreadable(path, error)) from None
+        raise ModelError(explain_unreadable(path, error)) from None
     state = saved.get("state", {}) if isinstance(saved, dict) else {}
     return dict(state.get("model", {}))
 
@@ -191,9 +182,9 @@ def _read_shards(path: Path) -> Weights:
         with index.open("rb") as stream:
             metadata: Metadata = read_index(stream, str(index))
     except FileNotFoundError:
-        raise WeightsError(f"{index}: missing, so the checkpoint was never finished; use an earlier one") from None
-    except UnsafeCheckpointError as error:
-        raise WeightsError(str(error)) from None
+        raise ModelError(f"{index}: missing, so the checkpoint was never finished; use an earlier one") from None
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
 
     class Reader(FileSystemReader):
         def read_metadata(self) -> Metadata:
@@ -211,7 +202,7 @@ def _read_shards(path: Path) -> Weights:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(weights, storage_reader=Reader(path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise WeightsError(explain_unreadable(path, error)) from None
+        raise ModelError(explain_unreadable(path, error)) from None
     return {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in weights.items()}
 
 
@@ -219,12 +210,12 @@ def check_tied(weights: Mapping[str, torch.Tensor], config: PretrainedConfig, he
     """Refuses an output layer that has drifted from the embeddings it is declared to be tied to.
 
     Raises:
-        WeightsError: the configuration ties them, both are there, and they differ.
+        ModelError: the configuration ties them, both are there, and they differ.
     """
     if not config.tie_word_embeddings or head not in weights or embedding not in weights:
         return
     if not torch.equal(weights[head], weights[embedding]):
-        raise WeightsError(
+        raise ModelError(
             f"{head}: found values that differ from {embedding}, although the configuration ties them; "
             "call tie_weights() before training, or set tie_word_embeddings to false",
         )

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from rankllm_composer.errors import ModelError, first_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class ModelError(ValueError):
-    """The base model or tokenizer that a recipe names cannot be used."""
 
 
 def load_tokenizer(
@@ -34,7 +32,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelError(
-            f"model.tokenizer: cannot load {name_or_path!r}: {_first_line(error)}. "
+            f"model.tokenizer: cannot load {name_or_path!r}: {first_line(error)}. "
             "Check the name, your access to it (HF_TOKEN), or give a local folder."
         ) from error
     if tokenizer.pad_token_id is None:
@@ -73,7 +71,7 @@ def load_causal_lm(
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.name_or_path: cannot load {name_or_path!r}: {_first_line(error)}. "
+            f"model.name_or_path: cannot load {name_or_path!r}: {first_line(error)}. "
             "Check the name, your access to it (HF_TOKEN), or give a local folder."
         ) from error
     _override(config, dict(config_overrides or {}))
@@ -94,7 +92,7 @@ def load_causal_lm(
             )
         except OSError as error:
             raise ModelError(
-                f"model.name_or_path: cannot load weights of {name_or_path!r}: {_first_line(error)}. "
+                f"model.name_or_path: cannot load weights of {name_or_path!r}: {first_line(error)}. "
                 "Weights are read from safetensors only."
             ) from error
     return model.to(dtype).train()
@@ -113,7 +111,3 @@ def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
             "see config.json of the model for the keys it has"
         )
     config.update(overrides)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

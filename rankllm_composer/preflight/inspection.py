@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.export.serving_check import num_bos, serving_differences
 from rankllm_composer.prompts.chat import Objective
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, PromptError, is_client_wording
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, is_client_wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -242,7 +243,7 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
         number: counted from 0, in the order of the shards (or of the source, where there are none yet).
         loss: load the model into main memory and compute the record's loss parts on the CPU.
     Raises:
-        RecordLookupError, ModelError, AugmentationError, ValueError: what stands in the way.
+        RecordLookupError, ModelError, PromptError, ValueError: what stands in the way.
     """
     from dataclasses import asdict, replace
 

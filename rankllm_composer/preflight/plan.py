@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import forward_flops, training_flops
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.training.schedule import learning_rate_factor, updates_in
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
 
     from rankllm_composer.preflight.memory import Memory, Workload
     from rankllm_composer.recipe.sections import Recipe
-
-
-class PlanError(ValueError):
-    """A recipe that cannot be planned; says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -232,13 +229,13 @@ def plan_recipe(
         sample: lists that are tokenised, evenly spread, to know how long they are.
         report: takes a line of progress.
     Raises:
-        PlanError: unknown card, no configuration, or an MFU that is no share.
+        RunError: unknown card, no configuration, or an MFU that is no share.
         RecipeError: the batch does not divide over the ranks.
     """
     if gpu not in GPUS:
-        raise PlanError(f"gpu: found {gpu}, allowed are {', '.join(GPUS)}; choose one with as much memory")
+        raise RunError(f"gpu: found {gpu}, allowed are {', '.join(GPUS)}; choose one with as much memory")
     if mfu is not None and not 0 < mfu <= 1:
-        raise PlanError(f"mfu: found {mfu}, allowed is a share above 0, up to 1")
+        raise RunError(f"mfu: found {mfu}, allowed is a share above 0, up to 1")
     check_world(recipe, num_ranks)
     config = _config(recipe)
     lengths = look_at_lists(recipe, num_lists, sample)
@@ -287,15 +284,13 @@ def _config(recipe: Recipe) -> PretrainedConfig:
             keys.name_or_path, revision=keys.revision, trust_remote_code=keys.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise PlanError(
+        raise RunError(
             f"model.name_or_path: found no configuration of {keys.name_or_path} here; the plan needs its config.json "
             "alone, no weights: download that file into a folder and give model.name_or_path=FOLDER"
         ) from error
     unknown = set(keys.config_overrides) - set(config.to_dict())
     if unknown:
-        raise PlanError(
-            f"model.config_overrides: found {', '.join(sorted(unknown))}, no key of {type(config).__name__}"
-        )
+        raise RunError(f"model.config_overrides: found {', '.join(sorted(unknown))}, no key of {type(config).__name__}")
     config.update(dict(keys.config_overrides))
     return config
 
@@ -308,7 +303,8 @@ def look_at_lists(recipe: Recipe, num_lists: int | None, sample: int) -> ListLen
         num_lists: given by the user; counts where the data is not here.
         sample: how many are tokenised.
     """
-    from rankllm_composer.model.loading import ModelError, load_tokenizer
+    from rankllm_composer.errors import ModelError
+    from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.encoding import encode_record
     from rankllm_composer.shards.read import RecordLookupError, SplitRecords
 

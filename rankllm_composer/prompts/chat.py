@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.permutations import IdentifierStyle, identifiers
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, PromptError, render_user_turn
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
@@ -144,7 +145,7 @@ def identifier_token_ids(
         `num_candidates` token ids.
     Raises:
         PromptError: an identifier takes several tokens, merges with its bracket, or is unknown to the tokenizer.
-        PermutationError: more candidates than the style can name.
+        PromptError: more candidates than the style can name.
     """
     names = identifiers(num_candidates, style)
     found = identifier_tokens(tokenizer, names)
@@ -177,7 +178,7 @@ def check_tokenizer(
         PromptError: slow tokenizer; no chat template; no end-of-sequence token (but for `ranking`); a prompt whose last
             token depends on what follows; identifiers that merge with a bracket, are unknown or (but for `generation`)
             take several tokens. Each names the remedy.
-        PermutationError: more candidates than the style can name.
+        PromptError: more candidates than the style can name.
     """
     identifier_tokens(tokenizer, identifiers(num_candidates, style))
     if objective != "generation":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankllm_composer import __version__
+from rankllm_composer.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,10 +34,6 @@ _CLIENT_NAMES = ("gpt", "gemini", "monot5", "duot5", "rank_vicuna")
 
 
 _CLIENT_NAMES_ANY_CASE = ("lit5-distill", "lit5-score")
-
-
-class ContractError(ValueError):
-    """A decoding contract that cannot be read, or that contradicts itself."""
 
 
 class ServingNameWarning(UserWarning):
@@ -84,27 +81,27 @@ class DecodingContract:
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
-            raise ContractError(f"objective: found {self.objective!r}, allowed are {', '.join(OBJECTIVES)}")
+            raise ModelError(f"objective: found {self.objective!r}, allowed are {', '.join(OBJECTIVES)}")
         if self.identifier_style not in CLIENT_TEMPLATES:
-            raise ContractError(f"identifier_style: found {self.identifier_style!r}, allowed are letters, numbers")
+            raise ModelError(f"identifier_style: found {self.identifier_style!r}, allowed are letters, numbers")
         if not 1 <= self.stride <= self.window_size:
-            raise ContractError(
+            raise ModelError(
                 f"stride: found {self.stride} with a window of {self.window_size}, allowed is 1 to {self.window_size}, "
                 "or candidates between two windows are never compared",
             )
         if self.window_size > len(self.identifiers):
-            raise ContractError(
+            raise ModelError(
                 f"window_size: found {self.window_size} with {len(self.identifiers)} identifiers, allowed is at most "
                 "one candidate an identifier; make the window smaller",
             )
         if self.identifier_token_ids is None:
             if self.objective != "generation":
-                raise ContractError(
+                raise ModelError(
                     f"identifier_token_ids: found none with the objective {self.objective}, which scores candidates by "
                     "them; allowed is none only for generation",
                 )
         elif len(set(self.identifier_token_ids)) != len(self.identifiers):
-            raise ContractError(
+            raise ModelError(
                 f"identifier_token_ids: found {len(set(self.identifier_token_ids))} different tokens for "
                 f"{len(self.identifiers)} identifiers, allowed is one token an identifier",
             )
@@ -118,22 +115,22 @@ class DecodingContract:
         """Contract from the text of `reranker.json`.
 
         Raises:
-            ContractError: not JSON, another format, keys missing or unknown, or values that contradict each other;
+            ModelError: not JSON, another format, keys missing or unknown, or values that contradict each other;
                 named after `place`.
         """
         try:
             values: Any = json.loads(text)
         except ValueError as error:
-            raise ContractError(f"{place}: found no JSON ({error}); export the model again") from None
+            raise ModelError(f"{place}: found no JSON ({error}); export the model again") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
-            raise ContractError(
+            raise ModelError(
                 f"{place}: found format {found!r}, allowed is {FORMAT}; read it with the package version that wrote it",
             )
         names = {field.name for field in dataclasses.fields(cls)}
         given = set(values) - {"format"}
         if given != names:
-            raise ContractError(
+            raise ModelError(
                 f"{place}: missing {sorted(names - given)}, unknown {sorted(given - names)}; export the model again",
             )
         fields: dict[str, Any] = {
@@ -141,21 +138,21 @@ class DecodingContract:
         }
         try:
             return cls(**fields)
-        except (ContractError, TypeError) as error:
-            raise ContractError(f"{place}: {error}") from None
+        except (ModelError, TypeError) as error:
+            raise ModelError(f"{place}: {error}") from None
 
 
 def read_contract(folder: str | Path) -> DecodingContract:
     """Decoding contract of an exported folder.
 
     Raises:
-        ContractError: the folder has no `reranker.json`, or one that does not read.
+        ModelError: the folder has no `reranker.json`, or one that does not read.
     """
     path = Path(folder) / CONTRACT_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ContractError(
+        raise ModelError(
             f"{path}: found no contract ({error.strerror}); allowed is a folder this package exported, or give the "
             "decoding on the command line",
         ) from None
@@ -187,13 +184,13 @@ def decoding_contract(
         context_size_tokens: prompt and answer together.
         max_passage_words: words kept of a passage in a window of 20.
     Raises:
-        ContractError: no chat template, no end-of-sequence token for an objective that writes, or numbers that
+        ModelError: no chat template, no end-of-sequence token for an objective that writes, or numbers that
             contradict each other.
     """
     append_bracket = objective == "ranking"
     eos = tokenizer.eos_token_id
     if eos is None and not append_bracket:
-        raise ContractError(
+        raise ModelError(
             f"tokenizer {tokenizer.name_or_path}: found no end-of-sequence token, allowed is one that ends an answer; "
             "set tokenizer.eos_token",
         )
@@ -219,10 +216,10 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the default chat template: two tokenizers with the same hash write the same prompts.
 
     Raises:
-        ContractError: the tokenizer has no chat template.
+        ModelError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        raise ContractError(
+        raise ModelError(
             f"tokenizer {tokenizer.name_or_path}: found no chat template, allowed is one that writes a user turn and a "
             "generation prompt; set tokenizer.chat_template to the template of the model's family",
         )

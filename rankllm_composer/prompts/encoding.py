@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.chat import (
     Objective,
     bracket_position,
@@ -23,17 +24,13 @@ from rankllm_composer.prompts.chat import (
     tokenise,
 )
 from rankllm_composer.prompts.permutations import (
-    PermutationError,
     identifier_style,
     identifiers,
     parse_permutation,
     ranks_from_permutation,
 )
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.prompts.user_turn import (
-    PromptError,
-    num_announced,
-)
+from rankllm_composer.prompts.user_turn import num_announced
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -122,7 +119,7 @@ def encode_record(
         # A turn that is not of the client's layout announces nothing: then the response says how many there are.
         num_candidates = num_announced(record.user) or record.response.count("[")
         permutation = parse_permutation(record.response, num_candidates, style)
-    except PermutationError as error:
+    except PromptError as error:
         raise PromptError(f"{where}: response: {error}") from error
     names = identifiers(num_candidates, style)
     ranks = np.array(ranks_from_permutation(permutation), dtype=np.int64)  # (N,)

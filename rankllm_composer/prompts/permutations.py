@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from rankllm_composer.errors import PromptError
+
 IdentifierStyle = Literal["letters", "numbers"]
 
 
@@ -39,10 +41,6 @@ _DIGIT_RUNS = (
 _DIGITS = str.maketrans(
     {char: str(first + i) for run, first in _DIGIT_RUNS for i, char in enumerate(run)},
 )
-
-
-class PermutationError(ValueError):
-    """A text or sequence that is not a permutation of the candidates it is said to order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +71,15 @@ def identifiers(num_candidates: int, style: IdentifierStyle = "letters") -> tupl
     Returns:
         `num_candidates` strings.
     Raises:
-        PermutationError: style is unknown, or the list is empty or longer than the style can name.
+        PromptError: style is unknown, or the list is empty or longer than the style can name.
     """
     if style not in MAX_CANDIDATES:
-        raise PermutationError(
+        raise PromptError(
             f"identifier style: found {style!r}, allowed are {', '.join(get_args(IdentifierStyle))}",
         )
     limit = MAX_CANDIDATES[style]
     if not 1 <= num_candidates <= limit:
-        raise PermutationError(
+        raise PromptError(
             f"number of candidates: found {num_candidates}, allowed with {style} is 1 to {limit}; "
             + ("use a shorter window" if style == "numbers" else "use a shorter window, or numbers (1 to 99)"),
         )
@@ -94,14 +92,14 @@ def identifier_style(text: str) -> IdentifierStyle:
     """Style of the first bracketed identifier of `text`: `[B] > [A]` is letters, `[2] > [1]` is numbers.
 
     Raises:
-        PermutationError: the text holds no bracketed letter or number.
+        PromptError: the text holds no bracketed letter or number.
     """
     for match in _BRACKETED.finditer(text):
         if re.fullmatch(r"[A-Z]", match[1]):
             return "letters"
         if re.fullmatch(r"[0-9]{1,2}", match[1]):
             return "numbers"
-    raise PermutationError(
+    raise PromptError(
         f"permutation: found {_shorten(text)}, which names no candidate; write it like '[B] > [A]' or '[2] > [1]'",
     )
 
@@ -110,7 +108,7 @@ def format_permutation(permutation: Sequence[int], style: IdentifierStyle = "let
     """Text of a permutation, as a training target: (1, 0) → `[B] > [A]`.
 
     Raises:
-        PermutationError: not a permutation of 0 … N-1, or too long for the style.
+        PromptError: not a permutation of 0 … N-1, or too long for the style.
     """
     _check(permutation, "permutation")
     names = identifiers(len(permutation), style)
@@ -127,14 +125,14 @@ def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "
     Returns:
         N indices into the list: (1, 0, 2).
     Raises:
-        PermutationError: with the identifiers that repeat, are missing, exceed the list or are unknown, or the place
+        PromptError: with the identifiers that repeat, are missing, exceed the list or are unknown, or the place
             where the text leaves the format.
     """
     names = identifiers(num_candidates, style)
     index_of = {name: i for i, name in enumerate(names)}
     found = _BRACKETED.findall(text)
     if SEPARATOR.join(f"[{name}]" for name in found) != text:
-        raise PermutationError(
+        raise PromptError(
             f"permutation: found {_shorten(text)}, allowed is bracketed identifiers joined by ' > ' and nothing else, "
             f"e.g. '{SEPARATOR.join(f'[{name}]' for name in reversed(names[:2]))}'; correct the response",
         )
@@ -147,7 +145,7 @@ def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "
     }
     told = "; ".join(f"{fault}: {_shorten(', '.join(which))}" for fault, which in faults.items() if which)
     if told:
-        raise PermutationError(
+        raise PromptError(
             f"permutation: found {_shorten(text)} for {num_candidates} candidates, {told}; allowed is each of "
             f"[{names[0]}] to [{names[-1]}] once; correct the response or leave the record out",
         )
@@ -169,7 +167,7 @@ def parse_answer(text: str, num_candidates: int, style: IdentifierStyle = "lette
     Returns:
         ParsedAnswer.
     Raises:
-        PermutationError: style is unknown, or no such list can exist. Never because of `text`.
+        PromptError: style is unknown, or no such list can exist. Never because of `text`.
     Source:
         rank_llm 0.25.7, listwise answers.
     """
@@ -191,7 +189,7 @@ def parse_answer(text: str, num_candidates: int, style: IdentifierStyle = "lette
     try:
         parse_permutation(text.strip(), num_candidates, style)
         is_well_formed = True
-    except PermutationError:
+    except PromptError:
         is_well_formed = False
     return ParsedAnswer(
         permutation=first + missing,
@@ -206,7 +204,7 @@ def ranks_from_permutation(permutation: Sequence[int]) -> tuple[int, ...]:
     """Ranks of a permutation: `ranks[i]` is the 0-based place of candidate i. (1, 2, 0) → (2, 0, 1).
 
     Raises:
-        PermutationError: not a permutation of 0 … N-1.
+        PromptError: not a permutation of 0 … N-1.
     """
     _check(permutation, "permutation")
     return _inverse(permutation)
@@ -216,7 +214,7 @@ def permutation_from_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
     """Permutation whose ranks these are, the inverse of `ranks_from_permutation`: (2, 0, 1) → (1, 2, 0).
 
     Raises:
-        PermutationError: not a permutation of 0 … N-1 (ties included).
+        PromptError: not a permutation of 0 … N-1 (ties included).
     """
     _check(ranks, "ranks")
     return _inverse(ranks)
@@ -226,12 +224,12 @@ def permutation_from_scores(scores: Iterable[float]) -> tuple[int, ...]:
     """Candidate indices by descending score; equal scores keep their input order. (0.1, 0.9, 0.1) → (1, 0, 2).
 
     Raises:
-        PermutationError: a score is NaN.
+        PromptError: a score is NaN.
     """
     values = [float(score) for score in scores]
     for i, value in enumerate(values):
         if math.isnan(value):
-            raise PermutationError(f"scores: found NaN at candidate {i}, allowed are numbers and infinities")
+            raise PromptError(f"scores: found NaN at candidate {i}, allowed are numbers and infinities")
     return tuple(sorted(range(len(values)), key=lambda i: -values[i]))
 
 
@@ -244,7 +242,7 @@ def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
 
 def _check(values: Sequence[int], what: str) -> None:
     if sorted(values) != list(range(len(values))):
-        raise PermutationError(
+        raise PromptError(
             f"{what}: found {_shorten(str(list(values)))}, allowed is each of 0 to {len(values) - 1} exactly once"
         )
 

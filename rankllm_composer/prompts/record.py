@@ -10,20 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankllm_composer.errors import PromptError, RecordError
 from rankllm_composer.prompts.permutations import (
     IdentifierStyle,
-    PermutationError,
     format_permutation,
     parse_permutation,
     ranks_from_permutation,
 )
-from rankllm_composer.prompts.user_turn import (
-    PromptError,
-    UserTurn,
-    parse_user_turn,
-    read_user_turn,
-    render_user_turn,
-)
+from rankllm_composer.prompts.user_turn import UserTurn, parse_user_turn, read_user_turn, render_user_turn
 
 if TYPE_CHECKING:
     pass
@@ -102,24 +96,6 @@ def _is_list_of(values: object, kinds: tuple[type, ...]) -> bool:
     )
 
 
-class RecordError(ValueError):
-    """A record that cannot be trained on.
-
-    Attributes:
-        place: file (or data set) and index of the record, counted from 0: `train.json:record 17`.
-        record_id: its id, None if it has none.
-        reason: what was found, what is allowed, what to do.
-    """
-
-    def __init__(self, place: str, record_id: str | None, reason: str) -> None:
-        super().__init__(place, record_id, reason)
-        self.place, self.record_id, self.reason = place, record_id, reason
-
-    def __str__(self) -> str:
-        named = "" if self.record_id is None else f"id {self.record_id!r}: "
-        return f"{self.place}: {named}{self.reason}"
-
-
 def validate_record(record: Record, place: str = "record") -> UserTurn:
     """Check that a record is one list of 2 or more passages under one query, with a complete order of them.
 
@@ -158,7 +134,7 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
         raise bad("user turn: the query is empty; correct the record or leave it out")
     try:
         parse_permutation(record.response, num_candidates, turn.style)
-    except PermutationError as error:
+    except PromptError as error:
         raise bad(str(error)) from error
     for what, values, kind in (("docids", record.docids, str), ("grades", record.grades, int)):
         if values is None:
@@ -183,10 +159,6 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-class AugmentationError(ValueError):
-    """A list whose prompt cannot be read back, so that it cannot be laid out anew."""
-
-
 def record_key(record_id: str) -> int:
     """63-bit hash of a record's id, the same on every machine: the first bits of its BLAKE2b."""
     return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "big") >> 1
@@ -205,7 +177,7 @@ def lay_out_anew(
     Returns:
         A new record with the same id.
     Raises:
-        AugmentationError: the user turn cannot be read back, the response is no permutation of it, or the style has too
+        PromptError: the user turn cannot be read back, the response is no permutation of it, or the style has too
             few identifiers.
     """
     try:
@@ -223,8 +195,8 @@ def lay_out_anew(
             docids=None if record.docids is None else tuple(record.docids[i] for i in order),
             grades=None if record.grades is None else tuple(record.grades[i] for i in order),
         )
-    except (PromptError, PermutationError) as error:
-        raise AugmentationError(
+    except PromptError as error:
+        raise PromptError(
             f"record {record.id!r}: its passages cannot be shuffled or named anew: {error}; leave "
             "data.train.shuffle_passages and data.train.identifiers at their defaults for these shards, or build them "
             "without this record"

@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, PermutationError, identifiers
+from rankllm_composer.errors import PromptError
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
 
 SYSTEM_MESSAGE = (
     "You are RankLLM, an intelligent assistant that can rank passages based on their relevancy to the query"
@@ -77,10 +78,6 @@ _NUMBER_IN_BRACKETS = re.compile(r"\[(\d+)\]")
 _DOCUMENT_FIELDS = ("text", "segment", "contents", "content", "body", "passage")
 
 
-class PromptError(ValueError):
-    """A record or tokenizer from which no prompt, or no exact supervision, can be made."""
-
-
 @dataclass(frozen=True, slots=True)
 class UserTurn:
     """What a user turn is made of; see `render_user_turn`."""
@@ -133,7 +130,7 @@ def render_user_turn(query: str, passages: Sequence[str], style: IdentifierStyle
     """The user turn of a request, exactly as the client writes it; query and passages are taken as they are.
 
     Raises:
-        PermutationError: no passages, more than the style can name, or an unknown style.
+        PromptError: no passages, more than the style can name, or an unknown style.
     """
     names = identifiers(len(passages), style)
     opening = _OPENING.format(num=len(passages), kind=_KIND[style])
@@ -168,7 +165,7 @@ def parse_user_turn(text: str) -> UserTurn:
     style: IdentifierStyle = "letters" if opening[2] == _KIND["letters"] else "numbers"
     try:
         names = identifiers(num, style)
-    except PermutationError as error:
+    except PromptError as error:
         raise PromptError(f"user turn: {error}") from error
     closing = _CLOSING.format(num=num, example=_EXAMPLE[style])
     middle = text[opening.end() :].removesuffix(closing)  # query, passages and query again
@@ -261,7 +258,7 @@ def _earliest_marks(text: str, area: tuple[int, int], num: int, style: Identifie
     """The lines of `area` that open with the first `num` identifiers in order, each as early as can be."""
     try:
         names = identifiers(num, style)
-    except PermutationError as error:
+    except PromptError as error:
         raise PromptError(f"user turn: {error}") from error
     beyond = identifiers(MAX_CANDIDATES[style], style)[num : num + 1]
     marks: list[re.Match[str]] = []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.encoding import encode_prompt
 from rankllm_composer.prompts.permutations import IdentifierStyle, format_permutation, identifier_style
 from rankllm_composer.prompts.record import Record
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORDS_SHARE = 4  # the client takes one word off every passage for each 4 tokens that one of them is over
-
-
-class WindowError(ValueError):
-    """Candidates that cannot be shown to a model."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -57,7 +54,7 @@ def record_window(record: Record, tokenizer: PreTrainedTokenizerBase, order: Seq
         order: candidates in the order to show them; None = as the record shows them.
     Raises:
         PromptError: the user turn cannot be read back (only with an order), or the tokenizer cannot be used.
-        PermutationError: the response names no candidate.
+        PromptError: the response names no candidate.
     """
     style, user = identifier_style(record.response), record.user
     if order is not None:
@@ -87,9 +84,9 @@ def fit_window(
         context_size_tokens: prompt and answer together.
         max_passage_words: words of a passage in a window of 20; more in a shorter one, fewer where they do not fit.
     Raises:
-        WindowError: prompt and answer do not fit even without passages.
+        PromptError: prompt and answer do not fit even without passages.
         PromptError: the tokenizer cannot be used.
-        PermutationError: no candidates, or more than the style can name.
+        PromptError: no candidates, or more than the style can name.
     """
     num_candidates = len(texts)
     reserved = answer_lengths(tokenizer, num_candidates, style)[0]
@@ -102,7 +99,7 @@ def fit_window(
         if excess <= 0:
             return Window(window_id, input_ids, num_candidates, style)
         if words == 0:
-            raise WindowError(
+            raise PromptError(
                 f"window {window_id}: found {len(input_ids) - 1} tokens of prompt without any passage and {reserved} "
                 f"of answer, allowed are {context_size_tokens} together; use a shorter window, a shorter query or a "
                 "larger context_size_tokens"
@@ -132,10 +129,10 @@ def sliding_spans(num_candidates: int, window_size: int, stride: int) -> list[tu
     is left out.
 
     Raises:
-        WindowError: the window is shorter than two or than the stride, or the stride below 1.
+        PromptError: the window is shorter than two or than the stride, or the stride below 1.
     """
     if not 1 <= stride <= window_size or window_size < 2:
-        raise WindowError(
+        raise PromptError(
             f"window {window_size}, stride {stride}: allowed is a window of 2 or more and a stride of 1 to the window, "
             "or candidates between two of them are never compared"
         )

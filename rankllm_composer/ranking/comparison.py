@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rankllm_composer.errors import RunError
 from rankllm_composer.ranking.evaluation import Floats
 
 NUM_SIGNS_AT_ONCE = 1 << 22  # sign flips held in memory at a time by the permutation test
@@ -142,10 +143,6 @@ class MeasuredSet:
         return {f"{self.name}/{row.measure}": row.comparison.second_mean for row in self.comparisons}
 
 
-class ComparisonError(ValueError):
-    """Runs that cannot be measured as asked."""
-
-
 class MeasureComparison(NamedTuple):
     """One measure of both runs: means and per-query values over the queries that are judged and reranked."""
 
@@ -170,7 +167,7 @@ def compare_runs(
     Returns:
         One comparison a measure.
     Raises:
-        ComparisonError: no query is judged and in both runs, or ir-measures does not know a measure.
+        RunError: no query is judged and in both runs, or ir-measures does not know a measure.
     """
     import ir_measures
 
@@ -179,12 +176,12 @@ def compare_runs(
         try:
             parsed.append(ir_measures.parse_measure(name))
         except (NameError, ValueError, TypeError, SyntaxError) as error:
-            raise ComparisonError(
+            raise RunError(
                 f"measure: found {name!r}, allowed are names of ir-measures, such as nDCG@10, RR@10, AP, P@5: {error}"
             ) from error
     qids = [qid for qid in reranked if qid in first_stage and qid in judgments]
     if not qids:
-        raise ComparisonError(
+        raise RunError(
             f"judgments: found grades for {len(judgments)} queries, none of them among the {len(reranked)} reranked; "
             "give the judgments of these queries"
         )
@@ -244,7 +241,7 @@ def read_measured(path: str | Path) -> MeasuredSet:
     """What `write_measured` kept.
 
     Raises:
-        ComparisonError: the file is none of these.
+        RunError: the file is none of these.
     """
     try:
         told = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -254,7 +251,7 @@ def read_measured(path: str | Path) -> MeasuredSet:
         )
         return MeasuredSet(told["name"], told["model"], told["decoding"], rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ComparisonError(
+        raise RunError(
             f"{path}: found no figures of a reranking ({error!r}), allowed is the .figures.json that `rankllm-composer "
             "rerank --qrels` writes beside its output; rerank again"
         ) from error

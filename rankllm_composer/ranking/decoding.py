@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rankllm_composer.distributed import largest_of_ranks
+from rankllm_composer.errors import RunError
 from rankllm_composer.prompts.chat import identifier_token_ids
 from rankllm_composer.prompts.permutations import (
     ParsedAnswer,
@@ -34,10 +35,6 @@ CLIENT_TOP_K = 30
 
 
 MAX_FIRST_TOKEN_NUMBER = 9  # one token tells no more, and the client reads no more
-
-
-class DecodingError(ValueError):
-    """Windows whose order cannot be read from a model in the way asked for."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -103,13 +100,13 @@ def score_windows_first_token(
     Returns:
         One answer a window.
     Raises:
-        DecodingError: a window has numbers beyond 9, or logits are no numbers.
+        RunError: a window has numbers beyond 9, or logits are no numbers.
     Source:
         Gangi Reddy et al. 2024 (FIRST, arXiv:2406.15657); rank_llm 0.25.7.
     """
     for window in windows:
         if window.style == "numbers" and window.num_candidates > MAX_FIRST_TOKEN_NUMBER:
-            raise DecodingError(
+            raise RunError(
                 f"window {window.id}: found {window.num_candidates} candidates named by numbers, allowed for "
                 f"first-token decoding are {MAX_FIRST_TOKEN_NUMBER}, for it reads one digit; use letters, a shorter "
                 "window, or generation"
@@ -163,7 +160,7 @@ def generate_windows(
         One answer a window.
     Raises:
         PromptError: constrained, and an identifier takes several tokens.
-        DecodingError: logits are no numbers.
+        RunError: logits are no numbers.
     """
     answers: list[GeneratedAnswer | None] = [None] * len(windows)
     lengths = [answer_lengths(tokenizer, window.num_candidates, window.style) for window in windows]
@@ -285,7 +282,7 @@ def _refuse_no_numbers(logits: torch.Tensor, windows: Sequence[Window]) -> None:
     """Stop where (B, V) logits of B windows hold NaN: any order read from them would be an accident."""
     for window, found in zip(windows, logits.isnan().any(dim=-1).tolist()):
         if found:
-            raise DecodingError(
+            raise RunError(
                 f"window {window.id}: found logits that are no numbers (NaN), allowed are numbers; look at the "
                 "weights: the training went wrong, or they overflow in half precision, where float32 helps"
             )

@@ -198,7 +198,7 @@ def evaluate_windows(
     Returns:
         One result a record.
     Raises:
-        DecodingError, PromptError, PermutationError: a window cannot be shown or read.
+        RunError, PromptError, PromptError: a window cannot be shown or read.
     """
     own = [record_window(record, tokenizer) for record in records]
     others = [(i, order) for i, record in enumerate(records) for order in _orders(record, num_shuffles, seed)]

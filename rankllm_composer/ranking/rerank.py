@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankllm_composer.prompts.contract import ContractError, DecodingContract, chat_template_sha256, read_contract
+from rankllm_composer.errors import ModelError, RunError
+from rankllm_composer.prompts.contract import DecodingContract, chat_template_sha256, read_contract
 from rankllm_composer.ranking.comparison import (
     DEFAULT_MEASURES,
     MeasureComparison,
@@ -29,7 +30,6 @@ from rankllm_composer.ranking.comparison import (
 from rankllm_composer.ranking.evaluation import Decoding
 from rankllm_composer.ranking.sliding import (
     RerankedQuery,
-    RerankError,
     check_settings,
     default_decoding,
     query_spans,
@@ -168,8 +168,8 @@ def load_reranker(
         device: torch's name; None = cuda where there is one, else cpu.
         dtype: torch's name; None = as stored on cuda, float32 on cpu.
     Raises:
-        ContractError: no contract, or a tokenizer whose chat template is not the one it names.
-        RerankError: the dtype is unknown, or the folder holds no model.
+        ModelError: no contract, or a tokenizer whose chat template is not the one it names.
+        RunError: the dtype is unknown, or the folder holds no model.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -178,15 +178,15 @@ def load_reranker(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = "auto" if dtype is None and device != "cpu" else getattr(torch, dtype or "float32", None)
     if chosen != "auto" and not isinstance(chosen, torch.dtype):
-        raise RerankError(f"dtype: found {dtype!r}, allowed are float32, bfloat16, float16")
+        raise RunError(f"dtype: found {dtype!r}, allowed are float32, bfloat16, float16")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=chosen, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise RerankError(f"{folder}: holds no model that loads: {reason}; export it again") from error
+        raise RunError(f"{folder}: holds no model that loads: {reason}; export it again") from error
     if chat_template_sha256(tokenizer) != contract.chat_template_sha256:
-        raise ContractError(
+        raise ModelError(
             f"{folder}: the tokenizer's chat template is not the one the model was trained with (by its hash in "
             "reranker.json); export the model again, or restore the tokenizer's files"
         )
@@ -227,9 +227,9 @@ def rerank_run(
     Returns:
         The queries in the order written.
     Raises:
-        RerankError: no query has both a text and candidates; what was kept is of other settings or damaged; another
+        RunError: no query has both a text and candidates; what was kept is of other settings or damaged; another
             process is writing the same output.
-        WindowError, DecodingError, PromptError: a window cannot be shown or read.
+        PromptError, RunError, PromptError: a window cannot be shown or read.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -238,7 +238,7 @@ def rerank_run(
     check_settings(contract, decoding, constrained, passes, top_k, queries_at_once)
     qids = [qid for qid in queries if qid in run]
     if not qids:
-        raise RerankError(
+        raise RunError(
             f"run: none of its {len(run)} queries is among the {len(queries)} queries given; check that they match"
         )
     settings = {
@@ -333,7 +333,7 @@ def _kept_queries(
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RerankError(
+            raise RunError(
                 f"{path}: another process is writing this run; wait for it, or name another output"
             ) from error
         whole = path.read_bytes().rpartition(b"\n")[0]  # a line that a kill tore goes
@@ -358,9 +358,9 @@ def _read_kept(path: Path, lines: Sequence[bytes], settings: dict[str, Any]) -> 
         finished = {query["qid"]: RerankedQuery(**{**query, "docids": tuple(query["docids"])}) for query in queries}
         changed = [name for name in settings if before[name] != settings[name]]
     except (ValueError, KeyError, TypeError) as error:
-        raise RerankError(f"{path}: is damaged ({error!r}); delete it to begin anew") from error
+        raise RunError(f"{path}: is damaged ({error!r}); delete it to begin anew") from error
     if changed:
-        raise RerankError(
+        raise RunError(
             f"{path}: is of a stopped job with other settings ({', '.join(changed)}); repeat that command, name "
             "another output, or delete the file to begin anew"
         )

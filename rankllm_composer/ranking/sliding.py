@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from rankllm_composer.errors import RunError
 from rankllm_composer.prompts.windows import fit_window, sliding_spans
 from rankllm_composer.ranking.decoding import (
     FirstTokenAnswer,
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankllm_composer.prompts.contract import DecodingContract
-
-
-class RerankError(ValueError):
-    """A run that cannot be reranked as asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +89,8 @@ def rerank_queries(
         attention: see `attention.choose_attention`.
         on_windows: told the number of windows read, after each round.
     Raises:
-        RerankError: settings that cannot be.
-        WindowError, DecodingError, PromptError: a window cannot be shown or read.
+        RunError: settings that cannot be.
+        PromptError, RunError, PromptError: a window cannot be shown or read.
     """
     decoding = decoding or default_decoding(contract)
     check_settings(contract, decoding, constrained, passes, top_k, queries_at_once)
@@ -182,17 +179,17 @@ def check_settings(
     """Stop before any work where the settings of a job cannot be.
 
     Raises:
-        RerankError: says which.
+        RunError: says which.
     """
     if decoding not in DECODINGS:
-        raise RerankError(f"decoding: found {decoding!r}, allowed are {', '.join(DECODINGS)}")
+        raise RunError(f"decoding: found {decoding!r}, allowed are {', '.join(DECODINGS)}")
     if decoding == "generation" and contract.objective == "ranking":
-        raise RerankError(
+        raise RunError(
             "decoding: found generation for a model trained by ranking alone, which never learned to write; use "
             "first_token"
         )
     if constrained and decoding != "generation":
-        raise RerankError(f"constrained: has no effect on {decoding}; leave it out, or use generation")
+        raise RunError(f"constrained: has no effect on {decoding}; leave it out, or use generation")
     for name, value, least in (("passes", passes, 1), ("top_k", top_k, 2), ("queries_at_once", queries_at_once, 1)):
         if value < least:
-            raise RerankError(f"{name}: found {value}, allowed is {least} or more")
+            raise RunError(f"{name}: found {value}, allowed is {least} or more")

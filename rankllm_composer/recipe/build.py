@@ -11,9 +11,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from rankllm_composer.errors import Problem
 from rankllm_composer.recipe.schema import (
     REQUIRED,
-    Problem,
     SchemaKey,
     describe_allowed,
     describe_section,

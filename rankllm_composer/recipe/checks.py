@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rankllm_composer.errors import Problem, RecipeError
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES
 from rankllm_composer.recipe.build import parse_time
-from rankllm_composer.recipe.schema import Problem, RecipeError, plain_tree, repr_yaml, show
+from rankllm_composer.recipe.schema import plain_tree, repr_yaml, show
 from rankllm_composer.recipe.sections import RANKING_LOSSES, Evaluation, Export, Recipe, Source, Split
 from rankllm_composer.redaction import redact
 

@@ -14,19 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from rankllm_composer.errors import Problem, RecipeError, RunError, first_line
 from rankllm_composer.recipe.advice import surprises, without_effect
 from rankllm_composer.recipe.build import build
 from rankllm_composer.recipe.checks import contradictions
-from rankllm_composer.recipe.schema import (
-    Problem,
-    RecipeError,
-    RecipeWarning,
-    default_tree,
-    find_key,
-    plain_tree,
-    repr_yaml,
-    show,
-)
+from rankllm_composer.recipe.schema import RecipeWarning, default_tree, find_key, plain_tree, repr_yaml, show
 from rankllm_composer.recipe.sections import Recipe
 
 Steps = tuple[str, ...]
@@ -304,10 +296,6 @@ MAY_CHANGE = (
 """Keys, and sections, that may differ when a run is resumed: they change no weight."""
 
 
-class RunFolderError(ValueError):
-    """A folder cannot take this run; the message says why and what to do."""
-
-
 def check_same_recipe(there: str, now: str, place: str) -> None:
     """Refuse to go on with another recipe than a run began with.
 
@@ -315,7 +303,7 @@ def check_same_recipe(there: str, now: str, place: str) -> None:
         there, now: resolved recipes.
         place: key and folder of the first, for messages.
     Raises:
-        RunFolderError: they differ in a key that may not change, or the first is damaged.
+        RunError: they differ in a key that may not change, or the first is damaged.
     """
     from omegaconf import OmegaConf
 
@@ -323,17 +311,13 @@ def check_same_recipe(there: str, now: str, place: str) -> None:
     try:
         before, after = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (there, now))
     except Exception as error:  # those of YAML and of OmegaConf have no common class
-        raise RunFolderError(f"{place} holds a damaged {RECIPE_NAME} ({_first_line(error)}). {remedy}") from error
+        raise RunError(f"{place} holds a damaged {RECIPE_NAME} ({first_line(error)}). {remedy}") from error
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     changed = [key for key in changed if not key.startswith(MAY_CHANGE)]
     if changed:
         shown = "; ".join(f"{key} was {before.get(key)!r}, is now {after.get(key)!r}" for key in changed[:5])
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise RunFolderError(f"{place} holds a run of another recipe ({shown}{more}). {remedy}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(f"{place} holds a run of another recipe ({shown}{more}). {remedy}")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

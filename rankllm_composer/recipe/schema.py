@@ -17,37 +17,6 @@ REQUIRED = dataclasses.MISSING
 _TYPE_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 
 
-class Problem(NamedTuple):
-    """One thing wrong with a recipe.
-
-    Args:
-        key: dotted key.
-        found: what the recipe says there.
-        allowed: what it may say.
-        remedy: what to do.
-        involved: further dotted keys that the finding rests on.
-    """
-
-    key: str
-    found: str
-    allowed: str
-    remedy: str
-    involved: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.key}: found {self.found}; allowed: {self.allowed}; {self.remedy}"
-
-
-class RecipeError(ValueError):
-    """A recipe cannot be used. `problems` holds everything that is wrong with it, not only the first."""
-
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        self.source = source
-        self.problems = tuple(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
-
-
 class RecipeWarning(UserWarning):
     """A recipe can be used, but says something that has no effect or that will surprise later."""
 

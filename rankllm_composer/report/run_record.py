@@ -7,16 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankllm_composer.errors import RunError
 from rankllm_composer.export.model_card import published_figures
 from rankllm_composer.ranking.comparison import MeasuredSet
 from rankllm_composer.recipe.load import RECIPE_NAME
 from rankllm_composer.redaction import redact
 from rankllm_composer.training.progress import read_metrics
 from rankllm_composer.training.validation import EVALUATIONS_FILE, PREFIX, read_details
-
-
-class RunRecordError(ValueError):
-    """A folder that holds no run, or figures that are of none of the runs."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,12 @@ def read_run(folder: str | Path, tokens_per_list: Sequence[int] = ()) -> RunReco
         folder: of a run, also of one that is still training.
         tokens_per_list: of its training lists, where they are known.
     Raises:
-        RunRecordError: no metrics there.
+        RunError: no metrics there.
     """
     folder = Path(folder)
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
-        raise RunRecordError(
+        raise RunError(
             f"{folder}: found no metrics.jsonl, allowed is the folder of a run; name one, or train with "
             "logging.metrics_file=true"
         )
@@ -98,13 +95,13 @@ def with_reranked(
         folders: of the runs, in the same order.
         measured: each of a model in one of the folders; where there is one run, all are its.
     Raises:
-        RunRecordError: the model is in none of several runs.
+        RunError: the model is in none of several runs.
     """
     found: list[list[MeasuredSet]] = [[] for _ in runs]
     for one in measured:
         places = [i for i, folder in enumerate(folders) if Path(one.model).is_relative_to(Path(folder).resolve())]
         if not places and len(runs) > 1:
-            raise RunRecordError(
+            raise RunError(
                 f"{one.name}: found figures of the model {one.model}, allowed are models in the folders of the runs "
                 f"{', '.join(map(str, folders))}; name its run, or show one run alone"
             )

@@ -22,10 +22,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.prompts.permutations import SEPARATOR
-from rankllm_composer.prompts.record import Record, RecordError
+from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import is_client_wording
-from rankllm_composer.shards.index import COLUMNS, ShardError, Tally, sample_from_record
+from rankllm_composer.shards.index import COLUMNS, Tally, sample_from_record
 from rankllm_composer.sources.conversations import Item, RecordSource
 
 MAX_BLOCK_ITEMS = 1 << 14

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.prompts.permutations import IdentifierStyle
-from rankllm_composer.prompts.record import RecordError
 from rankllm_composer.shards.blocks import BlockWriter, cut_blocks, num_repeats, quarantine_line, write_blocks
 from rankllm_composer.shards.index import (
     IDS_NAME,
@@ -25,7 +25,6 @@ from rankllm_composer.shards.index import (
     BuildReport,
     Manifest,
     Shard,
-    ShardError,
     Tally,
     digest,
     dump_index,
@@ -103,7 +102,7 @@ def build_shards(
     Returns:
         BuildReport.
     Raises:
-        ShardError, RecordError, TrecError, StoreError (all ValueError): what stands in the way and what to do.
+        ShardError, RecordError, SourceError, StoreError (all ValueError): what stands in the way and what to do.
     """
     if (input is None) == (run is None):
         found = "neither" if input is None else "both"
@@ -185,7 +184,7 @@ def build_from(
     Returns:
         BuildReport.
     Raises:
-        ShardError, RecordError, TrecError, StoreError (all ValueError): what stands in the way and what to do.
+        ShardError, RecordError, SourceError, StoreError (all ValueError): what stands in the way and what to do.
     """
     started = time.monotonic()
     index, num_parts = _parse_part(part)

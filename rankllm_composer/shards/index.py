@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rankllm_composer import __version__
+from rankllm_composer.errors import ShardError
 from rankllm_composer.prompts.record import Record
 
 INDEX_NAME = "index.json"
@@ -31,10 +32,6 @@ COLUMNS: dict[str, str] = {
 
 
 _REMEDY = "fetch the index again, or build the set again (rankllm-composer shards build)"
-
-
-class ShardError(ValueError):
-    """A set of shards, or a part of one, that cannot be built, published or trusted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rankllm_composer.errors import ShardError
 from rankllm_composer.shards.blocks import num_repeats
 from rankllm_composer.shards.index import (
     IDS_NAME,
@@ -30,7 +31,6 @@ from rankllm_composer.shards.index import (
     BuildReport,
     Manifest,
     Shard,
-    ShardError,
     Tally,
     digest,
     dump_index,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardError, parse_index, record_from_sample
+from rankllm_composer.errors import ShardError
+from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, record_from_sample
 from rankllm_composer.storage.object_store import Folder, open_folder
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class SplitRecords:
             for place in self._shards:
                 yield from _read_shard(*place, first=0)
             return
-        from rankllm_composer.prompts.record import Record, RecordError
+        from rankllm_composer.errors import RecordError
+        from rankllm_composer.prompts.record import Record
 
         with tempfile.TemporaryDirectory() as scratch:
             source = self._source.prepare(Path(scratch))

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from rankllm_composer.prompts.record import RecordError, validate_record
+from rankllm_composer.errors import RecordError, ShardError
+from rankllm_composer.prompts.record import validate_record
 from rankllm_composer.shards.index import (
     COLUMNS,
     INDEX_NAME,
     MANIFEST_NAME,
     Manifest,
     Shard,
-    ShardError,
     ShardFile,
     digest,
     parse_index,

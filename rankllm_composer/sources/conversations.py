@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 
-from rankllm_composer.prompts.record import Record, RecordError, validate_record
+from rankllm_composer.errors import RecordError, SourceError
+from rankllm_composer.prompts.record import Record, validate_record
 
 MAX_ELEMENT_CHARS = 1 << 26
 
@@ -29,7 +30,7 @@ _CHUNK_CHARS = 1 << 20
 _CUT_OFF_CHARS = 16
 
 
-class JsonArrayError(ValueError):
+class JsonArrayError(SourceError):
     """A text that is no JSON array, or not to its end.
 
     Attributes:

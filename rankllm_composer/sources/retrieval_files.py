@@ -16,12 +16,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rankllm_composer.errors import PromptError, SourceError
 from rankllm_composer.prompts.record import is_unicode
-from rankllm_composer.prompts.user_turn import PromptError, document_text
-
-
-class TrecError(ValueError):
-    """A retrieval file that cannot be read, or settings that make no lists from them."""
+from rankllm_composer.prompts.user_turn import document_text
 
 
 class RunLine(NamedTuple):
@@ -47,15 +44,15 @@ def read_run(path: str | Path) -> Iterator[RunLine]:
     """Lines of a TREC run, `qid Q0 docid rank score tag`, one at a time.
 
     Raises:
-        TrecError: with file and line, what was found and what is allowed.
+        SourceError: with file and line, what was found and what is allowed.
     """
     for place, number, fields in _split_lines(path, 6, "qid Q0 docid rank score tag"):
         try:
             rank, score = int(fields[3]), float(fields[4])
         except ValueError as error:
-            raise TrecError(f"{place}: {error}; allowed are a whole number as rank and a number as score") from error
+            raise SourceError(f"{place}: {error}; allowed are a whole number as rank and a number as score") from error
         if math.isnan(score) or abs(rank) >= 1 << 63:
-            raise TrecError(f"{place}: found rank {fields[3]}, score {fields[4]}; correct the run")
+            raise SourceError(f"{place}: found rank {fields[3]}, score {fields[4]}; correct the run")
         yield RunLine(number, fields[0], fields[2], rank, score)
 
 
@@ -63,15 +60,15 @@ def read_judgments(path: str | Path) -> Iterator[Judgment]:
     """Lines of a TREC judgment file, `qid 0 docid grade`, one at a time.
 
     Raises:
-        TrecError: with file and line, what was found and what is allowed.
+        SourceError: with file and line, what was found and what is allowed.
     """
     for place, number, fields in _split_lines(path, 4, "qid 0 docid grade"):
         try:
             grade = int(fields[3])
         except ValueError as error:
-            raise TrecError(f"{place}: {error}; allowed is a whole number as grade") from error
+            raise SourceError(f"{place}: {error}; allowed is a whole number as grade") from error
         if abs(grade) >= 1 << 31:
-            raise TrecError(f"{place}: found grade {fields[3]}; correct the judgments")
+            raise SourceError(f"{place}: found grade {fields[3]}; correct the judgments")
         yield Judgment(number, fields[0], fields[2], grade)
 
 
@@ -82,7 +79,7 @@ def read_json_lines(path: str | Path, key: str) -> Iterator[tuple[int, int, dict
         path: the file, not compressed.
         key: field that every object must have, as text that is not empty.
     Raises:
-        TrecError: with file and line, what was found and what is allowed.
+        SourceError: with file and line, what was found and what is allowed.
     """
     path = Path(path)
     start = 0
@@ -94,7 +91,7 @@ def read_json_lines(path: str | Path, key: str) -> Iterator[tuple[int, int, dict
                     yield number, start, _json_object(line, place, key)
                 start += len(line)
     except OSError as error:
-        raise TrecError(f"{path}: cannot be read: {error.strerror}; check path and rights") from error
+        raise SourceError(f"{path}: cannot be read: {error.strerror}; check path and rights") from error
 
 
 def _split_lines(path: str | Path, num_fields: int, layout: str) -> Iterator[tuple[str, int, list[str]]]:
@@ -105,54 +102,50 @@ def _split_lines(path: str | Path, num_fields: int, layout: str) -> Iterator[tup
             for number, line in enumerate(file, start=1):
                 fields = line.split()
                 if fields and len(fields) != num_fields:
-                    raise TrecError(
+                    raise SourceError(
                         f"{path.name}:line {number}: found {len(fields)} fields in {line.strip()[:80]!r}, "
                         f"allowed are {num_fields}: {layout}; correct the line"
                     )
                 if fields:
                     yield f"{path.name}:line {number}", number, fields
     except OSError as error:
-        raise TrecError(f"{path}: cannot be read: {error.strerror}; check path and rights") from error
+        raise SourceError(f"{path}: cannot be read: {error.strerror}; check path and rights") from error
     except UnicodeDecodeError as error:
-        raise TrecError(f"{path.name}: after line {number}: {error}; write the file as UTF-8") from error
+        raise SourceError(f"{path.name}: after line {number}: {error}; write the file as UTF-8") from error
 
 
 def _json_object(line: bytes, place: str, key: str) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise TrecError(
+        raise SourceError(
             f"{place}: is no valid JSON: {error}; the file holds one object a line, not compressed"
         ) from error
     if not isinstance(value, dict) or not isinstance(value.get(key), str) or not value[key].strip():
-        raise TrecError(
+        raise SourceError(
             f"{place}: found no text under {key!r} in {str(value)[:80]}; every line is an object that has it"
         )
     if not is_unicode(value[key]):
-        raise TrecError(f"{place}: {key!r} holds half of a surrogate pair; write the text again")
+        raise SourceError(f"{place}: {key!r} holds half of a surrogate pair; write the text again")
     return value
 
 
 IR_DATASETS_PREFIX = "irds:"
 
 
-class RetrievalError(ValueError):
-    """Queries, documents, a run or judgments that cannot be used together."""
-
-
 def load_queries(source: str | Path) -> dict[str, str]:
     """Texts of queries by id.
 
     Raises:
-        RetrievalError, TrecError: unreadable, an id that comes twice, or a query without text.
+        SourceError, SourceError: unreadable, an id that comes twice, or a query without text.
     """
     queries: dict[str, str] = {}
     for place, qid, fields in _entries(source, "queries.jsonl", "qid", "queries_iter", "query_id"):
         text = fields.get("text") or fields.get("title")
         if not isinstance(text, str) or not text.strip():
-            raise RetrievalError(f"{place}: query {qid!r} has no text under 'text'; correct it or leave it out")
+            raise SourceError(f"{place}: query {qid!r} has no text under 'text'; correct it or leave it out")
         if qid in queries:
-            raise RetrievalError(f"{place}: query {qid!r} comes twice; remove one")
+            raise SourceError(f"{place}: query {qid!r} comes twice; remove one")
         queries[qid] = text.strip()
     return queries
 
@@ -161,7 +154,7 @@ def load_documents(source: str | Path, wanted: Collection[str]) -> dict[str, str
     """Texts of the documents wanted, as the inference client takes them; the others are passed over.
 
     Raises:
-        RetrievalError, TrecError: unreadable, a wanted document that is not there, comes twice or has no text.
+        SourceError, SourceError: unreadable, a wanted document that is not there, comes twice or has no text.
     """
     wanted = set(wanted)
     documents: dict[str, str] = {}
@@ -173,14 +166,14 @@ def load_documents(source: str | Path, wanted: Collection[str]) -> dict[str, str
         if docid not in wanted:
             continue
         if docid in documents:
-            raise RetrievalError(f"{place}: document {docid!r} comes twice; remove one")
+            raise SourceError(f"{place}: document {docid!r} comes twice; remove one")
         try:
             documents[docid] = document_text(fields)
         except PromptError as error:
-            raise RetrievalError(f"{place}: document {docid!r}: {error}") from error
+            raise SourceError(f"{place}: document {docid!r}: {error}") from error
     missing = sorted(wanted - documents.keys())
     if missing:
-        raise RetrievalError(
+        raise SourceError(
             f"{source}: {len(missing)} documents of the run are not in it, such as {', '.join(missing[:3])}; give the "
             "collection the run was made from"
         )
@@ -191,7 +184,7 @@ def load_run(source: str | Path) -> dict[str, list[str]]:
     """Document ids of each query, best first by the run's rank column; of `irds:ID` by the scores it comes with.
 
     Raises:
-        RetrievalError, TrecError: unreadable, no lines, or a document that comes twice for a query.
+        SourceError, SourceError: unreadable, no lines, or a document that comes twice for a query.
     """
     name = Path(source).name
     lines: dict[str, list[tuple[float, int, str]]] = {}
@@ -202,14 +195,14 @@ def load_run(source: str | Path) -> dict[str, list[str]]:
         for line in read_run(source):
             lines.setdefault(line.qid, []).append((line.rank, line.line, line.docid))
     if not lines:
-        raise RetrievalError(f"{source}: holds no candidates; give a TREC run")
+        raise SourceError(f"{source}: holds no candidates; give a TREC run")
     run: dict[str, list[str]] = {}
     for qid, candidates in lines.items():
         run[qid] = [docid for _, _, docid in sorted(candidates)]
         seen: set[str] = set()
         for _, line_number, docid in candidates:
             if docid in seen:
-                raise RetrievalError(f"{name}:line {line_number}: document {docid!r} comes twice for query {qid!r}")
+                raise SourceError(f"{name}:line {line_number}: document {docid!r} comes twice for query {qid!r}")
             seen.add(docid)
     return run
 
@@ -218,12 +211,12 @@ def load_judgments(source: str | Path) -> dict[str, dict[str, int]]:
     """Relevance grade of each judged document, by query.
 
     Raises:
-        RetrievalError, TrecError: unreadable, or judgments that contradict each other.
+        SourceError, SourceError: unreadable, or judgments that contradict each other.
     """
     grades: dict[str, dict[str, int]] = {}
     for place, qid, docid, grade in _judgments(source):
         if grades.setdefault(qid, {}).setdefault(docid, grade) != grade:
-            raise RetrievalError(
+            raise SourceError(
                 f"{place}: document {docid!r} has grade {grade} here and {grades[qid][docid]} before for query {qid!r}"
             )
     return grades
@@ -259,11 +252,11 @@ def _judgments(source: str | Path) -> Iterable[tuple[str, str, str, int]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise RetrievalError(f"{path}: cannot be read: {error.strerror}; check path and rights") from error
+        raise SourceError(f"{path}: cannot be read: {error.strerror}; check path and rights") from error
     for number, text in enumerate(lines[1:], start=2):  # the first line names the columns
         place, columns = f"{path.name}:line {number}", text.split("\t")
         if len(columns) != 3 or not re.fullmatch(r"-?\d+", columns[2]):
-            raise RetrievalError(f"{place}: found {text[:80]!r}, allowed is query-id, corpus-id, score; correct it")
+            raise SourceError(f"{place}: found {text[:80]!r}, allowed is query-id, corpus-id, score; correct it")
         yield place, columns[0], columns[1], int(columns[2])
 
 
@@ -283,7 +276,7 @@ def _part(source: str, part: str) -> Any:
     """The dataset of an id, which has this part: docs, queries, qrels or scoreddocs."""
     dataset = _ir_dataset(source)
     if not getattr(dataset, f"has_{part}")():
-        raise RetrievalError(f"{source}: found no {part} in this dataset, allowed is one that has them; give a file")
+        raise SourceError(f"{source}: found no {part} in this dataset, allowed is one that has them; give a file")
     return dataset
 
 
@@ -292,10 +285,10 @@ def _ir_dataset(source: str) -> Any:
     try:
         import ir_datasets  # type: ignore[import-not-found]
     except ImportError as error:
-        raise RetrievalError(
+        raise SourceError(
             f"{source}: needs the package ir_datasets, which is not installed; pip install ir-datasets, or give files"
         ) from error
     try:
         return ir_datasets.load(name)
     except KeyError as error:
-        raise RetrievalError(f"{source}: ir_datasets knows no {name!r}; see its catalogue for ids") from error
+        raise SourceError(f"{source}: ir_datasets knows no {name!r}; see its catalogue for ids") from error

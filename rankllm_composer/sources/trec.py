@@ -18,11 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rankllm_composer.errors import PromptError, RecordError, SourceError
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, format_permutation
-from rankllm_composer.prompts.record import Record, RecordError, is_unicode, validate_record
+from rankllm_composer.prompts.record import Record, is_unicode, validate_record
 from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
-    PromptError,
     clean_query,
     document_text,
     passage_word_limit,
@@ -30,14 +30,7 @@ from rankllm_composer.prompts.user_turn import (
     truncate_passage,
 )
 from rankllm_composer.sources.conversations import Dropped, Item, describe_file
-from rankllm_composer.sources.retrieval_files import (
-    Judgment,
-    RunLine,
-    TrecError,
-    read_json_lines,
-    read_judgments,
-    read_run,
-)
+from rankllm_composer.sources.retrieval_files import Judgment, RunLine, read_json_lines, read_judgments, read_run
 
 _BATCH_ROWS = 10_000
 
@@ -120,7 +113,7 @@ class TrecSource:
         require_relevant: leave out lists without a candidate of grade 1 or more; None = if judgments give the order.
         database: set by `prepare`.
     Raises:
-        TrecError: settings that make no lists or have no effect.
+        SourceError: settings that make no lists or have no effect.
     """
 
     run: str
@@ -141,11 +134,11 @@ class TrecSource:
     def __post_init__(self) -> None:
         limit = MAX_CANDIDATES.get(self.identifiers)
         if limit is None:
-            raise TrecError(f"identifiers: found {self.identifiers!r}, allowed are {', '.join(MAX_CANDIDATES)}")
+            raise SourceError(f"identifiers: found {self.identifiers!r}, allowed are {', '.join(MAX_CANDIDATES)}")
         if self.judgments is None and self.teacher_run is None:
-            raise TrecError("found neither judgments nor a teacher's run; give at least one, the order comes from it")
+            raise SourceError("found neither judgments nor a teacher's run; give at least one, the order comes from it")
         if self.require_relevant and self.judgments is None:
-            raise TrecError("require_relevant: found true without judgments, where nothing is relevant; give them")
+            raise SourceError("require_relevant: found true without judgments, where nothing is relevant; give them")
         for name, low, high in (
             ("window", 2, limit),
             ("stride", 1, 1_000_000),
@@ -155,7 +148,7 @@ class TrecSource:
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise TrecError(f"{name}: found {value}, allowed with {self.identifiers} is {low} to {high}")
+                raise SourceError(f"{name}: found {value}, allowed with {self.identifiers} is {low} to {high}")
 
     @property
     def name(self) -> str:
@@ -180,7 +173,7 @@ class TrecSource:
         """Read the files into a database in `folder`.
 
         Raises:
-            TrecError: a malformed line, a query or document that comes twice, or a run that shares no query with the
+            SourceError: a malformed line, a query or document that comes twice, or a run that shares no query with the
                 queries file.
         """
         handle, path = tempfile.mkstemp(suffix=".sqlite", dir=folder)
@@ -195,7 +188,7 @@ class TrecSource:
                 _import_lines(database, "qrels", read_judgments(self.judgments))
             _import_docs(database, self.docs)
             if database.execute("SELECT 1 FROM run LIMIT 1").fetchone() is None:
-                raise TrecError(
+                raise SourceError(
                     f"{self.run}: holds no candidate for any query of {self.queries}; check that they match"
                 )
         database.close()
@@ -326,11 +319,11 @@ def _import_queries(database: sqlite3.Connection, path: str) -> None:
         place = f"{Path(path).name}:line {number}"
         text = query.get("text")
         if not isinstance(text, str) or not text.strip() or not is_unicode(text):
-            raise TrecError(f"{place}: query {query['qid']!r} has no text under 'text'; correct it or leave it out")
+            raise SourceError(f"{place}: query {query['qid']!r} has no text under 'text'; correct it or leave it out")
         try:
             database.execute("INSERT INTO queries (qid, text) VALUES (?, ?)", (query["qid"], text))
         except sqlite3.IntegrityError as error:
-            raise TrecError(f"{place}: query {query['qid']!r} comes twice; remove one") from error
+            raise SourceError(f"{place}: query {query['qid']!r} comes twice; remove one") from error
 
 
 def _import_lines(database: sqlite3.Connection, table: str, lines: Iterable[RunLine | Judgment]) -> None:
@@ -357,6 +350,6 @@ def _import_docs(database: sqlite3.Connection, path: str) -> None:
         try:
             database.executemany("INSERT INTO docs VALUES (?, ?)", [(docid, start) for _, start, docid in batch])
         except sqlite3.IntegrityError as error:
-            raise TrecError(
+            raise SourceError(
                 f"{Path(path).name}:lines {batch[0][0]} to {batch[-1][0]}: a document comes twice; remove one"
             ) from error

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
+from rankllm_composer.errors import StoreError
+
 UPLOAD_ATTEMPTS = 3
 
 
@@ -38,10 +40,6 @@ _DRAWING_MODULES = (
 
 # Above this size boto3 uploads in pieces of it, and the checksum is one of checksums.
 _S3_PIECE_BYTES = 8 << 20
-
-
-class StoreError(ValueError):
-    """A folder that cannot be reached, read or written."""
 
 
 class StoredFile(NamedTuple):

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rankllm_composer.errors import StoreError
+
 
 class Claim:
     """A file that this process, and the workers it forks, hold locked. Gone with its process, however that ends."""
@@ -63,10 +65,6 @@ log = logging.getLogger(__name__)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class StagingError(ValueError):
-    """A folder that cannot be written in its place."""
-
-
 @contextmanager
 def staged_folder(target: Path, *, mark: str, num_bytes: int) -> Iterator[Path]:
     """A hidden folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
@@ -78,7 +76,7 @@ def staged_folder(target: Path, *, mark: str, num_bytes: int) -> Iterator[Path]:
         mark: a file that every folder of this kind holds: one without it is never replaced.
         num_bytes: that will be written, at least.
     Raises:
-        StagingError: no space, something else at the path, another living process writing it, or a write that failed.
+        StoreError: no space, something else at the path, another living process writing it, or a write that failed.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +128,7 @@ def _clean_up(target: Path) -> None:
         try:
             with (path / ".lock").open("r+") as lock:
                 if not _try_lock(lock.fileno()):
-                    raise StagingError(f"{target}: another process is writing it, in {path.name}; use another folder")
+                    raise StoreError(f"{target}: another process is writing it, in {path.name}; use another folder")
         except FileNotFoundError:
             pass
         log.warning("%s: removed, left behind by a killed process", path)
@@ -139,9 +137,9 @@ def _clean_up(target: Path) -> None:
 
 def _check_replaceable(target: Path, mark: str) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise StagingError(f"{target}: found a file or a link, allowed is an exported folder or nothing; move it away")
+        raise StoreError(f"{target}: found a file or a link, allowed is an exported folder or nothing; move it away")
     if target.exists() and any(target.iterdir()) and not (target / mark).exists():
-        raise StagingError(
+        raise StoreError(
             f"{target}: found a folder that is no export (no {mark}), allowed is an export or nothing; move it away",
         )
 
@@ -172,12 +170,12 @@ def _errno(error: BaseException) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _write_error(target: Path, error: BaseException) -> StagingError:
+def _write_error(target: Path, error: BaseException) -> StoreError:
     number = _errno(error)
     if number in _DISK_FULL:
         return _no_space(target, os.strerror(number).lower())
-    return StagingError(f"{target}: could not be written ({error}); nothing was left there")
+    return StoreError(f"{target}: could not be written ({error}); nothing was left there")
 
 
-def _no_space(target: Path, found: str) -> StagingError:
-    return StagingError(f"{target}: no space to write it ({found}); nothing was left there; free some")
+def _no_space(target: Path, found: str) -> StoreError:
+    return StoreError(f"{target}: no space to write it ({found}); nothing was left there; free some")

@@ -6,6 +6,8 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankllm_composer.errors import RunError
+
 if TYPE_CHECKING:
     import torch
     from composer import Callback
@@ -19,20 +21,16 @@ if TYPE_CHECKING:
     from rankllm_composer.training.validation import Validation
 
 
-class AssemblyError(ValueError):
-    """A part that a recipe names cannot be had on this machine; the message says which and what to do."""
-
-
 def choose_device(name: str) -> str:
     """ "gpu" or "cpu".
 
     Raises:
-        AssemblyError: a GPU is asked for and there is none.
+        RunError: a GPU is asked for and there is none.
     """
     import torch
 
     if name == "gpu" and not torch.cuda.is_available():
-        raise AssemblyError("parallelism.device: found gpu, but this machine shows no CUDA device; use cpu or auto")
+        raise RunError("parallelism.device: found gpu, but this machine shows no CUDA device; use cpu or auto")
     if name == "auto":
         return "gpu" if torch.cuda.is_available() else "cpu"
     return name
@@ -134,7 +132,7 @@ def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Opti
     """AdamW over the weights that are trained.
 
     Raises:
-        AssemblyError: adamw_8bit without bitsandbytes.
+        RunError: adamw_8bit without bitsandbytes.
     """
     import torch
 
@@ -151,7 +149,7 @@ def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Opti
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise AssemblyError(
+        raise RunError(
             "optimizer.name: adamw_8bit needs bitsandbytes; install the `bitsandbytes` extra, or use adamw"
         ) from error
     return AdamW8bit(weights, **options)
@@ -176,19 +174,19 @@ def _named(section: str, name: str, kind: type, options: dict[str, Any]) -> Any:
     """Composer's logger or callback of this name.
 
     Raises:
-        AssemblyError: its library is not installed, or it knows no such argument.
+        RunError: its library is not installed, or it knows no such argument.
     """
     key, allowed = f"logging.{section}.{name}", inspect.signature(kind).parameters
     unknown = [option for option in options if option not in allowed]
     if unknown:
-        raise AssemblyError(
+        raise RunError(
             f"{key}: found {', '.join(unknown)}, allowed are {', '.join(allowed)}; these are the arguments of "
             f"Composer's {kind.__name__}"
         )
     try:
         return kind(**options)
     except ImportError as error:
-        raise AssemblyError(
+        raise RunError(
             f"{key}: found that its library is not installed; install the `loggers` extra, or remove {key}"
         ) from error
 
@@ -199,7 +197,7 @@ def build_validation(
     """Ranking of `data.eval` while training; every n-th window is this rank's. None where the recipe asks for none.
 
     Raises:
-        AssemblyError: the best export is to be told by a figure that these windows cannot have.
+        RunError: the best export is to be told by a figure that these windows cannot have.
     """
     from composer.utils import dist
 
@@ -211,7 +209,7 @@ def build_validation(
     best_by = recipe.evaluation.best_by
     grades = (windows.record(number).grades for number in range(windows.num_samples))
     if best_by is not None and not best_by.endswith("/tau") and not any(max(own or (0,)) >= 1 for own in grades):
-        raise AssemblyError(
+        raise RunError(
             f"evaluation.best_by: found {best_by}, but no window of data.eval has a relevant candidate (grade 1 or "
             f"more); build data.eval with judgments, or use {best_by.partition('/')[0]}/tau"
         )
@@ -286,10 +284,11 @@ def build_callbacks(
 
 def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
     """How the trained model is asked and read; identifiers as the first training list has them."""
+    from rankllm_composer.errors import PromptError
     from rankllm_composer.prompts.chat import identifier_token_ids
     from rankllm_composer.prompts.contract import decoding_contract
     from rankllm_composer.prompts.permutations import identifiers
-    from rankllm_composer.prompts.user_turn import PromptError, read_user_turn
+    from rankllm_composer.prompts.user_turn import read_user_turn
 
     style = read_user_turn(dataset.record(0).user).style
     names = identifiers(20, style)

@@ -14,7 +14,6 @@ from composer.utils import create_interval_scheduler, dist, load_checkpoint, rep
 from composer.utils.checkpoint import save_checkpoint
 
 from rankllm_composer.checkpoints.folder import (
-    CheckpointError,
     Manifest,
     check_same_model,
     clear_stage,
@@ -24,15 +23,10 @@ from rankllm_composer.checkpoints.folder import (
     weight_shapes,
     whole_checkpoints,
 )
-from rankllm_composer.checkpoints.safe_loading import (
-    INDEX_NAME,
-    UnsafeCheckpointError,
-    explain_unreadable,
-    holds_only_data,
-    safe_loading,
-)
+from rankllm_composer.checkpoints.safe_loading import INDEX_NAME, explain_unreadable, holds_only_data, safe_loading
 from rankllm_composer.checkpoints.store import CheckpointStore
 from rankllm_composer.distributed import run_on_rank_zero
+from rankllm_composer.errors import CheckpointError
 from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
 
 if TYPE_CHECKING:
@@ -65,7 +59,7 @@ class CheckpointFolder(Callback):
         recipe_yaml: the resolved recipe; kept beside the checkpoints, so that no run of another one goes on from them.
             None = not kept.
     Raises:
-        RunFolderError: on rank 0: the checkpoints are of another recipe.
+        RunError: on rank 0: the checkpoints are of another recipe.
         CheckpointError: on every rank: the newest checkpoint is of another model, damaged or no data alone; there are
             checkpoints but `resume` is False; or one could not be written.
     """
@@ -299,7 +293,7 @@ def _agreed(task: Callable[[], Any]) -> Any:
     if dist.get_global_rank() == 0:
         try:
             outcome[0] = task()
-        except (CheckpointError, UnsafeCheckpointError, OSError) as error:
+        except (CheckpointError, OSError) as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome

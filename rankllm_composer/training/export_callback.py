@@ -13,27 +13,19 @@ from composer.core import Callback, Time, TimeUnit
 from composer.utils import dist
 
 from rankllm_composer.distributed import run_on_rank_zero
+from rankllm_composer.errors import ModelError
 from rankllm_composer.export.model_card import CardFacts, render_card
 from rankllm_composer.export.model_folder import (
     BEST,
     DTYPES,
     Dtype,
-    ExportError,
     _check_tokenizer,
     _local_path,
     log,
     write_model_folder,
 )
-from rankllm_composer.export.weights import (
-    Weights,
-    causal_lm_class,
-    gather_full_state_dict,
-    hf_module,
-)
-from rankllm_composer.prompts.contract import (
-    DecodingContract,
-    warn_of_serving_name,
-)
+from rankllm_composer.export.weights import Weights, causal_lm_class, gather_full_state_dict, hf_module
+from rankllm_composer.prompts.contract import DecodingContract, warn_of_serving_name
 
 if TYPE_CHECKING:
     from composer.core import State
@@ -62,7 +54,7 @@ class ExportFolder(Callback):
         best_by: name of a figure, without its `eval/`; `best` in the folder is a link to the export of which it was
             highest, the first of equals. None = no link.
     Raises:
-        ExportError: an interval in another unit, or a folder that is not local.
+        ModelError: an interval in another unit, or a folder that is not local.
     """
 
     def __init__(
@@ -91,7 +83,7 @@ class ExportFolder(Callback):
         self._best = -math.inf
         self._interval = Time.from_input(interval, TimeUnit.EPOCH)
         if self._interval.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or self._interval.value < 1:
-            raise ExportError(f"interval: found {interval!r}, allowed are at least 1ep (epochs) or 1ba (batches)")
+            raise ModelError(f"interval: found {interval!r}, allowed are at least 1ep (epochs) or 1ba (batches)")
         self._last_batch = -1
 
     def init(self, state: State, logger: Logger) -> None:

@@ -9,15 +9,13 @@ import torch
 from composer.core import Callback
 from composer.utils import dist
 
+from rankllm_composer.errors import RunError
+
 if TYPE_CHECKING:
     from composer.core import State
     from composer.loggers import Logger
 
 MAX_IDS_SHOWN = 20
-
-
-class LossError(ValueError):
-    """A loss or gradient is NaN or infinite; names the lists it came from. The weights are those of before."""
 
 
 class LossGuard(Callback):
@@ -29,7 +27,7 @@ class LossGuard(Callback):
         max_skipped_updates: so many updates of a run are left out instead, and counted as
             `loss/skipped_updates`; a resumed run goes on counting. The learning rate moves on as if they had been made.
     Raises:
-        LossError: on every rank.
+        RunError: on every rank.
     """
 
     def __init__(self, max_skipped_updates: int = 0) -> None:
@@ -75,7 +73,7 @@ class LossGuard(Callback):
             found = f"a gradient that is not finite from finite losses (lists of the batch: {_shown(ids)})"
         if self.num_skipped >= self.max_skipped_updates:
             skipped = f", after {self.num_skipped} updates were left out" if self.num_skipped else ""
-            raise LossError(
+            raise RunError(
                 f"batch {batch}: found {found}{skipped}; the weights are those of before this batch. Look at these "
                 "lists, lower optimizer.lr, start again from the last checkpoint, or let the run leave out some "
                 "updates (optimizer.max_skipped_updates)"
@@ -101,10 +99,6 @@ def _shown(ids: list[str]) -> str:
     return ", ".join(ids[:MAX_IDS_SHOWN]) + more
 
 
-class EpochError(ValueError):
-    """An epoch ended before every list of it was trained."""
-
-
 class EpochGuard(Callback):
     """Counts what every epoch trains, logs it, and stops the run where an epoch was not complete.
 
@@ -112,7 +106,7 @@ class EpochGuard(Callback):
     An epoch that the Trainer was told to cut short (`train_subset_num_batches`) is counted but not judged.
 
     Raises:
-        EpochError: at the end of an epoch, on every rank: lists are missing, or not one of them could be trained.
+        RunError: at the end of an epoch, on every rank: lists are missing, or not one of them could be trained.
     """
 
     def __init__(self) -> None:
@@ -143,13 +137,13 @@ class EpochGuard(Callback):
         found, expected = counts["trained"] + counts["too_long"], _epoch_size(state)
         epoch = state.timestamp.epoch.value - 1
         if found != expected:
-            raise EpochError(
+            raise RunError(
                 f"epoch {epoch}: {found} lists were read ({counts['too_long']} of them too long), its data hold "
                 f"{expected}; the input ended early, so check the shards (rankllm-composer shards verify) and start "
                 "again from the last checkpoint"
             )
         if not counts["trained"]:
-            raise EpochError(
+            raise RunError(
                 f"epoch {epoch}: all {found} lists are longer than data.max_length_tokens, so nothing was trained; "
                 "raise it, or build shards with fewer words a passage"
             )

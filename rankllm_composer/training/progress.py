@@ -18,6 +18,8 @@ from composer.core import TimeUnit
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
+from rankllm_composer.errors import RunError
+
 if TYPE_CHECKING:
     from composer.core import State
     from composer.loggers import Logger
@@ -29,10 +31,6 @@ LOSS_PREFIX = "loss/train/"
 
 
 _OTHER_TIMES = "time/"
-
-
-class MetricsError(ValueError):
-    """The file of metrics cannot be written."""
 
 
 class MetricsFile(LoggerDestination):
@@ -50,7 +48,7 @@ class MetricsFile(LoggerDestination):
     Args:
         path: of the file; its folder is made.
     Raises:
-        MetricsError: on rank 0: a line could not be written.
+        RunError: on rank 0: a line could not be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -128,7 +126,7 @@ class MetricsFile(LoggerDestination):
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except OSError as error:
-            raise MetricsError(
+            raise RunError(
                 f"{self.path}: batch {state.timestamp.batch.value} could not be written ({error.strerror}); "
                 "checkpoints are as they were: free space or correct the rights there, and start again with the same "
                 "command"

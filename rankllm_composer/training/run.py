@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankllm_composer.recipe.load import RECIPE_NAME, RunFolderError, check_same_recipe
+from rankllm_composer.errors import RunError
+from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
 from rankllm_composer.training.trainer import WHEREABOUTS, build_trainer
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 # The loader workers of a killed run hold its folder until they see that it is gone.
 CLAIM_WAIT_SECONDS = 30.0
-
-
-class TrainError(ValueError):
-    """A run cannot start; the message says where, what was found and what to do."""
 
 
 @contextlib.contextmanager
@@ -54,7 +51,7 @@ def prepare_shards(split: Split, key: str) -> None:
         split: `data.train` or `data.eval`.
         key: its dotted key, for messages.
     Raises:
-        TrainError: the shards are absent and there is no source to build them from; names the command.
+        RunError: the shards are absent and there is no source to build them from; names the command.
     """
     from dataclasses import asdict
 
@@ -70,7 +67,7 @@ def prepare_shards(split: Split, key: str) -> None:
         if shards.index_exists(place):
             return
         if split.source is None:
-            raise TrainError(
+            raise RunError(
                 f"{key}: no shards in {place}. Build them with `rankllm-composer shards build --input RECORDS "
                 f"--output {place}`, or name {key}.source and the run builds them"
             )
@@ -154,7 +151,7 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
         recipe_yaml: the resolved recipe; compared with the one that is there, then written.
         wait_seconds: for another process to end, such as what a killed run leaves for a moment.
     Raises:
-        RunFolderError: another process trains there, the folder holds a run of another recipe, or cannot be written.
+        RunError: another process trains there, the folder holds a run of another recipe, or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +160,7 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
         raise _write_error(folder, error) from error
     try:
         if not _try_lock(handle, wait_seconds):
-            raise RunFolderError(
+            raise RunError(
                 f"run.folder: another process is training in {folder}; wait for it, or give this run its own run.name "
                 "or run.folder"
             )
@@ -180,8 +177,8 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
         os.close(handle)
 
 
-def _write_error(folder: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(
+def _write_error(folder: Path, error: OSError) -> RunError:
+    return RunError(
         f"run.folder: {folder} cannot be written ({error.strerror}); free space or correct the rights there, or name "
         "another folder"
     )

@@ -17,13 +17,14 @@ from composer.models import ComposerModel
 from support.list_shards import new_record, write_shards
 
 from rankllm_composer.data import dataset as data
-from rankllm_composer.data.dataset import DataError, ListDataset, LoaderError, build_train_data_spec, lists_per_rank
+from rankllm_composer.data.dataset import ListDataset, LoaderError, build_train_data_spec, lists_per_rank
 from rankllm_composer.data.streams import Stream
+from rankllm_composer.errors import PromptError, RunError, ShardError
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import identifier_style
-from rankllm_composer.prompts.record import AugmentationError, lay_out_anew, record_key
-from rankllm_composer.prompts.user_turn import PromptError, parse_user_turn
-from rankllm_composer.training.guards import EpochError, EpochGuard
+from rankllm_composer.prompts.record import lay_out_anew, record_key
+from rankllm_composer.prompts.user_turn import parse_user_turn
+from rankllm_composer.training.guards import EpochGuard
 
 LONG = 6  # number of the one long record
 
@@ -92,7 +93,7 @@ def test_a_list_too_long_is_refused_by_name(new_dataset, workers):
     length = len(new_dataset()[LONG].encoded.input_ids)
     loader = new_loader(new_dataset(max_length_tokens=300, too_long="refuse"), num_workers=workers)
     expected = rf"^record 'q6': {length} tokens, data\.max_length_tokens allows 300; raise it, .*data\.too_long: drop"
-    with pytest.raises(DataError, match=expected):
+    with pytest.raises(ShardError, match=expected):
         read(loader)
 
 
@@ -146,7 +147,7 @@ def test_numbers_for_letters(new_dataset, mistral_v3_tokenizer):
 @pytest.mark.parametrize(
     ("changes", "options", "error", "told"),
     [
-        ({"human": "Order these."}, {"shuffle_passages": True}, AugmentationError, "record 'q1': its passages cannot"),
+        ({"human": "Order these."}, {"shuffle_passages": True}, PromptError, "record 'q1': its passages cannot"),
         ({"gpt": "[A] > [A]"}, {}, PromptError, "record 'q1': response"),
     ],
 )
@@ -187,7 +188,7 @@ def test_the_spec_counts_rows_and_tokens(new_dataset):
     ],
 )
 def test_batches_that_cannot_work(new_dataset, dataset_options, options, told):
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(ShardError, match=told):
         new_loader(new_dataset(**dataset_options), **options)
 
 
@@ -195,7 +196,7 @@ def test_lists_per_rank(monkeypatch):
     assert lists_per_rank(6) == 6
     monkeypatch.setattr(data.dist, "get_world_size", lambda: 4)
     assert lists_per_rank(8) == 2
-    with pytest.raises(DataError, match=r"batch\.global_lists: found 6, allowed is a multiple of the 4 ranks"):
+    with pytest.raises(ShardError, match=r"batch\.global_lists: found 6, allowed is a multiple of the 4 ranks"):
         lists_per_rank(6)
 
 
@@ -294,6 +295,6 @@ def batches_of(dataset):
 def test_an_epoch_that_ended_early_stops_composer(new_dataset, tmp_path):
     dataset = new_dataset()
     dataset.epoch_size += 1
-    with pytest.raises(EpochError, match=r"epoch 0: 10 lists were read .* its data hold 11"):
+    with pytest.raises(RunError, match=r"epoch 0: 10 lists were read .* its data hold 11"):
         train(dataset, tmp_path)
     assert not Path(tmp_path / "ba4.pt").exists()

@@ -11,7 +11,8 @@ import torch
 
 from rankllm_composer.data.exact_streaming import interleave, rank_rows, worker_rows
 from rankllm_composer.data.packing import Sequence
-from rankllm_composer.training.guards import EpochError, EpochGuard
+from rankllm_composer.errors import RunError
+from rankllm_composer.training.guards import EpochGuard
 
 
 @pytest.mark.parametrize(
@@ -125,12 +126,12 @@ def test_a_complete_epoch_is_counted():
 
 
 def test_a_short_epoch_stops_the_run():
-    with pytest.raises(EpochError, match=r"epoch 0: 3 lists were read \(0 of them too long\), its data hold 4"):
+    with pytest.raises(RunError, match=r"epoch 0: 3 lists were read \(0 of them too long\), its data hold 4"):
         run_epoch(EpochGuard(), [[TRAINED, TRAINED], [TRAINED, PADDING]], epoch_size=4)
 
 
 def test_an_epoch_of_nothing_but_long_lists_stops_the_run():
-    with pytest.raises(EpochError, match=r"all 2 lists are longer than data\.max_length_tokens"):
+    with pytest.raises(RunError, match=r"all 2 lists are longer than data\.max_length_tokens"):
         run_epoch(EpochGuard(), [[TOO_LONG, TOO_LONG]], epoch_size=2)
 
 
@@ -140,7 +141,7 @@ def test_an_epoch_cut_short_on_purpose_is_not_judged():
 
 def test_counts_survive_a_resume():
     before, after = EpochGuard(), EpochGuard()
-    with pytest.raises(EpochError):
+    with pytest.raises(RunError):
         run_epoch(before, [[TRAINED, TOO_LONG]], epoch_size=4)
     before.load_state_dict({"trained": 1, "too_long": 1, "padding": 0})
     after.load_state_dict(before.state_dict())

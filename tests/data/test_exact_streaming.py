@@ -19,7 +19,7 @@ from support.s3_server import s3_server
 from support.streaming_loader import flat, ids, new_loader, read
 
 from rankllm_composer.data.streams import Stream, check_stream
-from rankllm_composer.shards.index import ShardError
+from rankllm_composer.errors import ShardError
 
 WORKER = Path(__file__).parents[1] / "workers" / "read_epochs.py"
 

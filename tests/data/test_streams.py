@@ -11,7 +11,7 @@ from support.list_shards import damage, write_shards
 from support.s3_server import s3_server
 
 from rankllm_composer.data.streams import Stream, check_stream, check_streams
-from rankllm_composer.shards.index import ShardError
+from rankllm_composer.errors import ShardError
 
 
 @pytest.fixture(scope="module")

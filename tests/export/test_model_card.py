@@ -11,14 +11,8 @@ from support.launching import REPOSITORY
 from support.secret_texts import SECRETS
 from support.tiny_training import new_tokenizer
 
-from rankllm_composer.export.model_card import (
-    CardError,
-    CardFacts,
-    add_figures,
-    published_figures,
-    render_card,
-    verdict,
-)
+from rankllm_composer.errors import ModelError
+from rankllm_composer.export.model_card import CardFacts, add_figures, published_figures, render_card, verdict
 from rankllm_composer.redaction import BLOTTED
 
 FACTS = CardFacts(
@@ -110,7 +104,7 @@ def test_figures_measured_later_are_added_to_the_card(tmp_path):
         add_figures(card, {"x": 1.0})
         assert card.read_text() == render_card(dataclasses.replace(facts, figures={**facts.figures, "x": 1.0}))
     card.write_text("# other")
-    with pytest.raises(CardError, match="found no section '## Results'"):
+    with pytest.raises(ModelError, match="found no section '## Results'"):
         add_figures(card, {"x": 1.0})
 
 

@@ -21,8 +21,9 @@ from support.exporting import new_exporter, run_in_a_child, write, write_on_a_fu
 from support.tiny_training import CONFIGS, new_hf_model, new_tokenizer, new_trainer, probe_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rankllm_composer.export.model_folder import ExportError, export_checkpoint
-from rankllm_composer.export.weights import WeightsError, gather_full_state_dict
+from rankllm_composer.errors import ModelError
+from rankllm_composer.export.model_folder import export_checkpoint
+from rankllm_composer.export.weights import gather_full_state_dict
 from rankllm_composer.model.losses import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.contract import ServingNameWarning, read_contract
@@ -77,7 +78,7 @@ def test_the_folder_is_written_in_the_type_asked_for(tmp_path):
     for name, value in loaded.named_parameters():
         assert torch.equal(value, model.get_parameter(name).bfloat16())
     assert model.dtype == torch.float32
-    with pytest.raises(ExportError, match="dtype: found 'int8', allowed are bfloat16, float16, float32"):
+    with pytest.raises(ModelError, match="dtype: found 'int8', allowed are bfloat16, float16, float32"):
         write(tmp_path / "x", dtype="int8")
 
 
@@ -142,21 +143,21 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
     bigger = new_tokenizer()
     bigger.add_tokens([f"word{index}" for index in range(40)])
     for changes, error, message in (
-        ({"state_dict": without}, ExportError, r"found 1 missing \['model.norm.weight'\] and 0 unknown"),
-        ({"state_dict": weights | {"x": torch.ones(1)}}, ExportError, r"and 1 unknown \['x'\].*MistralForCausalLM"),
+        ({"state_dict": without}, ModelError, r"found 1 missing \['model.norm.weight'\] and 0 unknown"),
+        ({"state_dict": weights | {"x": torch.ones(1)}}, ModelError, r"and 1 unknown \['x'\].*MistralForCausalLM"),
         (
             {"state_dict": weights | {"model.norm.weight": torch.ones(3)}},
-            ExportError,
+            ModelError,
             r"model.norm.weight of shape \(3,\)",
         ),
-        ({"state_dict": drifted, "config": tied.config}, WeightsError, "lm_head.weight: found values that differ"),
-        ({"tokenizer": other_template}, ExportError, "another chat template than the contract's"),
-        ({"tokenizer": bigger}, ExportError, "found 72 tokens, the model knows 40"),
+        ({"state_dict": drifted, "config": tied.config}, ModelError, "lm_head.weight: found values that differ"),
+        ({"tokenizer": other_template}, ModelError, "another chat template than the contract's"),
+        ({"tokenizer": bigger}, ModelError, "found 72 tokens, the model knows 40"),
     ):
         with pytest.raises(error, match=message):
             write(tmp_path / "m", model, **changes)
         assert not list(tmp_path.iterdir())
-    with pytest.raises(ExportError, match="found a URL, allowed is a local folder"):
+    with pytest.raises(ModelError, match="found a URL, allowed is a local folder"):
         write("s3://bucket/m")
 
 
@@ -225,7 +226,7 @@ def test_a_run_leaves_a_folder_an_epoch(tmp_path, family):
 )
 def test_when_a_run_exports(tmp_path, monkeypatch, interval, duration, expected):
     monkeypatch.setattr(
-        "rankllm_composer.export.model_folder.write_model_folder", lambda target, **_: target.mkdir(parents=True)
+        "rankllm_composer.training.export_callback.write_model_folder", lambda target, **_: target.mkdir(parents=True)
     )
     trainer = new_trainer(new_hf_model(), duration, callbacks=[new_exporter(tmp_path, interval=interval)])
     trainer.fit()
@@ -308,14 +309,14 @@ def test_a_figure_that_was_not_measured_warns_and_links_nothing(tmp_path):
 
 @pytest.mark.parametrize("interval", ["0ep", "10tok", "0.5dur"])
 def test_intervals_in_other_units_are_refused(tmp_path, interval):
-    with pytest.raises(ExportError, match=f"interval: found '{interval}'"):
+    with pytest.raises(ModelError, match=f"interval: found '{interval}'"):
         new_exporter(tmp_path, interval=interval)
 
 
 def test_a_tokenizer_of_another_template_stops_before_training(tmp_path):
     other = new_tokenizer()
     other.chat_template += " "
-    with pytest.raises(ExportError, match="another chat template"):
+    with pytest.raises(ModelError, match="another chat template"):
         new_trainer(new_hf_model(), callbacks=[new_exporter(tmp_path, tokenizer=other)])
 
 
@@ -362,7 +363,7 @@ def test_checkpoints_of_adapters_become_adapter_folders(tmp_path, lora_model):
     trainer.fit()
     checkpoint = tmp_path / "checkpoints" / "ep1-ba4-rank0.pt"
     common = {"config": lora_model.config, "tokenizer": new_tokenizer(), "contract": new_contract(), "card": "#"}
-    with pytest.raises(ExportError, match=r"found 8 tensors of an adapter, .*give adapter_config"):
+    with pytest.raises(ModelError, match=r"found 8 tensors of an adapter, .*give adapter_config"):
         export_checkpoint(checkpoint, tmp_path / "m", **common)
     adapter_config = lora_model.model.peft_config["default"]
     folder = export_checkpoint(checkpoint, tmp_path / "m", **common, adapter_config=adapter_config, dtype="float32")
@@ -412,7 +413,7 @@ def test_two_ranks_export_what_they_trained(tmp_path):
     for rank in (0, 1):
         raised = (tmp_path / f"raised_{rank}").read_text()
         assert "found a folder that is no export" in raised
-        assert raised.startswith("StagingError" if rank == 0 else "RankZeroError: rank 0, export of")
+        assert raised.startswith("StoreError" if rank == 0 else "RunError: rank 0, export of")
 
 
 def test_one_process_gathers_without_a_process_group():

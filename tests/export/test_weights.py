@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support.tiny_training import new_hf_model, new_trainer
 
+from rankllm_composer.errors import ModelError
 from rankllm_composer.export.weights import (
-    WeightsError,
     causal_lm_class,
     check_tied,
     gather_full_state_dict,
@@ -61,7 +61,7 @@ def test_embeddings_and_whole_modules_are_merged():
 
 
 def test_adapters_that_do_not_add_are_refused():
-    with pytest.raises(WeightsError, match=r"lora_magnitude_vector.*allowed is plain LoRA"):
+    with pytest.raises(ModelError, match=r"lora_magnitude_vector.*allowed is plain LoRA"):
         merge_lora_weights({"q.lora_magnitude_vector.default.weight": torch.ones(1)}, {}, "default")
 
 
@@ -87,7 +87,7 @@ def test_merging_equals_what_peft_merges(options):
 def test_two_adapters_are_refused():
     model = get_peft_model(new_hf_model(), LoraConfig(target_modules=["q_proj"]))
     model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(WeightsError, match=r"found \['default', 'second'\]"):
+    with pytest.raises(ModelError, match=r"found \['default', 'second'\]"):
         gather_full_state_dict(model)
 
 
@@ -103,7 +103,7 @@ def test_the_model_inside_is_found():
     model = new_hf_model()
     assert hf_module(model) is model
     assert causal_lm_class(model).__name__ == "MistralForCausalLM"
-    with pytest.raises(WeightsError, match="found Linear"):
+    with pytest.raises(ModelError, match="found Linear"):
         hf_module(torch.nn.Linear(2, 2))
 
 
@@ -112,7 +112,7 @@ def test_an_output_layer_that_drifted_from_the_embeddings_is_refused():
     same = {"head": torch.ones(2), "embed": torch.ones(2)}
     check_tied(same, config, "head", "embed")
     check_tied({"head": torch.ones(2)}, config, "head", "embed")
-    with pytest.raises(WeightsError, match="head: found values that differ from embed"):
+    with pytest.raises(ModelError, match="head: found values that differ from embed"):
         check_tied(same | {"head": torch.zeros(2)}, config, "head", "embed")
 
 
@@ -155,7 +155,7 @@ def test_a_payload_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     (folder / ".metadata").write_bytes(pickle.dumps(Payload(trap)))
     for checkpoint, named in ((tmp_path / "file.pt", "file.pt"), (folder, r"\.metadata")):
         with pytest.raises(
-            WeightsError, match=rf"{named}: found a pickle that asks for posix.mkdir, allowed is data alone"
+            ModelError, match=rf"{named}: found a pickle that asks for posix.mkdir, allowed is data alone"
         ):
             read_checkpoint_weights(checkpoint)
     assert not trap.exists()
@@ -190,6 +190,6 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, tmp_path):
         (torn_index, "damaged"),
         (tmp_path / "absent.pt", "found nothing"),
     ):
-        with pytest.raises(WeightsError, match=message) as failure:
+        with pytest.raises(ModelError, match=message) as failure:
             read_checkpoint_weights(path)
         assert path.name in str(failure.value)

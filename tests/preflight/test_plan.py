@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from rankllm_composer.cli import main
 from rankllm_composer.data import packing
+from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import training_flops
 from rankllm_composer.model.losses import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.preflight.ledger import Ledger
 from rankllm_composer.preflight.memory import Workload, lists_without_content, plan_memory
-from rankllm_composer.preflight.plan import GPUS, Gpu, PlanError, plan_recipe
+from rankllm_composer.preflight.plan import GPUS, Gpu, plan_recipe
 from rankllm_composer.recipe.load import load_recipe
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
@@ -231,11 +232,11 @@ def test_remedies_make_it_fit(toy_folder, monkeypatch):
 
 
 def test_what_cannot_be_planned_is_said(toy_folder):
-    with pytest.raises(PlanError, match=r"config\.json alone, no weights"):
+    with pytest.raises(RunError, match=r"config\.json alone, no weights"):
         plan_recipe(load_recipe(FIRST_MISTRAL), 8, report=quiet)
-    with pytest.raises(PlanError, match="gpu: found abacus, allowed are h100-80gb"):
+    with pytest.raises(RunError, match="gpu: found abacus, allowed are h100-80gb"):
         plan_recipe(toy_recipe(toy_folder), 8, gpu="abacus", report=quiet)
-    with pytest.raises(PlanError, match="mfu: found 40"):
+    with pytest.raises(RunError, match="mfu: found 40"):
         plan_recipe(toy_recipe(toy_folder), 8, mfu=40, report=quiet)
     with pytest.raises(ValueError, match="does not divide over 7 ranks"):
         plan_recipe(toy_recipe(toy_folder), 7, report=quiet)

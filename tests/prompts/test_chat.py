@@ -9,10 +9,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.chat import build_messages, check_tokenizer, identifier_token_ids, render_chat, tokenise
 from rankllm_composer.prompts.encoding import encode_prompt, encode_record
-from rankllm_composer.prompts.permutations import MAX_CANDIDATES, PermutationError, identifiers
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, PromptError, render_user_turn
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, identifiers
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
 OBJECTIVES = ("generation", "ranking", "combined")
 CHATML = (
@@ -246,9 +247,9 @@ def test_unknown_identifiers_stop(objective: str) -> None:
 
 
 def test_more_candidates_than_names(mistral_v3_tokenizer) -> None:
-    with pytest.raises(PermutationError, match="1 to 26"):
+    with pytest.raises(PromptError, match="1 to 26"):
         check_tokenizer(mistral_v3_tokenizer, "combined", "letters", 27)
-    with pytest.raises(PermutationError, match="1 to 99"):
+    with pytest.raises(PromptError, match="1 to 99"):
         identifier_token_ids(mistral_v3_tokenizer, 100, "numbers")
 
 

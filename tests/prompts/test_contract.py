@@ -12,9 +12,9 @@ import pytest
 from support.contracts import new_contract
 from support.tiny_training import CHAT_TEMPLATE, new_tokenizer
 
+from rankllm_composer.errors import ModelError
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
-    ContractError,
     ServingNameWarning,
     num_bos_tokens,
     read_contract,
@@ -68,7 +68,7 @@ def test_it_reads_back(tmp_path, objective):
 
 def test_numbers_of_several_tokens_are_for_generation_alone():
     assert new_contract("generation", identifier_token_ids=None).identifier_token_ids is None
-    with pytest.raises(ContractError, match="identifier_token_ids: found none with the objective combined"):
+    with pytest.raises(ModelError, match="identifier_token_ids: found none with the objective combined"):
         new_contract("combined", identifier_token_ids=None)
 
 
@@ -84,7 +84,7 @@ def test_numbers_of_several_tokens_are_for_generation_alone():
     ],
 )
 def test_contradictions_are_refused(changes, message):
-    with pytest.raises(ContractError, match=message):
+    with pytest.raises(ModelError, match=message):
         dataclasses.replace(new_contract(), **changes)
 
 
@@ -99,7 +99,7 @@ def test_contradictions_are_refused(changes, message):
 )
 def test_files_that_do_not_read_are_named(tmp_path, text, message):
     (tmp_path / CONTRACT_FILE).write_text(text)
-    with pytest.raises(ContractError, match=message) as failure:
+    with pytest.raises(ModelError, match=message) as failure:
         read_contract(tmp_path)
     assert str(tmp_path / CONTRACT_FILE) in str(failure.value)
 
@@ -107,23 +107,23 @@ def test_files_that_do_not_read_are_named(tmp_path, text, message):
 @pytest.mark.parametrize(("key", "value"), [("window_size", "20"), ("identifiers", 5), ("stride", None), ("extra", 1)])
 def test_values_of_another_type_are_refused(tmp_path, key, value):
     (tmp_path / CONTRACT_FILE).write_text(json.dumps(json.loads(new_contract().to_json()) | {key: value}))
-    with pytest.raises(ContractError):
+    with pytest.raises(ModelError):
         read_contract(tmp_path)
 
 
 def test_a_folder_without_contract_is_named(tmp_path):
-    with pytest.raises(ContractError, match="found no contract"):
+    with pytest.raises(ModelError, match="found no contract"):
         read_contract(tmp_path)
 
 
 def test_tokenizers_that_cannot_serve_are_refused():
     without_template = new_tokenizer()
     without_template.chat_template = None
-    with pytest.raises(ContractError, match="found no chat template"):
+    with pytest.raises(ModelError, match="found no chat template"):
         new_contract(tokenizer=without_template)
     without_end = copy.deepcopy(new_tokenizer())
     without_end.eos_token = None
-    with pytest.raises(ContractError, match="no end-of-sequence token"):
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
         new_contract(tokenizer=without_end)
     assert new_contract("ranking", tokenizer=without_end).eos_token_ids == ()
 

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import real_tokenizers
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.encoding import encode_prompt, encode_record, render_prompt
 from rankllm_composer.prompts.permutations import format_permutation
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, PromptError, render_user_turn
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDS = {r["id"]: r for r in json.loads((GOLDEN / "records.json").read_text(encoding="utf-8"))}
@@ -249,7 +250,7 @@ def test_encoded_records_travel_between_processes(tokenizers: dict) -> None:
 
 def test_import_loads_nothing_heavy() -> None:
     code = (
-        "import sys, rankllm_composer.prompts\n"
+        "import sys, rankllm_composer.prompts.encoding\n"
         "print([m for m in ('torch', 'transformers', 'tokenizers', 'ftfy', 'streaming') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

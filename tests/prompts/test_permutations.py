@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.permutations import (
     MAX_CANDIDATES,
     ParsedAnswer,
-    PermutationError,
     format_permutation,
     identifier_style,
     identifiers,
@@ -54,7 +54,7 @@ def test_identifiers() -> None:
     ],
 )
 def test_identifiers_refuse(num_candidates: int, style: str, told: str) -> None:
-    with pytest.raises(PermutationError, match=told):
+    with pytest.raises(PromptError, match=told):
         identifiers(num_candidates, style)
 
 
@@ -105,7 +105,7 @@ def test_permutation_round_trips(permutation: tuple[int, ...], style: str) -> No
     ],
 )
 def test_strict_reader_refuses(text: str, num_candidates: int, style: str, told: tuple[str, ...]) -> None:
-    with pytest.raises(PermutationError) as refusal:
+    with pytest.raises(PromptError) as refusal:
         parse_permutation(text, num_candidates, style)
     for part in told:
         assert part in str(refusal.value)
@@ -122,13 +122,13 @@ def test_strict_reader_accepts_the_permutations_and_nothing_else(text: str, num_
     if text in allowed:
         assert parse_permutation(text, num_candidates) == allowed[text]
     else:
-        with pytest.raises(PermutationError):
+        with pytest.raises(PromptError):
             parse_permutation(text, num_candidates)
 
 
 @pytest.mark.parametrize("text", ["", "A > B", "[AB]", "[a]", "[100]", "[]", "[[", "[Ａ]", "[²]"])
 def test_no_style_where_no_candidate_is_named(text: str) -> None:
-    with pytest.raises(PermutationError, match="names no candidate"):
+    with pytest.raises(PromptError, match="names no candidate"):
         identifier_style(text)
 
 
@@ -178,11 +178,11 @@ def test_lenient_reader_always_gives_a_whole_permutation(text: str, num_candidat
 def test_strict_readers_raise_nothing_else(text: str, num_candidates: int, style: str) -> None:
     try:
         assert format_permutation(parse_permutation(text, num_candidates, style), style) == text
-    except PermutationError as error:
+    except PromptError as error:
         assert len(str(error)) < 1000  # however long the text
     try:
         assert identifier_style(text) in STYLES
-    except PermutationError as error:
+    except PromptError as error:
         assert len(str(error)) < 1000
 
 
@@ -202,14 +202,14 @@ def test_ranks_invert_permutations(permutation: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("values", [(0, 0), (1, 2), (0, 2), (-1, 0), (0.5, 1.5)])
 @pytest.mark.parametrize("function", [ranks_from_permutation, permutation_from_ranks, format_permutation])
 def test_no_permutation(function, values: tuple[int, ...]) -> None:
-    with pytest.raises(PermutationError, match="allowed is each of 0 to 1 exactly once"):
+    with pytest.raises(PromptError, match="allowed is each of 0 to 1 exactly once"):
         function(values)
 
 
 def test_format_refuses_what_the_style_cannot_name() -> None:
-    with pytest.raises(PermutationError, match="1 to 26"):
+    with pytest.raises(PromptError, match="1 to 26"):
         format_permutation(range(27))
-    with pytest.raises(PermutationError, match="found 0"):
+    with pytest.raises(PromptError, match="found 0"):
         format_permutation(())
 
 
@@ -228,7 +228,7 @@ def test_permutation_from_scores(scores: tuple[float, ...], permutation: tuple[i
 
 
 def test_permutation_from_scores_refuses_nan() -> None:
-    with pytest.raises(PermutationError, match="NaN at candidate 1"):
+    with pytest.raises(PromptError, match="NaN at candidate 1"):
         permutation_from_scores((0.0, math.nan))
 
 

@@ -8,8 +8,9 @@ import hashlib
 import pytest
 from support.list_shards import new_record
 
+from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.permutations import parse_permutation
-from rankllm_composer.prompts.record import AugmentationError, lay_out_anew, record_key
+from rankllm_composer.prompts.record import lay_out_anew, record_key
 from rankllm_composer.prompts.user_turn import parse_user_turn
 
 
@@ -67,7 +68,7 @@ def test_absent_docids_and_grades_stay_absent():
     ],
 )
 def test_what_cannot_be_laid_out_anew_is_refused(changes, told):
-    with pytest.raises(AugmentationError, match=f"record 'q5': .*{told}.*data.train.shuffle_passages"):
+    with pytest.raises(PromptError, match=f"record 'q5': .*{told}.*data.train.shuffle_passages"):
         lay_out_anew(new_record(5, **changes), seed=0, epoch=0, shuffle_passages=True, identifiers="letters")
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankllm_composer.prompts.permutations import MAX_CANDIDATES, PermutationError, identifiers
+from rankllm_composer.errors import PromptError
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, identifiers
 from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
-    PromptError,
     UserTurn,
     clean_query,
     document_text,
@@ -415,11 +415,11 @@ def test_read_of_a_long_hostile_text_ends() -> None:
 
 
 def test_render_refuses() -> None:
-    with pytest.raises(PermutationError, match="found 0"):
+    with pytest.raises(PromptError, match="found 0"):
         render_user_turn("query", [])
-    with pytest.raises(PermutationError, match="found 27"):
+    with pytest.raises(PromptError, match="found 27"):
         render_user_turn("query", [""] * 27)
-    with pytest.raises(PermutationError, match="style"):
+    with pytest.raises(PromptError, match="style"):
         render_user_turn("query", [""], "roman")
 
 

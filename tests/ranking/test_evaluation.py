@@ -23,16 +23,10 @@ from support.tiny_rerankers import (
     record_of,
 )
 
-from rankllm_composer.prompts.permutations import PermutationError, identifiers, parse_answer
-from rankllm_composer.prompts.windows import (
-    Window,
-    WindowError,
-    answer_lengths,
-    fit_window,
-    record_window,
-    sliding_spans,
-)
-from rankllm_composer.ranking.decoding import DecodingError, generate_windows, read_likeliest, score_windows_first_token
+from rankllm_composer.errors import PromptError, RunError
+from rankllm_composer.prompts.permutations import identifiers, parse_answer
+from rankllm_composer.prompts.windows import Window, answer_lengths, fit_window, record_window, sliding_spans
+from rankllm_composer.ranking.decoding import generate_windows, read_likeliest, score_windows_first_token
 from rankllm_composer.ranking.evaluation import (
     WindowResult,
     chance_ndcg,
@@ -239,7 +233,7 @@ def test_read_likeliest(case):
 
 def test_numbers_beyond_nine_have_no_first_token(tokenizer):
     window = record_window(record_of(list(range(10)), "numbers", "long"), tokenizer)
-    with pytest.raises(DecodingError, match=r"window long: found 10 candidates named by numbers, allowed .* are 9"):
+    with pytest.raises(RunError, match=r"window long: found 10 candidates named by numbers, allowed .* are 9"):
         score_windows_first_token(new_model(), tokenizer, [window], append_bracket=True)
 
 
@@ -252,11 +246,11 @@ def test_logits_that_are_no_numbers_stop_and_name_the_window(value, tokenizer):
     windows = [record_window(record_of([1, 3, 2], record_id=name), tokenizer) for name in ("one", "two")]
     message = "window one: found logits that are no numbers" if math.isnan(value) else "no numbers"
     for top_k in (30, None):
-        with pytest.raises(DecodingError, match=message):
+        with pytest.raises(RunError, match=message):
             score_windows_first_token(model, tokenizer, windows, append_bracket=True, top_k=top_k)
     if math.isnan(value):
         for constrained in (False, True):
-            with pytest.raises(DecodingError, match=message):
+            with pytest.raises(RunError, match=message):
                 generate_windows(model, tokenizer, windows, constrained=constrained)
 
 
@@ -286,7 +280,7 @@ def test_sliding_spans(num_candidates, window, stride, expected):
 
 @pytest.mark.parametrize("window, stride", [(1, 1), (20, 0), (20, 21), (0, 0)])
 def test_sliding_spans_that_skip_candidates_are_refused(window, stride):
-    with pytest.raises(WindowError, match=f"window {window}, stride {stride}: allowed is"):
+    with pytest.raises(PromptError, match=f"window {window}, stride {stride}: allowed is"):
         sliding_spans(100, window, stride)
 
 
@@ -299,13 +293,13 @@ def test_passages_are_cut_until_the_context_holds_them(tokenizer):
     counts = [tokenizer.decode(window.input_ids).split().count(word) for word in ("wing", "w5")]
     assert counts[0] == counts[1] < 300
     assert 400 - 20 < len(window.input_ids) - 1 + asked <= 400
-    with pytest.raises(WindowError, match=r"window w: found .* tokens of prompt without any passage"):
+    with pytest.raises(PromptError, match=r"window w: found .* tokens of prompt without any passage"):
         fit_window("w", "heat " * 400, texts, tokenizer, context_size_tokens=400)
 
 
 @pytest.mark.parametrize("num, style", [(0, "letters"), (0, "numbers"), (27, "letters"), (100, "numbers")])
 def test_windows_that_cannot_be_named_are_refused(num, style, tokenizer):
-    with pytest.raises(PermutationError, match=f"found {num}, allowed with {style}"):
+    with pytest.raises(PromptError, match=f"found {num}, allowed with {style}"):
         fit_window("w", "heat", ["wing"] * num, tokenizer, style=style)
 
 

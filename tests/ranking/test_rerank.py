@@ -16,11 +16,11 @@ import pytest
 from support.tiny_rerankers import KnownReranker, new_contract, new_model, new_tokenizer
 
 from rankllm_composer.cli import main
+from rankllm_composer.errors import ModelError, RunError, SourceError
 from rankllm_composer.export.model_card import CardFacts, published_figures, render_card
-from rankllm_composer.prompts.contract import ContractError, read_contract
+from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.prompts.windows import fit_window
 from rankllm_composer.ranking.comparison import (
-    ComparisonError,
     MeasureComparison,
     compare,
     compare_runs,
@@ -31,14 +31,8 @@ from rankllm_composer.ranking.comparison import (
 from rankllm_composer.ranking.decoding import generate_windows, score_windows_first_token
 from rankllm_composer.ranking.evaluation import ndcg
 from rankllm_composer.ranking.rerank import load_reranker, model_identity, rerank_files, rerank_run, write_run
-from rankllm_composer.ranking.sliding import RerankError, rerank_queries
-from rankllm_composer.sources.retrieval_files import (
-    RetrievalError,
-    load_documents,
-    load_judgments,
-    load_queries,
-    load_run,
-)
+from rankllm_composer.ranking.sliding import rerank_queries
+from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
 DECODINGS = ("first_token", "generation")
 
@@ -173,7 +167,7 @@ def test_ranking_objective_reads_behind_an_appended_bracket():
     ],
 )
 def test_settings_that_cannot_be(options, message):
-    with pytest.raises(RerankError, match=message):
+    with pytest.raises(RunError, match=message):
         rerank(KnownReranker(), {"a": 5}, {}, **options)
 
 
@@ -294,7 +288,7 @@ def test_what_a_kill_tore_is_done_again(tmp_path):
 def test_other_settings_do_not_go_on_with_a_stopped_job(tmp_path, change, named):
     with pytest.raises(Killed):
         run_job(tmp_path, MortalReranker(8))
-    with pytest.raises(RerankError, match=rf"progress\.jsonl: is of a stopped job with other settings \({named}\)"):
+    with pytest.raises(RunError, match=rf"progress\.jsonl: is of a stopped job with other settings \({named}\)"):
         run_job(tmp_path, KnownReranker(), **change)
     run_job(tmp_path, KnownReranker(), batch_tokens=9000, queries_at_once=7)  # these change nothing in the result
 
@@ -306,18 +300,18 @@ def test_a_damaged_or_busy_progress_file_is_refused(tmp_path):
     lines = kept.read_bytes().splitlines(keepends=True)
     for bad in (b"{\n", b"[]\n", b'{"qid": "one"}\n'):
         kept.write_bytes(lines[0] + bad)
-        with pytest.raises(RerankError, match=r"is damaged .*; delete it to begin anew"):
+        with pytest.raises(RunError, match=r"is damaged .*; delete it to begin anew"):
             run_job(tmp_path, KnownReranker())
     kept.write_bytes(b"")
     with kept.open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(RerankError, match="another process is writing this run"):
+        with pytest.raises(RunError, match="another process is writing this run"):
             run_job(tmp_path, KnownReranker())
 
 
 def test_queries_that_do_not_match_the_run(tmp_path):
     tokenizer = new_tokenizer()
-    with pytest.raises(RerankError, match="none of its 1 queries is among the 1 queries given"):
+    with pytest.raises(RunError, match="none of its 1 queries is among the 1 queries given"):
         rerank_run(
             KnownReranker(), tokenizer, {"a": "x"}, {}, {"b": ["d"]}, new_contract(tokenizer), tmp_path / "out.trec"
         )
@@ -440,18 +434,18 @@ def test_ir_datasets_ids(stored):
     assert load_run(source) == {"1": ["a", "b"], "2": ["c"]}  # by score, not as the lines stand
     assert load_queries("irds:rankllm-pages") == {"t": "a title"}
     assert load_documents("irds:rankllm-pages", ["p"]) == {"p": "http://x body"}
-    with pytest.raises(RetrievalError, match="irds:rankllm-local: 1 documents of the run are not in it, such as z"):
+    with pytest.raises(SourceError, match="irds:rankllm-local: 1 documents of the run are not in it, such as z"):
         load_documents(source, ["a", "z"])
-    with pytest.raises(RetrievalError, match="irds:nowhere: ir_datasets knows no 'nowhere'"):
+    with pytest.raises(SourceError, match="irds:nowhere: ir_datasets knows no 'nowhere'"):
         load_queries("irds:nowhere")
     for load, part in ((load_judgments, "qrels"), (load_run, "scoreddocs")):
-        with pytest.raises(RetrievalError, match=f"irds:rankllm-pages: found no {part} in this dataset"):
+        with pytest.raises(SourceError, match=f"irds:rankllm-pages: found no {part} in this dataset"):
             load("irds:rankllm-pages")
 
 
 def test_ir_datasets_where_the_package_is_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_datasets", None)
-    with pytest.raises(RetrievalError, match="irds:vaswani: needs the package ir_datasets"):
+    with pytest.raises(SourceError, match="irds:vaswani: needs the package ir_datasets"):
         load_queries("irds:vaswani")
 
 
@@ -509,7 +503,7 @@ def test_bad_files_are_named_with_their_line(case, tmp_path):
 
 def test_a_bad_beir_line(tmp_path):
     (tmp_path / "f.tsv").write_text("query-id\tcorpus-id\tscore\n1 a 2\n")
-    with pytest.raises(RetrievalError, match=r"f\.tsv:line 2: found '1 a 2', allowed is query-id, corpus-id, score"):
+    with pytest.raises(SourceError, match=r"f\.tsv:line 2: found '1 a 2', allowed is query-id, corpus-id, score"):
         load_judgments(tmp_path / "f.tsv")
 
 
@@ -558,9 +552,9 @@ def test_the_queries_that_changed_most_are_told():
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(ComparisonError, match=r"measure: found 'nGCG@10', allowed are names of ir-measures"):
+    with pytest.raises(RunError, match=r"measure: found 'nGCG@10', allowed are names of ir-measures"):
         compare_runs({"a": ["1"]}, {"a": ["1"]}, {"a": {"1": 1}}, ["nGCG@10"])
-    with pytest.raises(ComparisonError, match="none of them among the 1 reranked"):
+    with pytest.raises(RunError, match="none of them among the 1 reranked"):
         compare_runs({"a": ["1"]}, {"a": ["1"]}, {"b": {"1": 1}})
 
 
@@ -644,9 +638,9 @@ def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
 
 def test_what_cannot_be_measured_stops_before_the_work(exported, tmp_path):
     files = write_files(tmp_path)
-    with pytest.raises(ComparisonError, match="nGCG"):
+    with pytest.raises(RunError, match="nGCG"):
         rerank_files(exported, **files, output=tmp_path / "out.trec", measures=("nGCG@10",))
-    with pytest.raises(ContractError, match="window_size: found 27"):
+    with pytest.raises(ModelError, match="window_size: found 27"):
         rerank_files(exported, **files, output=tmp_path / "out.trec", window_size=27)
     assert not (tmp_path / "out.trec.progress.jsonl").exists()
 
@@ -654,17 +648,17 @@ def test_what_cannot_be_measured_stops_before_the_work(exported, tmp_path):
 def test_loading_a_reranker(exported, tmp_path):
     model, tokenizer, contract = load_reranker(exported)
     assert not model.training and contract.window_size == 6
-    with pytest.raises(RerankError, match="dtype: found 'float8'"):
+    with pytest.raises(RunError, match="dtype: found 'float8'"):
         load_reranker(exported, dtype="float8")
-    with pytest.raises(ContractError, match="found no contract"):
+    with pytest.raises(ModelError, match="found no contract"):
         load_reranker(tmp_path)
     (tmp_path / "reranker.json").write_text(contract.to_json())
-    with pytest.raises(RerankError, match="holds no model that loads"):
+    with pytest.raises(RunError, match="holds no model that loads"):
         load_reranker(tmp_path)
     model.save_pretrained(tmp_path)
     tokenizer.chat_template += " "
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ContractError, match="chat template is not the one the model was trained with"):
+    with pytest.raises(ModelError, match="chat template is not the one the model was trained with"):
         load_reranker(tmp_path)
     before = model_identity(tmp_path)
     assert before != model_identity(exported)

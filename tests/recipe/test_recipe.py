@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankllm_composer.errors import Problem, RecipeError
 from rankllm_composer.recipe.advice import without_effect
 from rankllm_composer.recipe.build import parse_time
 from rankllm_composer.recipe.checks import check_world, missing_files
 from rankllm_composer.recipe.load import explain, load_recipe, merge_recipe, recipe_to_yaml
-from rankllm_composer.recipe.schema import Problem, RecipeError, RecipeWarning, keys_as_markdown, keys_as_text, schema
+from rankllm_composer.recipe.schema import RecipeWarning, keys_as_markdown, keys_as_text, schema
 from rankllm_composer.recipe.sections import CALLBACKS, LOGGERS, RANKING_LOSSES, Recipe, Source, describe_keys
 
 YAMLS = sorted((Path(__file__).parents[2] / "yamls").glob("*.yaml"))
@@ -169,7 +170,7 @@ def test_other_texts_are_no_times(text: str) -> None:
 
 def test_reading_recipes_loads_no_heavy_library() -> None:
     code = (
-        "import sys, rankllm_composer.recipe_merge\n"
+        "import sys, rankllm_composer.recipe.load\n"
         "heavy = {'torch', 'transformers', 'composer', 'streaming', 'datasets', 'numpy'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )

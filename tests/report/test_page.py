@@ -15,16 +15,11 @@ import pytest
 from PIL import Image
 
 from rankllm_composer.cli import main
-from rankllm_composer.ranking.comparison import (
-    ComparisonError,
-    MeasuredSet,
-    compare_runs,
-    read_measured,
-    write_measured,
-)
+from rankllm_composer.errors import RunError
+from rankllm_composer.ranking.comparison import MeasuredSet, compare_runs, read_measured, write_measured
 from rankllm_composer.report.page import write_report
 from rankllm_composer.report.pictures import COLOURS, draw, gains, running_mean
-from rankllm_composer.report.run_record import RunRecordError, read_run, with_reranked
+from rankllm_composer.report.run_record import read_run, with_reranked
 
 SECRET = "hf_abcdefghijklmnopqrstuvwx"
 PICTURES = ["quality", "gains", "positions", "losses", "learning_rate", "throughput", "lengths"]
@@ -180,7 +175,7 @@ def test_windows_without_judgments_have_a_table_and_no_curve(tmp_path):
 
 
 def test_a_folder_without_a_run(tmp_path, capsys):
-    with pytest.raises(RunRecordError, match=r"found no metrics.jsonl, allowed is the folder of a run"):
+    with pytest.raises(RunError, match=r"found no metrics.jsonl, allowed is the folder of a run"):
         read_run(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["report", str(tmp_path)])
@@ -228,11 +223,11 @@ def test_what_was_reranked_since_stands_beside_what_is_published(tmp_path, capsy
     heights = [bar.get_height() for bar in draw(with_reranked(runs, folders, [again]))["reranked"].axes[0].patches]
     assert heights == pytest.approx([lost - 1, 0, 1 - lost])
     elsewhere = measured_set(tmp_path / "three")
-    with pytest.raises(RunRecordError, match=r"dl20-bm25: found figures of the model .*three/hf/epoch_2, allowed are"):
+    with pytest.raises(RunError, match=r"dl20-bm25: found figures of the model .*three/hf/epoch_2, allowed are"):
         with_reranked(runs, folders, [elsewhere])
     assert with_reranked(runs[:1], folders[:1], [elsewhere])[0].reranked == (elsewhere,)  # a model that was moved
     (tmp_path / "bad.json").write_text('{"name": "x"}')
-    with pytest.raises(ComparisonError, match=r"bad.json: found no figures of a reranking"):
+    with pytest.raises(RunError, match=r"bad.json: found no figures of a reranking"):
         read_measured(tmp_path / "bad.json")
 
 

@@ -12,8 +12,9 @@ import pytest
 from support.launching import metrics, succeeded, train
 from support.small_run import RECIPE, small_run
 
+from rankllm_composer.errors import RunError
 from rankllm_composer.recipe.load import load_recipe
-from rankllm_composer.training.assembly import AssemblyError, build_loggers
+from rankllm_composer.training.assembly import build_loggers
 
 LOSSES = ("loss/train/total", "loss/train/language_modelling", "loss/train/ranking")
 NUM_BATCHES = 6
@@ -123,7 +124,7 @@ def logging_of(section: str, value: dict):
 
 def test_a_logger_that_is_not_installed_or_misused_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
-    with pytest.raises(AssemblyError, match=r"logging\.loggers\.wandb: found that its library is not installed"):
+    with pytest.raises(RunError, match=r"logging\.loggers\.wandb: found that its library is not installed"):
         build_loggers(logging_of("loggers", {"wandb": {}}), tmp_path)
-    with pytest.raises(AssemblyError, match=r"found projet, allowed are project, group, .* Composer's WandBLogger"):
+    with pytest.raises(RunError, match=r"found projet, allowed are project, group, .* Composer's WandBLogger"):
         build_loggers(logging_of("loggers", {"wandb": {"projet": "x"}}), tmp_path)

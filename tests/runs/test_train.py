@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.launching import ON_CPU, REPOSITORY, TRAIN, metrics, succeeded, train
 
-from rankllm_composer.recipe.load import RunFolderError, check_same_recipe, load_recipe, recipe_to_yaml
+from rankllm_composer.errors import RunError
+from rankllm_composer.recipe.load import check_same_recipe, load_recipe, recipe_to_yaml
 from rankllm_composer.train import main
-from rankllm_composer.training.assembly import AssemblyError, build_optimizer, choose_device
-from rankllm_composer.training.run import TrainError, claim_run_folder, prepare_shards
+from rankllm_composer.training.assembly import build_optimizer, choose_device
+from rankllm_composer.training.run import claim_run_folder, prepare_shards
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
 
@@ -53,13 +54,13 @@ def test_errors_are_one_readable_text(tmp_path, capsys):
 
 def test_a_gpu_that_is_not_there_is_an_error():
     assert choose_device("auto") == choose_device("cpu") == "cpu"
-    with pytest.raises(AssemblyError, match=r"parallelism\.device: found gpu, but this machine shows no CUDA device"):
+    with pytest.raises(RunError, match=r"parallelism\.device: found gpu, but this machine shows no CUDA device"):
         choose_device("gpu")
 
 
 def test_absent_shards_name_the_command(tmp_path):
     recipe = load_recipe(FIRST_MISTRAL, [f"data.train.local={tmp_path / 'shards'}", "data.train.source=null"])
-    with pytest.raises(TrainError, match=r"data\.train: no shards in .*rankllm-composer shards build --input"):
+    with pytest.raises(RunError, match=r"data\.train: no shards in .*rankllm-composer shards build --input"):
         prepare_shards(recipe.data.train, "data.train")
 
 
@@ -74,7 +75,7 @@ def test_optimizer_of_the_recipe(monkeypatch):
     eight_bit = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, name="adamw_8bit"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(AssemblyError, match="adamw_8bit needs bitsandbytes"):
+    with pytest.raises(RunError, match="adamw_8bit needs bitsandbytes"):
         build_optimizer(eight_bit, model)
     installed = SimpleNamespace(AdamW8bit=lambda weights, **options: (weights, options))
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=installed))
@@ -88,7 +89,7 @@ def test_a_run_folder_takes_one_run_at_a_time(tmp_path):
     text = recipe_to_yaml(load_recipe(FIRST_MISTRAL))
     with (
         claim_run_folder(tmp_path / "run", text),
-        pytest.raises(RunFolderError, match="another process is training in"),
+        pytest.raises(RunError, match="another process is training in"),
         claim_run_folder(tmp_path / "run", text),
     ):
         pass
@@ -105,7 +106,7 @@ def test_a_run_folder_refuses_another_recipe(tmp_path):
         pass
     other = load_recipe(FIRST_MISTRAL, ["optimizer.lr=1e-4", "objective.ranking_weight=3"])
     with (
-        pytest.raises(RunFolderError, match=r"ranking_weight was 10\.0, is now 3\.0; optimizer\.lr was 5e-06"),
+        pytest.raises(RunError, match=r"ranking_weight was 10\.0, is now 3\.0; optimizer\.lr was 5e-06"),
         claim_run_folder(tmp_path, recipe_to_yaml(other)),
     ):
         pass
@@ -113,7 +114,7 @@ def test_a_run_folder_refuses_another_recipe(tmp_path):
 
 @given(text=st.text(max_size=40) | st.sampled_from(["", "[]", "a: [", "a: &x [*x]", "${a}", "run: 3", "? [1]", "\0"]))
 def test_whatever_a_kept_recipe_holds_the_outcome_is_a_run_folder_error(text):
-    with pytest.raises(RunFolderError, match=r"^here holds a (damaged recipe\.yaml|run of another recipe)"):
+    with pytest.raises(RunError, match=r"^here holds a (damaged recipe\.yaml|run of another recipe)"):
         check_same_recipe(text, "run:\n  name: x\n", "here")
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from support.synthetic_records import conversation, write_jsonl
 
-from rankllm_composer.prompts.record import Record, RecordError
+from rankllm_composer.errors import RecordError, ShardError
+from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.blocks import Block, BlockWriter, write_blocks
 from rankllm_composer.shards.build import build_shards, index_exists
-from rankllm_composer.shards.index import COLUMNS, ShardError, read_index, record_from_sample, sample_from_record
+from rankllm_composer.shards.index import COLUMNS, read_index, record_from_sample, sample_from_record
 from rankllm_composer.shards.publish import merge_shards, work_folder
 from rankllm_composer.shards.verify import shards_info, verify_shards
 from rankllm_composer.storage.object_store import LocalFolder

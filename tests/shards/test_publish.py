@@ -13,18 +13,11 @@ import pytest
 from support.s3_server import S3Server, s3_server
 from support.synthetic_records import conversation, write_jsonl
 
+from rankllm_composer.errors import ShardError, StoreError
 from rankllm_composer.shards.build import build_shards, index_exists
-from rankllm_composer.shards.index import ShardError
 from rankllm_composer.shards.publish import merge_shards
 from rankllm_composer.shards.verify import shards_info, verify_shards
-from rankllm_composer.storage.object_store import (
-    RemoteFolder,
-    StoreError,
-    is_remote,
-    open_folder,
-    s3_etag,
-    without_credentials,
-)
+from rankllm_composer.storage.object_store import RemoteFolder, is_remote, open_folder, s3_etag, without_credentials
 
 NUM_RECORDS = 40
 
@@ -96,7 +89,7 @@ def test_streaming_reads_a_set_from_the_store(server, source, tmp_path):
 
 
 BUILD = """
-from rankllm_composer.shards import build_shards
+from rankllm_composer.shards.build import build_shards
 build_shards({url!r}, input={source!r}, shard_bytes=5_000, num_processes=1)
 """
 

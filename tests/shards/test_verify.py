@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.synthetic_records import conversation, write_jsonl
 
+from rankllm_composer.errors import ShardError
 from rankllm_composer.shards.build import build_shards
-from rankllm_composer.shards.index import ShardError, digest, parse_index, parse_manifest
+from rankllm_composer.shards.index import digest, parse_index, parse_manifest
 from rankllm_composer.shards.verify import shards_info, verify_shards
 
 

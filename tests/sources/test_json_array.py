@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankllm_composer.errors import SourceError
 from rankllm_composer.sources import conversations as json_array
-from rankllm_composer.sources.conversations import JsonArrayError, iterate_array
+from rankllm_composer.sources.conversations import iterate_array
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -53,7 +54,7 @@ def test_length_of_an_element_is_that_of_its_text():
     ],
 )
 def test_what_is_no_array_is_named(text, index, reason):
-    with pytest.raises(JsonArrayError) as caught:
+    with pytest.raises(SourceError) as caught:
         list(iterate_array(io.StringIO(text)))
     assert caught.value.index == index
     assert reason in str(caught.value)
@@ -62,7 +63,7 @@ def test_what_is_no_array_is_named(text, index, reason):
 def test_a_missing_quote_does_not_swallow_the_file(monkeypatch):
     monkeypatch.setattr(json_array, "MAX_ELEMENT_CHARS", 1 << 21)
     file = Endless('[{"a": "', "x" * 1000)
-    with pytest.raises(JsonArrayError, match="does not end within 2 Mi characters"):
+    with pytest.raises(SourceError, match="does not end within 2 Mi characters"):
         next(iterate_array(file))
     assert file.num_read < 1 << 23
 

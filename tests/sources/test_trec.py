@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.prompts.permutations import parse_permutation
-from rankllm_composer.prompts.record import RecordError
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, parse_user_turn
 from rankllm_composer.sources.conversations import read_records
-from rankllm_composer.sources.retrieval_files import Judgment, RunLine, TrecError, read_judgments, read_run
+from rankllm_composer.sources.retrieval_files import Judgment, RunLine, read_judgments, read_run
 from rankllm_composer.sources.trec import TrecSource, candidate_lists, teacher_order
 
 QUERIES = {"q1": "sea [1] birds", "q2": "old maps"}
@@ -220,7 +220,7 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path, file, number, line
     lines = path.read_text().splitlines()
     lines[number - 1] = line
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(TrecError) as caught:
+    with pytest.raises(SourceError) as caught:
         build(tmp_path, files=files)
     assert str(caught.value).startswith(f"{path.name}:line {number}: ")
     assert told in str(caught.value)
@@ -251,7 +251,7 @@ def test_a_document_twice_names_the_lines_to_look_at(tmp_path):
     files = write_files(tmp_path)
     with Path(files["docs"]).open("a") as file:
         file.write(json.dumps({"docid": "d2", "text": "again"}) + "\n")
-    with pytest.raises(TrecError, match=r"docs.jsonl:lines 1 to 6: a document comes twice"):
+    with pytest.raises(SourceError, match=r"docs.jsonl:lines 1 to 6: a document comes twice"):
         build(tmp_path, files=files)
 
 
@@ -271,20 +271,20 @@ def test_a_document_twice_names_the_lines_to_look_at(tmp_path):
     ],
 )
 def test_settings_that_make_no_lists_stop(tmp_path, options, told):
-    with pytest.raises(TrecError) as caught:
+    with pytest.raises(SourceError) as caught:
         TrecSource(**(write_files(tmp_path) | options))
     assert told in str(caught.value)
 
 
 def test_files_of_different_collections_stop(tmp_path):
     files = write_files(tmp_path, queries={"x1": "another"})
-    with pytest.raises(TrecError, match="holds no candidate for any query"):
+    with pytest.raises(SourceError, match="holds no candidate for any query"):
         build(tmp_path, files=files)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     files = write_files(tmp_path) | {"run": str(tmp_path / "absent.trec")}
-    with pytest.raises(TrecError, match=r"absent.trec: cannot be read: No such file"):
+    with pytest.raises(SourceError, match=r"absent.trec: cannot be read: No such file"):
         build(tmp_path, files=files)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rankllm_composer.storage.staging import StagingError, staged_folder
+from rankllm_composer.errors import StoreError
+from rankllm_composer.storage.staging import staged_folder
 
 MARK = "mark.json"
 WRITER = """
@@ -110,7 +111,7 @@ def test_two_living_writers_of_one_folder_are_refused(tmp_path):
     target = tmp_path / "model"
     with staged_folder(target, mark=MARK, num_bytes=1) as stage:
         (stage / MARK).write_text("first")
-        with pytest.raises(StagingError, match="another process is writing it"):
+        with pytest.raises(StoreError, match="another process is writing it"):
             write(target, "second")
     assert (target / MARK).read_text() == "first"
     assert list(tmp_path.iterdir()) == [target]
@@ -128,7 +129,7 @@ def test_nothing_that_is_no_such_folder_is_replaced(tmp_path):
     (tmp_path / "folder" / "thesis.tex").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     for name in ("file", "folder", "link"):
-        with pytest.raises(StagingError, match="move it away"):
+        with pytest.raises(StoreError, match="move it away"):
             write(tmp_path / name)
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
     (tmp_path / "empty").mkdir()
@@ -138,9 +139,7 @@ def test_nothing_that_is_no_such_folder_is_replaced(tmp_path):
 def test_too_little_space_is_found_before_writing(tmp_path):
     target = tmp_path / "model"
     with (
-        pytest.raises(
-            StagingError, match=r"no space to write it \([\d.]+ GB free, to be written are 1000000000.00 GB\)"
-        ),
+        pytest.raises(StoreError, match=r"no space to write it \([\d.]+ GB free, to be written are 1000000000.00 GB\)"),
         staged_folder(target, mark=MARK, num_bytes=10**18),
     ):
         pytest.fail("the block must not run")
@@ -157,7 +156,7 @@ def test_too_little_space_is_found_before_writing(tmp_path):
 )
 def test_a_disk_that_fills_up_while_writing(tmp_path, error):
     with (
-        pytest.raises(StagingError, match=r"model: no space to write it .* nothing was left there"),
+        pytest.raises(StoreError, match=r"model: no space to write it .* nothing was left there"),
         staged_folder(tmp_path / "model", mark=MARK, num_bytes=1),
     ):
         raise error
@@ -166,10 +165,10 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, error):
 
 def test_other_failures_to_write_are_named(tmp_path):
     with (
-        pytest.raises(StagingError, match=r"model: could not be written .*Input/output error"),
+        pytest.raises(StoreError, match=r"model: could not be written .*Input/output error"),
         staged_folder(tmp_path / "model", mark=MARK, num_bytes=1),
     ):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     (tmp_path / "file").write_text("")
-    with pytest.raises(StagingError, match="could not be written"):
+    with pytest.raises(StoreError, match="could not be written"):
         write(tmp_path / "file" / "model")

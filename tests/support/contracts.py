@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from rankllm_composer.prompts.contract import (
-    DecodingContract,
-    decoding_contract,
-)
+from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
 from support.tiny_training import new_tokenizer
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRST")

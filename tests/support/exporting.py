@@ -6,9 +6,9 @@ import multiprocessing
 import resource
 from pathlib import Path
 
+from rankllm_composer.errors import StoreError
 from rankllm_composer.export.model_card import CardFacts
 from rankllm_composer.export.model_folder import write_model_folder
-from rankllm_composer.storage.staging import StagingError
 from rankllm_composer.training.export_callback import ExportFolder
 from support.contracts import new_contract
 from support.tiny_training import new_hf_model, new_tokenizer
@@ -37,7 +37,7 @@ def write_on_a_full_disk(folder: Path, report: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # in the middle of the weights
     try:
         write(folder)
-    except StagingError as error:
+    except StoreError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         report.write_text(str(error))
 

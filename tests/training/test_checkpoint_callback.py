@@ -13,7 +13,8 @@ from support.resumable_runs import Payload, names, poison, train
 from support.s3_server import s3_server
 from support.tiny_training import new_hf_model, new_trainer
 
-from rankllm_composer.checkpoints.folder import MANIFEST, CheckpointError
+from rankllm_composer.checkpoints.folder import MANIFEST
+from rankllm_composer.errors import CheckpointError
 from rankllm_composer.training import checkpoint_callback as resumption
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from support.guarded_updates import INF, NAN, run
 
-from rankllm_composer.training.guards import LossError, LossGuard
+from rankllm_composer.errors import RunError
+from rankllm_composer.training.guards import LossGuard
 
 
 def test_finite_losses_pass():
@@ -16,12 +17,12 @@ def test_finite_losses_pass():
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_bad_loss_stops_before_the_update(bad):
-    with pytest.raises(LossError, match=r"batch 2: found a loss that is not finite \(rank 0: q3\); the weights are"):
+    with pytest.raises(RunError, match=r"batch 2: found a loss that is not finite \(rank 0: q3\); the weights are"):
         run([0.5, 0.5, 0.25, bad], LossGuard())
 
 
 def test_a_bad_gradient_behind_a_good_loss():
-    with pytest.raises(LossError, match=r"gradient that is not finite from finite losses \(lists of the batch: q0, q1"):
+    with pytest.raises(RunError, match=r"gradient that is not finite from finite losses \(lists of the batch: q0, q1"):
         run([0.5, 0.5], LossGuard(), slopes=[0.0, INF])
 
 
@@ -31,5 +32,5 @@ def test_so_many_updates_are_left_out_and_no_more():
     assert guard.num_skipped == 2
     resumed = LossGuard(max_skipped_updates=2)
     resumed.load_state_dict(guard.state_dict())
-    with pytest.raises(LossError, match=r"batch 1: .*, after 2 updates were left out; .*max_skipped_updates"):
+    with pytest.raises(RunError, match=r"batch 1: .*, after 2 updates were left out; .*max_skipped_updates"):
         run([NAN, NAN], resumed)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rankllm_composer.data.dataset import ListLoader
 from rankllm_composer.data.exact_streaming import ExactStreamingDataset
 from rankllm_composer.data.streams import Stream
-from rankllm_composer.shards.index import ShardError
+from rankllm_composer.errors import ShardError
 
 # set, rows of a rank in a batch, workers, shuffle, canonical nodes, batches before the interruption
 CASES = [

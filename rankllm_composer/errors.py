@@ -1,0 +1,96 @@
+"""Everything that a user can cause: one base class, and one class per kind of thing that is wrong.
+
+A message says where, what it is, what is expected and what to do. `assert` is for our own invariants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class RankLLMComposerError(ValueError):
+    """Base of every error that this package raises on purpose."""
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a recipe.
+
+    Args:
+        key: dotted key.
+        found: what the recipe says there.
+        allowed: what it may say.
+        remedy: what to do.
+        involved: further dotted keys that the finding rests on.
+    """
+
+    key: str
+    found: str
+    allowed: str
+    remedy: str
+    involved: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.key}: found {self.found}; allowed: {self.allowed}; {self.remedy}"
+
+
+class RecipeError(RankLLMComposerError):
+    """A recipe cannot be used. `problems` holds everything that is wrong with it, not only the first."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
+
+
+class RecordError(RankLLMComposerError):
+    """A record that cannot be trained on.
+
+    Attributes:
+        place: file (or data set) and index of the record, counted from 0: `train.json:record 17`.
+        record_id: its id, None if it has none.
+        reason: what was found, what is allowed, what to do.
+    """
+
+    def __init__(self, place: str, record_id: str | None, reason: str) -> None:
+        super().__init__(place, record_id, reason)
+        self.place, self.record_id, self.reason = place, record_id, reason
+
+    def __str__(self) -> str:
+        named = "" if self.record_id is None else f"id {self.record_id!r}: "
+        return f"{self.place}: {named}{self.reason}"
+
+
+class SourceError(RankLLMComposerError):
+    """A file of records, queries, documents, judgments or a run cannot be read as what it is given as."""
+
+
+class PromptError(RankLLMComposerError):
+    """A prompt, a permutation or a window cannot be written, read back or tokenized."""
+
+
+class ShardError(RankLLMComposerError):
+    """A set of shards cannot be built, is not what its index says, or cannot be trained on as asked."""
+
+
+class StoreError(RankLLMComposerError):
+    """A folder or an object store cannot be read or written."""
+
+
+class CheckpointError(RankLLMComposerError):
+    """A checkpoint is damaged, unsafe to load, or cannot be written."""
+
+
+class ModelError(RankLLMComposerError):
+    """A model folder, its weights or its decoding contract cannot be loaded, checked or written."""
+
+
+class RunError(RankLLMComposerError):
+    """A run or a reranking job cannot start, continue or be measured."""
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text that is not empty, at most 200 characters; its class where it has no text."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:200]
