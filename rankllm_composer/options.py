@@ -7,12 +7,17 @@ them as sections, `rankllm-composer` makes its `--options` from them, and functi
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from rankllm_composer.prompts.permutations import IdentifierStyle
+
+ObjectiveName = Literal["generation", "ranking", "combined"]
+"""What a model is trained for: language modeling of the permutation, a ranking loss, or both."""
+
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 
 CONFIG = ConfigDict(extra="forbid")
 """For every class of options: unknown names are refused."""

@@ -19,7 +19,7 @@ from rankllm_composer.data.exact_streaming import ExactStreamingDataset
 from rankllm_composer.data.packing import Sequence
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import PromptError, ShardError
-from rankllm_composer.prompts.chat import Objective
+from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record, lay_out_anew, record_key
@@ -61,7 +61,7 @@ class ListDataset(ExactStreamingDataset):
         streams: Series[Stream],
         *,
         tokenizer: PreTrainedTokenizerBase,
-        objective: Objective,
+        objective: ObjectiveName,
         max_length_tokens: int,
         batch_size: int,
         too_long: Literal["drop", "refuse"] = "drop",

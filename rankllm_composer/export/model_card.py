@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rankllm_composer import __version__
 from rankllm_composer.errors import ModelError
+from rankllm_composer.prompts.client_names import CLIENT_NAMES
 from rankllm_composer.prompts.contract import DecodingContract
 from rankllm_composer.redaction import redact
 
@@ -211,7 +212,8 @@ def _serving(contract: DecodingContract) -> str:
     options = {"use_alpha": contract.identifier_style == "letters", "use_logits": contract.objective == "combined"}
     arguments = "".join(f", {name}=True" for name, on in options.items() if on)
     text += (
-        "\n\nWith rank_llm (0.25.7, vLLM), from a path that holds none of the names it picks other rerankers by:\n\n"
+        f"\n\nWith rank_llm (0.25.7, vLLM), from a path without the names that it picks other rerankers by "
+        f"({', '.join(CLIENT_NAMES)}):\n\n"
         f"{textwrap.indent(serving_command(contract), '    ')}\n\n"
         "or\n\n"
         "    from rank_llm.rerank.listwise import RankListwiseOSLLM\n\n"

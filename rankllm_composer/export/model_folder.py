@@ -14,11 +14,11 @@ import torch
 
 from rankllm_composer.errors import ModelError
 from rankllm_composer.export.weights import Weights, check_tied, read_checkpoint_weights
+from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
     DecodingContract,
     chat_template_sha256,
-    warn_of_serving_name,
 )
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.staging import staged_folder
@@ -76,7 +76,7 @@ def write_model_folder(
         StoreError: something else at that path, or no space. Nothing is left behind in any case.
     """
     target = _local_path(folder)
-    warn_of_serving_name(target)
+    warn_misread(target)
     _check_tokenizer(tokenizer, config, contract)
     if dtype not in DTYPES:
         raise ModelError(f"dtype: found {dtype!r}, allowed are {', '.join(DTYPES)}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.chat import identifier_token_ids
+from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.encoding import render_prompt
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record
@@ -91,11 +92,13 @@ class FolderInspection:
         contract: its own.
         request: None where the tokenizer makes none.
         problems: what does not fit, each as where, what was found, what to do; empty = all is well.
+        warnings: what a path that the inference client misreads leads to.
     """
 
     contract: DecodingContract
     request: RequestDiff | None
     problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def lines(self, colour: bool) -> Iterator[str]:
         """The inspection for people; `colour` as for `RequestDiff.lines`."""
@@ -108,6 +111,7 @@ class FolderInspection:
             yield ""
             yield from self.request.lines(colour)
             yield ""
+        yield from (f"warning: {text}" for text in self.warnings)
         yield from (f"problem: {text}" for text in self.problems)
 
 
@@ -252,4 +256,5 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
             f"{folder}: found a tokenizer of {len(tokenizer):,} tokens over a model of {config.vocab_size:,}; put back "
             "the tokenizer's files"
         )
-    return FolderInspection(contract, request, tuple(problems))
+    misread = describe_misread(folder)
+    return FolderInspection(contract, request, tuple(problems), () if misread is None else (misread,))

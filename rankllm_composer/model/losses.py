@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rankllm_composer.options import OBJECTIVES
+
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -306,9 +308,6 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "listmle": listmle_loss,
     "adr_mse": adr_mse_loss,
 }
-
-
-OBJECTIVES = ("generation", "ranking", "combined")
 
 
 @dataclass(frozen=True)

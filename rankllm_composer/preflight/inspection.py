@@ -15,7 +15,7 @@ import numpy as np
 
 from rankllm_composer.errors import PromptError
 from rankllm_composer.export.serving_check import num_bos, serving_differences
-from rankllm_composer.prompts.chat import Objective
+from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, is_client_wording
@@ -118,7 +118,7 @@ class Inspection:
 def inspect_record(
     record: Record,
     tokenizer: PreTrainedTokenizerBase,
-    objective: Objective,
+    objective: ObjectiveName,
     *,
     max_length_tokens: int,
     too_long: Literal["drop", "refuse"] = "drop",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from rankllm_composer.errors import PromptError
+from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.permutations import IdentifierStyle, identifiers
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
-
-Objective = Literal["generation", "ranking", "combined"]
-
 
 _PROBE = "rankllmprobe"  # a word no template holds
 
@@ -161,7 +159,7 @@ def identifier_token_ids(
 
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
-    objective: Objective,
+    objective: ObjectiveName,
     style: IdentifierStyle = "letters",
     num_candidates: int = 20,
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rankllm_composer import __version__
 from rankllm_composer.errors import ModelError
+from rankllm_composer.options import OBJECTIVES, ObjectiveName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,20 +24,6 @@ FORMAT = 1
 
 
 CLIENT_TEMPLATES = {"letters": "rank_zephyr_alpha_template.yaml", "numbers": "rank_zephyr_template.yaml"}
-
-
-OBJECTIVES = ("generation", "ranking", "combined")
-
-
-# The client picks a reranker by what its model path contains; the last two in either case.
-_CLIENT_NAMES = ("gpt", "gemini", "monot5", "duot5", "rank_vicuna")
-
-
-_CLIENT_NAMES_ANY_CASE = ("lit5-distill", "lit5-score")
-
-
-class ServingNameWarning(UserWarning):
-    """A path that the inference client would take for a model of another kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +49,7 @@ class DecodingContract:
         package_version: version that wrote the folder.
     """
 
-    objective: Literal["generation", "ranking", "combined"]
+    objective: ObjectiveName
     prompt_template: str
     chat_template_sha256: str
     identifier_style: Literal["letters", "numbers"]
@@ -162,7 +148,7 @@ def read_contract(folder: str | Path) -> DecodingContract:
 def decoding_contract(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    objective: Literal["generation", "ranking", "combined"],
+    objective: ObjectiveName,
     identifier_style: Literal["letters", "numbers"],
     identifiers: Sequence[str],
     identifier_token_ids: Sequence[int] | None,
@@ -244,21 +230,3 @@ def num_bos_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
             break
         count += 1
     return count
-
-
-def warn_of_serving_name(path: str | Path) -> None:
-    """Warns if the inference client would take a model at this path for one of another kind.
-
-    Source:
-        rank_llm 0.25.7, which chooses by what the path contains.
-    """
-    text = str(path)
-    found = [name for name in _CLIENT_NAMES if name in text]
-    found += [name for name in _CLIENT_NAMES_ANY_CASE if name in text.lower()]
-    if found:
-        warnings.warn(
-            f"{text}: found {', '.join(map(repr, found))} in the path, by which rank_llm picks another reranker; "
-            "serve the folder from a path without it",
-            ServingNameWarning,
-            stacklevel=3,
-        )

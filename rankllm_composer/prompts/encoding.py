@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rankllm_composer.errors import PromptError
+from rankllm_composer.options import OBJECTIVES, ObjectiveName
 from rankllm_composer.prompts.chat import (
-    Objective,
     bracket_position,
     build_messages,
     end_of_sequence,
@@ -93,7 +93,7 @@ def encode_prompt(
 def encode_record(
     record: Record | Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    objective: Objective,
+    objective: ObjectiveName,
 ) -> EncodedRecord:
     """Token ids and supervision of a record.
 
@@ -109,8 +109,8 @@ def encode_record(
         PromptError: the record is not of the layout, its response is no permutation of its passages, or the tokenizer
             cannot be used (see `check_tokenizer`).
     """
-    if objective not in get_args(Objective):
-        raise PromptError(f"objective: found {objective!r}, allowed are {', '.join(get_args(Objective))}")
+    if objective not in OBJECTIVES:
+        raise PromptError(f"objective: found {objective!r}, allowed are {', '.join(OBJECTIVES)}")
     if not isinstance(record, Record):
         record = Record.from_conversations(record)
     where = f"record {record.id!r}"

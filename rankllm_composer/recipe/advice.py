@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.recipe.sections import Recipe
-
-MISREAD_NAMES = ("gpt", "gemini", "monot5")
-"""The inference client takes a model folder for another kind of reranker if its path holds one of these."""
-
 
 FROM_RUN = (
     "window",
@@ -52,13 +49,9 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
 
 def surprises(recipe: Recipe) -> Iterator[str]:
     """What works here and fails or disappoints later, a sentence each."""
-    folder = (recipe.export_folder or "").lower()
-    for name in MISREAD_NAMES:
-        if name in folder:
-            yield (
-                f"checkpoint.export.folder = {recipe.export_folder}: the inference client takes a path with '{name}' "
-                "in it for another kind of reranker"
-            )
+    misread = describe_misread(recipe.export_folder or "")
+    if misread is not None:
+        yield f"checkpoint.export.folder: {misread}"
     styles = [
         split.identifiers or (split.source.identifiers if split.source and split.source.run else None)
         for split in (recipe.data.train, recipe.data.eval)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.recipe.schema import KeyDescription, describe_section, key, section
 
@@ -173,7 +174,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    name: Literal["generation", "ranking", "combined"] = key(
+    name: ObjectiveName = key(
         "generation = language modelling of the permutation; ranking = a ranking loss on the identifier scores; "
         "combined = both.",
         "combined",

@@ -25,7 +25,8 @@ from rankllm_composer.export.model_folder import (
     write_model_folder,
 )
 from rankllm_composer.export.weights import Weights, causal_lm_class, gather_full_state_dict, hf_module
-from rankllm_composer.prompts.contract import DecodingContract, warn_of_serving_name
+from rankllm_composer.prompts.client_names import warn_misread
+from rankllm_composer.prompts.contract import DecodingContract
 
 if TYPE_CHECKING:
     from composer.core import State
@@ -89,7 +90,7 @@ class ExportFolder(Callback):
     def init(self, state: State, logger: Logger) -> None:
         del state, logger
         if dist.get_global_rank() == 0:
-            warn_of_serving_name(self.folder)
+            warn_misread(self.folder)
             _check_tokenizer(self.tokenizer, None, self.contract)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
-from unittest.mock import MagicMock
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
 import vllm
 
@@ -101,8 +103,34 @@ def rerank(folder: str, style: str, use_logits: bool, window: int, stride: int, 
     return ranked
 
 
+def reranker(path: str) -> str:
+    """The class of reranker that the client picks for a model path."""
+    from rank_llm.rerank import reranker as module
+
+    names = ("SafeOpenai", "SafeGenai", "MonoT5", "DuoT5", "RankFiDDistill", "RankFiDScore", "RankListwiseOSLLM")
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(module, "get_openai_api_key"))
+        patches.enter_context(patch.object(module, "get_genai_api_key"))
+        made = {name: patches.enter_context(patch.object(module, name)) for name in names}
+        module.Reranker.create_model_coordinator(path, None, False)
+    (picked,) = (name for name, constructor in made.items() if constructor.called)
+    return picked
+
+
+def has_foreign_template(path: str) -> bool:
+    """Whether the client replaces the chat template of a model at this path."""
+    from rank_llm.rerank import vllm_handler
+
+    tokenizer = SimpleNamespace(chat_template="the model's own")
+    llm = MagicMock(**{"return_value.get_tokenizer.return_value": tokenizer})
+    with patch.object(vllm_handler.vllm, "LLM", llm):
+        vllm_handler.VllmHandler(path, None, False, 1, 1, 0.9)
+    return tokenizer.chat_template != "the model's own"
+
+
 def main() -> None:
-    kinds = {function.__name__: function for function in (prompt, windows, answer, likeliest, rerank)}
+    functions = (prompt, windows, answer, likeliest, rerank, reranker, has_foreign_template)
+    kinds = {function.__name__: function for function in functions}
     told, sys.stdout = sys.stdout, sys.stderr  # the client prints
     for line in sys.stdin:
         answers = []

@@ -7,10 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.client_paths import MISREAD_PATHS, PLAIN_PATHS
 from support.tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contract, new_model, new_tokenizer, record_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from rankllm_composer.export.serving_check import PASSAGES, QUERY, client_prompt, diff_request
+from rankllm_composer.prompts.client_names import misread_names
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import identifiers, parse_answer, permutation_from_scores
 from rankllm_composer.prompts.user_turn import (
@@ -251,6 +253,19 @@ def test_the_likeliest_tokens_are_read_the_same(ask_client, folders):
         window = Window("w", np.zeros(1, np.int32), num, style)
         scores = read_likeliest([text for text, _ in tokens], [value for _, value in tokens], window)
         assert list(permutation_from_scores(scores)) == theirs, (style, num, tokens)
+
+
+# Paths
+
+
+def test_misread_paths_are_those_that_the_client_misreads(ask_client):
+    """The client picks another class, or replaces the chat template, for exactly the paths that we warn about."""
+    paths = [*MISREAD_PATHS, *PLAIN_PATHS]
+    classes = ask_client([("reranker", {"path": path}) for path in paths])
+    replaced = ask_client([("has_foreign_template", {"path": path}) for path in paths])
+    for path, name, is_replaced in zip(paths, classes, replaced, strict=True):
+        assert isinstance(name, str) and isinstance(is_replaced, bool), (path, name, is_replaced)
+        assert (name != "RankListwiseOSLLM" or is_replaced) == bool(misread_names(path)), path
 
 
 # The whole way

@@ -26,7 +26,8 @@ from rankllm_composer.export.model_folder import export_checkpoint
 from rankllm_composer.export.weights import gather_full_state_dict
 from rankllm_composer.model.losses import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
-from rankllm_composer.prompts.contract import ServingNameWarning, read_contract
+from rankllm_composer.prompts.client_names import ServingNameWarning
+from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.training.progress import read_metrics
 
 RANKS = Path(__file__).parents[1] / "workers" / "export_ranks.py"
@@ -162,7 +163,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_a_path_the_client_takes_for_another_model_warns(tmp_path):
-    with pytest.warns(ServingNameWarning, match="'gpt' in the path"):
+    with pytest.warns(ServingNameWarning, match="contains 'gpt'"):
         write(tmp_path / "gpt-like")
 
 

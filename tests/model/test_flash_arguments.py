@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, modeling_flash_attention_utils
 
 from rankllm_composer.data.packing import split_batch
 from rankllm_composer.model.attention import FLASH_ATTENTION
-from rankllm_composer.model.losses import OBJECTIVES, Objective
+from rankllm_composer.model.losses import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.options import OBJECTIVES
 
 LAYERS = 4  # of test_model's models
 WINDOWED_LAYERS = {"mistral_windowed": 4, "qwen2_windowed": 2}  # the last ones

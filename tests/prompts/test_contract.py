@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import warnings
 
 import pytest
 from support.contracts import new_contract
@@ -15,10 +14,8 @@ from support.tiny_training import CHAT_TEMPLATE, new_tokenizer
 from rankllm_composer.errors import ModelError
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
-    ServingNameWarning,
     num_bos_tokens,
     read_contract,
-    warn_of_serving_name,
 )
 
 
@@ -126,27 +123,3 @@ def test_tokenizers_that_cannot_serve_are_refused():
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         new_contract(tokenizer=without_end)
     assert new_contract("ranking", tokenizer=without_end).eos_token_ids == ()
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "runs/mygpt/epoch_2",
-        "gemini_student",
-        "x/monot5",
-        "x/duot5-3b",
-        "x/LiT5-Distill-base",
-        "x/lit5-score",
-        "rank_vicuna",
-    ],
-)
-def test_paths_the_client_takes_for_another_model_warn(path):
-    with pytest.warns(ServingNameWarning, match="rank_llm picks another reranker"):
-        warn_of_serving_name(path)
-
-
-@pytest.mark.parametrize("path", ["runs/first_mistral/hf/epoch_2", "GPT", "lit5"])
-def test_other_paths_do_not_warn(path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_serving_name(path)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support import real_tokenizers
 
 from rankllm_composer.errors import PromptError
+from rankllm_composer.options import OBJECTIVES
 from rankllm_composer.prompts.encoding import encode_prompt, encode_record, render_prompt
 from rankllm_composer.prompts.permutations import format_permutation
 from rankllm_composer.prompts.record import Record
@@ -23,7 +24,6 @@ from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDS = {r["id"]: r for r in json.loads((GOLDEN / "records.json").read_text(encoding="utf-8"))}
 CASES = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))["cases"]
-OBJECTIVES = ("generation", "ranking", "combined")
 TOKENIZERS = tuple(real_tokenizers.SOURCES)
 any_texts = st.one_of(
     st.text(max_size=30),

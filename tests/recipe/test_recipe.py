@@ -102,7 +102,8 @@ def test_key_table_as_text_and_page() -> None:
 
 
 def test_ranking_losses_are_those_of_the_losses_room() -> None:
-    from rankllm_composer.model.losses import LOSSES, OBJECTIVES
+    from rankllm_composer.model.losses import LOSSES
+    from rankllm_composer.options import OBJECTIVES
 
     assert list(RANKING_LOSSES) == list(LOSSES)
     for name, loss in LOSSES.items():
@@ -837,8 +838,11 @@ def test_a_wrong_value_is_not_reported_twice(smallest: Path) -> None:
         ),
         (["data.eval={local: x}"], "data.eval has no effect: evaluation is null"),
         (["data.train.source={input: a.json, window: 10}"], "data.train.source.window = 10 has no effect"),
-        (["run.name=my_gpt_killer"], "the inference client takes a path with 'gpt' in it for another kind of reranker"),
-        (["checkpoint.export.folder=out/MonoT5"], "a path with 'monot5' in it"),
+        (
+            ["run.name=my_gpt_killer"],
+            "checkpoint.export.folder: runs/my_gpt_killer/hf contains 'gpt', so rank_llm takes",
+        ),
+        (["checkpoint.export.folder=out/monot5"], "out/monot5 contains 'monot5'"),
         (["data.train.identifiers=numbers"], "numbers can be served by generation alone"),
     ],
 )

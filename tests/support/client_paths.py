@@ -1,0 +1,17 @@
+"""Shared by tests: model paths, with what the inference client makes of them."""
+
+from __future__ import annotations
+
+MISREAD_PATHS = {
+    "runs/mygpt/epoch_2": ("gpt",),
+    "gemini_student": ("gemini",),
+    "x/monot5": ("monot5",),
+    "x/duot5-3b": ("duot5",),
+    "rank_vicuna": ("rank_vicuna",),
+    "x/LiT5-Distill-base": ("lit5-distill",),
+    "x/lit5-score": ("lit5-score",),
+    "gpt/lit5-score": ("gpt", "lit5-score"),
+}
+"""Path → the names in it that make the client take the model for another kind."""
+
+PLAIN_PATHS = ("runs/first_mistral/hf/epoch_2", "GPT", "Gemini", "x/MonoT5", "lit5", "rank_zephyr")
