@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from rankllm_composer.storage.staging import staged_folder
+from rankllm_composer.storage.atomic import staged_folder
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 

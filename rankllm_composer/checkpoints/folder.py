@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import CheckpointError
+from rankllm_composer.storage.atomic import publish_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -134,14 +134,8 @@ def publish(folder: Path, manifest: Manifest) -> Path:
     staged, target = stage_folder(folder) / manifest.name, folder / manifest.name
     if target.exists():
         remove(target)
-    partial = staged / f".{MANIFEST}.partial"
-    partial.write_text(manifest.to_json())
-    for path in staged.iterdir():
-        _sync(path)
-    partial.replace(staged / MANIFEST)
-    _sync(staged)
-    staged.replace(target)
-    _sync(folder)
+    write_atomic(staged / MANIFEST, manifest.to_json())
+    publish_folder(staged, target)
     return target
 
 
@@ -210,11 +204,3 @@ def batch_of(name: str) -> int:
     """The batch in a checkpoint's name; -1 for any other name."""
     match = _NAME.fullmatch(name)
     return -1 if match is None else int(match[2])
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

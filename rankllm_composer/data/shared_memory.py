@@ -19,16 +19,16 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
-from rankllm_composer.storage.staging import Claim, try_claim
+from rankllm_composer.storage.locks import FileLock, try_lock
 
 # Above what streaming counts to by itself; 10 digits keep the longest name within the 31 characters of macOS.
 _FIRST_NUMBER, _LAST_NUMBER = 10**6, 10**10 - 1
 
 
-_caches: dict[Path, Claim] = {}
+_caches: dict[Path, FileLock] = {}
 
 
-def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> Claim | None:
+def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> FileLock | None:
     """Claim a folder that shards are cached in, until this process ends; None if another run holds it.
 
     The wait is for the loader workers of a killed run, which live on for some seconds.
@@ -37,10 +37,10 @@ def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> Claim | None:
     path = _claims_folder() / f"cache-{digest}"
     claim = _caches.get(path)
     if claim is None or not claim.is_held:
-        claim = try_claim(path, wait_seconds)
+        claim = try_lock(path, wait_seconds)
         if claim is not None:
             _caches[path] = claim
-            atexit.register(claim.release)
+            atexit.register(claim.remove)
     return claim
 
 
@@ -61,10 +61,10 @@ def clear_dead_claims() -> int:
     """Remove the shared memory and locks of runs that died. Returns how many were found."""
     num_dead = 0
     for path in _claims_folder().glob("names-*"):
-        claim = try_claim(path)
+        claim = try_lock(path)
         if claim is not None:
             _remove_names(int(path.name.removeprefix("names-")))
-            claim.release()
+            claim.remove()
             num_dead += 1
     return num_dead
 
@@ -95,16 +95,16 @@ def _register_names(
 def _claim_number() -> int:
     while True:
         number = _FIRST_NUMBER + secrets.randbelow(_LAST_NUMBER - _FIRST_NUMBER)
-        claim = try_claim(_claims_folder() / f"names-{number}")
+        claim = try_lock(_claims_folder() / f"names-{number}")
         if claim is not None:
             atexit.register(_give_back, claim, number)
             return number
 
 
-def _give_back(claim: Claim, number: int) -> None:
+def _give_back(claim: FileLock, number: int) -> None:
     if claim.is_held:
         _remove_names(number)
-        claim.release()
+        claim.remove()
 
 
 def _remove_names(number: int) -> None:

@@ -14,6 +14,7 @@ from rankllm_composer.errors import ModelError
 from rankllm_composer.prompts.client_names import CLIENT_NAMES
 from rankllm_composer.prompts.contract import DecodingContract
 from rankllm_composer.redaction import redact
+from rankllm_composer.storage.atomic import write_atomic
 
 TOLERANCE = 0.025  # share of a published figure that a run may differ by
 
@@ -123,7 +124,7 @@ def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
             if place < len(cells) and re.fullmatch(r"-?\d+\.\d+", cells[place]):
                 values[name] = float(cells[place])
     section = _results_section(measured | dict(figures), published, TOLERANCE)
-    path.write_text(text[: found.start()] + section + "\n\n" + text[found.end() :], encoding="utf-8")
+    write_atomic(path, text[: found.start()] + section + "\n\n" + text[found.end() :])
 
 
 def verdict(measured: float | None, published: float, tolerance: float = TOLERANCE) -> str:

@@ -21,7 +21,7 @@ from rankllm_composer.prompts.contract import (
     chat_template_sha256,
 )
 from rankllm_composer.redaction import redact
-from rankllm_composer.storage.staging import staged_folder
+from rankllm_composer.storage.atomic import staged_folder
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -12,6 +12,7 @@ import numpy as np
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.ranking.evaluation import Floats
+from rankllm_composer.storage.atomic import write_atomic
 
 NUM_SIGNS_AT_ONCE = 1 << 22  # sign flips held in memory at a time by the permutation test
 
@@ -232,9 +233,7 @@ def write_measured(path: str | Path, measured: MeasuredSet) -> None:
     """Keep what was measured, query by query, for the report of the run that the model is from."""
     rows = {row.measure: {"first_stage": row.first_stage, "reranked": row.reranked} for row in measured.comparisons}
     told = {"name": measured.name, "model": measured.model, "decoding": measured.decoding, "measures": rows}
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomic(Path(path), json.dumps(told, indent=1) + "\n")
 
 
 def read_measured(path: str | Path) -> MeasuredSet:

@@ -6,7 +6,6 @@ A finished query is kept on disk, so that a job that was stopped goes on where i
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +35,8 @@ from rankllm_composer.ranking.sliding import (
     rerank_queries,
 )
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
+from rankllm_composer.storage.atomic import write_atomic
+from rankllm_composer.storage.locks import try_lock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -283,14 +284,12 @@ def rerank_run(
 
 def write_run(path: Path, rankings: Mapping[str, Sequence[str]], tag: str = TAG) -> None:
     """Write a TREC run, there as a whole or not at all; the last place of a query has score 1."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for qid, docids in rankings.items():
-            for rank, docid in enumerate(docids, start=1):
-                file.write(f"{qid} Q0 {docid} {rank} {len(docids) - rank + 1} {tag}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    lines = (
+        f"{qid} Q0 {docid} {rank} {len(docids) - rank + 1} {tag}\n"
+        for qid, docids in rankings.items()
+        for rank, docid in enumerate(docids, start=1)
+    )
+    write_atomic(path, "".join(lines))
 
 
 def model_identity(folder: str | Path) -> str:
@@ -328,28 +327,22 @@ def _kept_queries(
     path: Path, settings: dict[str, Any]
 ) -> Iterator[tuple[dict[str, RerankedQuery], Callable[[RerankedQuery], None]]]:
     """Queries that an earlier job finished, and how to keep one more. The file goes when the block ends well."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"{path}: another process is writing this run; wait for it, or name another output"
-            ) from error
+    lock = try_lock(path)
+    if lock is None:
+        raise RunError(f"{path}: another process is writing this run; wait for it, or name another output")
+    with lock, path.open("ab", buffering=0) as file:
         whole = path.read_bytes().rpartition(b"\n")[0]  # a line that a kill tore goes
-        os.ftruncate(descriptor, len(whole) + 1 if whole else 0)
+        file.truncate(len(whole) + 1 if whole else 0)
         finished = _read_kept(path, whole.splitlines(), settings)
 
         def append(values: Any) -> None:
-            os.write(descriptor, json.dumps(values).encode() + b"\n")
-            os.fsync(descriptor)
+            file.write(json.dumps(values).encode() + b"\n")
+            os.fsync(file.fileno())
 
         if not whole:
             append(settings)
         yield finished, lambda query: append(dataclasses.asdict(query))
-        path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
+        lock.remove()
 
 
 def _read_kept(path: Path, lines: Sequence[bytes], settings: dict[str, Any]) -> dict[str, RerankedQuery]:

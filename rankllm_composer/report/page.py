@@ -13,6 +13,7 @@ from rankllm_composer.export.model_card import TOLERANCE, verdict
 from rankllm_composer.ranking.evaluation import DECODINGS
 from rankllm_composer.report.pictures import CAPTIONS, draw, gains
 from rankllm_composer.report.run_record import RunRecord, with_distinct_names
+from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.training.progress import LOSS_PREFIX
 
 if TYPE_CHECKING:
@@ -52,15 +53,9 @@ def write_report(runs: Sequence[RunRecord], output: str | Path, pictures: str | 
     if pictures is not None:
         Path(pictures).mkdir(parents=True, exist_ok=True)
         for name, content in drawn.items():
-            _write_whole(Path(pictures, f"{name}.png"), content)
-    _write_whole(Path(output), _page(runs, drawn).encode())
+            write_atomic(Path(pictures, f"{name}.png"), content)
+    write_atomic(Path(output), _page(runs, drawn))
     return list(drawn)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _png(figure: Figure) -> bytes:

@@ -6,7 +6,6 @@ leaves there the next one removes. Locks belong to the process and end with it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -37,12 +36,14 @@ from rankllm_composer.shards.index import (
     parse_index,
     parse_manifest,
 )
+from rankllm_composer.storage.locks import try_lock
 from rankllm_composer.storage.object_store import Folder, LocalFolder, open_folder
 
 WORKING_INDEX_NAME = "index.json.new"
 
 
 _WORK_NAME = ".building"
+_LOCK_NAME = ".lock"
 
 
 _SHARD_FILE = re.compile(r"shard\.\d{5,}\.[0-9a-f]{1,16}\.mds(\.[a-z0-9]+)?")
@@ -117,7 +118,10 @@ def work_folder(output: Path) -> Iterator[Path]:
     try:
         with _lock(work, output):
             for path in work.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != _LOCK_NAME:
+                    path.unlink()
             try:
                 yield work
             finally:
@@ -147,17 +151,14 @@ def staging_folder(parent: str | Path | None, name: str) -> Iterator[Path]:
 
 @contextmanager
 def _lock(folder: Path, what: str | Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another builder may have finished and removed the folder between the two lines above.
-        if not folder.exists() or os.fstat(handle).st_ino != folder.stat().st_ino:
-            raise BlockingIOError
+        lock = try_lock(folder / _LOCK_NAME)
+    except FileNotFoundError:  # another builder finished and removed the folder
+        lock = None
+    if lock is None:
+        raise ShardError(f"{what}: another process builds this set; wait for it, or choose another output")
+    with lock:
         yield
-    except BlockingIOError as error:
-        raise ShardError(f"{what}: another process builds this set; wait for it, or choose another output") from error
-    finally:
-        os.close(handle)
 
 
 _PART_FOLDER = re.compile(r"part-(\d+)-of-(\d+)(?=/)")

@@ -28,6 +28,7 @@ from rankllm_composer.checkpoints.store import CheckpointStore
 from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import CheckpointError
 from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
+from rankllm_composer.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
     from composer.core import State
@@ -159,7 +160,7 @@ class CheckpointFolder(Callback):
             self.store.write_text(RECIPE_NAME, self.recipe_yaml)  # also shows, before training, that it may be written
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.recipe_yaml)
+            write_atomic(path, self.recipe_yaml)
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint.folder: {self.folder} cannot be written ({error.strerror}); free space or correct the "

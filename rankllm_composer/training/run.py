@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import signal
 import textwrap
-import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
+from rankllm_composer.storage.atomic import write_atomic
+from rankllm_composer.storage.locks import try_lock
 from rankllm_composer.training.trainer import WHEREABOUTS, build_trainer
 
 if TYPE_CHECKING:
@@ -142,55 +141,32 @@ def _where_it_is(export_folder: Path) -> str:
 
 @contextlib.contextmanager
 def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a run's folder while it trains, with the resolved recipe in it. For one process a run.
-
-    The lock is the kernel's: it is gone with the process, however that dies.
+    """Lock a run's folder while it trains, and write the resolved recipe into it. Call it in one process per run.
 
     Args:
-        folder: made if absent.
-        recipe_yaml: the resolved recipe; compared with the one that is there, then written.
-        wait_seconds: for another process to end, such as what a killed run leaves for a moment.
+        folder: created if absent.
+        recipe_yaml: the resolved recipe; it is compared with an existing one, then written.
+        wait_seconds: how long to wait for another process, such as the workers of a killed run.
     Raises:
-        RunError: another process trains there, the folder holds a run of another recipe, or cannot be written.
+        RunError: another process trains in the folder, it holds a run of another recipe, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise _write_error(folder, error) from error
-    try:
-        if not _try_lock(handle, wait_seconds):
-            raise RunError(
-                f"run.folder: another process is training in {folder}; wait for it, or give this run its own run.name "
-                "or run.folder"
-            )
-        if (folder / RECIPE_NAME).exists():
-            check_same_recipe((folder / RECIPE_NAME).read_text(), recipe_yaml, f"run.folder: {folder}")
+    path = folder / RECIPE_NAME
+    with contextlib.ExitStack() as stack:
         try:
-            partial = folder / f".{RECIPE_NAME}.partial"
-            partial.write_text(recipe_yaml)
-            partial.replace(folder / RECIPE_NAME)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = try_lock(folder / ".lock", wait_seconds)
+            if lock is None:
+                raise RunError(
+                    f"run.folder: another process is training in {folder}. Wait for it, or change run.name or "
+                    "run.folder."
+                )
+            stack.enter_context(lock)
+            if path.exists():
+                check_same_recipe(path.read_text(), recipe_yaml, f"run.folder: {folder}")
+            write_atomic(path, recipe_yaml)
         except OSError as error:
-            raise _write_error(folder, error) from error
+            raise RunError(
+                f"run.folder: {folder} cannot be written ({error.strerror}). Free space, correct the permissions, or "
+                "choose another folder."
+            ) from error
         yield
-    finally:
-        os.close(handle)
-
-
-def _write_error(folder: Path, error: OSError) -> RunError:
-    return RunError(
-        f"run.folder: {folder} cannot be written ({error.strerror}); free space or correct the rights there, or name "
-        "another folder"
-    )
-
-
-def _try_lock(handle: int, wait_seconds: float) -> bool:
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.2)

@@ -8,7 +8,6 @@ import pytest
 from support.child_process import exists, in_a_child, names_of_a_dataset
 
 from rankllm_composer.data.shared_memory import claim_cache, clear_dead_claims
-from rankllm_composer.storage.staging import try_claim
 
 
 @pytest.fixture(autouse=True)
@@ -16,25 +15,6 @@ def own_folder(tmp_path, monkeypatch):
     """Claims of this test only, not the machine's."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
-
-
-def test_a_claim_is_exclusive_until_released(tmp_path):
-    claim = try_claim(tmp_path / "claim")
-    assert claim.is_held and try_claim(tmp_path / "claim") is None
-    assert in_a_child(lambda: try_claim(tmp_path / "claim")) == "None"
-    claim.release()
-    claim.release()
-    assert not (tmp_path / "claim").exists()
-    again = try_claim(tmp_path / "claim")
-    assert again.is_held
-    again.release()
-
-
-def test_a_forked_worker_cannot_release(tmp_path):
-    claim = try_claim(tmp_path / "claim")
-    in_a_child(claim.release)
-    assert (tmp_path / "claim").exists() and try_claim(tmp_path / "claim") is None
-    claim.release()
 
 
 def test_the_dead_lose_their_shared_memory(tmp_path):
@@ -60,6 +40,6 @@ def test_a_cache_folder_has_one_run(tmp_path):
     claim = claim_cache(folder)
     assert claim_cache(f"{folder}/.") is claim  # the same run may open it twice
     assert in_a_child(lambda: claim_cache(folder, wait_seconds=0)) == "None"
-    claim.release()
+    claim.remove()
     assert in_a_child(lambda: claim_cache(folder, wait_seconds=0), then_die=True) != "None"
     assert claim_cache(folder, wait_seconds=5) is not None  # its holder is dead

@@ -184,7 +184,10 @@ def write_and_die(folder: Path, report: Path) -> None:
 def test_a_disk_that_fills_up_in_the_middle_of_the_weights_leaves_nothing(tmp_path):
     folder, report = tmp_path / "runs" / "m", tmp_path / "report"
     assert run_in_a_child(write_on_a_full_disk, folder, report) == 0
-    assert report.read_text() == f"{folder}: no space to write it (file too large); nothing was left there; free some"
+    assert (
+        report.read_text()
+        == f"{folder}: no space to write it (file too large); no partial folder is left behind. Free some space."
+    )
     assert not list(folder.parent.iterdir())
 
 

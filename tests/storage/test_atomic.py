@@ -1,4 +1,4 @@
-"""Folders that are there as a whole or not at all: kills at any moment, full disks, and what is in the way."""
+"""Atomic files and folders: kills at any moment, full disks, and obstacles at the path."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from rankllm_composer.errors import StoreError
-from rankllm_composer.storage.staging import staged_folder
+from rankllm_composer.storage.atomic import staged_folder, write_atomic
 
 MARK = "mark.json"
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from rankllm_composer import staging
+from rankllm_composer.storage.atomic import staged_folder
 target, moment = Path(sys.argv[1]), sys.argv[2]
 def stop():
     print("here", flush=True)
@@ -31,7 +31,7 @@ def slow_rename(self, other):
         stop()
     return rename(self, other)
 Path.rename = slow_rename
-with staging.staged_folder(target, mark="mark.json", num_bytes=1) as stage:
+with staged_folder(target, mark="mark.json", num_bytes=1) as stage:
     (stage / "first").write_text("new")
     if moment == "writing":
         stop()
@@ -53,6 +53,22 @@ def kill_at(target: Path, moment: str) -> None:
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     writer.stdout.close()
+
+
+def test_a_file_is_replaced_or_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, "größer")
+    assert path.read_bytes() == "größer".encode()
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_atomic(path, "newer")
+    assert path.read_bytes() == b"new"
 
 
 def test_a_folder_appears_whole_and_alone(tmp_path):
@@ -129,7 +145,7 @@ def test_nothing_that_is_no_such_folder_is_replaced(tmp_path):
     (tmp_path / "folder" / "thesis.tex").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     for name in ("file", "folder", "link"):
-        with pytest.raises(StoreError, match="move it away"):
+        with pytest.raises(StoreError, match="Move it away"):
             write(tmp_path / name)
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
     (tmp_path / "empty").mkdir()
@@ -139,7 +155,7 @@ def test_nothing_that_is_no_such_folder_is_replaced(tmp_path):
 def test_too_little_space_is_found_before_writing(tmp_path):
     target = tmp_path / "model"
     with (
-        pytest.raises(StoreError, match=r"no space to write it \([\d.]+ GB free, to be written are 1000000000.00 GB\)"),
+        pytest.raises(StoreError, match=r"no space to write it \([\d.]+ GB free, 1000000000\.00 GB needed\)"),
         staged_folder(target, mark=MARK, num_bytes=10**18),
     ):
         pytest.fail("the block must not run")
@@ -156,7 +172,7 @@ def test_too_little_space_is_found_before_writing(tmp_path):
 )
 def test_a_disk_that_fills_up_while_writing(tmp_path, error):
     with (
-        pytest.raises(StoreError, match=r"model: no space to write it .* nothing was left there"),
+        pytest.raises(StoreError, match=r"model: no space to write it .* no partial folder is left behind"),
         staged_folder(tmp_path / "model", mark=MARK, num_bytes=1),
     ):
         raise error
