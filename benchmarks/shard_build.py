@@ -51,10 +51,12 @@ def measure(source: Path, output: Path, num_processes: int, results: Any) -> Non
     """Build once in this process; put seconds, CPU seconds, peak MiB before, after, of a worker."""
     import streaming  # noqa: F401 - its import takes seconds and is no part of the work
 
+    from rankllm_composer.options import BuildOptions, SourceOptions
     from rankllm_composer.shards.build import build_shards
 
     before, _, cpu_before, _ = peak_and_cpu()
-    built = build_shards(output, input=source, num_processes=num_processes, report=lambda line: None)
+    options = BuildOptions(num_processes=num_processes)
+    built = build_shards(output, SourceOptions(input=source), options, report=lambda line: None)
     after, worker, cpu, cpu_workers = peak_and_cpu()
     results.put((built.seconds, cpu - cpu_before + cpu_workers, before, after, worker))
 

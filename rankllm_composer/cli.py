@@ -228,6 +228,7 @@ def shards_build(
     staging: Annotated[str | None, typer.Option(help="Local folder that an upload is prepared in.")] = None,
 ) -> None:
     """Turn training records, or a first-stage run with judgments or a teacher's run, into shards."""
+    from rankllm_composer.options import BuildOptions, SourceOptions
     from rankllm_composer.recipe.advice import FROM_RUN
     from rankllm_composer.shards.build import build_shards
 
@@ -236,8 +237,7 @@ def shards_build(
         _warn_without_effect(chosen & set(FROM_RUN), "--input")
     elif run is not None:
         _warn_without_effect(chosen & {"split"}, "--run")
-    build_shards(
-        output,
+    source = SourceOptions(
         input=input,
         split=split,
         run=run,
@@ -254,6 +254,8 @@ def shards_build(
         seed=seed,
         require_relevant=require_relevant,
         on_error=on_error,
+    )
+    options = BuildOptions(
         part=part,
         num_processes=processes,
         shard_bytes=shard_bytes,
@@ -261,8 +263,8 @@ def shards_build(
         hashes=tuple(hash or ("xxh64",)),
         overwrite=overwrite,
         staging=staging,
-        report=_progress,
     )
+    build_shards(output, source, options, _progress)
 
 
 def _chosen(context: typer.Context) -> set[str]:

@@ -7,12 +7,14 @@ them as sections, `rankllm-composer` makes its `--options` from them, and functi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.errors import Problem, SourceError
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle
 
 ObjectiveName = Literal["generation", "ranking", "combined"]
 """What a model is trained for: language modeling of the permutation, a ranking loss, or both."""
@@ -55,14 +57,17 @@ class SourceOptions:
     queries: PathText | None = option("Queries for `run`, one JSON object per line.", None, unit="path")
     docs: PathText | None = option("Documents for `run`, one JSON object per line.", None, unit="path")
     window: int = option("Candidates in a list made from `run`.", 20, unit="candidates", ge=2)
-    stride: int = option("Step from one list to the next down `run`.", 10, unit="candidates", ge=1)
-    lists_per_query: int = option("Lists made for each query of `run`; 0 = one for each window.", 1, unit="lists", ge=0)
-    depth: int = option("Candidates of `run` that are used, from the top.", 100, unit="candidates", ge=2)
+    stride: int = option("Step from one list to the next down `run`.", 10, unit="candidates", ge=1, le=1_000_000)
+    lists_per_query: int = option(
+        "Lists made for each query of `run`; 0 = one for each window.", 1, unit="lists", ge=0, le=10_000
+    )
+    depth: int = option("Candidates of `run` that are used, from the top.", 100, unit="candidates", ge=2, le=1_000_000)
     max_passage_words: int | None = option(
         "Words kept of a passage; null = the inference client's rule: 300, and 300 * 20 / n in lists of n < 20.",
         None,
         unit="words",
         ge=1,
+        le=1_000_000,
     )
     identifiers: IdentifierStyle = option("Identifiers of the candidates of lists made from `run`.", "letters")
     seed: int = option("Seed of the choice of lists.", 42, ge=0)
@@ -72,6 +77,49 @@ class SourceOptions:
     on_error: Literal["stop", "quarantine"] = option(
         "At a bad record: stop the build, or write it to quarantine.jsonl and count it.", "stop"
     )
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what is wrong between these options; each key is the name of an option."""
+        if (self.input is None) == (self.run is None):
+            found = "neither it nor run" if self.input is None else "it and run both"
+            yield Problem(
+                "input", found, "one of the two", "name the records in input, or the first-stage run in run", ("run",)
+            )
+        if self.run is None:
+            for name in ("judgments", "teacher_run", "queries", "docs"):
+                if getattr(self, name) is not None:
+                    yield Problem(name, "a path", "null without run", "remove it or give the run", ("run",))
+            return
+        for name in ("queries", "docs"):
+            if getattr(self, name) is None:
+                yield Problem(name, "null", "a path, as run is given", f"name the {name}", ("run",))
+        if self.judgments is None and self.teacher_run is None:
+            yield Problem(
+                "judgments",
+                "neither it nor teacher_run",
+                "at least one of the two",
+                "name what orders the candidates",
+                ("teacher_run",),
+            )
+        if self.require_relevant and self.judgments is None:
+            yield Problem(
+                "require_relevant",
+                "true without judgments",
+                "false or null",
+                "without judgments nothing is relevant: give them",
+                ("judgments",),
+            )
+        most = MAX_CANDIDATES[self.identifiers]
+        if self.window > most:
+            remedy = "use numbers or a smaller window" if self.identifiers == "letters" else "use a smaller window"
+            found = f"{self.window} with identifiers: {self.identifiers}"
+            yield Problem("window", found, f"at most {most}", remedy, ("identifiers",))
+
+    def check(self) -> None:
+        """Raise SourceError with all `problems`, one per line, if there are any."""
+        problems = "\n".join(str(problem) for problem in self.problems())
+        if problems:
+            raise SourceError(problems)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

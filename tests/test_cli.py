@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import typer
 
 from rankllm_composer import __version__
 from rankllm_composer.cli import app, find_recipe, main, shards_build
+from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.shards import build as shards
 
 ROOT = Path(__file__).parent.parent
@@ -114,12 +116,12 @@ def test_wrong_usage(run: Run, arguments: list[str], part: str) -> None:
 
 def test_defaults_are_those_of_the_shard_builder() -> None:
     ours = inspect.signature(shards_build).parameters
-    theirs = inspect.signature(shards.build_shards).parameters
+    theirs = asdict(SourceOptions()) | asdict(BuildOptions())
     renamed = {"processes": "num_processes", "hash": "hashes"}
-    assert {renamed.get(name, name) for name in ours} - {"context"} == set(theirs) - {"report"}
+    assert {renamed.get(name, name) for name in ours} - {"context", "output"} == set(theirs)
     for name, parameter in ours.items():
         if name not in ("context", "output", "hash"):
-            assert parameter.default == theirs[renamed.get(name, name)].default, name
+            assert parameter.default == theirs[renamed.get(name, name)], name
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,11 @@ def test_options_reach_the_shard_builder(
     run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], passed: dict[str, Any]
 ) -> None:
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(shards, "build_shards", lambda output, **options: calls.append({"output": output, **options}))
+
+    def build_shards(output: str, source: SourceOptions, options: BuildOptions, report: Any) -> None:
+        calls.append({"output": output, **asdict(source), **asdict(options)})
+
+    monkeypatch.setattr(shards, "build_shards", build_shards)
     outcome = run("shards", "build", "--output", "out", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     (call,) = calls
@@ -163,7 +169,7 @@ def test_options_reach_the_shard_builder(
 def test_options_without_effect_warn(
     run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], warned: str
 ) -> None:
-    monkeypatch.setattr(shards, "build_shards", lambda output, **options: None)
+    monkeypatch.setattr(shards, "build_shards", lambda output, source, options, report: None)
     assert run("shards", "build", "--output", "out", *arguments).err.strip() == warned
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rankllm_composer.errors import Problem, RecipeError
-from rankllm_composer.prompts.permutations import MAX_CANDIDATES
+from rankllm_composer.options import SourceOptions
 from rankllm_composer.recipe.build import parse_time
 from rankllm_composer.recipe.schema import plain_tree, repr_yaml, show
 from rankllm_composer.recipe.sections import RANKING_LOSSES, Evaluation, Export, Recipe, Source, Split
@@ -294,27 +295,10 @@ def _split(split: Split, section: str) -> Iterator[Problem]:
 
 
 def _source(source: Source, section: str) -> Iterator[Problem]:
-    if (source.input is None) == (source.run is None):
-        found = "neither it nor run" if source.input is None else "it and run both"
-        remedy = f"name the records in {section}.input, or the first-stage run in {section}.run"
-        yield Problem(f"{section}.input", found, "one of the two", remedy, (f"{section}.run",))
-    if source.run is None:
-        for name in ("judgments", "teacher_run", "queries", "docs"):
-            if getattr(source, name) is not None:
-                yield Problem(f"{section}.{name}", "a path", f"null without {section}.run", "remove it or give the run")
-        return
-    for name in ("queries", "docs"):
-        if getattr(source, name) is None:
-            yield Problem(f"{section}.{name}", "null", f"a path, as {section}.run is given", f"name the {name}")
-    if source.judgments is None and source.teacher_run is None:
-        yield Problem(
-            f"{section}.judgments",
-            "neither it nor teacher_run",
-            "at least one of the two",
-            "name what orders the candidates",
-            (f"{section}.teacher_run",),
-        )
-    if source.stride > source.window:
+    for problem in SourceOptions(**asdict(source)).problems():
+        involved = tuple(f"{section}.{name}" for name in problem.involved)
+        yield problem._replace(key=f"{section}.{problem.key}", involved=involved)
+    if source.run is not None and source.stride > source.window:
         yield Problem(
             f"{section}.stride",
             f"{source.stride}, more than {section}.window={source.window}",
@@ -322,14 +306,6 @@ def _source(source: Source, section: str) -> Iterator[Problem]:
             "lower it, or candidates between two lists are never shown",
             (f"{section}.window",),
         )
-    if source.require_relevant and source.judgments is None:
-        found, remedy = f"true without {section}.judgments", "without judgments nothing is relevant: give them"
-        yield Problem(f"{section}.require_relevant", found, "false or null", remedy, (f"{section}.judgments",))
-    most = MAX_CANDIDATES[source.identifiers]
-    if source.window > most:
-        remedy = "use numbers or a smaller window" if source.identifiers == "letters" else "use a smaller window"
-        found = f"{source.window} with identifiers: {source.identifiers}"
-        yield Problem(f"{section}.window", found, f"at most {most}", remedy, (f"{section}.identifiers",))
 
 
 def _outputs(recipe: Recipe) -> Iterator[Problem]:

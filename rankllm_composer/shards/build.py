@@ -9,13 +9,13 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rankllm_composer.errors import RecordError, ShardError
-from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.shards.blocks import BlockWriter, cut_blocks, num_repeats, quarantine_line, write_blocks
 from rankllm_composer.shards.index import (
     IDS_NAME,
@@ -38,14 +38,10 @@ from rankllm_composer.shards.publish import (
     staging_folder,
     work_folder,
 )
-from rankllm_composer.sources.conversations import RecordSource, open_source
-from rankllm_composer.sources.trec import TrecSource
+from rankllm_composer.sources.conversations import RecordSource, open_records
 from rankllm_composer.storage.object_store import LocalFolder, open_folder
 
-OnError = Literal["stop", "quarantine"]
-
-
-DEFAULT_SHARD_BYTES = 16 << 20
+DEFAULTS = BuildOptions()
 
 
 _PROGRESS_SECONDS = 5.0
@@ -66,148 +62,69 @@ def index_exists(target: str | Path) -> bool:
 
 def build_shards(
     output: str | Path,
-    *,
-    input: str | Path | None = None,
-    split: str = "train",
-    run: str | None = None,
-    judgments: str | None = None,
-    teacher_run: str | None = None,
-    queries: str | None = None,
-    docs: str | None = None,
-    window: int = 20,
-    stride: int = 10,
-    lists_per_query: int = 1,
-    depth: int = 100,
-    max_passage_words: int | None = None,
-    identifiers: IdentifierStyle = "letters",
-    seed: int = 42,
-    require_relevant: bool | None = None,
-    on_error: OnError = "stop",
-    part: str | None = None,
-    num_processes: int | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    compression: str | None = "zstd",
-    hashes: Sequence[str] = ("xxh64",),
-    overwrite: bool = False,
-    staging: str | Path | None = None,
+    source: SourceOptions,
+    options: BuildOptions = DEFAULTS,
     report: Callable[[str], None] = print,
 ) -> BuildReport:
-    """Build a set of shards from training records (`input`), or from retrieval files (`run`, `queries`, `docs`, …).
+    """Build a set of shards from training records or from retrieval files.
 
     Args:
         output: folder or object-store URL of the set.
-        input, split: see `records.open_source`.
-        run … require_relevant: see `trec.TrecSource`.
-        on_error … report: see `build_from`.
+        source: what the records are read or made from.
+        options: how the set is written.
+        report: called with each line of progress.
     Returns:
         BuildReport.
     Raises:
-        ShardError, RecordError, SourceError, StoreError (all ValueError): what stands in the way and what to do.
+        ShardError, RecordError, SourceError, StoreError: what stands in the way and what to do.
     """
-    if (input is None) == (run is None):
-        found = "neither" if input is None else "both"
-        raise ShardError(f"input: found {found} of records (input) and a first-stage run (run); give one of them")
-    if input is not None:
-        strange = {"judgments": judgments, "teacher_run": teacher_run, "queries": queries, "docs": docs}
-        given = [name for name, value in strange.items() if value is not None]
-        if given:
-            raise ShardError(
-                f"input: {', '.join(given)} have no effect on records that are given whole; leave them out"
-            )
-        source: RecordSource = open_source(input, split=split)
-    elif run is None or queries is None or docs is None:
-        raise ShardError("run: found without queries or docs; lists are made from all three")
-    else:
-        source = TrecSource(
-            run=run,
-            queries=queries,
-            docs=docs,
-            judgments=judgments,
-            teacher_run=teacher_run,
-            window=window,
-            stride=stride,
-            lists_per_query=lists_per_query,
-            depth=depth,
-            max_passage_words=max_passage_words,
-            identifiers=identifiers,
-            seed=seed,
-            require_relevant=require_relevant,
-        )
-    return build_from(
-        source,
-        output,
-        on_error=on_error,
-        part=part,
-        num_processes=num_processes,
-        shard_bytes=shard_bytes,
-        compression=compression,
-        hashes=hashes,
-        overwrite=overwrite,
-        staging=staging,
-        report=report,
-    )
+    return build_from(open_records(source), output, source.on_error, options, report)
 
 
 def build_from(
     source: RecordSource,
     output: str | Path,
-    *,
-    on_error: OnError = "stop",
-    part: str | None = None,
-    num_processes: int | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    compression: str | None = "zstd",
-    hashes: Sequence[str] = ("xxh64",),
-    overwrite: bool = False,
-    staging: str | Path | None = None,
+    on_error: Literal["stop", "quarantine"] = "stop",
+    options: BuildOptions = DEFAULTS,
     report: Callable[[str], None] = print,
 ) -> BuildReport:
     """Build a set of shards from a source of records, or part I of N of it below `output`.
 
-    The set is the same to the byte whatever the number of processes. Run again with the same arguments, a finished
-    build does nothing, a killed one starts anew, and an interrupted upload goes on.
+    The set is the same to the byte for any number of processes. When rerun with the same arguments, a finished build
+    does nothing, a killed one starts over, and an interrupted upload resumes.
 
     Args:
         source: where the records come from.
         output: folder or object-store URL of the set.
-        on_error: "stop" at the first bad record, or "quarantine": write bad records to `quarantine.jsonl`.
-        part: "I/N" builds every N-th record, from the I-th on, into `output/part-I-of-N`; `merge_shards` joins parts.
-        num_processes: processes that parse, validate and compress; None = one for each CPU this process may use, once
-            a source proves large enough to be worth their start.
-        shard_bytes: about how large a shard is before compression.
-        compression: streaming's name of it (`zstd`, `zstd:7`, `gz`, …); None = none.
-        hashes: streaming's names of the hashes that the index holds (`xxh64`, `sha1`, …), at least one.
-        overwrite: replace a set that was built from something else.
-        staging: folder where a set for an object store is built first; None = one in the temporary folder, named for
-            the output, removed after the upload.
-        report: takes a line of progress.
+        on_error: stop at the first bad record, or write bad records to `quarantine.jsonl`.
+        options: how the set is written; part "I/N" builds every N-th record, from the I-th on, into
+            `output/part-I-of-N`.
+        report: called with each line of progress.
     Returns:
         BuildReport.
     Raises:
-        ShardError, RecordError, SourceError, StoreError (all ValueError): what stands in the way and what to do.
+        ShardError, RecordError, SourceError, StoreError: what stands in the way and what to do.
     """
     started = time.monotonic()
-    index, num_parts = _parse_part(part)
-    if on_error not in ("stop", "quarantine"):
-        raise ShardError(f"on_error: found {on_error!r}, allowed are stop, quarantine")
-    if not 1 <= shard_bytes < 1 << 30:
-        raise ShardError(f"shard_bytes: found {shard_bytes}, allowed is 1 to {(1 << 30) - 1}")
-    if num_processes is not None and num_processes < 1:
-        raise ShardError(f"num_processes: found {num_processes}, allowed is 1 or more, or none for all CPUs")
-    if not hashes:
-        raise ShardError("hashes: found none, allowed is at least one, e.g. xxh64; shards are named and checked by it")
-    options = {"on_error": on_error, "shard_bytes": shard_bytes, "compression": compression, "hashes": sorted(hashes)}
-    planned = Manifest(source.describe(), options, None if part is None else f"{index}/{num_parts}")
-    folder = open_folder(output) if part is None else open_folder(output, part_folder(index, num_parts))
-    there = find_set(folder, planned, overwrite)
-    if there is not None:
+    part = index, num_parts = _parse_part(options.part)
+    written = {
+        "on_error": on_error,
+        "shard_bytes": options.shard_bytes,
+        "compression": options.compression,
+        "hashes": sorted(options.hashes),
+    }
+    planned = Manifest(source.describe(), written, options.part)
+    folder = open_folder(output) if options.part is None else open_folder(output, part_folder(index, num_parts))
+    existing = find_set(folder, planned, options.overwrite)
+    if existing is not None:
         report(f"{folder.name}: the same set is there already")
-        return BuildReport.of(folder.name, *there, time.monotonic() - started, was_there=True)
+        return BuildReport.of(folder.name, *existing, time.monotonic() - started, was_there=True)
 
     def build(target: LocalFolder) -> tuple[tuple[Shard, ...], Tally]:
         with work_folder(target.path) as work:
-            writer = BlockWriter(source.prepare(work), work, compression, tuple(sorted(hashes)), on_error == "stop")
-            names, shards, tally = _write_set(writer, planned, (index, num_parts), num_processes, report)
+            hashes = tuple(sorted(options.hashes))
+            writer = BlockWriter(source.prepare(work), work, options.compression, hashes, on_error == "stop")
+            names, shards, tally = _write_set(writer, planned, part, options.num_processes, report)
             publish(work, names, target, report)
         return shards, tally
 
@@ -215,7 +132,7 @@ def build_from(
         if isinstance(folder, LocalFolder):
             shards, tally = build(folder)
         else:
-            with staging_folder(staging, folder.name) as stage:
+            with staging_folder(options.staging, folder.name) as stage:
                 local = LocalFolder(stage / "set")
                 shards, tally = find_set(local, planned, overwrite=True) or build(local)
                 publish(local.path, list(local.files()), folder, report)

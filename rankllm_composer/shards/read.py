@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankllm_composer.errors import ShardError
+from rankllm_composer.options import SourceOptions
 from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, record_from_sample
 from rankllm_composer.storage.object_store import Folder, open_folder
 
@@ -28,13 +29,13 @@ class SplitRecords:
 
     Args:
         sets: (local, remote) of each set of shards, in order; remote None = all of it is in `local`.
-        source: the keys of a recipe's `source` section; read where there are no shards. None = only shards.
+        source: read if there are no shards; None = only shards.
     Raises:
         RecordLookupError: no shards, and no source on this machine.
         ShardError, StoreError: an index is damaged or cannot be reached.
     """
 
-    def __init__(self, sets: Sequence[tuple[str, str | None]], source: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None) -> None:
         found = [(Path(local), open_folder(remote or local)) for local, remote in sets]
         texts = [folder.read(INDEX_NAME) for _, folder in found]
         self._source: RecordSource | None = None
@@ -52,8 +53,8 @@ class SplitRecords:
                 "build`, or name data.train.source"
             )
         self._source = _open(source, missing)
-        self._skips_bad = source["on_error"] == "quarantine"
-        self.place = f"{source.get('input') or source.get('run')} (no shards in {missing} yet)"
+        self._skips_bad = source.on_error == "quarantine"
+        self.place = f"{source.input or source.run} (no shards in {missing} yet)"
 
     def __len__(self) -> int:
         """How many there are; of a source they are counted by reading it."""
@@ -100,20 +101,15 @@ class SplitRecords:
                 yield from (record for _, record in records if isinstance(record, Record))
 
 
-def _open(source: Mapping[str, Any], missing: str) -> RecordSource:
-    from rankllm_composer.sources.conversations import open_source
-    from rankllm_composer.sources.trec import TrecSource
+def _open(source: SourceOptions, missing: str) -> RecordSource:
+    from rankllm_composer.sources.conversations import open_records
 
-    given = dict(source)
-    name, split, _ = given.pop("input"), given.pop("split"), given.pop("on_error")
-    if name is None:
-        return TrecSource(**given)
-    if not Path(name).exists():
+    if source.input is not None and not Path(source.input).exists():
         raise RecordLookupError(
-            f"data.train.source.input: found {name}, which is not on this machine, and no shards in {missing}; build "
-            "them with `rankllm-composer shards build`, or name a local file (.json, .jsonl)"
+            f"data.train.source.input: found {source.input}, which is not on this machine, and no shards in {missing}; "
+            "build them with `rankllm-composer shards build`, or name a local file (.json, .jsonl)"
         )
-    return open_source(name, split=split)
+    return open_records(source)
 
 
 def _read_shard(local: Path, folder: Folder, shard: Shard, *, first: int) -> Iterator[Record]:

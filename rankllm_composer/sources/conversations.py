@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 
 from rankllm_composer.errors import RecordError, SourceError
+from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.record import Record, validate_record
 
 MAX_ELEMENT_CHARS = 1 << 26
@@ -219,6 +220,19 @@ def read_records(
                     yield place, record
                 elif dropped is not None:
                     dropped[record.reason] += 1
+
+
+def open_records(options: SourceOptions) -> RecordSource:
+    """Source of the records that these options describe: conversations (`input`), or retrieval files (`run`, …).
+
+    Raises:
+        SourceError: the options contradict each other.
+        RecordError: `input` is no file or folder, or a file of another kind.
+    """
+    from rankllm_composer.sources.trec import TrecSource
+
+    options.check()
+    return TrecSource(options) if options.input is None else open_source(options.input, split=options.split)
 
 
 def open_source(source: str | Path, *, split: str = "train") -> RecordSource:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import PromptError, RecordError, SourceError
-from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, format_permutation
+from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.permutations import format_permutation
 from rankllm_composer.prompts.record import Record, is_unicode, validate_record
 from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
@@ -94,79 +95,35 @@ class TrecSource:
     """Records made from retrieval files; a `RecordSource`.
 
     The queries file decides which queries are built. Passages are prepared as the inference client does: title and
-    text joined, repaired, cut, `[12]` → `(12)`. Candidates are taken in the order of the run's rank column. Grades
-    below 0 are kept as 0. A list's id is `qid-number`.
+    text joined, repaired, cut, `[12]` → `(12)`. Candidates are taken in the order of the run's rank column. Judgments
+    give the grades (those below 0 are kept as 0) and, without a teacher's run, the order. What the teacher's run does
+    not rank comes last, in first-stage order. A list's id is `qid-number`.
 
     Attributes:
-        run: TREC run of the first stage.
-        queries: JSONL with `qid` and `text`.
-        docs: JSONL with `docid`, `text` and, if there is one, `title`.
-        judgments: TREC judgments: they give the grades and, without a teacher, the order.
-        teacher_run: TREC run of a teacher: gives the order. What it does not rank comes last, in first-stage order.
-        window: candidates a list.
-        stride: places from one window to the next; above `window` some candidates are in no window.
-        lists_per_query: lists a query, see `candidate_lists`; 0 = one for each window.
-        depth: candidates of the run that are used.
-        max_passage_words: words kept of a passage; None = the client's rule: 300 in lists of 20, more in shorter ones.
-        identifiers: "letters" or "numbers".
-        seed: of the random lists.
-        require_relevant: leave out lists without a candidate of grade 1 or more; None = if judgments give the order.
+        options: the files and how lists are made from them.
         database: set by `prepare`.
     Raises:
-        SourceError: settings that make no lists or have no effect.
+        SourceError: options that make no lists or have no effect.
     """
 
-    run: str
-    queries: str
-    docs: str
-    judgments: str | None = None
-    teacher_run: str | None = None
-    window: int = 20
-    stride: int = 10
-    lists_per_query: int = 1
-    depth: int = 100
-    max_passage_words: int | None = None
-    identifiers: IdentifierStyle = "letters"
-    seed: int = 42
-    require_relevant: bool | None = None
+    options: SourceOptions
     database: str | None = None
 
     def __post_init__(self) -> None:
-        limit = MAX_CANDIDATES.get(self.identifiers)
-        if limit is None:
-            raise SourceError(f"identifiers: found {self.identifiers!r}, allowed are {', '.join(MAX_CANDIDATES)}")
-        if self.judgments is None and self.teacher_run is None:
-            raise SourceError("found neither judgments nor a teacher's run; give at least one, the order comes from it")
-        if self.require_relevant and self.judgments is None:
-            raise SourceError("require_relevant: found true without judgments, where nothing is relevant; give them")
-        for name, low, high in (
-            ("window", 2, limit),
-            ("stride", 1, 1_000_000),
-            ("lists_per_query", 0, 10_000),
-            ("depth", 2, 1_000_000),
-            ("max_passage_words", 1, 1_000_000),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise SourceError(f"{name}: found {value}, allowed with {self.identifiers} is {low} to {high}")
+        self.options.check()
 
     @property
     def name(self) -> str:
-        return Path(self.run).name
+        return Path(self._path("run")).name
 
     def describe(self) -> dict[str, Any]:
-        files = {
-            "run": self.run,
-            "queries": self.queries,
-            "docs": self.docs,
-            "judgments": self.judgments,
-            "teacher_run": self.teacher_run,
-        }
-        options = ("window", "stride", "lists_per_query", "depth", "max_passage_words", "identifiers", "seed")
+        files = {role: getattr(self.options, role) for role in ("run", "queries", "docs", "judgments", "teacher_run")}
+        settings = ("window", "stride", "lists_per_query", "depth", "max_passage_words", "identifiers", "seed")
         return {
             "kind": "trec",
             "files": [{"role": role, **describe_file(path)} for role, path in files.items() if path is not None],
-            "options": {name: getattr(self, name) for name in options} | {"require_relevant": self._drops_irrelevant},
+            "options": {name: getattr(self.options, name) for name in settings}
+            | {"require_relevant": self._drops_irrelevant},
         }
 
     def prepare(self, folder: Path) -> TrecSource:
@@ -180,24 +137,26 @@ class TrecSource:
         os.close(handle)
         with sqlite3.connect(path) as database:
             database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _SCHEMA)
-            _import_queries(database, self.queries)
-            _import_lines(database, "run", read_run(self.run))
-            if self.teacher_run is not None:
-                _import_lines(database, "teacher", read_run(self.teacher_run))
-            if self.judgments is not None:
-                _import_lines(database, "qrels", read_judgments(self.judgments))
-            _import_docs(database, self.docs)
+            _import_queries(database, self._path("queries"))
+            _import_lines(database, "run", read_run(self._path("run")))
+            if self.options.teacher_run is not None:
+                _import_lines(database, "teacher", read_run(self.options.teacher_run))
+            if self.options.judgments is not None:
+                _import_lines(database, "qrels", read_judgments(self.options.judgments))
+            _import_docs(database, self._path("docs"))
             if database.execute("SELECT 1 FROM run LIMIT 1").fetchone() is None:
                 raise SourceError(
-                    f"{self.run}: holds no candidate for any query of {self.queries}; check that they match"
+                    f"{self.options.run}: holds no candidate for any query of {self.options.queries}; "
+                    "check that they match"
                 )
         database.close()
         return replace(self, database=path)
 
     def items(self) -> Iterator[Item]:
         """Every query of the queries file in its order, then those that only the run has, which will be dropped."""
-        size = self.window * min(self.max_passage_words or passage_word_limit(self.window), 100) * 6
-        num_lists = self.lists_per_query or -(-max(0, self.depth - self.window) // self.stride) + 1
+        options = self.options
+        size = options.window * min(options.max_passage_words or passage_word_limit(options.window), 100) * 6
+        num_lists = options.lists_per_query or -(-max(0, options.depth - options.window) // options.stride) + 1
         with closing(_Files(self)) as files:
             rows = files.database.execute("SELECT number, qid FROM queries ORDER BY number")
             for index, (number, qid) in enumerate(rows):
@@ -215,26 +174,27 @@ class TrecSource:
 
     def _lists(self, files: _Files, item: Item) -> list[tuple[str, Record | Dropped]]:
         number, qid = item.raw
+        options = self.options
         query = files.query(number)
         if query is None:
             return [(item.place, Dropped("queries of the run that are not in the queries file"))]
-        candidates = files.order("run", number, self.name, self.depth)
+        candidates = files.order("run", number, self.name, options.depth)
         if len(candidates) < 2:
             return [(item.place, Dropped("queries with fewer than two candidates"))]
         teacher = None
-        if self.teacher_run is not None:
-            teacher = files.order("teacher", number, Path(self.teacher_run).name, None)
+        if options.teacher_run is not None:
+            teacher = files.order("teacher", number, Path(options.teacher_run).name, None)
             if not teacher:
                 return [(item.place, Dropped("queries without a teacher's order"))]
-        grades = None if self.judgments is None else files.grades(number, Path(self.judgments).name)
+        grades = None if options.judgments is None else files.grades(number, Path(options.judgments).name)
         made: list[tuple[str, Record | Dropped]] = []
         passages: dict[str, str] = {}
         lists = candidate_lists(
             len(candidates),
-            window=self.window,
-            stride=self.stride,
-            num_lists=self.lists_per_query,
-            seed=self.seed,
+            window=options.window,
+            stride=options.stride,
+            num_lists=options.lists_per_query,
+            seed=options.seed,
             qid=qid,
         )
         for i, members in enumerate(lists):
@@ -246,22 +206,26 @@ class TrecSource:
                 continue
             in_run = sorted(range(len(members)), key=lambda k: members[k])  # ties keep the first-stage order
             best_first = [in_run[k] for k in teacher_order([docids[k] for k in in_run], grades, teacher)]
-            words = self.max_passage_words or passage_word_limit(len(docids))
+            words = options.max_passage_words or passage_word_limit(len(docids))
             for docid in docids:
                 if docid not in passages:  # windows overlap, and all lists of a query have one length
                     passages[docid] = truncate_passage(files.document(docid, place), words)
-            user = render_user_turn(clean_query(query.strip()), [passages[docid] for docid in docids], self.identifiers)
-            response = format_permutation(best_first, self.identifiers)
+            shown = [passages[docid] for docid in docids]
+            user = render_user_turn(clean_query(query.strip()), shown, options.identifiers)
+            response = format_permutation(best_first, options.identifiers)
             record = Record(f"{qid}-{i}", SYSTEM_MESSAGE, user, response, qid, docids, record_grades)
             validate_record(record, place)
             made.append((place, record))
         return made
 
+    def _path(self, role: str) -> str:
+        return str(getattr(self.options, role))
+
     @property
     def _drops_irrelevant(self) -> bool:
-        if self.require_relevant is None:
-            return self.judgments is not None and self.teacher_run is None
-        return self.require_relevant
+        if self.options.require_relevant is None:
+            return self.options.judgments is not None and self.options.teacher_run is None
+        return self.options.require_relevant
 
 
 class _Files:
@@ -270,8 +234,8 @@ class _Files:
     def __init__(self, source: TrecSource) -> None:
         assert source.database is not None, "prepare() comes first"
         self.database = sqlite3.connect(f"{Path(source.database).as_uri()}?mode=ro&immutable=1", uri=True)
-        self._docs = Path(source.docs).open("rb")  # noqa: SIM115 - closed by close()
-        self._docs_name = Path(source.docs).name
+        self._docs = Path(source._path("docs")).open("rb")  # noqa: SIM115 - closed by close()
+        self._docs_name = Path(self._docs.name).name
 
     def close(self) -> None:
         self.database.close()

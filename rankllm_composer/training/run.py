@@ -55,6 +55,7 @@ def prepare_shards(split: Split, key: str) -> None:
     from dataclasses import asdict
 
     from rankllm_composer.distributed import run_on_rank_zero
+    from rankllm_composer.options import SourceOptions
     from rankllm_composer.shards import build as shards
 
     if split.streams:
@@ -70,7 +71,7 @@ def prepare_shards(split: Split, key: str) -> None:
                 f"{key}: no shards in {place}. Build them with `rankllm-composer shards build --input RECORDS "
                 f"--output {place}`, or name {key}.source and the run builds them"
             )
-        shards.build_shards(place, **asdict(split.source))
+        shards.build_shards(place, SourceOptions(**asdict(split.source)))
 
     run_on_rank_zero(build, f"shards in {place}")
 

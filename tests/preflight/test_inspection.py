@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from rankllm_composer.cli import main
 from rankllm_composer.export.serving_check import diff_request, inspect_folder, serving_differences
 from rankllm_composer.model.losses import ranknet_loss
+from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.preflight.inspection import inspect_recipe, inspect_record
 from rankllm_composer.prompts.chat import identifier_token_ids
 from rankllm_composer.prompts.contract import decoding_contract
@@ -141,11 +142,11 @@ def test_notes_name_what_may_surprise(zephyr_v1_tokenizer):
 
 def test_records_of_shards_and_of_their_source_are_the_same(material, tmp_path):
     lines = (material / "records.jsonl").read_text().splitlines()
-    source = {"input": str(material / "records.jsonl"), "split": "train", "on_error": "stop"}
+    source = SourceOptions(input=material / "records.jsonl")
     before = SplitRecords([(str(tmp_path / "shards"), None)], source)
     for compression in ("zstd", None):
         place = tmp_path / f"shards-{compression}"
-        build_shards(place, input=source["input"], shard_bytes=3000, compression=compression, report=lambda line: None)
+        build_shards(place, source, BuildOptions(shard_bytes=3000, compression=compression), lambda line: None)
         records = SplitRecords([(str(place), None)])
         assert len(records) == len(before) == 7 and list(records) == list(before)
         for number, line in enumerate(lines):
@@ -157,7 +158,7 @@ def test_records_of_shards_and_of_their_source_are_the_same(material, tmp_path):
     with pytest.raises(RecordLookupError, match=r"no shards in .*absent and no source"):
         SplitRecords([("absent", None)])
     with pytest.raises(RecordLookupError, match="owner/name, which is not on this machine"):
-        SplitRecords([("absent", None)], source | {"input": "owner/name"})
+        SplitRecords([("absent", None)], SourceOptions(input="owner/name"))
 
 
 def test_loss_parts_are_those_of_the_plain_model(material):

@@ -13,6 +13,7 @@ from support.s3_server import s3_server
 from support.small_run import RECIPE, small_run
 
 from rankllm_composer.checkpoints.folder import MANIFEST, whole_checkpoints
+from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.shards.build import build_shards
 
 SECRETS = {
@@ -46,7 +47,8 @@ def overlay(tmp_path_factory, mistral_v3_folder, server) -> list[str]:
     records = json.loads((folder / "records.json").read_text())
     for name, part in (("first", records[:16]), ("second", records[16:])):
         (folder / f"{name}.json").write_text(json.dumps(part))
-        build_shards(f"s3://lists/{name}", input=str(folder / f"{name}.json"), shard_bytes=10_000, report=str)
+        source = SourceOptions(input=folder / f"{name}.json")
+        build_shards(f"s3://lists/{name}", source, BuildOptions(shard_bytes=10_000), report=str)
     assert sum(key.endswith(".mds.zstd") for key in server.keys("lists")) > 6
     streams = ", ".join(f"{{remote: 's3://lists/{name}', local: cache/{name}}}" for name in ("first", "second"))
     local = [f"data.train.streams=[{streams}]", "data.train.local=null", "data.train.cache_limit=200kb"]

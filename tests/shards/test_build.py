@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+from support.list_shards import build_from_file, report_nothing
 from support.synthetic_records import conversation, write_jsonl
 
-from rankllm_composer.errors import RecordError, ShardError
+from rankllm_composer.errors import RecordError, ShardError, SourceError
+from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.blocks import Block, BlockWriter, write_blocks
 from rankllm_composer.shards.build import build_shards, index_exists
@@ -25,12 +27,8 @@ from rankllm_composer.shards.publish import merge_shards, work_folder
 from rankllm_composer.shards.verify import shards_info, verify_shards
 from rankllm_composer.storage.object_store import LocalFolder
 
-
-def report_nothing(line: str) -> None: ...
-
-
 NUM_RECORDS = 60
-SMALL = {"shard_bytes": 10_000, "num_processes": 1, "report": report_nothing}  # about 8 records a shard
+SMALL = {"shard_bytes": 10_000}  # about 8 records a shard
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def source(tmp_path_factory) -> Path:
 def whole(source, tmp_path_factory) -> Path:
     """The set built of it in one process."""
     folder = tmp_path_factory.mktemp("sets") / "whole"
-    build_shards(folder, input=source, **SMALL)
+    build_from_file(folder, source, **SMALL)
     return folder
 
 
@@ -107,7 +105,7 @@ def test_a_record_survives_its_columns(known):
 
 @pytest.mark.parametrize("options", [{"compression": None}, {"compression": "gz:1"}, {"hashes": ("sha1", "xxh64")}])
 def test_compression_and_hashes_are_a_choice(source, whole, tmp_path, options):
-    build_shards(tmp_path / "set", input=source, **(SMALL | options))
+    build_from_file(tmp_path / "set", source, **(SMALL | options))
     assert records_of(tmp_path / "set") == records_of(whole)
     assert verify_shards(tmp_path / "set").problems == []
 
@@ -117,22 +115,35 @@ def test_compression_and_hashes_are_a_choice(source, whole, tmp_path, options):
     [
         ({"compression": "rar"}, "compression 'rar'"),
         ({"hashes": ("crc7",)}, "Allowed are zstd, gz"),
-        ({"hashes": ()}, "hashes: found none"),
-        ({"shard_bytes": 0}, "shard_bytes: found 0"),
-        ({"num_processes": 0}, "num_processes: found 0"),
-        ({"on_error": "ignore"}, "on_error: found 'ignore', allowed are stop, quarantine"),
-        ({"part": "0/2"}, "part: found '0/2', allowed is I/N with I from 1 to N"),
-        ({"part": "3/2"}, "part: found '3/2'"),
-        ({"part": "half"}, "part: found 'half'"),
-        ({"input": None}, "found neither of records (input) and a first-stage run"),
-        ({"run": "a.trec"}, "found both"),
-        ({"queries": "a.jsonl"}, "queries have no effect"),
-        ({"input": None, "run": "a.trec"}, "found without queries or docs"),
+        ({"hashes": ()}, "hashes\n"),
+        ({"shard_bytes": 0}, "shard_bytes\n"),
+        ({"shard_bytes": 1 << 30}, "shard_bytes\n"),
+        ({"num_processes": 0}, "num_processes\n"),
+        ({"on_error": "ignore"}, "on_error\n"),
+        ({"part": "0/2"}, "part\n"),
+        ({"part": "3/2"}, "part: found '3/2', allowed is I/N with I from 1 to N"),
+        ({"part": "half"}, "part\n"),
     ],
 )
 def test_settings_that_cannot_be_stop_before_anything_is_written(source, tmp_path, options, told):
     with pytest.raises(ValueError) as caught:
-        build_shards(tmp_path / "set", **({"input": source} | SMALL | options))
+        build_from_file(tmp_path / "set", source, **(SMALL | options))
+    assert told in str(caught.value)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"input": None}, "input: found neither it nor run"),
+        ({"run": "a.trec"}, "input: found it and run both"),
+        ({"queries": "a.jsonl"}, "queries: found a path"),
+        ({"input": None, "run": "a.trec", "judgments": "q.trec"}, "docs: found null"),
+    ],
+)
+def test_sources_that_contradict_themselves_stop_before_anything_is_written(source, tmp_path, options, told):
+    with pytest.raises(SourceError) as caught:
+        build_shards(tmp_path / "set", SourceOptions(**({"input": source} | options)))
     assert told in str(caught.value)
     assert not (tmp_path / "set").exists()
 
@@ -142,8 +153,9 @@ def test_settings_that_cannot_be_stop_before_anything_is_written(source, tmp_pat
 
 SLOW_BUILD = """
 import sys, time
-from rankllm_composer.records import JsonLinesSource
-from rankllm_composer.shards import build_from
+from rankllm_composer.options import BuildOptions
+from rankllm_composer.shards.build import build_from
+from rankllm_composer.sources.conversations import JsonLinesSource
 
 class SlowSource(JsonLinesSource):
     def items(self):
@@ -153,7 +165,7 @@ class SlowSource(JsonLinesSource):
             yield item
 
 if __name__ == "__main__":
-    build_from(SlowSource({source!r}), {output!r}, shard_bytes=10_000, num_processes=2)
+    build_from(SlowSource({source!r}), {output!r}, options=BuildOptions(shard_bytes=10_000, num_processes=2))
 """
 
 
@@ -178,7 +190,7 @@ def test_a_killed_build_leaves_no_index_and_no_process_and_the_next_one_makes_th
     workers = children(build.pid)
     assert len(workers) >= 2
     with pytest.raises(ShardError, match="another process builds this set"):
-        build_shards(output, input=source, **SMALL)
+        build_from_file(output, source, **SMALL)
     build.send_signal(signal.SIGKILL)
     build.wait()
     assert not list(output.rglob("index.json"))
@@ -219,24 +231,24 @@ class DyingWriter:
 
 def test_the_same_build_again_does_nothing_and_repairs_what_is_missing(source, tmp_path):
     output = tmp_path / "set"
-    assert not build_shards(output, input=source, **SMALL).was_there
+    assert not build_from_file(output, source, **SMALL).was_there
     before = content(output)
-    assert build_shards(output, input=source, **SMALL).was_there
+    assert build_from_file(output, source, **SMALL).was_there
     next(iter(output.glob("shard.*"))).unlink()
-    assert not build_shards(output, input=source, **SMALL).was_there
+    assert not build_from_file(output, source, **SMALL).was_there
     (output / "index.json").write_text("{")
-    assert not build_shards(output, input=source, **SMALL).was_there
+    assert not build_from_file(output, source, **SMALL).was_there
     assert content(output) == before
 
 
 def test_another_set_is_not_replaced_unless_told(source, tmp_path):
     output = tmp_path / "set"
-    build_shards(output, input=source, **SMALL)
+    build_from_file(output, source, **SMALL)
     before = content(output)
     with pytest.raises(ShardError, match=r"holds another set.*choose another output, or build with --overwrite"):
-        build_shards(output, input=source, **(SMALL | {"shard_bytes": 20_000}))
+        build_from_file(output, source, **(SMALL | {"shard_bytes": 20_000}))
     assert content(output) == before
-    build_shards(output, input=source, overwrite=True, **(SMALL | {"shard_bytes": 20_000}))
+    build_from_file(output, source, overwrite=True, **(SMALL | {"shard_bytes": 20_000}))
     after = content(output)
     assert not {name for name in before if name.startswith("shard")} & set(after)
     listed = {shard.published.basename for shard in read_index(output / "index.json")}
@@ -250,7 +262,7 @@ def test_a_full_disk_is_a_readable_error_and_leaves_nothing(source, tmp_path, mo
 
     monkeypatch.setattr(BlockWriter, "_write_shard", fail)
     with pytest.raises(ShardError, match=r"cannot be written: .*No space left on device"):
-        build_shards(tmp_path / "set", input=source, **SMALL)
+        build_from_file(tmp_path / "set", source, **SMALL)
     assert not (tmp_path / "set").exists()
 
 
@@ -264,9 +276,9 @@ def test_a_build_ended_while_it_is_published_leaves_no_index_and_the_next_one_cl
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LocalFolder, "put", end_before_the_index)
-        build_shards(output, input=source, **SMALL)
+        build_from_file(output, source, **SMALL)
     assert list(output.glob("shard.*")) and not index_exists(output)
-    build_shards(output, input=source, **(SMALL | {"shard_bytes": 20_000}))
+    build_from_file(output, source, **(SMALL | {"shard_bytes": 20_000}))
     listed = {shard.published.basename for shard in read_index(output / "index.json")}
     assert set(content(output)) == listed | {"index.json", "build.json"}
 
@@ -292,7 +304,7 @@ def with_bad_records(folder: Path) -> Path:
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_bad_record_stops_the_build_and_names_the_first(tmp_path, num_processes):
     with pytest.raises(RecordError) as caught:
-        build_shards(tmp_path / "set", input=with_bad_records(tmp_path), **(SMALL | {"num_processes": num_processes}))
+        build_from_file(tmp_path / "set", with_bad_records(tmp_path), **(SMALL | {"num_processes": num_processes}))
     assert str(caught.value).startswith("train.jsonl:record 5 (line 6): id 'q5': ")
     assert "--on-error quarantine" in str(caught.value)
     assert not (tmp_path / "set").exists()
@@ -301,7 +313,7 @@ def test_a_bad_record_stops_the_build_and_names_the_first(tmp_path, num_processe
 def test_quarantine_writes_bad_records_aside_and_counts_them(tmp_path):
     output, lines = tmp_path / "set", []
     options = SMALL | {"report": lines.append, "on_error": "quarantine"}
-    built = build_shards(output, input=with_bad_records(tmp_path), **options)
+    built = build_from_file(output, with_bad_records(tmp_path), **options)
     assert (built.tally.num_records, built.tally.num_quarantined, built.tally.num_duplicates) == (18, 2, 1)
     refused = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["place"] for entry in refused] == ["train.jsonl:record 5 (line 6)", "train.jsonl:record 11 (line 12)"]
@@ -319,7 +331,7 @@ def test_prompts_in_another_wording_are_kept_as_they_are_and_counted(tmp_path):
     for i in (2, 5, 6):
         layouts[i]["conversations"][1]["value"] = layouts[i]["conversations"][1]["value"].replace("\n", "\n\n")
     path, output, lines = write_jsonl(tmp_path / "train.jsonl", layouts), tmp_path / "set", []
-    built = build_shards(output, input=path, **(SMALL | {"report": lines.append}))
+    built = build_from_file(output, path, **(SMALL | {"report": lines.append}))
     assert records_of(output) == expected_records(path)
     assert (built.tally.num_records, built.tally.num_other_wordings, built.tally.num_quarantined) == (8, 3, 0)
     assert any("3 prompts in another wording than the client's" in line for line in lines)
@@ -342,7 +354,7 @@ def test_a_set_from_before_wordings_were_counted_has_none(whole, tmp_path):
 def test_a_source_that_leaves_no_record_is_an_error(tmp_path, layouts, told):
     path = write_jsonl(tmp_path / "train.jsonl", layouts)
     with pytest.raises(ShardError, match=f"no record is left to build from .{told}"):
-        build_shards(tmp_path / "set", input=path, **(SMALL | {"on_error": "quarantine"}))
+        build_from_file(tmp_path / "set", path, **(SMALL | {"on_error": "quarantine"}))
     assert not (tmp_path / "set").exists()
 
 
@@ -351,7 +363,7 @@ def test_a_source_that_leaves_no_record_is_an_error(tmp_path, layouts, told):
 
 def build_parts(output: Path, source: Path, num_parts: int, **options) -> None:
     for i in random.Random(0).sample(range(1, num_parts + 1), num_parts):
-        build_shards(output, input=source, part=f"{i}/{num_parts}", **(SMALL | options))
+        build_from_file(output, source, part=f"{i}/{num_parts}", **(SMALL | options))
 
 
 def test_parts_merge_into_the_set_that_one_build_makes(source, whole, tmp_path):
@@ -391,16 +403,16 @@ def lose_a_shard(output: Path, source: Path) -> None:
 
 
 def build_a_part_otherwise(output: Path, source: Path) -> None:
-    build_shards(output, input=source, part="2/3", overwrite=True, **(SMALL | {"shard_bytes": 5_000}))
+    build_from_file(output, source, part="2/3", overwrite=True, **(SMALL | {"shard_bytes": 5_000}))
 
 
 def build_a_part_of_another_file(output: Path, source: Path) -> None:
     other = write_jsonl(output.parent / "train.jsonl", [conversation(i) for i in range(9)])
-    build_shards(output, input=other, part="2/3", overwrite=True, **SMALL)
+    build_from_file(output, other, part="2/3", overwrite=True, **SMALL)
 
 
 def add_a_part_of_another_number(output: Path, source: Path) -> None:
-    build_shards(output, input=source, part="1/2", **SMALL)
+    build_from_file(output, source, part="1/2", **SMALL)
 
 
 def swap_an_index(output: Path, source: Path) -> None:

@@ -10,11 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.list_shards import build_from_file, report_nothing
 from support.s3_server import S3Server, s3_server
 from support.synthetic_records import conversation, write_jsonl
 
 from rankllm_composer.errors import ShardError, StoreError
-from rankllm_composer.shards.build import build_shards, index_exists
+from rankllm_composer.shards.build import index_exists
 from rankllm_composer.shards.publish import merge_shards
 from rankllm_composer.shards.verify import shards_info, verify_shards
 from rankllm_composer.storage.object_store import RemoteFolder, is_remote, open_folder, s3_etag, without_credentials
@@ -22,10 +23,7 @@ from rankllm_composer.storage.object_store import RemoteFolder, is_remote, open_
 NUM_RECORDS = 40
 
 
-def report_nothing(line: str) -> None: ...
-
-
-SMALL = {"shard_bytes": 5_000, "num_processes": 1, "report": report_nothing}
+SMALL = {"shard_bytes": 5_000}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def source(tmp_path_factory) -> Path:
 def local(source, tmp_path_factory) -> Path:
     """The set of them on disk."""
     folder = tmp_path_factory.mktemp("sets") / "local"
-    build_shards(folder, input=source, **SMALL)
+    build_from_file(folder, source, **SMALL)
     return folder
 
 
@@ -67,7 +65,7 @@ def names_of(folder: Path) -> dict[str, int]:
 
 def test_a_set_in_the_store_is_the_set_on_disk(server, source, local, tmp_path):
     url = f"s3://{server.bucket}/deep/set/"
-    built = build_shards(url, input=source, **SMALL)
+    built = build_from_file(url, source, **SMALL)
     assert {key.removeprefix("deep/set/"): size for key, size in server.keys(server.bucket).items()} == names_of(local)
     assert server.puts[-1] == "deep/set/index.json"
     assert built.tally.num_records == NUM_RECORDS
@@ -76,21 +74,22 @@ def test_a_set_in_the_store_is_the_set_on_disk(server, source, local, tmp_path):
     assert verify_shards(url, records=True).problems == []
     assert shards_info(url).num_records == NUM_RECORDS
     num_puts = len(server.puts)
-    assert build_shards(url, input=source, **SMALL).was_there
+    assert build_from_file(url, source, **SMALL).was_there
     assert len(server.puts) == num_puts
 
 
 def test_streaming_reads_a_set_from_the_store(server, source, tmp_path):
     from streaming import StreamingDataset
 
-    build_shards(f"s3://{server.bucket}/set", input=source, **SMALL)
+    build_from_file(f"s3://{server.bucket}/set", source, **SMALL)
     dataset = StreamingDataset(remote=f"s3://{server.bucket}/set", local=str(tmp_path / "cache"), batch_size=1)
     assert [dataset[i]["id"] for i in range(len(dataset))] == [f"q{i}" for i in range(NUM_RECORDS)]
 
 
 BUILD = """
+from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.shards.build import build_shards
-build_shards({url!r}, input={source!r}, shard_bytes=5_000, num_processes=1)
+build_shards({url!r}, SourceOptions(input={source!r}), BuildOptions(shard_bytes=5_000, num_processes=1))
 """
 
 
@@ -119,7 +118,7 @@ def test_an_upload_killed_in_the_middle_leaves_no_index_and_is_gone_on_with(serv
     server.on_put = lambda key: None
     server.puts.clear()
     lines: list[str] = []
-    build_shards(url, input=source, **(SMALL | {"report": lines.append}))
+    build_from_file(url, source, **(SMALL | {"report": lines.append}))
     assert not stored & set(server.puts)  # nothing twice
     assert server.puts[-1] == "set/index.json"
     assert any(f"{len(stored)} of" in line and "there already" in line for line in lines)
@@ -132,16 +131,16 @@ def test_a_store_that_refuses_is_an_error_that_says_how_to_go_on(server, source,
     victim = max(path.name for path in local.glob("shard.*"))
     server.on_put = lambda key: 403 if key.endswith(victim) else None
     with pytest.raises(StoreError, match=r"cannot be uploaded: .*403.*run the same command again"):
-        build_shards(url, input=source, **SMALL)
+        build_from_file(url, source, **SMALL)
     assert "set/index.json" not in server.keys(server.bucket)
     server.on_put = lambda key: None
-    build_shards(url, input=source, **SMALL)
+    build_from_file(url, source, **SMALL)
     assert verify_shards(url).problems == []
 
 
 def test_a_shard_spoilt_in_the_store_is_found_and_uploaded_again(server, source, local):
     url, client = f"s3://{server.bucket}/set", server.client()
-    build_shards(url, input=source, **SMALL)
+    build_from_file(url, source, **SMALL)
     first, second, *_ = sorted(path.name for path in local.glob("shard.*"))
     spoilt = (local / first).read_bytes()[::-1]  # the same size
     client.put_object(Bucket=server.bucket, Key=f"set/{first}", Body=spoilt)
@@ -149,27 +148,27 @@ def test_a_shard_spoilt_in_the_store_is_found_and_uploaded_again(server, source,
     problems = verify_shards(url, report=report_nothing).problems
     assert [first in problems[0] and "corrupt" in problems[0], second in problems[1] and "missing" in problems[1]]
     server.puts.clear()
-    build_shards(url, input=source, **SMALL)  # a missing shard makes the set incomplete
+    build_from_file(url, source, **SMALL)  # a missing shard makes the set incomplete
     assert {f"set/{first}", f"set/{second}"} <= set(server.puts)
     assert verify_shards(url, records=True).problems == []
 
 
 def test_another_set_in_the_store_is_not_replaced_unless_told(server, source):
     url = f"s3://{server.bucket}/set"
-    build_shards(url, input=source, **SMALL)
+    build_from_file(url, source, **SMALL)
     with pytest.raises(ShardError, match="holds another set"):
-        build_shards(url, input=source, **(SMALL | {"shard_bytes": 9_000}))
-    build_shards(url, input=source, overwrite=True, **(SMALL | {"shard_bytes": 9_000}))
+        build_from_file(url, source, **(SMALL | {"shard_bytes": 9_000}))
+    build_from_file(url, source, overwrite=True, **(SMALL | {"shard_bytes": 9_000}))
     assert verify_shards(url).problems == []
     assert shards_info(url).manifest.options["shard_bytes"] == 9_000
 
 
 def test_parts_in_the_store_are_merged_there(server, source):
     url = f"s3://{server.bucket}/set"
-    build_shards(url, input=source, part="1/2", **SMALL)
+    build_from_file(url, source, part="1/2", **SMALL)
     with pytest.raises(ShardError, match="part-2-of-2: this part is missing"):
         merge_shards(url)
-    build_shards(url, input=source, part="2/2", **SMALL)
+    build_from_file(url, source, part="2/2", **SMALL)
     assert not index_exists(url)
     assert merge_shards(url, report=report_nothing).tally.num_records == NUM_RECORDS
     assert server.puts[-1] == "set/index.json"

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.list_shards import build_from_file, report_nothing
 from support.synthetic_records import conversation, write_jsonl
 
 from rankllm_composer.errors import ShardError
-from rankllm_composer.shards.build import build_shards
 from rankllm_composer.shards.index import digest, parse_index, parse_manifest
 from rankllm_composer.shards.verify import shards_info, verify_shards
-
-
-def report_nothing(line: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,7 @@ def whole(source, tmp_path_factory) -> Path:
 
 
 def build(folder: Path, source: Path, **options) -> Path:
-    build_shards(folder, input=source, shard_bytes=5_000, num_processes=1, report=report_nothing, **options)
+    build_from_file(folder, source, shard_bytes=5_000, **options)
     return folder
 
 

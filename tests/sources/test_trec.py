@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankllm_composer.errors import RecordError, SourceError
+from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.permutations import parse_permutation
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, parse_user_turn
 from rankllm_composer.sources.conversations import read_records
@@ -57,7 +58,7 @@ def build(folder: Path, *, files=None, **options) -> tuple[list, Counter]:
     """Records and counts of what was left out."""
     dropped: Counter[str] = Counter()
     files = files or write_files(folder)
-    return list(read_records(TrecSource(**files, **options), dropped=dropped)), dropped
+    return list(read_records(TrecSource(SourceOptions(**files, **options)), dropped=dropped)), dropped
 
 
 def test_a_list_holds_what_the_client_would_show_and_the_order_of_the_judgments(tmp_path):
@@ -258,21 +259,21 @@ def test_a_document_twice_names_the_lines_to_look_at(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"window": 27}, "window: found 27, allowed with letters is 2 to 26"),
-        ({"window": 100, "identifiers": "numbers"}, "2 to 99"),
-        ({"window": 1}, "window: found 1"),
-        ({"stride": 0}, "stride: found 0"),
-        ({"lists_per_query": -1}, "lists_per_query"),
-        ({"depth": 1}, "depth"),
-        ({"max_passage_words": 0}, "max_passage_words"),
-        ({"identifiers": "roman"}, "identifiers: found 'roman', allowed are letters, numbers"),
-        ({"judgments": None}, "found neither judgments nor a teacher's run"),
-        ({"judgments": None, "teacher_run": "t", "require_relevant": True}, "require_relevant: found true without"),
+        ({"window": 27}, "window: found 27 with identifiers: letters; allowed: at most 26"),
+        ({"window": 100, "identifiers": "numbers"}, "at most 99"),
+        ({"window": 1}, "window\n"),
+        ({"stride": 0}, "stride\n"),
+        ({"lists_per_query": -1}, "lists_per_query\n"),
+        ({"depth": 1}, "depth\n"),
+        ({"max_passage_words": 0}, "max_passage_words\n"),
+        ({"identifiers": "roman"}, "identifiers\n"),
+        ({"judgments": None}, "judgments: found neither it nor teacher_run"),
+        ({"judgments": None, "teacher_run": "t", "require_relevant": True}, "found true without judgments"),
     ],
 )
 def test_settings_that_make_no_lists_stop(tmp_path, options, told):
-    with pytest.raises(SourceError) as caught:
-        TrecSource(**(write_files(tmp_path) | options))
+    with pytest.raises(ValueError) as caught:
+        TrecSource(SourceOptions(**(write_files(tmp_path) | options)))
     assert told in str(caught.value)
 
 
@@ -289,14 +290,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_any_process_builds_the_same_lists_of_a_query(tmp_path):
-    source = TrecSource(**write_files(tmp_path), lists_per_query=5, window=3).prepare(tmp_path)
+    source = TrecSource(SourceOptions(**write_files(tmp_path), lists_per_query=5, window=3)).prepare(tmp_path)
     copy = pickle.loads(pickle.dumps(source))
     items = list(source.items())
     assert [copy.records(item) for item in reversed(items)] == [source.records(item) for item in reversed(items)]
 
 
 def test_the_description_holds_names_and_settings_but_no_paths(tmp_path):
-    text = json.dumps(TrecSource(**write_files(tmp_path), seed=7).describe())
+    text = json.dumps(TrecSource(SourceOptions(**write_files(tmp_path), seed=7)).describe())
     assert str(tmp_path) not in text
     assert '"seed": 7' in text
     assert "docs.jsonl" in text
@@ -328,13 +329,13 @@ def test_the_order_is_a_permutation_that_no_pair_contradicts(docids, grades, tea
 def test_cranfield_makes_lists_whose_target_beats_the_first_stage(shared):
     folder = shared / "data" / "cranfield"
     dropped: Counter[str] = Counter()
-    source = TrecSource(
+    options = SourceOptions(
         run=str(folder / "bm25_top100.trec"),
         queries=str(folder / "queries.jsonl"),
         docs=str(folder / "docs.jsonl"),
         judgments=str(folder / "qrels.trec"),
     )
-    records = [record for _, record in read_records(source, dropped=dropped)]
+    records = [record for _, record in read_records(TrecSource(options), dropped=dropped)]
     assert len(records) + dropped["lists without a relevant passage"] == 225
     assert len(records) > 180
     for record in records:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from streaming import MDSWriter
 
+from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.shards.index import COLUMNS, dump_index, sample_from_record
+from rankllm_composer.shards.build import build_shards
+from rankllm_composer.shards.index import COLUMNS, BuildReport, dump_index, sample_from_record
 from support.synthetic_records import conversation
 
 
@@ -24,6 +26,23 @@ def new_record(index: int, **options) -> Record:
             "grades": [place % 3 for place in range(num_candidates)],
         }
     )
+
+
+def report_nothing(line: str) -> None:
+    """Ignore a line of progress."""
+
+
+def build_from_file(
+    output: Path | str,
+    source: Path | str,
+    *,
+    on_error: str = "stop",
+    report: Callable[[str], None] = report_nothing,
+    **options,
+) -> BuildReport:
+    """Build a set from a file of records in one process; `options` are those of `BuildOptions`."""
+    build = BuildOptions(**({"num_processes": 1} | options))
+    return build_shards(output, SourceOptions(input=source, on_error=on_error), build, report)
 
 
 def write_shards(

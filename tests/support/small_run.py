@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from rankllm_composer.options import SourceOptions
 from rankllm_composer.shards.build import build_shards
 from support.launching import ON_CPU, REPOSITORY
 
@@ -27,7 +28,7 @@ def small_run(folder: Path, tokenizer_folder: Path) -> list[str]:
     records = json.loads((GOLDEN / "records.json").read_text())
     copies = [dict(record, id=f"{record['id']}-{copy}") for copy in range(4) for record in records]
     (folder / "records.json").write_text(json.dumps(copies))
-    build_shards(str(folder / "shards"), input=str(folder / "records.json"))
+    build_shards(folder / "shards", SourceOptions(input=folder / "records.json"))
     return [
         *ON_CPU,
         f"model.name_or_path={folder / 'base'}",
