@@ -30,7 +30,7 @@ from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.load import load_recipe, merge_recipe, recipe_to_yaml
 from rankllm_composer.recipe.sections import describe_keys
 
-PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -364,6 +364,41 @@ def test_recipe_keys_that_are_named_exist(page):
 def test_every_recipe_has_a_row_and_every_row_a_recipe():
     rows = re.findall(r"^\| `yamls/(\w+)\.yaml` \|.*\|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(path.stem for path in (REPOSITORY / "yamls").glob("*.yaml"))
+
+
+def tables(text: str) -> dict[str, list[list[str]]]:
+    """First header cell → rows of cells, for every table of a page."""
+    found: dict[str, list[list[str]]] = {}
+    for head, _, *rows in (block.splitlines() for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)):
+        found[head.split("|")[1].strip()] = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    return found
+
+
+def paths_in(cell: str) -> list[Path]:
+    return [REPOSITORY / path for path in re.findall(r"`((?:rankllm_composer|tests|yamls|docs)/[\w./-]*)`", cell)]
+
+
+def test_the_tour_visits_every_folder():
+    rows = tables((REPOSITORY / "CONTRIBUTING.md").read_text())["folder"]
+    package = REPOSITORY / "rankllm_composer"
+    assert sorted(path for row in rows for path in paths_in(row[0])) == sorted(
+        path for path in package.iterdir() if (path / "__init__.py").exists()
+    )
+    for folder, first, _ in rows:
+        files = re.findall(r"`([\w.]+)`", first)
+        assert files and all((REPOSITORY / folder.strip("`") / name).is_file() for name in files), folder
+
+
+def test_where_to_add_something_names_files_and_tests_that_exist():
+    rows = {row[0]: row[1:] for row in tables((REPOSITORY / "CONTRIBUTING.md").read_text())["to add"]}
+    assert {"a ranking loss", "a data source", "a callback of your own", "a chat template"} <= set(rows)
+    for thing, cells in rows.items():
+        for cell in cells:
+            assert paths_in(cell) and all(path.exists() for path in paths_in(cell)), thing
+        assert all("tests" in path.parts for path in paths_in(cells[1])), thing
+        for name in re.findall(r"`([A-Za-z_]+)`", cells[0]):  # a function or table of one of these files
+            files = [path for path in paths_in(cells[0]) if path.suffix == ".py"]
+            assert any(re.search(rf"^(def )?{name}\b", path.read_text(), re.MULTILINE) for path in files), name
 
 
 def test_the_page_of_keys_is_what_the_dataclasses_say(tmp_path):

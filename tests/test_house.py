@@ -10,10 +10,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import rankllm_composer
 
+REPOSITORY = Path(__file__).parent.parent
 PACKAGE = Path(rankllm_composer.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
@@ -112,29 +114,60 @@ def test_importing_the_package_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
-def test_make_check_finds_nothing():
-    """Lint, format and types, by the very commands of `make check`."""
-    root = Path(__file__).parent.parent
-    said = subprocess.run(["make", "-n", "check"], cwd=root, capture_output=True, text=True, check=True).stdout
-    commands = [line.split() for line in said.splitlines() if line.startswith((".venv/bin/ruff", ".venv/bin/mypy"))]
+def check_commands() -> list[list[str]]:
+    """The commands of `make check`, as words."""
+    printed = subprocess.run(["make", "-n", "check"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    commands = [line.split() for line in printed.splitlines() if line.startswith((".venv/bin/ruff", ".venv/bin/mypy"))]
     assert [command[0].rpartition("/")[2] for command in commands] == ["ruff", "ruff", "mypy"]
-    for program, *arguments in commands:
-        here = Path(sys.executable).with_name(Path(program).name)
-        done = subprocess.run([here, *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return commands
+
+
+@pytest.mark.slow
+def test_make_check_reports_nothing():
+    for program, *arguments in check_commands():
+        installed = Path(sys.executable).with_name(Path(program).name)
+        done = subprocess.run([installed, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_pre_commit_runs_the_commands_of_make_check():
+    file = REPOSITORY / ".pre-commit-config.yaml"
+    command = [sys.executable, "-m", "pre_commit", "validate-config", file]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    (repo,) = yaml.safe_load(file.read_text())["repos"]
+    assert repo["repo"] == "local"
+    assert [hook["entry"].split() for hook in repo["hooks"]] == check_commands()
+    assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in repo["hooks"])
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_an_issue_form_is_valid(name):
+    """What GitHub requires of a form: https://docs.github.com/communities (syntax for issue forms)."""
+    form = yaml.safe_load((REPOSITORY / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+    assert set(form) <= {"name", "description", "body", "labels", "title", "assignees"}
+    assert form["name"] and form["description"]
+    fields = [item for item in form["body"] if item["type"] != "markdown"]
+    assert fields and len({item["id"] for item in fields}) == len(fields)
+    assert all(item["type"] in ("textarea", "input", "dropdown", "checkboxes") for item in fields)
+    assert all(item["attributes"]["label"] for item in fields)
+    assert any(item.get("validations", {}).get("required") for item in fields)
+
+
+def test_the_other_templates_are_there():
+    config = yaml.safe_load((REPOSITORY / ".github" / "ISSUE_TEMPLATE" / "config.yml").read_text())
+    assert config == {"blank_issues_enabled": False}
+    assert "make check" in (REPOSITORY / ".github" / "PULL_REQUEST_TEMPLATE.md").read_text()
+
+
 def test_folders_that_are_typed_strictly_are_there():
-    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    project = (REPOSITORY / "pyproject.toml").read_text()
     strict = set(re.findall(r'^ {4}"rankllm_composer\.(\w+)(?:\.\*)?",$', project, re.MULTILINE))
     assert strict <= set(ALLOWED) and {"prompts", "recipe"} <= strict
 
 
 def test_the_constraints_are_what_is_installed():
-    """Exact versions of all that `.[dev]` brings, and no address of where it came from."""
-    root = Path(__file__).parent.parent
-    pinned = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    """Exact versions of everything that `.[dev]` installs, without URLs."""
+    pinned = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.!+-]+", line) for line in pinned)
     versions = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower(): line.partition("==")[2] for line in pinned}
     assert len(versions) == len(pinned)
