@@ -1,4 +1,4 @@
-"""The design as tests: which folder may import which, what an import costs, how long a module may be."""
+"""Tests of the design: imports between folders, cost of an import, length of a module, tools and templates."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ ALLOWED = {
     "cli": "demo report preflight shards ranking export recipe prompts redaction",
     "__main__": "cli",
 }
-"""Folder or file → what it may import besides `errors` and `options`. A row names rows above it only: no cycle."""
+"""Folder or file → what it may import besides `errors` and `options`: only rows above it, so there is no cycle."""
 COMPOSER = {"training", "model", "data", "distributed", "launch", "preflight/memory", "demo"}
 STREAMING = {"shards", "data", "storage"}
 
 
-def place(path: Path) -> str:
-    """The row of the table that a module belongs to: its folder, or its own name at the top."""
+def row_of(path: Path) -> str:
+    """Row of the table that a module belongs to: its folder, or its name if it is at the top level."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def modules_imported(path: Path) -> set[str]:
-    """Dotted names of the modules that a file imports, at its top or inside a function."""
+    """Dotted names of the modules that a file imports, at the top level or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -63,24 +63,24 @@ def modules_imported(path: Path) -> set[str]:
     return found
 
 
-def imported_places() -> dict[str, set[str]]:
-    """Row of the table → the other rows that it imports."""
+def imported_rows() -> dict[str, set[str]]:
+    """Row of the table → other rows that it imports."""
     found: dict[str, set[str]] = {}
     for path in MODULES:
         names = [name.split(".") for name in modules_imported(path)]
         ours = {parts[1] for parts in names if parts[0] == "rankllm_composer" and len(parts) > 1}
-        found.setdefault(place(path), set()).update(ours - {place(path), "errors", "options"})
+        found.setdefault(row_of(path), set()).update(ours - {row_of(path), "errors", "options"})
     return found
 
 
-def test_a_folder_imports_what_the_table_allows():
-    found = imported_places()
+def test_folders_import_only_what_the_table_allows():
+    found = imported_rows()
     assert set(found) - {"__init__", "errors", "options"} == set(ALLOWED)
     for row, allowed in ALLOWED.items():
         assert found[row] <= set(allowed.split()), row
 
 
-def test_folders_form_no_cycle():
+def test_the_import_table_has_no_cycle():
     above: set[str] = set()
     for row, allowed in ALLOWED.items():
         assert set(allowed.split()) <= above, row
@@ -88,7 +88,7 @@ def test_folders_form_no_cycle():
 
 
 @pytest.mark.parametrize(("library", "allowed"), [("composer", COMPOSER), ("streaming", STREAMING)])
-def test_composer_and_streaming_are_imported_in_their_places_alone(library, allowed):
+def test_composer_and_streaming_are_imported_only_where_allowed(library, allowed):
     importers = {path for path in MODULES if library in {name.split(".")[0] for name in modules_imported(path)}}
     names = {str(path.relative_to(PACKAGE).with_suffix("")) for path in importers}
     assert {name for name in names if not {name, name.split("/")[0]} & allowed} == set()
@@ -96,7 +96,7 @@ def test_composer_and_streaming_are_imported_in_their_places_alone(library, allo
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE).with_suffix("")))
-def test_a_module_holds_one_concept(path):
+def test_modules_are_short_and_have_a_docstring(path):
     assert len(path.read_text().splitlines()) <= 480
     assert ast.get_docstring(ast.parse(path.read_text()))
 
@@ -159,13 +159,13 @@ def test_the_other_templates_are_there():
     assert "make check" in (REPOSITORY / ".github" / "PULL_REQUEST_TEMPLATE.md").read_text()
 
 
-def test_folders_that_are_typed_strictly_are_there():
+def test_strictly_typed_folders_exist():
     project = (REPOSITORY / "pyproject.toml").read_text()
     strict = set(re.findall(r'^ {4}"rankllm_composer\.(\w+)(?:\.\*)?",$', project, re.MULTILINE))
     assert strict <= set(ALLOWED) and {"prompts", "recipe"} <= strict
 
 
-def test_the_constraints_are_what_is_installed():
+def test_the_constraints_match_the_installed_versions():
     """Exact versions of everything that `.[dev]` installs, without URLs."""
     pinned = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.!+-]+", line) for line in pinned)

@@ -1,4 +1,4 @@
-"""The messages of docs/troubleshooting.md are those that the code says."""
+"""Every message in docs/troubleshooting.md is one that the code raises."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MESSAGES = re.findall(r"^\| `([^`]+)` \| ", PAGE.read_text(), re.MULTILINE)
 
 
 class Tools:
-    """What a case may use."""
+    """A temporary folder and a monkeypatch, for the cases below."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.patch = folder, patch
@@ -143,15 +143,15 @@ CASES: dict[str, Callable[[Tools], None]] = {
 }
 
 
-def test_every_message_has_a_case_and_every_case_a_message():
+def test_messages_and_cases_correspond_one_to_one():
     assert len(MESSAGES) == len(CASES) > 12
     for message in MESSAGES:
         assert sum(message.startswith(begin) for begin in CASES) == 1, message
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_the_message_is_what_the_code_says(message, tmp_path, monkeypatch):
+def test_the_code_raises_the_message(message, tmp_path, monkeypatch):
     (case,) = (case for begin, case in CASES.items() if message.startswith(begin))
-    with pytest.raises(ValueError) as said:
+    with pytest.raises(ValueError) as raised:
         case(Tools(tmp_path, monkeypatch))
-    assert re.search(".*".join(map(re.escape, message.split("…"))), str(said.value), re.DOTALL), str(said.value)
+    assert re.search(".*".join(map(re.escape, message.split("…"))), str(raised.value), re.DOTALL), str(raised.value)

@@ -1,4 +1,4 @@
-"""What a user installs: a built wheel, in an environment that has the dependencies and no source tree."""
+"""Tests of a built wheel, installed in an environment with the dependencies and without the source tree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.small_run import small_run
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of this tree, built from a copy so that nothing is left in it."""
+    """The wheel of this source tree, built from a copy to leave the tree unchanged."""
     source = tmp_path_factory.mktemp("source")
     for name in ("rankllm_composer", "yamls"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -33,7 +33,7 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_wheel_holds_every_module_and_recipe(wheel):
+def test_the_wheel_contains_every_module_and_recipe(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = REPOSITORY / "rankllm_composer"
     modules = {f"rankllm_composer/{path.relative_to(package)}" for path in package.rglob("*.py")}
@@ -44,7 +44,7 @@ def test_a_wheel_holds_every_module_and_recipe(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """Folder of programs of an environment with the wheel; the dependencies are those of this one."""
+    """The bin folder of an environment with the wheel installed and the dependencies of this environment."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     (packages,) = folder.glob("lib/python3.*/site-packages")
@@ -53,7 +53,8 @@ def installed(wheel, tmp_path_factory) -> Path:
         capture_output=True,
         check=True,
     )
-    # A path in a .pth file brings the packages there, but none of the .pth files beside them: not this source tree.
+    # A .pth file adds the packages of a folder, but does not process that folder's .pth files, such as the one that
+    # an editable install of this source tree leaves.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "bin"
 

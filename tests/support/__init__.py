@@ -1,1 +1,1 @@
-"""What several tests build on: tiny models and data, launched runs, a loopback store."""
+"""Helpers shared by tests: tiny models and data, launched runs, a loopback object store."""
