@@ -137,7 +137,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     else:
         sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-        from real_tokenizers import build_tokenizer
+        from support.real_tokenizers import build_tokenizer
 
         tokenizer = build_tokenizer("mistral_v3")
 

@@ -25,10 +25,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import real_tokenizers
-from killing import Run, checkpoint_content, comparable_metrics, differences, kill
-from s3_server import s3_server
-from small_run import RECIPE, small_run
+from support import real_tokenizers
+from support.killing import Run, checkpoint_content, comparable_metrics, differences, kill
+from support.s3_server import s3_server
+from support.small_run import RECIPE, small_run
 
 from rankllm_composer.checkpoints.folder import whole_checkpoints
 
