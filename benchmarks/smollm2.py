@@ -30,11 +30,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from gguf_model import unpack_gguf_model
+from known_item import KnownItems, build_known_items
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from word_lists import Index, WordList, asked_by_texts, assembled_lists, judged_lists, without_gaps
 
-from benchmarks.gguf_model import unpack_gguf_model
-from benchmarks.known_item import KnownItems, build_known_items
 from rankllm_composer import train
 from rankllm_composer.data.packing import Sequence as PackedSequence
 from rankllm_composer.data.packing import split_batch
