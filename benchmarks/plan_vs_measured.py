@@ -80,11 +80,11 @@ def measure(case: dict[str, Any]) -> int:
     from rankllm_composer.data import packing
     from rankllm_composer.distributed import average_sharded_gradients
     from rankllm_composer.model.reranker import ListwiseReranker
-    from rankllm_composer.preflight.memory import lists_without_content
+    from rankllm_composer.preflight.memory import placeholder_lists
 
     work = workload(case)
     each = len(work.lengths)
-    rows = lists_without_content(work) * (2 if work.accumulates else 1)
+    rows = placeholder_lists(work) * (2 if work.accumulates else 1)
     base = AutoModelForCausalLM.from_config(work.config)
     model = ListwiseReranker(
         base.float().train(),

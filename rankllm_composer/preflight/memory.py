@@ -1,7 +1,7 @@
-"""How much memory a rank will need: the real model and the real FSDP2 wrapping, run once on tensors without data.
+"""Predict the memory of one rank: one training update of the real model under FSDP2, on tensors without data.
 
-A process group that sends nothing stands in for any number of ranks, fake tensors for the weights, so a 7B model on 512
-ranks is planned on a laptop. Every allocation of a forward and backward pass is entered in a ledger with its purpose.
+Fake tensors stand in for the weights and a fake process group for the other ranks, so a plan for 7 billion parameters
+on 512 ranks takes one CPU process. Nothing is computed; torch's memory trackers record what would be allocated.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
@@ -19,14 +18,14 @@ import numpy as np
 import torch
 import torch.distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rankllm_composer.data import packing
+from rankllm_composer.errors import RunError
 from rankllm_composer.model.losses import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
-from rankllm_composer.preflight.ledger import PARTS, Ledger
+from rankllm_composer.preflight.tracking import MemoryTracker, ReplicaTracker, ShardTracker
 from rankllm_composer.prompts.encoding import EncodedRecord
 
 if TYPE_CHECKING:
@@ -34,29 +33,30 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig
 
-FLASH_STAND_IN = "flash_attention_without_data"
+FAKE_FLASH_ATTENTION = "fake_flash_attention"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank computes and holds.
+    """What one rank holds and computes.
 
     Attributes:
-        config: the HF configuration of the model.
-        objective: what is trained.
-        lengths: tokens of each list of the fullest microbatch.
-        num_targets: response tokens of each list.
-        num_candidates: of each list.
-        num_ranks: over which weights are sharded, or copied.
-        accumulates: True = an update takes several microbatches, so gradients are there while activations are.
-        fsdp: True = sharded with FSDP2, False = copied (DDP).
-        reshard_after_forward, mixed_precision: as FSDP2Config takes them.
-        precision: "fp32" or "amp_bf16".
-        activation_checkpointing: share of the layers that are computed again.
-        attention: "flash_attention_2" or "packed_sdpa".
-        optimizer: "adamw" or "adamw_8bit".
-        peft_config: of the adapters; None = all weights are trained.
-        frozen_precision: "fp32" or "bf16", of the weights that adapters change.
+        config: Hugging Face configuration of the model.
+        objective: training objective.
+        lengths: tokens of each list in the largest microbatch.
+        num_targets: response tokens per list.
+        num_candidates: candidates per list.
+        num_ranks: number of ranks, which shard (FSDP2) or replicate (DDP) the weights.
+        accumulates: True if an update has several microbatches, so that gradients exist while activations do.
+        fsdp: True for FSDP2, False for DDP.
+        reshard_after_forward: as in Composer's FSDP2Config.
+        mixed_precision: as in Composer's FSDP2Config.
+        precision: Composer's precision of the forward and backward pass.
+        activation_checkpointing: share of the layers whose activations are recomputed.
+        attention: attention implementation.
+        optimizer: name of the optimizer.
+        peft_config: configuration of the adapters; None if all weights are trained.
+        frozen_precision: data type of the weights under adapters.
     """
 
     config: PretrainedConfig
@@ -79,12 +79,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank.
+    """Bytes that one rank allocates.
 
     Attributes:
-        at_peak: bytes of each of PARTS at the moment that most are in use.
-        held: bytes of weights, whole gradients and optimizer state: what there is at an update.
-        num_parameters: of the whole model, and of these trained.
+        at_peak: bytes per part when most memory is in use.
+        held: bytes of weights, gradients, optimizer state and DDP buckets during the optimizer's step.
+        num_parameters: parameters of the model.
+        num_trained: parameters that are trained.
     """
 
     at_peak: dict[str, int]
@@ -98,127 +99,40 @@ class Memory:
         return max(sum(self.at_peak.values()), sum(self.held.values()))
 
 
-class _FlashAttention(torch.autograd.Function):
-    """The tensors that flash-attn's variable-length kernels make, without what is in them.
-
-    Source:
-        Dao-AILab/flash-attention 2.7, csrc/flash_attn/flash_api.cpp: mha_varlen_fwd, mha_varlen_bwd.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_sequences: int
-    ) -> torch.Tensor:
-        total, num_heads, _ = query.shape
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)  # (T, H, d)
-        normaliser = query.new_empty((num_heads, total), dtype=torch.float32)
-        ctx.num_sequences = num_sequences
-        ctx.save_for_backward(query, key, value, output, normaliser)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, _, _ = ctx.saved_tensors
-        total, num_heads, head_dim = query.shape
-        padded = total + 128 * ctx.num_sequences
-        made = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
-        temporary = [
-            query.new_empty((num_heads, padded), dtype=torch.float32),
-            query.new_empty((padded, num_heads, -(-head_dim // 32) * 32), dtype=torch.float32),
-        ]
-        if key.shape[1] != num_heads:
-            temporary += [torch.empty_like(made[0]), torch.empty_like(made[0])]
-        del temporary
-        return *made, None
-
-
-def _flash_stand_in(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **arguments: Any
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature; (1, H, T, d) → (1, T, H, d)."""
-    halves = [
-        tensor[0].transpose(0, 1).to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor[0].transpose(0, 1)
-        for tensor in (query, key, value)
-    ]
-    return _FlashAttention.apply(*halves, len(arguments["cu_seq_lens_q"]) - 1)[None], None
-
-
-class _Bounds(list):  # type: ignore[type-arg]
-    """Cumulative lengths that can be read where tensors hold no data."""
-
-    def tolist(self) -> list[int]:
-        return list(self)
-
-
-@contextlib.contextmanager
-def _silent_ranks(num_ranks: int) -> Iterator[DeviceMesh]:
-    """A process group of any size in which this process is rank 0 and nothing is sent."""
-    import torch.distributed._tools.fake_collectives  # teaches fake tensors the collectives
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if torch.distributed.is_initialized():
-        raise ValueError(
-            "plan: found a process group in this process, allowed is none; plan in a process that does not train"
-        )
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
-    try:
-        yield init_device_mesh("cpu", (num_ranks,))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def plan_memory(work: Workload) -> Memory:
-    """Memory of one rank in an update after the first, at its fullest.
+    """Predict the memory of one rank during any update after the first.
 
-    The optimizer's state is laid out, not computed. Not in it: what CUDA and NCCL take for themselves, fragments, noise
-    on the embeddings, and what torch.compile saves or adds.
+    Not included: what CUDA and NCCL allocate for themselves, fragmentation, embedding noise, and what torch.compile
+    saves or adds.
 
     Raises:
-        ValueError: this process has a process group already.
+        RunError: this process already has a process group.
     """
-    with _without_remarks(), _silent_ranks(work.num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        ledger = Ledger()
-        model = _build(work, mesh)
-        for tensor in (*model.parameters(), *model.buffers()):
-            ledger.book(tensor, "weights")
+    with _quiet_composer(), fake_process_group(work.num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        model = _build_model(work, mesh)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with ledger, _booked_by_part(ledger, model):
+        tracker = ShardTracker(model) if work.fsdp else ReplicaTracker(model)
+        tracker.count_logits_of(model.output_head)
+        with tracker:
             batch = _microbatch(work)
-            outputs = _pass(ledger, model, batch, work) if work.accumulates else None
-            with ledger.booking("optimizer"):
-                state = [_optimizer_state(parameter, work.optimizer) for parameter in trained]
-            if not work.fsdp and work.num_ranks > 1:  # DDP copies gradients into buckets
-                with ledger.booking("buffers"):
-                    state.append([torch.empty_like(parameter) for parameter in trained])
-            outputs = _pass(ledger, model, batch, work)
-        held = {part: ledger.bytes_of[part] for part in ("weights", "gradients", "optimizer")}
-        if not work.fsdp:
-            held["buffers"] = ledger.bytes_of["buffers"]
-        del outputs, state
+            outputs = _forward_and_backward(model, batch, work, tracker) if work.accumulates else None
+            tracker.reset_mod_stats()
+            outputs = _forward_and_backward(model, batch, work, tracker)
+        at_peak, at_update = tracker.bytes_by_part("peak"), tracker.bytes_by_part("current")
+        del outputs
+        at_peak["optimizer"] = at_update["optimizer"] = sum(_optimizer_bytes(work, weight) for weight in trained)
+        if not work.fsdp and work.num_ranks > 1:  # DDP copies gradients into buckets
+            at_peak["buffers"] = at_update["buffers"] = sum(weight.nbytes for weight in trained)
+        held = ("weights", "gradients", "optimizer") + (() if work.fsdp else ("buffers",))
         return Memory(
-            at_peak={part: ledger.at_peak[part] for part in PARTS},
-            held=held,
+            at_peak=at_peak,
+            held={part: at_update[part] for part in held},
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             num_trained=sum(parameter.numel() for parameter in trained),
         )
 
 
-@contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Without what Composer says of a missing tokenizer and of FSDP2's age: a plan is about neither."""
-    log = logging.getLogger("composer.models.huggingface")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _build(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
+def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     from composer.core.precision import Precision
     from composer.distributed.fsdp2 import prepare_fully_shard
     from composer.distributed.fsdp2_utils import generate_composer_model_policy
@@ -234,8 +148,8 @@ def _build(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
         peft_config=work.peft_config,
     )
     if work.attention == "flash_attention_2":
-        AttentionInterface.register(FLASH_STAND_IN, _flash_stand_in)
-        model.config._attn_implementation = FLASH_STAND_IN
+        AttentionInterface.register(FAKE_FLASH_ATTENTION, _fake_flash_attention)
+        model.config._attn_implementation = FAKE_FLASH_ATTENTION
     if work.fsdp:
         prepare_fully_shard(
             model,
@@ -250,8 +164,8 @@ def _build(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     return model
 
 
-def lists_without_content(work: Workload) -> list[packing.Sequence]:
-    """Lists of the workload's lengths, to be packed as one microbatch."""
+def placeholder_lists(work: Workload) -> list[packing.Sequence]:
+    """Lists with the workload's lengths and token id 0 everywhere, to pack as one microbatch."""
     rows = []
     for number, length in enumerate(work.lengths):
         candidates = np.arange(work.num_candidates)
@@ -263,86 +177,122 @@ def lists_without_content(work: Workload) -> list[packing.Sequence]:
 
 
 def _microbatch(work: Workload) -> dict[str, Any]:
-    batch = packing.pack(lists_without_content(work))
-    batch["cu_seqlens"] = _Bounds([0, *np.cumsum(work.lengths).tolist()])
+    batch = packing.pack(placeholder_lists(work))
+    batch["cu_seqlens"] = _ReadableBounds([0, *np.cumsum(work.lengths).tolist()])
     batch["language_modelling_scale"] = batch["ranking_scale"] = 1.0
     return batch
 
 
-def _pass(ledger: Ledger, model: ListwiseReranker, batch: dict[str, Any], work: Workload) -> Any:
-    """Forward and backward as the Trainer runs them: outputs live until the next forward."""
+def _forward_and_backward(
+    model: ListwiseReranker, batch: dict[str, Any], work: Workload, tracker: MemoryTracker
+) -> dict[str, torch.Tensor]:
+    """Process one microbatch as Composer's Trainer does; it keeps the outputs until the next forward pass."""
 
     def unique(values: torch.Tensor, return_inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(work.num_candidates, dtype=values.dtype), torch.zeros_like(values)
 
     amp = torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "amp_bf16")
-    with amp, mock.patch.object(torch, "unique", unique):  # how many differ is known; there is no data to count them
+    with amp, mock.patch.object(torch, "unique", unique):  # its output size depends on data
         outputs = model(batch)
-        ledger.part = "logits"
+        tracker.count_logits(True)
         loss = model.loss(outputs, batch)["total"]
     loss.backward()
-    ledger.part = "activations"
+    tracker.count_logits(False)
     return outputs
 
 
-def _optimizer_state(parameter: torch.nn.Parameter, optimizer: str) -> list[torch.Tensor]:
-    """The state of one weight's shard.
+def _optimizer_bytes(work: Workload, weight: torch.nn.Parameter) -> int:
+    """Bytes of optimizer state for this rank's shard of a weight.
 
     Source:
-        torch.optim.AdamW: two averages in the weight's type and a float32 step. bitsandbytes.optim.AdamW8bit: averages
-        in one byte an element with a float32 maximum a block of 256, and 256 float32 quantiles each; float32 averages
-        for weights below 4,096 elements.
+        torch.optim.AdamW: two averages in the weight's type and a float32 step. bitsandbytes.optim.AdamW8bit: two
+        averages of one byte per element, each with a float32 maximum per block of 256 and 256 float32 quantiles;
+        float32 averages for weights below 4,096 elements.
     """
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-    if optimizer == "adamw_8bit" and local.numel() >= 4096:
-        blocks = -(-local.numel() // 256)
-        return [
-            torch.empty(size, dtype=kind)
-            for size, kind in ((local.numel(), torch.uint8), (blocks, torch.float32), (256, torch.float32)) * 2
-        ]
-    return [torch.empty_like(local), torch.empty_like(local), torch.empty((), dtype=torch.float32)]
+    shard = weight.to_local() if isinstance(weight, DTensor) else weight
+    if work.optimizer == "adamw_8bit" and shard.numel() >= 4096:
+        num_blocks = -(-shard.numel() // 256)
+        return 2 * (shard.numel() + 4 * num_blocks + 4 * 256)
+    return 2 * shard.nbytes + 4
 
 
 @contextlib.contextmanager
-def _booked_by_part(ledger: Ledger, model: ListwiseReranker) -> Iterator[None]:
-    """While open, the ledger knows logits, gathered weights and gradients from other activations."""
+def fake_process_group(num_ranks: int) -> Iterator[DeviceMesh]:
+    """Rank 0 of a process group of any size that sends nothing."""
+    import torch.distributed._tools.fake_collectives  # registers the collectives for fake tensors
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    def gathering(method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def booked(group: FSDPParamGroup, *args: Any, **kwargs: Any) -> Any:
-            with ledger.booking("buffers"):
-                result = method(group, *args, **kwargs)
-            for item in group.fsdp_params:
-                ledger.book(item.sharded_param.grad, "gradients")
-                unsharded = getattr(item, "_unsharded_param", None)
-                if unsharded is not None and unsharded.requires_grad and id(unsharded) not in watched:
-                    watched.add(id(unsharded))  # FSDP2 keeps it for good
-                    unsharded.register_post_accumulate_grad_hook(lambda weight: ledger.book(weight.grad, "buffers"))
-            return result
+    if torch.distributed.is_initialized():
+        raise RunError("this process already has a process group. Plan in a process that does not train.")
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield init_device_mesh("cpu", (num_ranks,))
+    finally:
+        torch.distributed.destroy_process_group()
 
-        return booked
 
-    def before_head(_: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> None:
-        ledger.part = "logits"
-        if inputs[0].requires_grad:
-            inputs[0].register_hook(after_head_gradient)
+@contextlib.contextmanager
+def _quiet_composer() -> Iterator[None]:
+    """Silence Composer's warnings about the missing tokenizer and experimental FSDP2, which do not concern a plan."""
+    log = logging.getLogger("composer.models.huggingface")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
+            yield
+    finally:
+        log.setLevel(level)
 
-    def after_head_gradient(_: torch.Tensor) -> None:
-        ledger.part = "activations"
 
-    def after_head(*_: Any) -> None:
-        ledger.part = "activations"
+class _FlashAttentionAllocations(torch.autograd.Function):
+    """The allocations of flash-attn's variable-length kernels, without the computation.
 
-    watched: set[int] = set()
-    with contextlib.ExitStack() as undo:
-        for name in ("unshard", "wait_for_unshard", "post_backward"):
-            undo.enter_context(mock.patch.object(FSDPParamGroup, name, gathering(getattr(FSDPParamGroup, name))))
-        for parameter in model.parameters():
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                handle = parameter.register_post_accumulate_grad_hook(
-                    lambda weight: ledger.book(weight.grad, "gradients")
-                )
-                undo.callback(handle.remove)
-        undo.callback(model.output_head.register_forward_pre_hook(before_head).remove)
-        undo.callback(model.output_head.register_forward_hook(after_head).remove)
-        yield
+    Source:
+        Dao-AILab/flash-attention 2.7, csrc/flash_attn/flash_api.cpp: mha_varlen_fwd, mha_varlen_bwd.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_lists: int
+    ) -> torch.Tensor:
+        total, num_heads, _ = query.shape
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)  # (T, H, d)
+        log_sum_exp = query.new_empty((num_heads, total), dtype=torch.float32)
+        ctx.num_lists = num_lists
+        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        total, num_heads, head_dim = query.shape
+        padded = total + 128 * ctx.num_lists
+        returned = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
+        temporary = [
+            query.new_empty((num_heads, padded), dtype=torch.float32),
+            query.new_empty((padded, num_heads, -(-head_dim // 32) * 32), dtype=torch.float32),
+        ]
+        if key.shape[1] != num_heads:
+            temporary += [torch.empty_like(returned[0]), torch.empty_like(returned[0])]
+        del temporary
+        return *returned, None
+
+
+def _fake_flash_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **arguments: Any
+) -> tuple[torch.Tensor, None]:
+    """Allocate what flash-attn does, under transformers' attention signature; (1, H, T, d) → (1, T, H, d)."""
+    half = [
+        tensor[0].transpose(0, 1).to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor[0].transpose(0, 1)
+        for tensor in (query, key, value)
+    ]
+    return _FlashAttentionAllocations.apply(*half, len(arguments["cu_seq_lens_q"]) - 1)[None], None
+
+
+class _ReadableBounds(list):  # type: ignore[type-arg]
+    """Cumulative lengths that the model can read, as it cannot read a fake tensor."""
+
+    def tolist(self) -> list[int]:
+        return list(self)

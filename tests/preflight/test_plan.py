@@ -19,9 +19,9 @@ from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import training_flops
 from rankllm_composer.model.losses import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
-from rankllm_composer.preflight.ledger import Ledger
-from rankllm_composer.preflight.memory import Workload, lists_without_content, plan_memory
+from rankllm_composer.preflight.memory import Workload, placeholder_lists, plan_memory
 from rankllm_composer.preflight.plan import GPUS, Gpu, plan_recipe
+from rankllm_composer.preflight.tracking import ReplicaTracker
 from rankllm_composer.recipe.load import load_recipe
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
@@ -82,8 +82,8 @@ def test_optimizer_state_is_that_of_adamw_and_8_bit_is_a_quarter():
 
 
 @pytest.mark.parametrize("checkpointing", [0.0, 1.0])
-def test_the_ledger_holds_what_autograd_saves(checkpointing):
-    """After a real forward pass: the storages that saved-tensor hooks see, and what is returned."""
+def test_counted_activations_are_what_autograd_saves(checkpointing):
+    """After a real forward pass: the storages that saved-tensor hooks see, and the outputs."""
     work = toy_work()
     model = ListwiseReranker(
         AutoModelForCausalLM.from_config(work.config).train(),
@@ -91,14 +91,14 @@ def test_the_ledger_holds_what_autograd_saves(checkpointing):
         work.objective,
         activation_checkpointing=checkpointing,
     )
-    (batch,) = packing.split_batch({"sequences": lists_without_content(work)}, max_lists=2)
-    given = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-    there = [*model.parameters(), *model.buffers(), *given]
-    known = {tensor.untyped_storage().data_ptr() for tensor in there}
+    (batch,) = packing.split_batch({"sequences": placeholder_lists(work)}, max_lists=2)
+    inputs = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    existing = [*model.parameters(), *model.buffers(), *inputs]
+    known = {tensor.untyped_storage().data_ptr() for tensor in existing}
     saved: dict[int, int] = {}
-    ledger = Ledger()
-    for tensor in there:
-        ledger.book(tensor, "weights")
+    tracker = ReplicaTracker(model)
+    tracker.track_external(*inputs)
+    before = tracker.bytes_by_part("current")["activations"]
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -106,13 +106,14 @@ def test_the_ledger_holds_what_autograd_saves(checkpointing):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with ledger, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with tracker, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = model(batch)
     for tensor in outputs.values():
         pack(tensor)
-    if checkpointing:  # a checkpoint keeps what it calls its layer with: cosines and sines (T, 16), positions (T,)
+    if checkpointing:  # a checkpoint keeps its layer's arguments: cosines and sines (T, 16), positions (T,)
         saved[0] = 2 * 70 * 16 * 4 + 70 * 8
-    assert ledger.bytes_of["activations"] == pytest.approx(sum(saved.values()), rel=0.001)
+    counted = tracker.bytes_by_part("current")["activations"] - before
+    assert counted == pytest.approx(sum(saved.values()), rel=0.001)
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": 1.0}, {"accumulates": False}], ids=str)
@@ -121,7 +122,7 @@ def test_peak_is_within_a_tenth_of_what_the_allocator_gives(changes):
     work = toy_work(fsdp=False, **changes)
     planned = plan_memory(work)
     batches = [
-        packing.split_batch({"sequences": lists_without_content(work)}, max_lists=2)[0]
+        packing.split_batch({"sequences": placeholder_lists(work)}, max_lists=2)[0]
         for _ in range(2 if work.accumulates else 1)
     ]
     base = AutoModelForCausalLM.from_config(work.config).train()
