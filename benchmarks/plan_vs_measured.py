@@ -51,7 +51,7 @@ def workload(case: dict[str, Any]) -> Any:
     from peft import LoraConfig
     from transformers import MistralConfig
 
-    from rankllm_composer.model.losses import Objective
+    from rankllm_composer.model.objective import Objective
     from rankllm_composer.preflight.memory import Workload
 
     rest = {key: value for key, value in case.items() if key not in ("objective", "length", "lora")}

@@ -43,7 +43,7 @@ def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded:
 
     from rankllm_composer.data import packing
     from rankllm_composer.distributed import average_sharded_gradients
-    from rankllm_composer.model.losses import Objective
+    from rankllm_composer.model.objective import Objective
     from rankllm_composer.model.reranker import ListwiseReranker
 
     class Batches(IterableDataset):

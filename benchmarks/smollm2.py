@@ -40,7 +40,7 @@ from rankllm_composer.data.packing import Sequence as PackedSequence
 from rankllm_composer.data.packing import split_batch
 from rankllm_composer.demo import export_untrained
 from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import format_permutation

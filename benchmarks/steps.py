@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from rankllm_composer.data.packing import Sequence, split_batch
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 
 RANKING_WEIGHT = 10.0

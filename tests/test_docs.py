@@ -260,10 +260,10 @@ def test_every_command(here):
 
 
 def test_every_python_snippet_runs():
-    snippets = [block for block in BLOCKS if block.language == "python"]
-    assert [block.page for block in snippets] == ["losses.md"]
-    for block in snippets:
-        exec(compile(block.text, block.page, "exec"), {})
+    """Snippets inside a numbered list, as in losses.md, are the matter of tests/model/test_losses_page.py."""
+    for block in BLOCKS:
+        if block.language == "python":
+            exec(compile(block.text, block.page, "exec"), {})
 
 
 # What the other blocks show

@@ -24,7 +24,7 @@ ALLOWED = {
     "storage": "",
     "prompts": "",
     "model": "",
-    "recipe": "prompts redaction",
+    "recipe": "model prompts redaction",
     "sources": "prompts",
     "checkpoints": "storage",
     "shards": "sources prompts storage",

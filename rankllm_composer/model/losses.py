@@ -1,4 +1,4 @@
-"""Ranking losses over batches of candidate lists, and the `LOSSES` table that recipes name them by.
+"""Ranking losses over batches of candidate lists.
 
 Every loss takes scores (B, N), the teacher's ranks (B, N) and a mask (B, N), and works on all lists and pairs at once.
 Shared conventions:
@@ -15,17 +15,15 @@ Shared conventions:
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from rankllm_composer.options import OBJECTIVES
+from rankllm_composer.model.loss_table import RANKING_LOSSES
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -301,94 +299,25 @@ def adr_mse_loss(
     return _reduce(losses, mask, reduction)
 
 
+def _option_names(loss: Callable[..., torch.Tensor]) -> list[str]:
+    """Keyword-only parameters of a loss besides those that every loss has."""
+    keywords = [p.name for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [name for name in keywords if name not in ("mask", "reduction")]
+
+
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "ranknet": ranknet_loss,
-    "lambdarank": lambdarank_loss,
-    "listnet": listnet_loss,
-    "listmle": listmle_loss,
-    "adr_mse": adr_mse_loss,
+    name.removesuffix("_loss"): value for name, value in list(globals().items()) if name.endswith("_loss")
 }
+"""Name in a recipe → loss: every function of this module whose name ends in `_loss`."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The loss of a global batch of lists.
-
-        generation: language_modelling_weight * mean over target tokens of -log p(token)
-        ranking:    ranking_weight * mean over lists of ranking_loss(identifier scores, teacher's ranks)
-        combined:   the sum of the two
-
-    Identifier scores are the logits of the identifiers' tokens at the list's score position.
-
-    Args:
-        name: "generation", "ranking" or "combined".
-        language_modelling_weight: factor of the language-modelling part.
-        ranking_weight: factor of the ranking part.
-        ranking_loss: a key of `losses.LOSSES`.
-        ranking_loss_options: keyword arguments of that loss, e.g. {"weighted": True}.
-    Raises:
-        ValueError: the name or the loss is unknown.
-    """
-
-    name: str
-    language_modelling_weight: float = 1.0
-    ranking_weight: float = 1.0
-    ranking_loss: str = "ranknet"
-    ranking_loss_options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.name not in OBJECTIVES:
-            raise ValueError(f"objective.name: found {self.name!r}, allowed are {', '.join(OBJECTIVES)}")
-        if self.ranking_loss not in LOSSES:
-            raise ValueError(
-                f"objective.ranking_loss: found {self.ranking_loss!r}, allowed are {', '.join(sorted(LOSSES))}"
-            )
-
-    @property
-    def trains_language_modelling(self) -> bool:
-        return self.name != "ranking"
-
-    @property
-    def trains_ranking(self) -> bool:
-        return self.name != "generation"
-
-    def __call__(self, logits: torch.Tensor, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Loss parts of one packed microbatch, each scaled so that Composer's average is the global batch's mean.
-
-        Args:
-            logits: (R, V) at the batch's logit positions; for `ranking`, (R, C) with `batch["identifier_columns"]`.
-            batch: a microbatch of `packing.split_batch`.
-        Returns:
-            "total", which is trained, and the parts "language_modelling" (nats per token) and "ranking" (nats per list,
-            or the loss's own unit) that the objective has, unweighted. Scalars in float32.
-        """
-        parts: dict[str, torch.Tensor] = {}
-        total = logits.new_zeros((), dtype=torch.float32)
-        if self.trains_language_modelling:
-            nats = F.cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
-            parts["language_modelling"] = nats * batch["language_modelling_scale"]
-            total = total + self.language_modelling_weight * parts["language_modelling"]
-        if self.trains_ranking:
-            per_list = self._ranking(identifier_scores(logits, batch), batch)
-            parts["ranking"] = per_list.sum() * batch["ranking_scale"]
-            total = total + self.ranking_weight * parts["ranking"]
-        if not batch["record_ids"]:
-            total = total + 0.0 * logits.float().sum()  # every rank runs a backward pass, also with nothing to learn
-        return {"total": total, **parts}
-
-    def _ranking(self, scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-        loss = partial(LOSSES[self.ranking_loss], **self.ranking_loss_options)
-        return loss(scores, batch["ranks"], mask=batch["candidate_mask"], reduction="none")
+def _check_table() -> None:
+    functions = {name: sorted(_option_names(loss)) for name, loss in LOSSES.items()}
+    table = {name: sorted(options) for name, options in RANKING_LOSSES.items()}
+    if functions != table:
+        raise ImportError(
+            f"model/losses.py defines {functions} (loss: options); model/loss_table.py lists {table}. Make them agree."
+        )
 
 
-def identifier_scores(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The scores of each list's candidates: logits of their identifiers at the score position.
-
-    Args:
-        logits: (R, V), or (R, C) where `batch["identifier_columns"]` maps identifiers to columns.
-        batch: a packed microbatch.
-    Returns:
-        (S, N) float32; padding candidates hold the score of token 0, to be masked by `batch["candidate_mask"]`.
-    """
-    columns = batch.get("identifier_columns", batch["identifier_token_ids"])  # (S, N)
-    return logits[batch["score_rows"]].gather(1, columns).float()
+_check_table()

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankllm_composer.model.attention import choose_attention
 from rankllm_composer.model.flops import forward_flops, training_flops
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -196,7 +196,7 @@ def add_losses(found: Inspection, model: ListwiseReranker) -> None:
     import torch
 
     from rankllm_composer.data import packing
-    from rankllm_composer.model.losses import identifier_scores
+    from rankllm_composer.model.objective import identifier_scores
     from rankllm_composer.prompts.record import record_key
 
     if found.encoded is None:

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rankllm_composer.data import packing
 from rankllm_composer.errors import RunError
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.preflight.tracking import MemoryTracker, ReplicaTracker, ShardTracker
 from rankllm_composer.prompts.encoding import EncodedRecord

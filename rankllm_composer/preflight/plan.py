@@ -338,7 +338,7 @@ def look_at_lists(recipe: Recipe, num_lists: int | None, sample: int) -> ListLen
 
 def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num_ranks: int) -> Workload:
     """What a rank computes at its fullest: a microbatch up to its limit, of lists of mean length where it is known."""
-    from rankllm_composer.model.losses import Objective
+    from rankllm_composer.model.objective import Objective
     from rankllm_composer.preflight.memory import Workload
     from rankllm_composer.training.assembly import build_peft_config
 

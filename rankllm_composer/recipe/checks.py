@@ -11,10 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rankllm_composer.errors import Problem, RecipeError
+from rankllm_composer.model.loss_table import RANKING_LOSSES
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.recipe.build import parse_time
 from rankllm_composer.recipe.schema import plain_tree, repr_yaml, show
-from rankllm_composer.recipe.sections import RANKING_LOSSES, Evaluation, Export, Recipe, Source, Split
+from rankllm_composer.recipe.sections import Evaluation, Export, Recipe, Source, Split
 from rankllm_composer.redaction import redact
 
 _SECRET_NAME = re.compile(r"(?:key|token|secret|password|passphrase|credentials?)$", re.IGNORECASE)

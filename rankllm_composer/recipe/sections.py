@@ -10,19 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rankllm_composer.model.loss_table import RankingLoss
 from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.recipe.schema import KeyDescription, describe_section, key, section
-
-RANKING_LOSSES: dict[str, dict[str, tuple[Any, ...] | type]] = {
-    "ranknet": {"weighted": bool},
-    "lambdarank": {"target": ("ranks", "self_sorted"), "detach_target": bool},
-    "listnet": {"target": ("ranks", "self_sorted"), "detach_target": bool},
-    "listmle": {},
-    "adr_mse": {},
-}
-"""Each ranking loss with its options: a type, or the values allowed."""
-
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 
@@ -181,9 +172,7 @@ class Objective:
     )
     language_modelling_weight: float = key("Factor of the language-modelling part.", 1.0, at_least=0)
     ranking_weight: float = key("Factor of the ranking part.", 10.0, at_least=0)
-    ranking_loss: Literal["ranknet", "lambdarank", "listnet", "listmle", "adr_mse"] = key(
-        "Ranking loss on the identifier scores.", "ranknet"
-    )
+    ranking_loss: RankingLoss = key("Ranking loss on the identifier scores.", "ranknet")
     ranking_loss_options: dict[str, Any] = key("Arguments of that loss, such as {weighted: true}.", {})
 
 

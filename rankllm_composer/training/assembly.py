@@ -79,7 +79,7 @@ def build_model(
     from composer.utils import dist, reproducibility
 
     from rankllm_composer.model.loading import load_causal_lm
-    from rankllm_composer.model.losses import Objective
+    from rankllm_composer.model.objective import Objective
     from rankllm_composer.model.reranker import ListwiseReranker
 
     keys = recipe.model

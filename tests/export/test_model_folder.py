@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rankllm_composer.errors import ModelError
 from rankllm_composer.export.model_folder import export_checkpoint
 from rankllm_composer.export.weights import gather_full_state_dict
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.client_names import ServingNameWarning
 from rankllm_composer.prompts.contract import read_contract

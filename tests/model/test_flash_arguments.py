@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, modeling_flash_attention_utils
 
 from rankllm_composer.data.packing import split_batch
 from rankllm_composer.model.attention import FLASH_ATTENTION
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.options import OBJECTIVES
 

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from rankllm_composer.data.packing import num_samples_in_batch, num_tokens_in_batch, split_batch
 from rankllm_composer.model.flops import forward_flops, layer_matmul_parameters, training_flops
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 
 HEAD_DIM, HEADS, LAYERS, HIDDEN, VOCABULARY = 8, 4, 4, 32, 96  # of test_model's models

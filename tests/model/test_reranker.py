@@ -20,7 +20,8 @@ from transformers import (
 from rankllm_composer.data.packing import Sequence, split_batch
 from rankllm_composer.errors import ModelError
 from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
-from rankllm_composer.model.losses import LOSSES, Objective
+from rankllm_composer.model.losses import LOSSES
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations, decoder_layers
 from rankllm_composer.options import OBJECTIVES
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record

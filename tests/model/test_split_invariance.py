@@ -14,7 +14,7 @@ import torch
 from support.packed_models import new_model, plain_losses, random_sequences
 from workers.one_update import FAMILIES
 
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 
 WORKER = Path(__file__).parents[1] / "workers" / "one_update.py"
 

@@ -17,7 +17,7 @@ from rankllm_composer.cli import main
 from rankllm_composer.data import packing
 from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import training_flops
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.preflight.memory import Workload, placeholder_lists, plan_memory
 from rankllm_composer.preflight.plan import GPUS, Gpu, plan_recipe

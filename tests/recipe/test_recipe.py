@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankllm_composer.errors import Problem, RecipeError
+from rankllm_composer.model.loss_table import RANKING_LOSSES
+from rankllm_composer.options import OBJECTIVES
 from rankllm_composer.recipe.advice import without_effect
 from rankllm_composer.recipe.build import parse_time
 from rankllm_composer.recipe.checks import check_world, missing_files
 from rankllm_composer.recipe.load import explain, load_recipe, merge_recipe, recipe_to_yaml
 from rankllm_composer.recipe.schema import RecipeWarning, keys_as_markdown, keys_as_text, schema
-from rankllm_composer.recipe.sections import CALLBACKS, LOGGERS, RANKING_LOSSES, Recipe, Source, describe_keys
+from rankllm_composer.recipe.sections import CALLBACKS, LOGGERS, Recipe, Source, describe_keys
 
 YAMLS = sorted((Path(__file__).parents[2] / "yamls").glob("*.yaml"))
 PUBLISHED = [path for path in YAMLS if path.stem in ("first_mistral", "rank_zephyr")]
@@ -102,20 +104,9 @@ def test_key_table_as_text_and_page() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_ranking_losses_are_those_of_the_losses_room() -> None:
-    from rankllm_composer.model.losses import LOSSES
-    from rankllm_composer.options import OBJECTIVES
-
-    assert list(RANKING_LOSSES) == list(LOSSES)
-    for name, loss in LOSSES.items():
-        signature = inspect.signature(loss).parameters
-        ours = {p: signature[p].default for p in signature if p not in ("scores", "ranks", "mask", "reduction")}
-        assert list(RANKING_LOSSES[name]) == list(ours), name
-        for option, allowed in RANKING_LOSSES[name].items():
-            is_type = isinstance(allowed, type)
-            assert isinstance(ours[option], allowed) if is_type else ours[option] in allowed, (name, option)
+def test_names_of_losses_and_objectives_are_listed():
     types = {row.key: row.type for row in describe_keys()}
-    assert types["objective.ranking_loss"] == f"one of {', '.join(LOSSES)}"
+    assert types["objective.ranking_loss"] == f"one of {', '.join(RANKING_LOSSES)}"
     assert types["objective.name"] == f"one of {', '.join(OBJECTIVES)}"
 
 
@@ -123,17 +114,6 @@ def test_sources_are_what_the_shard_builder_takes() -> None:
     from rankllm_composer.options import SourceOptions
 
     assert asdict(SourceOptions()) == {item.name: item.default for item in schema(Source)}
-
-
-def test_target_options_are_those_the_losses_take() -> None:
-    import torch
-
-    from rankllm_composer.model.losses import LOSSES
-
-    scores, ranks = torch.zeros(1, 2), torch.tensor([[0, 1]])
-    for name, options in RANKING_LOSSES.items():
-        for target in options.get("target", ()):  # type: ignore[union-attr]
-            LOSSES[name](scores, ranks, target=target)
 
 
 def test_names_of_loggers_and_callbacks_are_those_of_composer() -> None:

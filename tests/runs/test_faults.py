@@ -25,7 +25,7 @@ from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
 from rankllm_composer.checkpoints.folder import remove, whole_checkpoints
 from rankllm_composer.data.shared_memory import clear_dead_claims
 from rankllm_composer.data.streams import Stream, check_stream
-from rankllm_composer.model.losses import Objective
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankllm_composer.data.packing import Sequence, num_samples_in_batch, num_tokens_in_batch, split_batch
-from rankllm_composer.model.losses import Objective
 from rankllm_composer.model.neftune import NEFTune
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.encoding import EncodedRecord
 

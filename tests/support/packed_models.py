@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from rankllm_composer.data.packing import Sequence, split_batch
-from rankllm_composer.model.losses import LOSSES, Objective
+from rankllm_composer.model.losses import LOSSES
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.encoding import EncodedRecord
 

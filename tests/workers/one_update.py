@@ -22,8 +22,8 @@ from support.packed_models import random_sequences
 from rankllm_composer.data.packing import num_samples_in_batch, num_tokens_in_batch, split_batch
 from rankllm_composer.distributed import average_sharded_gradients
 from rankllm_composer.model.loading import load_causal_lm
-from rankllm_composer.model.losses import Objective
 from rankllm_composer.model.neftune import NEFTune
+from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 
 LIMITS = {"by_1": {"max_lists": 1}, "by_3": {"max_lists": 3}, "by_60_tokens": {"max_tokens": 60}}
