@@ -42,6 +42,7 @@ from rankllm_composer.demo import export_untrained
 from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import format_permutation
 from rankllm_composer.prompts.record import Record
@@ -52,7 +53,7 @@ from rankllm_composer.prompts.user_turn import (
     render_user_turn,
     truncate_passage,
 )
-from rankllm_composer.ranking.rerank import rerank_files
+from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
@@ -301,17 +302,21 @@ def measure(
     assert source is not None
     report = rerank_files(
         model,
-        queries=folder / f"{name}_queries.jsonl",
-        documents=folder / f"{name}_docs.jsonl",
-        run=folder / f"{name}_run.trec",
-        judgments=folder / f"{name}_qrels.trec",
-        output=output,
+        RerankFiles(
+            queries=folder / f"{name}_queries.jsonl",
+            documents=folder / f"{name}_docs.jsonl",
+            first_stage=folder / f"{name}_run.trec",
+            judgments=folder / f"{name}_qrels.trec",
+            output=output,
+        ),
+        RerankOptions(
+            window_size=source.window,
+            stride=source.window // 2,
+            top_k=top_k,
+            decoding="first_token",
+            dtype="bfloat16",
+        ),
         measures=[MEASURE],
-        window_size=source.window,
-        stride=source.window // 2,
-        top_k=top_k,
-        decoding="first_token",
-        dtype="bfloat16",
         progress_bar=False,
     )
     found = report.comparisons[0].comparison

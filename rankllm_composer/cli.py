@@ -399,38 +399,42 @@ def rerank(
         int | None, typer.Option(min=1, help="Candidates a window moves; default: the contract's.")
     ] = None,
     passes: Annotated[int, typer.Option(min=1, help="Times over the list, bottom to top.")] = 1,
-    top_k: Annotated[int, typer.Option(min=1, help="Candidates of a query that are reranked.")] = 100,
+    top_k: Annotated[int, typer.Option(min=2, help="Candidates of a query that are reranked.")] = 100,
     constrained: Annotated[bool, typer.Option("--constrained", help="Generate permutations only.")] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass.")] = 16384,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Type of the weights; default: as stored on cuda, float32 on cpu."),
+    ] = None,
 ) -> None:
     """Rerank a run with an exported model; a job that was stopped goes on where it was."""
     from rankllm_composer.export.model_card import add_figures
+    from rankllm_composer.options import RerankOptions
     from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
-    from rankllm_composer.ranking.rerank import rerank_files
+    from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
 
     if qrels is None and (card or name is not None):
         raise ValueError("rerank: found --card or --name without --qrels, so nothing is measured; give --qrels")
     report = rerank_files(
         model,
-        queries=queries,
-        documents=docs,
-        run=run,
-        output=output,
-        judgments=qrels,
+        RerankFiles(queries=queries, documents=docs, first_stage=run, output=output, judgments=qrels),
+        RerankOptions(
+            window_size=window,
+            stride=stride,
+            passes=passes,
+            top_k=top_k,
+            decoding=decoding,
+            constrained=constrained,
+            batch_tokens=batch_tokens,
+            dtype=dtype,
+        ),
         measures=measure or DEFAULT_MEASURES,
         name=name,
-        window_size=window,
-        stride=stride,
-        passes=passes,
-        top_k=top_k,
-        decoding=decoding,
-        constrained=constrained,
-        batch_tokens=batch_tokens,
     )
     typer.echo(report.text)
-    if card and report.measured is not None:
-        add_figures(model / "README.md", report.measured.figures())
-        typer.echo(f"{model / 'README.md'}: figures of {report.measured.name} added")
+    if card and report.result is not None:
+        add_figures(model / "README.md", report.result.figures())
+        typer.echo(f"{model / 'README.md'}: figures of {report.result.name} added")
 
 
 @app.command("report")
@@ -447,7 +451,7 @@ def report(
     """Draw what runs did: losses, learning rate, throughput, nDCG, gains, lengths, position bias, in one HTML page."""
     from rankllm_composer.errors import RecipeError
     from rankllm_composer.preflight.plan import look_at_lists
-    from rankllm_composer.ranking.comparison import read_measured
+    from rankllm_composer.ranking.comparison import read_rerank_result
     from rankllm_composer.recipe.load import load_recipe
     from rankllm_composer.report.page import write_report
     from rankllm_composer.report.run_record import read_run, with_reranked
@@ -459,7 +463,7 @@ def report(
         except RecipeError:
             lengths = ()
         records.append(read_run(folder, lengths))
-    records = with_reranked(records, runs, map(read_measured, reranked or ()))
+    records = with_reranked(records, runs, map(read_rerank_result, reranked or ()))
     target = output or runs[0] / "report.html"
     drawn = write_report(records, target, png)
     typer.echo(f"{target}: {', '.join(drawn) or 'no pictures, nothing was measured'}")

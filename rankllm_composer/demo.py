@@ -367,20 +367,18 @@ def export_untrained(recipe: Recipe, folder: Path) -> Path:
 
 
 def _rerank(model: Path, files: Collection, output: Path) -> MeasureComparison:
-    from rankllm_composer.ranking.rerank import rerank_files
+    from rankllm_composer.options import RerankOptions
+    from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
 
-    report = rerank_files(
-        model,
+    job = RerankFiles(
         queries=files.test_queries,
         documents=files.docs,
-        run=files.test_run,
+        first_stage=files.test_run,
         judgments=files.judgments,
         output=output,
-        measures=[MEASURE],
-        decoding="first_token",
-        progress_bar=False,
     )
-    return report.comparisons[0]
+    options = RerankOptions(decoding="first_token")
+    return rerank_files(model, job, options, measures=[MEASURE], progress_bar=False).comparisons[0]
 
 
 def _table(figures: dict[str, float], trained: MeasureComparison) -> str:

@@ -28,6 +28,12 @@ PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isin
 """A path or URL as text; a `pathlib.Path` is taken too."""
 
 
+Decoding = Literal["first_token", "generation"]
+"""How a ranking is read from a model: from the logits of the first identifier, or from a generated answer."""
+
+DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
+
+
 def option(meaning: str, default: Any = ..., *, unit: str = "", **rules: Any) -> Any:
     """A field of a class of options.
 
@@ -37,7 +43,7 @@ def option(meaning: str, default: Any = ..., *, unit: str = "", **rules: Any) ->
         unit: of the number, or what the text names.
         rules: pydantic's bounds (`gt`, `ge`, `lt`, `le`) and `pattern`; `examples` holds texts that fit a pattern.
     """
-    extra = {"unit": unit} if unit else None
+    extra: dict[str, Any] | None = {"unit": unit} if unit else None
     if isinstance(default, dict | list):
         return Field(default_factory=default.copy, description=meaning, json_schema_extra=extra, **rules)
     return Field(default, description=meaning, json_schema_extra=extra, **rules)
@@ -201,13 +207,13 @@ class RerankOptions:
     stride: int | None = option("Step of the window; null = the contract's.", None, unit="candidates", ge=1)
     passes: int = option("Times the window slides over each list.", 1, unit="passes", ge=1)
     top_k: int = option("Candidates reranked; the rest follow in their order.", 100, unit="candidates", ge=2)
-    decoding: Literal["first_token", "generation"] | None = option(
-        "How rankings are read; null = as the model was trained.", None
-    )
+    decoding: Decoding | None = option("How rankings are read; null = as the model was trained.", None)
     constrained: bool = option("Let generation write well-formed answers only.", False)
     batch_tokens: int = option("Most tokens in one forward pass.", 16384, unit="tokens", ge=1)
     queries_at_once: int = option("Queries whose windows are packed together.", 32, unit="queries", ge=1)
-    attention: str = option("Attention over packed sequences: auto, flash_attention_2 or packed_sdpa.", "auto")
+    attention: Literal["auto", "flash_attention_2", "packed_sdpa"] = option(
+        "Attention over packed sequences; auto = flash_attention_2 on a GPU that has it, else packed_sdpa.", "auto"
+    )
     device: str | None = option("torch's name of a device; null = cuda where there is one, else cpu.", None)
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         "Type of the weights; null = as stored on cuda, float32 on cpu.", None

@@ -1,4 +1,4 @@
-"""A reranked run beside the first stage: measures of ir-measures, wins and losses query by query, significance."""
+"""Comparison of a reranked run with its first stage: measures, wins and losses per query, significance."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from rankllm_composer.errors import RunError
-from rankllm_composer.ranking.evaluation import Floats
+from rankllm_composer.ranking.metrics import Floats
 from rankllm_composer.storage.atomic import write_atomic
 
-NUM_SIGNS_AT_ONCE = 1 << 22  # sign flips held in memory at a time by the permutation test
+NUM_SIGNS_AT_ONCE = 1 << 22  # signs that the permutation test holds in memory at a time
 
 
 class Comparison(NamedTuple):
@@ -37,14 +37,14 @@ def compare(
     seed: int = 0,
     tie: float = 1e-6,
 ) -> Comparison:
-    """Compare two systems query by query: "first stage → reranked".
+    """Compare two systems query by query.
 
     Args:
         first: metric of each query id under the first system.
         second: the same under the second.
         num_permutations: see `paired_permutation_test`.
         seed: see `paired_permutation_test`.
-        tie: differences up to this size are neither a win nor a loss of the second.
+        tie: differences up to this size count as neither a win nor a loss of the second.
     Returns:
         Means, the second's wins, ties and losses, and the p-value of the difference.
     Raises:
@@ -53,8 +53,8 @@ def compare(
     if first.keys() != second.keys() or not first:
         only = sorted(first.keys() ^ second.keys())
         raise ValueError(
-            f"compare: found {len(first)} and {len(second)} queries, {len(only)} of them in one only {only[:3]}; "
-            "allowed are the same queries in both, at least one. Give a query without results the value 0"
+            f"compare: the systems have {len(first)} and {len(second)} queries, of which {len(only)} are in one only "
+            f"{only[:3]}; expected the same queries in both, at least one. Give a query without results the value 0."
         )
     queries = sorted(first)
     one, two = np.array([first[query] for query in queries]), np.array([second[query] for query in queries])
@@ -73,65 +73,68 @@ def compare(
 def paired_permutation_test(
     a: Sequence[float] | Floats, b: Sequence[float] | Floats, num_permutations: int = 10_000, seed: int = 0
 ) -> float:
-    """Two-sided paired randomisation test of the difference of means.
+    """Two-sided paired randomization test of the difference of means.
 
     Under the null hypothesis the two values of a query are exchangeable, so each difference may have either sign. All
-    2^n assignments of signs are counted where they are not more than `num_permutations`; else that many are drawn.
+    2^n assignments of signs are enumerated if there are at most `num_permutations`; otherwise that many are drawn.
 
     Args:
         a: metric of each query under one system.
-        b: the same queries under the other.
-        num_permutations: assignments drawn, at most.
-        seed: of the draw.
+        b: metric of the same queries under the other system.
+        num_permutations: maximum number of assignments.
+        seed: seed of the draw.
     Returns:
-        The share of assignments whose mean differs from 0 at least as much as the observed one. Counted, it is in
+        The share of assignments whose mean differs from 0 at least as much as the observed mean. Enumerated, it is in
         2/2^n … 1; drawn, (hits + 1) / (num_permutations + 1), which is never 0.
     Raises:
         ValueError: lengths differ, no queries, values that are not finite, or num_permutations below 1.
     Source:
         Fisher 1935; Smucker et al. 2007 for its use in retrieval.
     """
+    from scipy.stats import permutation_test
+
     one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if one.ndim != 1 or one.shape != other.shape or not one.size or not np.isfinite(one - other).all():
         raise ValueError(
-            f"paired_permutation_test: found values of shapes {one.shape} and {other.shape}, "
-            "allowed are finite ones, as many in both, at least one"
+            f"paired_permutation_test: the values have shapes {one.shape} and {other.shape}; expected the same number "
+            "of finite values in both, at least one."
         )
     if num_permutations < 1:
-        raise ValueError(f"paired_permutation_test: num_permutations is {num_permutations}, allowed is 1 or more")
+        raise ValueError(f"paired_permutation_test: num_permutations is {num_permutations}; expected 1 or more.")
     differences = one - other
-    num = len(differences)
-    # Sums that are equal but for rounding count as equal.
-    observed = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()
-    is_exact = num < 63 and 2**num <= num_permutations
-    total = 2**num if is_exact else num_permutations
-    generator = np.random.default_rng(seed)
-    hits, step = 0, max(1, NUM_SIGNS_AT_ONCE // num)
-    for start in range(0, total, step):
-        rows = min(step, total - start)
-        if is_exact:
-            flips = (np.arange(start, start + rows)[:, None] >> np.arange(num)) & 1
-        else:
-            flips = generator.integers(0, 2, (rows, num), dtype=np.int8)
-        hits += int((np.abs((1.0 - 2.0 * flips) @ differences) >= observed).sum())
-    return hits / total if is_exact else (hits + 1) / (total + 1)
+    if len(differences) == 1:  # which SciPy refuses; either sign is as far from 0
+        return 1.0
+    sums = permutation_test(
+        (differences,),
+        lambda values, axis: np.abs(values.sum(axis=axis)),
+        permutation_type="samples",
+        alternative="greater",
+        vectorized=True,
+        n_resamples=num_permutations,
+        batch=max(1, NUM_SIGNS_AT_ONCE // len(differences)),
+        random_state=np.random.default_rng(seed),
+    ).null_distribution
+    # SciPy's own count would split sums that differ only by rounding when they are close to 0.
+    hits = int((sums >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()).sum())
+    is_exact = 2 ** len(differences) <= num_permutations
+    return hits / len(sums) if is_exact else (hits + 1) / (len(sums) + 1)
 
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10")
 
 
-QUERIES_TOLD = 5  # of the most that were won, and as many of those lost
+NUM_QUERIES_SHOWN = 5  # of those that gained most, and as many of those that lost most
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredSet:
-    """What a reranking was measured to be worth on one set of queries; `OUTPUT.figures.json`.
+class RerankResult:
+    """Measures of a reranked run and its first stage on one set of queries; stored as `OUTPUT.figures.json`.
 
     Attributes:
-        name: of the set: queries and first stage, such as dl20-bm25.
+        name: name of the set of queries and its first stage, such as dl20-bm25.
         model: folder of the model.
         decoding: first_token or generation.
-        comparisons: one a measure.
+        comparisons: one per measure.
     """
 
     name: str
@@ -159,16 +162,16 @@ def compare_runs(
     judgments: Mapping[str, Mapping[str, int]],
     measures: Sequence[str] = DEFAULT_MEASURES,
 ) -> list[MeasureComparison]:
-    """Measure two runs over the queries that both hold and that are judged.
+    """Compare two runs over the judged queries that both contain.
 
     Args:
         first_stage, reranked: document ids of each query, best first.
         judgments: relevance grade of each judged document, by query.
-        measures: by ir-measures' names.
+        measures: names of measures as in ir-measures.
     Returns:
-        One comparison a measure.
+        One comparison per measure.
     Raises:
-        RunError: no query is judged and in both runs, or ir-measures does not know a measure.
+        RunError: no query is judged and in both runs, or ir-measures has no such measure.
     """
     import ir_measures
 
@@ -178,23 +181,23 @@ def compare_runs(
             parsed.append(ir_measures.parse_measure(name))
         except (NameError, ValueError, TypeError, SyntaxError) as error:
             raise RunError(
-                f"measure: found {name!r}, allowed are names of ir-measures, such as nDCG@10, RR@10, AP, P@5: {error}"
+                f"measure is {name!r}; expected a name of ir-measures, such as nDCG@10, RR@10, AP or P@5 ({error})."
             ) from error
     qids = [qid for qid in reranked if qid in first_stage and qid in judgments]
     if not qids:
         raise RunError(
-            f"judgments: found grades for {len(judgments)} queries, none of them among the {len(reranked)} reranked; "
-            "give the judgments of these queries"
+            f"judgments has grades for {len(judgments)} queries, but for none of the {len(reranked)} reranked queries. "
+            "Use the judgments of these queries."
         )
     values: list[dict[str, dict[str, float]]] = []
     for run in (first_stage, reranked):
-        # By place, not by the run's own scores: ties would be ordered anew by document id.
-        scores = {qid: {docid: -float(place) for place, docid in enumerate(run[qid])} for qid in qids}
+        # Scores from the ranks, because trec_eval would reorder ties of the run's own scores by document id.
+        scores = {qid: {docid: -float(rank) for rank, docid in enumerate(run[qid])} for qid in qids}
         grades = {qid: dict(judgments[qid]) for qid in qids}
-        found: dict[str, dict[str, float]] = {str(measure): {} for measure in parsed}
+        by_measure: dict[str, dict[str, float]] = {str(measure): {} for measure in parsed}
         for metric in ir_measures.iter_calc(parsed, grades, scores):
-            found[str(metric.measure)][metric.query_id] = metric.value
-        values.append(found)
+            by_measure[str(metric.measure)][metric.query_id] = metric.value
+        values.append(by_measure)
     return [
         MeasureComparison(name, compare(values[0][name], values[1][name]), values[0][name], values[1][name])
         for name in map(str, parsed)
@@ -202,59 +205,59 @@ def compare_runs(
 
 
 def comparison_table(comparisons: Sequence[MeasureComparison]) -> str:
-    """Lines "first stage → reranked", one a measure."""
+    """Table "first stage → reranked" with one line per measure."""
     width = max(len("measure"), *(len(row.measure) for row in comparisons))
     lines = [f"{'measure':{width}}  first stage → reranked  difference  wins/ties/losses  p"]
     for name, result, *_ in comparisons:
         counts = f"{result.wins}/{result.ties}/{result.losses}"
         lines.append(
             f"{name:{width}}  {result.first_mean:11.4f} → {result.second_mean:<8.4f}  {result.difference:+10.4f}  "
-            f"{counts:>16}  {_p_text(result.p_value)}"
+            f"{counts:>16}  {_format_p_value(result.p_value)}"
         )
     return "\n".join(lines)
 
 
-def query_lines(row: MeasureComparison, num: int = QUERIES_TOLD) -> Iterator[str]:
-    """Lines of the queries that changed most, the largest gains first, then the largest losses.
+def query_lines(row: MeasureComparison, num: int = NUM_QUERIES_SHOWN) -> Iterator[str]:
+    """Lines of the queries that changed most: the largest gains, then the largest losses.
 
     Args:
         row: one measure of both runs.
-        num: queries of each kind, at most.
+        num: maximum number of gains and of losses.
     """
     change = {qid: row.reranked[qid] - row.first_stage[qid] for qid in row.reranked}
     for what, sign in (("gained", 1), ("lost", -1)):
-        most = sorted((qid for qid in change if sign * change[qid] > 0), key=lambda qid: (-sign * change[qid], qid))
-        for qid in most[:num]:
-            places = f"{row.first_stage[qid]:.4f} → {row.reranked[qid]:.4f}"
-            yield f"{row.measure}  {what:<6}  {places}  {change[qid]:+.4f}  query {qid}"
+        changed = sorted((qid for qid in change if sign * change[qid] > 0), key=lambda qid: (-sign * change[qid], qid))
+        for qid in changed[:num]:
+            values = f"{row.first_stage[qid]:.4f} → {row.reranked[qid]:.4f}"
+            yield f"{row.measure}  {what:<6}  {values}  {change[qid]:+.4f}  query {qid}"
 
 
-def write_measured(path: str | Path, measured: MeasuredSet) -> None:
-    """Keep what was measured, query by query, for the report of the run that the model is from."""
-    rows = {row.measure: {"first_stage": row.first_stage, "reranked": row.reranked} for row in measured.comparisons}
-    told = {"name": measured.name, "model": measured.model, "decoding": measured.decoding, "measures": rows}
-    write_atomic(Path(path), json.dumps(told, indent=1) + "\n")
+def write_rerank_result(path: str | Path, result: RerankResult) -> None:
+    """Write the result with its value for each query, for the report of the run that trained the model."""
+    measures = {row.measure: {"first_stage": row.first_stage, "reranked": row.reranked} for row in result.comparisons}
+    content = {"name": result.name, "model": result.model, "decoding": result.decoding, "measures": measures}
+    write_atomic(Path(path), json.dumps(content, indent=1) + "\n")
 
 
-def read_measured(path: str | Path) -> MeasuredSet:
-    """What `write_measured` kept.
+def read_rerank_result(path: str | Path) -> RerankResult:
+    """Read what `write_rerank_result` wrote.
 
     Raises:
-        RunError: the file is none of these.
+        RunError: the file is not such a result.
     """
     try:
-        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = tuple(
             MeasureComparison(name, compare(row["first_stage"], row["reranked"]), row["first_stage"], row["reranked"])
-            for name, row in told["measures"].items()
+            for name, row in content["measures"].items()
         )
-        return MeasuredSet(told["name"], told["model"], told["decoding"], rows)
+        return RerankResult(content["name"], content["model"], content["decoding"], rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{path}: found no figures of a reranking ({error!r}), allowed is the .figures.json that `rankllm-composer "
-            "rerank --qrels` writes beside its output; rerank again"
+            f"{path} is not the result of a reranking ({error!r}); expected the .figures.json that `rankllm-composer "
+            "rerank --qrels` writes beside its output. Rerank again."
         ) from error
 
 
-def _p_text(p_value: float) -> str:
+def _format_p_value(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

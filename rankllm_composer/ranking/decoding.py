@@ -1,7 +1,7 @@
-"""Rankings read from a model as the inference client reads them: from one forward pass, or from generated text.
+"""Decoding of rankings as the inference client does it: from one forward pass, or from generated text.
 
 `score_windows_first_token` is FIRST: the log-probabilities of the identifiers after the answer's opening bracket.
-Windows are packed end to end, so one forward ranks many. `generate_windows` writes the answer greedily with a
+Windows are packed end to end, so one forward pass ranks many. `generate_windows` generates the answer greedily with a
 key-value cache and parses it.
 """
 
@@ -31,20 +31,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rankllm_composer.prompts.contract import DecodingContract
+
 CLIENT_TOP_K = 30
+"""Number of likeliest tokens among which the client looks for identifiers."""
 
-
-MAX_FIRST_TOKEN_NUMBER = 9  # one token tells no more, and the client reads no more
+MAX_FIRST_TOKEN_NUMBER = 9
+"""Largest number that one token can name and that the client reads."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class FirstTokenAnswer:
-    """What one forward pass says of a window.
+    """Scores of a window's candidates from one forward pass.
 
     Attributes:
-        scores: (N,) float64 log-probabilities in nats; -inf where the identifier was not among the tokens read.
-        opens_with_bracket: the model's own first token is the bracket, so that the client finds the scores where they
-            were trained.
+        scores: (N,) float64 log-probabilities in nats; -inf if the identifier was not among the likeliest tokens.
+        opens_with_bracket: whether the model's first token is the bracket, so that the client finds the scores where
+            they were trained.
     """
 
     scores: NDArray[np.float64]
@@ -52,13 +55,13 @@ class FirstTokenAnswer:
 
     @property
     def permutation(self) -> tuple[int, ...]:
-        """Candidates, best first; those without a score follow in input order."""
+        """Candidates, best first; those without a score follow in their input order."""
         return permutation_from_scores(self.scores)
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """What a model wrote about a window, and what the client makes of it."""
+    """A generated answer about a window, and the ranking that the client parses from it."""
 
     text: str
     parsed: ParsedAnswer
@@ -73,9 +76,8 @@ def score_windows_first_token(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     windows: Sequence[Window],
+    contract: DecodingContract,
     *,
-    append_bracket: bool,
-    eos_token_ids: Sequence[int] = (),
     top_k: int | None = CLIENT_TOP_K,
     batch_tokens: int = 16384,
     attention: str = "auto",
@@ -84,50 +86,48 @@ def score_windows_first_token(
     """Score the candidates of each window from the logits of one position.
 
     Args:
-        model: a causal LM whose forward takes `logits_to_keep`.
+        model: a causal LM whose forward accepts `logits_to_keep`.
         tokenizer: its tokenizer.
-        windows: with letters, or with numbers up to 9.
-        append_bracket: True = the prompt ends with `[`, for models that never learned to write it. False = the model
-            writes its own first token and the scores stand behind it, whatever it is, as the client does it; that takes
-            a second forward only for windows where it is not `[`.
-        eos_token_ids: tokens the model may not write first.
+        windows: windows with letters, or with numbers up to 9.
+        contract: with `append_bracket` the prompt ends with `[`, for models that never learned to write it. Otherwise
+            the model writes its own first token and the scores are read after it, whatever it is, as in the client;
+            this needs a second forward pass only for windows where it is not `[`. `eos_token_ids` cannot come first.
         top_k: only identifiers among the `top_k` likeliest tokens count, and a token counts as the identifier it
-            decodes to: the client's rule. ` A` is not `A`, though servers of a year (vLLM from June 2025 to July 2026)
-            drop the space and with it mix up the two. None = the log-probabilities of the identifiers' own tokens.
-        batch_tokens: tokens in one forward, at most, unless a window alone has more.
+            decodes to: the client's rule. ` A` is not `A`, although vLLM servers from June 2025 to July 2026 drop the
+            space and so confuse the two. None: the log-probabilities of the identifiers' own tokens.
+        batch_tokens: maximum number of tokens in one forward pass, unless a single window has more.
         attention: see `attention.choose_attention`.
-        lockstep: the model is sharded: all ranks call this together and run as many forwards as the busiest one.
+        lockstep: the model is sharded: all ranks call this together and run as many forward passes as the busiest rank.
     Returns:
-        One answer a window.
+        One answer per window.
     Raises:
-        RunError: a window has numbers beyond 9, or logits are no numbers.
+        RunError: a window has numbers beyond 9, or logits contain NaN.
     Source:
         Gangi Reddy et al. 2024 (FIRST, arXiv:2406.15657); rank_llm 0.25.7.
     """
     for window in windows:
         if window.style == "numbers" and window.num_candidates > MAX_FIRST_TOKEN_NUMBER:
             raise RunError(
-                f"window {window.id}: found {window.num_candidates} candidates named by numbers, allowed for "
-                f"first-token decoding are {MAX_FIRST_TOKEN_NUMBER}, for it reads one digit; use letters, a shorter "
-                "window, or generation"
+                f"window {window.id} has {window.num_candidates} candidates named by numbers; first-token decoding "
+                f"reads one digit, so at most {MAX_FIRST_TOKEN_NUMBER}. Use letters, a shorter window, or generation."
             )
-    read = _Reader(tokenizer, top_k)
+    read = _ScoreReader(tokenizer, top_k)
     scores: list[NDArray[np.float64]] = [np.empty(0)] * len(windows)
     opens = [True] * len(windows)
-    again: dict[int, NDArray[np.int32]] = {}
+    continued: dict[int, NDArray[np.int32]] = {}
     with inference(model, attention):
         sequences = {i: window.input_ids for i, window in enumerate(windows)}
         for members, logits in packed_forwards(model, sequences, 2, batch_tokens, lockstep):
-            logits[:, 0, list(eos_token_ids)] = -torch.inf
-            own_tokens = logits[:, 0].argmax(dim=-1).tolist()
-            for i, own, row in zip(members, own_tokens, logits[:, 1]):
-                opens[i] = own == int(windows[i].input_ids[-1])
-                if opens[i] or append_bracket:
+            logits[:, 0, list(contract.eos_token_ids)] = -torch.inf
+            first_tokens = logits[:, 0].argmax(dim=-1).tolist()
+            for i, first_token, row in zip(members, first_tokens, logits[:, 1]):
+                opens[i] = first_token == int(windows[i].input_ids[-1])
+                if opens[i] or contract.append_bracket:
                     scores[i] = read(row, windows[i])
                 else:
-                    again[i] = np.append(windows[i].input_ids[:-1], np.int32(own))
-        if not append_bracket:
-            for members, logits in packed_forwards(model, again, 1, batch_tokens, lockstep):
+                    continued[i] = np.append(windows[i].input_ids[:-1], np.int32(first_token))
+        if not contract.append_bracket:
+            for members, logits in packed_forwards(model, continued, 1, batch_tokens, lockstep):
                 for i, row in zip(members, logits[:, 0]):
                     scores[i] = read(row, windows[i])
     return [FirstTokenAnswer(*answer) for answer in zip(scores, opens)]
@@ -137,30 +137,31 @@ def generate_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     windows: Sequence[Window],
+    contract: DecodingContract,
     *,
-    eos_token_ids: Sequence[int] = (),
     constrained: bool = False,
     batch_tokens: int = 16384,
     lockstep: bool = False,
 ) -> list[GeneratedAnswer]:
-    """Write the answer to each window greedily.
+    """Generate the answer to each window greedily.
 
-    As in the client an answer has exactly as many tokens as a whole one: the model may not end it before.
+    As in the client, an answer has exactly as many tokens as a complete one: the model cannot end it earlier.
 
     Args:
         model: a causal LM.
         tokenizer: its tokenizer.
-        windows: the prompts; their last token, `[`, is the model's to write.
-        eos_token_ids: tokens that would end an answer.
-        constrained: the model only chooses which candidate comes next; brackets and separators are set. Every answer
-            is well-formed then. Needs identifiers of one token.
-        batch_tokens: tokens in the cache of a batch, padding included, at most, unless a window alone has more.
+        windows: the prompts; their last token, `[`, is left for the model to write.
+        contract: `eos_token_ids` are never generated.
+        constrained: the model only chooses the next candidate; brackets and separators are fixed, so that every answer
+            is well-formed. Requires identifiers of one token.
+        batch_tokens: maximum number of tokens in the cache of a batch, including padding, unless a single window has
+            more.
         lockstep: see `score_windows_first_token`.
     Returns:
-        One answer a window.
+        One answer per window.
     Raises:
-        PromptError: constrained, and an identifier takes several tokens.
-        RunError: logits are no numbers.
+        PromptError: `constrained` and an identifier has several tokens.
+        RunError: logits contain NaN.
     """
     answers: list[GeneratedAnswer | None] = [None] * len(windows)
     lengths = [answer_lengths(tokenizer, window.num_candidates, window.style) for window in windows]
@@ -170,23 +171,23 @@ def generate_windows(
         for batch in rounds(batches, lockstep):
             members = [windows[i] for i in batch]
             if constrained:
-                most = largest_of_ranks(max((window.num_candidates for window in members), default=0), lockstep)
-                orders = _choose_in_turn(model, tokenizer, members, most)
-                texts = asked_texts = [format_permutation(order, w.style) for order, w in zip(orders, members)]
+                steps = largest_of_ranks(max((window.num_candidates for window in members), default=0), lockstep)
+                orders = _choose_candidates(model, tokenizer, members, steps)
+                texts = requested = [format_permutation(order, w.style) for order, w in zip(orders, members)]
             else:
-                most = largest_of_ranks(max((max(lengths[i]) for i in batch), default=0), lockstep)
-                tokens = _write(model, members, most, eos_token_ids)
-                texts = [_text(tokenizer, row[: lengths[i][1]]) for i, row in zip(batch, tokens)]
-                asked_texts = [_text(tokenizer, row[: lengths[i][0]]) for i, row in zip(batch, tokens)]
-            for i, window, text, asked in zip(batch, members, texts, asked_texts):
-                whole = parse_answer(text, window.num_candidates, window.style)
-                parsed = parse_answer(asked, window.num_candidates, window.style)
-                answers[i] = GeneratedAnswer(text, replace(parsed, is_well_formed=whole.is_well_formed))
+                steps = largest_of_ranks(max((max(lengths[i]) for i in batch), default=0), lockstep)
+                tokens = _generate(model, members, steps, contract.eos_token_ids)
+                texts = [_decode(tokenizer, row[: lengths[i][1]]) for i, row in zip(batch, tokens)]
+                requested = [_decode(tokenizer, row[: lengths[i][0]]) for i, row in zip(batch, tokens)]
+            for i, window, text, requested_text in zip(batch, members, texts, requested):
+                complete = parse_answer(text, window.num_candidates, window.style)
+                parsed = parse_answer(requested_text, window.num_candidates, window.style)
+                answers[i] = GeneratedAnswer(text, replace(parsed, is_well_formed=complete.is_well_formed))
     return [answer for answer in answers if answer is not None]
 
 
-class _Reader:
-    """Reads the scores of a window from a position's logits."""
+class _ScoreReader:
+    """Reads the scores of a window from the logits of one position."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, top_k: int | None) -> None:
         self._tokenizer = tokenizer
@@ -195,105 +196,107 @@ class _Reader:
 
     def __call__(self, logits: torch.Tensor, window: Window) -> NDArray[np.float64]:
         log_probabilities = torch.log_softmax(logits, dim=-1)  # (V,)
-        _refuse_no_numbers(log_probabilities[None], [window])
+        _check_not_nan(log_probabilities[None], [window])
         if self._top_k is None:
-            names = identifier_token_ids(self._tokenizer, window.num_candidates, window.style)
-            return log_probabilities[list(names)].double().cpu().numpy()
-        values, tokens = log_probabilities.topk(min(self._top_k, len(log_probabilities)))
-        named = [self._decode(token) for token in tokens.tolist()]
-        return read_likeliest(named, values.tolist(), window)
+            tokens = identifier_token_ids(self._tokenizer, window.num_candidates, window.style)
+            scores: NDArray[np.float64] = log_probabilities[list(tokens)].double().cpu().numpy()
+            return scores
+        values, likeliest = log_probabilities.topk(min(self._top_k, len(log_probabilities)))
+        texts = [self._decode(token) for token in likeliest.tolist()]
+        return read_likeliest(texts, values.tolist(), window)
 
     def _decode(self, token: int) -> str:
         if token not in self._decoded:
             text = self._tokenizer.decode([token])
-            # SentencePiece drops the space that a text begins with; it is part of the token.
-            lost = self._tokenizer.convert_ids_to_tokens(token).startswith("▁") and not text.startswith(" ")
-            self._decoded[token] = " " + text if lost else text
+            # SentencePiece drops the space at the beginning of a text; it is part of the token.
+            drops_space = self._tokenizer.convert_ids_to_tokens(token).startswith("▁") and not text.startswith(" ")
+            self._decoded[token] = " " + text if drops_space else text
         return self._decoded[token]
 
 
 def read_likeliest(decoded: Sequence[str], log_probabilities: Sequence[float], window: Window) -> NDArray[np.float64]:
-    """Scores of a window's candidates from the likeliest tokens, by the client's rule.
+    """Read the scores of a window's candidates from the likeliest tokens, by the client's rule.
 
     Args:
         decoded: text of each token, likeliest first. Of tokens with the same text the last counts.
-        log_probabilities: of each token, in nats.
-        window: tells the candidates.
+        log_probabilities: log-probability of each token, in nats.
+        window: the window whose candidates are scored.
     Returns:
-        (N,) float64; -inf where no token names the candidate.
+        (N,) float64; -inf if no token names the candidate.
     """
-    place = {name: i for i, name in enumerate(identifiers(window.num_candidates, window.style))}
+    index = {name: i for i, name in enumerate(identifiers(window.num_candidates, window.style))}
     scores = np.full(window.num_candidates, -np.inf)
     for text, value in zip(decoded, log_probabilities):
         if window.style == "numbers" and len(text) == 1 and text.isdecimal():
-            text = str(int(text))  # also digits of other scripts
-        if text in place:
-            scores[place[text]] = value
+            text = str(int(text))  # including digits of other scripts
+        if text in index:
+            scores[index[text]] = value
     return scores
 
 
-def _write(
+def _generate(
     model: PreTrainedModel, windows: Sequence[Window], num_tokens: int, eos_token_ids: Sequence[int]
 ) -> list[list[int]]:
-    """The model's own next `num_tokens` tokens after each prompt."""
+    """Generate the next `num_tokens` tokens after each prompt."""
     batch = CachedBatch(model, [window.input_ids[:-1] for window in windows])
-    written: list[torch.Tensor] = []
-    no_number = torch.zeros(len(batch.logits), dtype=torch.bool, device=batch.logits.device)
+    generated: list[torch.Tensor] = []
+    has_nan = torch.zeros(len(batch.logits), dtype=torch.bool, device=batch.logits.device)
     while True:
-        no_number |= batch.logits.isnan().any(dim=-1)
+        has_nan |= batch.logits.isnan().any(dim=-1)
         batch.logits[:, list(eos_token_ids)] = -torch.inf
-        written.append(batch.logits.argmax(dim=-1))  # (B,)
-        if len(written) == num_tokens:
-            _refuse_no_numbers(torch.where(no_number, torch.nan, 0.0)[:, None], windows)
-            return torch.stack(written, dim=1).tolist()
-        batch.feed(written[-1][:, None])
+        generated.append(batch.logits.argmax(dim=-1))  # (B,)
+        if len(generated) == num_tokens:
+            _check_not_nan(torch.where(has_nan, torch.nan, 0.0)[:, None], windows)
+            tokens: list[list[int]] = torch.stack(generated, dim=1).tolist()
+            return tokens
+        batch.feed(generated[-1][:, None])
 
 
-def _choose_in_turn(
+def _choose_candidates(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Sequence[Window], num_choices: int
 ) -> list[list[int]]:
-    """Candidates of each window in the order the model names them, none twice; one forward names one of each window."""
-    names = [identifier_token_ids(tokenizer, window.num_candidates, window.style) for window in windows]
-    between = [_separator(tokenizer, window) for window in windows] or [[]]
+    """Candidates of each window in the order the model names them, without repetition: one per forward pass."""
+    tokens_of = [identifier_token_ids(tokenizer, window.num_candidates, window.style) for window in windows]
+    separators = [_separator_tokens(tokenizer, window) for window in windows] or [[]]
     batch = CachedBatch(model, [window.input_ids[:-1] for window in windows])
     orders: list[list[int]] = [[] for _ in windows]
-    following = [[int(window.input_ids[-1])] for window in windows] or [[0]]
+    next_tokens = [[int(window.input_ids[-1])] for window in windows] or [[0]]
     for _ in range(num_choices):
-        logits = batch.feed(torch.tensor(following, device=model.device)).cpu()
-        _refuse_no_numbers(logits, windows)
-        following = [[0, *separator] for separator in between]  # a list that has no candidate left goes on idly
-        for i, tokens in enumerate(names):
+        logits = batch.feed(torch.tensor(next_tokens, device=model.device)).cpu()
+        _check_not_nan(logits, windows)
+        next_tokens = [[0, *separator] for separator in separators]  # placeholder for windows with no candidate left
+        for i, tokens in enumerate(tokens_of):
             left = [k for k in range(len(tokens)) if k not in orders[i]]
             if left:
                 scores = logits[i, [tokens[k] for k in left]]
                 orders[i].append(left[int(scores.argmax())])
-                following[i][0] = tokens[orders[i][-1]]
+                next_tokens[i][0] = tokens[orders[i][-1]]
     return orders
 
 
-def _separator(tokenizer: PreTrainedTokenizerBase, window: Window) -> list[int]:
+def _separator_tokens(tokenizer: PreTrainedTokenizerBase, window: Window) -> list[int]:
     """Tokens between two identifiers of an answer."""
     first, second = identifier_token_ids(tokenizer, 2, window.style)
-    tokens = tokenizer(format_permutation((0, 1), window.style))["input_ids"]
+    tokens: list[int] = tokenizer(format_permutation((0, 1), window.style))["input_ids"]
     return tokens[tokens.index(first) + 1 : tokens.index(second)]
 
 
-def _refuse_no_numbers(logits: torch.Tensor, windows: Sequence[Window]) -> None:
-    """Stop where (B, V) logits of B windows hold NaN: any order read from them would be an accident."""
-    for window, found in zip(windows, logits.isnan().any(dim=-1).tolist()):
-        if found:
+def _check_not_nan(logits: torch.Tensor, windows: Sequence[Window]) -> None:
+    """Raise if (B, V) logits of B windows contain NaN: any order read from them would be arbitrary."""
+    for window, is_nan in zip(windows, logits.isnan().any(dim=-1).tolist()):
+        if is_nan:
             raise RunError(
-                f"window {window.id}: found logits that are no numbers (NaN), allowed are numbers; look at the "
-                "weights: the training went wrong, or they overflow in half precision, where float32 helps"
+                f"window {window.id}: logits contain NaN. The weights are broken or overflow in half precision; "
+                "rerank with --dtype float32 to find out which."
             )
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _padded_batches(costs: Sequence[int], styles: Sequence[str], batch_tokens: int) -> list[list[int]]:
-    """Windows of one style by falling cost, as many a batch as fit when each costs what the first does."""
+    """Batch windows of one style by falling cost, so that each costs at most as much as the first of its batch."""
     batches: list[list[int]] = []
     for i in sorted(range(len(costs)), key=lambda i: (styles[i], -costs[i])):
         first = batches[-1][0] if batches else i

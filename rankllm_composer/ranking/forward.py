@@ -1,10 +1,10 @@
-"""Forwards of a model that is being read, not trained: packed, or cached, in lockstep."""
+"""Forward passes for inference: packed or with a key-value cache, optionally in lockstep across ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ CACHED_ATTENTION = "sdpa"
 
 @contextmanager
 def inference(model: PreTrainedModel, attention: str) -> Iterator[None]:
-    """While open the model is in eval mode, computes no gradients and uses this attention; then it is as it was."""
+    """Put the model into eval mode without gradients and with this attention; restore its state afterwards."""
     was_training, before = model.training, model.config._attn_implementation
     if attention != CACHED_ATTENTION:
         attention = choose_attention(attention, "gpu" if model.device.type == "cuda" else "cpu")
@@ -44,25 +44,25 @@ def packed_forwards(
     batch_tokens: int,
     lockstep: bool,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Sequences through the model, as many at once as fit a token budget.
+    """Run sequences through the model, as many at a time as fit a token budget.
 
     Args:
-        model: under `inference`.
-        sequences: token sequences, each of at least `num_positions`, by a key.
+        model: a model under `inference`.
+        sequences: token sequences by key, each of at least `num_positions` tokens.
         num_positions: R, see `packed_logits`.
-        batch_tokens: tokens in one forward, at most, unless a sequence alone has more.
+        batch_tokens: maximum number of tokens in one forward pass, unless a single sequence has more.
         lockstep: see `rounds`.
     Yields:
-        The S keys of a forward, and logits (S, R, V).
+        The S keys of a forward pass, and logits (S, R, V).
     """
     batches: list[list[int]] = []
-    room = 0
+    free_tokens = 0
     for key, sequence in sequences.items():
-        if len(sequence) > room or not batches:
+        if len(sequence) > free_tokens or not batches:
             batches.append([])
-            room = batch_tokens
+            free_tokens = batch_tokens
         batches[-1].append(key)
-        room -= len(sequence)
+        free_tokens -= len(sequence)
     for members in rounds(batches, lockstep):
         chosen = [sequences[key] for key in members] or [np.zeros(num_positions, np.int32)]
         logits = packed_logits(model, chosen, num_positions)
@@ -70,12 +70,12 @@ def packed_forwards(
 
 
 def packed_logits(model: PreTrainedModel, sequences: Sequence[NDArray[np.int32]], num_positions: int) -> torch.Tensor:
-    """Next-token logits at the last positions of sequences packed end to end, none of which sees another.
+    """Compute next-token logits at the last positions of sequences packed end to end, isolated from each other.
 
     Args:
-        model: under `inference`.
-        sequences: S token sequences, each of at least `num_positions`.
-        num_positions: R, positions read of each.
+        model: a model under `inference`.
+        sequences: S token sequences, each of at least `num_positions` tokens.
+        num_positions: R, number of last positions to read per sequence.
     Returns:
         (S, R, V) float32.
     """
@@ -83,7 +83,7 @@ def packed_logits(model: PreTrainedModel, sequences: Sequence[NDArray[np.int32]]
     ends = np.cumsum(lengths)
     positions = ends[:, None] - np.arange(num_positions, 0, -1)  # (S, R)
 
-    def on_device(values: NDArray[np.integer], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def on_device(values: NDArray[np.integer[Any]], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.from_numpy(values).to(model.device, dtype)
 
     cu_seqlens = on_device(np.concatenate([[0], ends]), torch.int32)
@@ -97,17 +97,18 @@ def packed_logits(model: PreTrainedModel, sequences: Sequence[NDArray[np.int32]]
         logits_to_keep=on_device(positions.reshape(-1)),
         use_cache=False,
     ).logits
-    return logits.float().view(len(sequences), num_positions, -1)
+    result: torch.Tensor = logits.float().view(len(sequences), num_positions, -1)
+    return result
 
 
 class CachedBatch:
-    """Prompts padded on the left to one length, continued together through a key-value cache.
+    """Prompts padded on the left to one length and continued together with a key-value cache.
 
     Args:
-        model: under `inference` with `CACHED_ATTENTION`.
-        prompts: B token sequences; none at all makes a batch of one that means nothing.
+        model: a model under `inference` with `CACHED_ATTENTION`.
+        prompts: B token sequences; if empty, a placeholder batch of one, for lockstep.
     Attributes:
-        logits: (B, V) float32, next-token logits after what was fed so far.
+        logits: (B, V) float32 next-token logits after the tokens fed so far.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[NDArray[np.int32]]) -> None:
@@ -118,11 +119,11 @@ class CachedBatch:
         mask = torch.arange(longest) >= longest - lengths[:, None]  # (B, L)
         self._model = model
         self._mask = mask.long().to(model.device)
-        self._cache = DynamicCache()
+        self._cache = DynamicCache()  # type: ignore[no-untyped-call]
         self.logits = self._forward(torch.from_numpy(tokens).long().to(model.device))
 
     def feed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Go on by these (B, M) tokens; the new `logits`."""
+        """Append (B, M) tokens and return the new `logits`."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(tokens.shape)], dim=1)
         self.logits = self._forward(tokens)
         return self.logits
@@ -138,14 +139,15 @@ class CachedBatch:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
 
 
 def rounds(batches: Sequence[list[int]], lockstep: bool) -> Iterator[list[int]]:
-    """The batches and, in lockstep, empty ones until the busiest rank is done.
+    """Yield the batches and, in lockstep, empty ones until the busiest rank is done.
 
-    A sharded model gathers its weights in every forward, so every rank has to make as many. In lockstep this is a
-    collective.
+    A sharded model gathers its weights in every forward pass, so all ranks must run the same number. In lockstep this
+    is a collective.
     """
     for number in range(largest_of_ranks(len(batches), lockstep)):
         yield batches[number] if number < len(batches) else []

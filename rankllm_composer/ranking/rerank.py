@@ -1,6 +1,6 @@
-"""The reranking job: a first-stage run and a model in, a reranked TREC run and its comparison with the first stage out.
+"""The reranking job: reranks a first-stage run, writes a TREC run, and compares it with the first stage.
 
-A finished query is kept on disk, so that a job that was stopped goes on where it was.
+Finished queries are kept on disk, so that a stopped job resumes.
 """
 
 from __future__ import annotations
@@ -13,312 +13,211 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rankllm_composer.errors import ModelError, RunError
-from rankllm_composer.prompts.contract import DecodingContract, chat_template_sha256, read_contract
+from rankllm_composer.errors import RunError
+from rankllm_composer.options import RerankOptions
 from rankllm_composer.ranking.comparison import (
     DEFAULT_MEASURES,
     MeasureComparison,
-    MeasuredSet,
+    RerankResult,
     compare_runs,
     comparison_table,
     query_lines,
-    write_measured,
+    write_rerank_result,
 )
-from rankllm_composer.ranking.evaluation import Decoding
-from rankllm_composer.ranking.sliding import (
-    RerankedQuery,
-    check_settings,
-    default_decoding,
-    query_spans,
-    rerank_queries,
-)
+from rankllm_composer.ranking.reranker import RerankedQuery, Reranker
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import try_lock
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 TAG = "rankllm-composer"
-
+"""Last column of the runs written."""
 
 FIGURES_SUFFIX = ".figures.json"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RerankFiles:
+    """Files of a reranking job.
+
+    Attributes:
+        queries, documents: JSONL file, BEIR folder or irds:ID, see `sources.retrieval_files`.
+        first_stage: TREC run to rerank, or irds:ID.
+        output: TREC run to write; replaced if it exists.
+        judgments: TREC or BEIR judgments or irds:ID; with them the reranked run is compared with the first stage.
+    """
+
+    queries: str | Path
+    documents: str | Path
+    first_stage: str | Path
+    output: str | Path
+    judgments: str | Path | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RerankReport:
-    """What a job did: the queries as written; their measures, where there are judgments; all of it as text."""
+    """Outcome of a job: the queries as written, their measures if there are judgments, and a report as text."""
 
     queries: tuple[RerankedQuery, ...]
-    measured: MeasuredSet | None
+    result: RerankResult | None
     text: str
 
     @property
     def comparisons(self) -> tuple[MeasureComparison, ...]:
-        """One a measure; empty without judgments."""
-        return () if self.measured is None else self.measured.comparisons
+        """One per measure; empty without judgments."""
+        return () if self.result is None else self.result.comparisons
 
 
 def rerank_files(
     folder: str | Path,
+    files: RerankFiles,
+    options: RerankOptions | None = None,
     *,
-    queries: str | Path,
-    documents: str | Path,
-    run: str | Path,
-    output: str | Path,
-    judgments: str | Path | None = None,
     measures: Sequence[str] = DEFAULT_MEASURES,
     name: str | None = None,
-    window_size: int | None = None,
-    stride: int | None = None,
-    passes: int = 1,
-    top_k: int = 100,
-    decoding: Decoding | None = None,
-    constrained: bool = False,
-    batch_tokens: int = 16384,
-    queries_at_once: int = 32,
-    device: str | None = None,
-    dtype: str | None = None,
-    attention: str = "auto",
-    tag: str = TAG,
     progress_bar: bool = True,
 ) -> RerankReport:
-    """Rerank a run with an exported model, and compare it with the first stage where judgments are given.
+    """Rerank a run with an exported model, and compare it with the first stage if there are judgments.
 
-    What was measured is kept in `OUTPUT.figures.json`, see `comparison.write_measured`.
+    The measures are stored in `OUTPUT.figures.json`, see `comparison.write_rerank_result`.
 
     Args:
-        folder: an exported model, with its decoding contract.
-        queries, documents, judgments: see `retrieval`.
-        run: TREC run of the first stage.
-        output: path of the reranked run.
-        measures: see `compare_runs`.
-        name: of the set of queries and its first stage, in figures; None = the run's file name without its ending.
-        window_size, stride: None = the contract's.
-        passes, …, tag: see `rerank_run`; device, dtype: see `load_reranker`.
-    Returns:
-        The report.
+        folder: an exported model with its decoding contract.
+        files: inputs and output.
+        options: how to rerank; None for the defaults.
+        measures: names of measures as in ir-measures.
+        name: name of the set of queries and its first stage, in figures; None: the run's file name without its suffix.
+        progress_bar: whether to show a progress bar on a terminal.
     Raises:
-        ValueError: a file, the model or a setting cannot be used; the message says which and what to do.
+        ValueError: a file, the model or an option cannot be used.
     """
-    texts, first_stage = load_queries(queries), load_run(run)
-    grades = None if judgments is None else load_judgments(judgments)
+    options = options or RerankOptions()
+    texts, first_stage = load_queries(files.queries), load_run(files.first_stage)
+    grades = None if files.judgments is None else load_judgments(files.judgments)
     chosen = {qid: first_stage[qid] for qid in texts if qid in first_stage}
     if grades is not None and chosen:
-        compare_runs(chosen, chosen, grades, measures)  # what cannot be measured stops here, not after hours
-    wanted = {docid for docids in chosen.values() for docid in docids[:top_k]}
-    collection = load_documents(documents, wanted)
-    model, tokenizer, contract = load_reranker(folder, device=device, dtype=dtype)
-    contract = dataclasses.replace(
-        contract,
-        window_size=contract.window_size if window_size is None else window_size,
-        stride=contract.stride if stride is None else stride,
-    )
-    decoding = decoding or default_decoding(contract)
-    began = time.monotonic()
-    ranked = rerank_run(
-        model,
-        tokenizer,
-        texts,
-        collection,
-        first_stage,
-        contract,
-        output,
-        decoding=decoding,
-        constrained=constrained,
-        passes=passes,
-        top_k=top_k,
-        batch_tokens=batch_tokens,
-        queries_at_once=queries_at_once,
-        attention=attention,
-        model_name=model_identity(folder),
-        tag=tag,
-        progress_bar=progress_bar,
-    )
-    seconds = time.monotonic() - began
-    measured: MeasuredSet | None = None
-    if grades is not None:
-        rows = compare_runs(first_stage, {query.qid: query.docids for query in ranked}, grades, measures)
-        measured = MeasuredSet(name or Path(run).stem, str(Path(folder).resolve()), decoding, tuple(rows))
-        write_measured(f"{output}{FIGURES_SUFFIX}", measured)
-    lines = [f"{output}: {len(ranked)} queries reranked by {decoding} in {seconds:.1f} s", *_counts(ranked)]
+        compare_runs(chosen, chosen, grades, measures)  # fails now, not after hours, if it cannot be measured
+    documents = load_documents(files.documents, {id for docids in chosen.values() for id in docids[: options.top_k]})
+    reranker = Reranker.from_pretrained(folder, options)
+    start = time.monotonic()
+    ranked = rerank_run(reranker, texts, documents, first_stage, files.output, progress_bar=progress_bar)
+    seconds = time.monotonic() - start
+    lines = [f"{files.output}: {len(ranked)} queries reranked by {reranker.decoding} in {seconds:.1f} s"]
+    lines += _answer_statistics(ranked)
     for what, qids in (
-        ("queries given that have no candidates in the run", texts.keys() - first_stage.keys()),
-        ("queries of the run that have no text", first_stage.keys() - texts.keys()),
-        ("queries reranked that are not judged", () if grades is None else chosen.keys() - grades.keys()),
-        ("queries judged that were not reranked", () if grades is None else grades.keys() - chosen.keys()),
+        ("queries have no candidates in the run", texts.keys() - first_stage.keys()),
+        ("queries of the run have no text", first_stage.keys() - texts.keys()),
+        ("reranked queries are not judged", () if grades is None else chosen.keys() - grades.keys()),
+        ("judged queries were not reranked", () if grades is None else grades.keys() - chosen.keys()),
     ):
         if qids:
             lines.append(f"{len(qids)} {what}, such as {', '.join(sorted(qids)[:3])}")
-    if measured is not None:
-        rows = list(measured.comparisons)
-        lines += ["", f"{measured.name}: {len(rows[0].reranked)} queries", comparison_table(rows)]
-        lines += ["", *query_lines(rows[0])]
-    return RerankReport(tuple(ranked), measured, "\n".join(lines))
-
-
-def load_reranker(
-    folder: str | Path, *, device: str | None = None, dtype: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DecodingContract]:
-    """Model, tokenizer and decoding contract of an exported folder.
-
-    Args:
-        folder: with `reranker.json`.
-        device: torch's name; None = cuda where there is one, else cpu.
-        dtype: torch's name; None = as stored on cuda, float32 on cpu.
-    Raises:
-        ModelError: no contract, or a tokenizer whose chat template is not the one it names.
-        RunError: the dtype is unknown, or the folder holds no model.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    contract = read_contract(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = "auto" if dtype is None and device != "cpu" else getattr(torch, dtype or "float32", None)
-    if chosen != "auto" and not isinstance(chosen, torch.dtype):
-        raise RunError(f"dtype: found {dtype!r}, allowed are float32, bfloat16, float16")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=chosen, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise RunError(f"{folder}: holds no model that loads: {reason}; export it again") from error
-    if chat_template_sha256(tokenizer) != contract.chat_template_sha256:
-        raise ModelError(
-            f"{folder}: the tokenizer's chat template is not the one the model was trained with (by its hash in "
-            "reranker.json); export the model again, or restore the tokenizer's files"
-        )
-    return model.to(device).eval(), tokenizer, contract
+    if grades is None:
+        return RerankReport(tuple(ranked), None, "\n".join(lines))
+    rows = compare_runs(first_stage, {query.qid: query.docids for query in ranked}, grades, measures)
+    model = str(Path(folder).resolve())
+    result = RerankResult(name or Path(files.first_stage).stem, model, reranker.decoding, tuple(rows))
+    write_rerank_result(f"{files.output}{FIGURES_SUFFIX}", result)
+    lines += ["", f"{result.name}: {len(rows[0].reranked)} queries", comparison_table(rows), "", *query_lines(rows[0])]
+    return RerankReport(tuple(ranked), result, "\n".join(lines))
 
 
 def rerank_run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    reranker: Reranker,
     queries: Mapping[str, str],
     documents: Mapping[str, str],
-    run: Mapping[str, Sequence[str]],
-    contract: DecodingContract,
+    first_stage: Mapping[str, Sequence[str]],
     output: str | Path,
     *,
-    decoding: Decoding | None = None,
-    constrained: bool = False,
-    passes: int = 1,
-    top_k: int = 100,
-    batch_tokens: int = 16384,
-    queries_at_once: int = 32,
-    attention: str = "auto",
-    model_name: str = "",
-    tag: str = TAG,
     progress_bar: bool = True,
 ) -> list[RerankedQuery]:
-    """Rerank a run and write it as a TREC run, going on where an earlier job with the same settings was stopped.
+    """Rerank a run and write it as a TREC run; resumes a stopped job with the same settings.
 
-    Finished queries are kept in `OUTPUT.progress.jsonl`, which goes when the run is written. Queries are written in the
-    order of `queries`, scores fall by one a place.
+    Finished queries are kept in `OUTPUT.progress.jsonl`, which is deleted when the run is written. Queries are written
+    in the order of `queries`; scores fall by one per rank.
 
     Args:
-        output: path of the run to write; replaced if it is there.
-        model_name: tells models apart when a job is resumed.
-        tag: last column of the run.
-        progress_bar: show one, on a terminal.
-        model, …, attention: see `rerank_queries`.
+        reranker: the model and its options.
+        queries, documents, first_stage: see `Reranker.rerank_queries`.
+        output: path of the run to write; replaced if it exists.
+        progress_bar: whether to show a progress bar on a terminal.
     Returns:
         The queries in the order written.
     Raises:
-        RunError: no query has both a text and candidates; what was kept is of other settings or damaged; another
+        RunError: no query has both a text and candidates; the progress file has other settings or is damaged; another
             process is writing the same output.
-        PromptError, RunError, PromptError: a window cannot be shown or read.
+        RunError, PromptError: a window cannot be presented or read.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
-    output = Path(output)
-    decoding = decoding or default_decoding(contract)
-    check_settings(contract, decoding, constrained, passes, top_k, queries_at_once)
-    qids = [qid for qid in queries if qid in run]
+    output, options = Path(output), reranker.options
+    qids = [qid for qid in queries if qid in first_stage]
     if not qids:
         raise RunError(
-            f"run: none of its {len(run)} queries is among the {len(queries)} queries given; check that they match"
+            f"run: none of its {len(first_stage)} queries is among the {len(queries)} queries given. Check that both "
+            "are of the same collection."
         )
     settings = {
-        "model": model_name,
-        "decoding": decoding,
-        "constrained": constrained,
-        "passes": passes,
-        "top_k": top_k,
-        "contract": json.loads(contract.to_json()),
-        "input": _digest(qids, queries, documents, run),
+        "model": reranker.name,
+        "decoding": reranker.decoding,
+        "constrained": options.constrained,
+        "passes": options.passes,
+        "top_k": options.top_k,
+        "contract": json.loads(reranker.contract.to_json()),
+        "input": _input_hash(qids, queries, documents, first_stage),
     }
-    num_windows = passes * sum(len(query_spans(len(run[qid]), contract, top_k)) for qid in qids)
-    with _kept_queries(output.with_name(f"{output.name}.progress.jsonl"), settings) as (finished, keep):
-        with tqdm(
-            total=num_windows,
+    progress = output.with_name(f"{output.name}.progress.jsonl")
+    with (
+        _kept_queries(progress, settings) as (finished, keep),
+        tqdm(
+            total=sum(len(reranker.spans(len(first_stage[qid]))) for qid in qids),
             initial=sum(query.num_windows for query in finished.values()),
             unit=" windows",
             disable=None if progress_bar else True,
-        ) as bar:
-            for query in rerank_queries(
-                model,
-                tokenizer,
-                {qid: queries[qid] for qid in qids if qid not in finished},
-                documents,
-                run,
-                contract,
-                decoding=decoding,
-                constrained=constrained,
-                passes=passes,
-                top_k=top_k,
-                batch_tokens=batch_tokens,
-                queries_at_once=queries_at_once,
-                attention=attention,
-                on_windows=bar.update,
-            ):
-                keep(query)
-                finished[query.qid] = query
+        ) as bar,
+    ):
+        remaining = {qid: queries[qid] for qid in qids if qid not in finished}
+        for query in reranker.rerank_queries(remaining, documents, first_stage, bar.update):
+            keep(query)
+            finished[query.qid] = query
         ranked = [finished[qid] for qid in qids]
-        write_run(output, {query.qid: query.docids for query in ranked}, tag)
+        write_run(output, {query.qid: query.docids for query in ranked})
     return ranked
 
 
-def write_run(path: Path, rankings: Mapping[str, Sequence[str]], tag: str = TAG) -> None:
-    """Write a TREC run, there as a whole or not at all; the last place of a query has score 1."""
+def write_run(path: Path, rankings: Mapping[str, Sequence[str]]) -> None:
+    """Write a TREC run atomically; the last rank of a query has score 1."""
     lines = (
-        f"{qid} Q0 {docid} {rank} {len(docids) - rank + 1} {tag}\n"
+        f"{qid} Q0 {docid} {rank} {len(docids) - rank + 1} {TAG}\n"
         for qid, docids in rankings.items()
         for rank, docid in enumerate(docids, start=1)
     )
     write_atomic(path, "".join(lines))
 
 
-def model_identity(folder: str | Path) -> str:
-    """Tells model folders, and what was in them, apart: names, sizes and times of their files."""
-    folder = Path(folder).resolve()
-    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-    told = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
-    return f"{folder} {hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()}"
-
-
-def _counts(queries: Sequence[RerankedQuery]) -> Iterator[str]:
+def _answer_statistics(queries: Sequence[RerankedQuery]) -> Iterator[str]:
     num_windows = sum(query.num_windows for query in queries)
     for counts, what in (
-        ([query.num_opened for query in queries], "windows in which the model's own first token is '['"),
-        ([query.num_malformed for query in queries], "answers not exactly as asked"),
+        ([query.num_opened for query in queries], "windows have '[' as the model's first token"),
+        ([query.num_malformed for query in queries], "answers deviate from the requested format"),
     ):
         if num_windows and None not in counts:
             num = sum(count or 0 for count in counts)
             yield f"{num} of {num_windows} {what} ({num / num_windows:.1%})"
 
 
-def _digest(
-    qids: Iterable[str], queries: Mapping[str, str], documents: Mapping[str, str], run: Mapping[str, Sequence[str]]
+def _input_hash(
+    qids: Iterable[str],
+    queries: Mapping[str, str],
+    documents: Mapping[str, str],
+    first_stage: Mapping[str, Sequence[str]],
 ) -> str:
-    """Hash of everything that is shown to the model."""
+    """Hash of everything that is presented to the model."""
     digest = hashlib.blake2b(digest_size=16)
     for qid in qids:
-        shown = [qid, queries[qid], *(text for docid in run[qid] for text in (docid, documents.get(docid)))]
-        digest.update(json.dumps(shown).encode())
+        texts = [qid, queries[qid], *(text for docid in first_stage[qid] for text in (docid, documents.get(docid)))]
+        digest.update(json.dumps(texts).encode())
     return digest.hexdigest()
 
 
@@ -326,20 +225,20 @@ def _digest(
 def _kept_queries(
     path: Path, settings: dict[str, Any]
 ) -> Iterator[tuple[dict[str, RerankedQuery], Callable[[RerankedQuery], None]]]:
-    """Queries that an earlier job finished, and how to keep one more. The file goes when the block ends well."""
+    """Yield the queries that an earlier job finished, and a function to keep one more; delete the file on success."""
     lock = try_lock(path)
     if lock is None:
-        raise RunError(f"{path}: another process is writing this run; wait for it, or name another output")
+        raise RunError(f"{path}: another process is writing this run. Wait for it, or name another output.")
     with lock, path.open("ab", buffering=0) as file:
-        whole = path.read_bytes().rpartition(b"\n")[0]  # a line that a kill tore goes
-        file.truncate(len(whole) + 1 if whole else 0)
-        finished = _read_kept(path, whole.splitlines(), settings)
+        complete = path.read_bytes().rpartition(b"\n")[0]  # without the line that a kill cut off
+        file.truncate(len(complete) + 1 if complete else 0)
+        finished = _read_kept(path, complete.splitlines(), settings)
 
         def append(values: Any) -> None:
             file.write(json.dumps(values).encode() + b"\n")
             os.fsync(file.fileno())
 
-        if not whole:
+        if not complete:
             append(settings)
         yield finished, lambda query: append(dataclasses.asdict(query))
         lock.remove()
@@ -351,10 +250,10 @@ def _read_kept(path: Path, lines: Sequence[bytes], settings: dict[str, Any]) -> 
         finished = {query["qid"]: RerankedQuery(**{**query, "docids": tuple(query["docids"])}) for query in queries}
         changed = [name for name in settings if before[name] != settings[name]]
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: is damaged ({error!r}); delete it to begin anew") from error
+        raise RunError(f"{path} is damaged ({error!r}). Delete it to start over.") from error
     if changed:
         raise RunError(
-            f"{path}: is of a stopped job with other settings ({', '.join(changed)}); repeat that command, name "
-            "another output, or delete the file to begin anew"
+            f"{path} is from a stopped job with other settings ({', '.join(changed)}). Repeat that command, name "
+            "another output, or delete the file to start over."
         )
     return finished

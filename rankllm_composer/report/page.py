@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankllm_composer.export.model_card import TOLERANCE, verdict
-from rankllm_composer.ranking.evaluation import DECODINGS
+from rankllm_composer.options import DECODINGS
 from rankllm_composer.report.pictures import CAPTIONS, draw, gains
 from rankllm_composer.report.run_record import RunRecord, with_distinct_names
 from rankllm_composer.storage.atomic import write_atomic

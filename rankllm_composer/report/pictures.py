@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankllm_composer.ranking.evaluation import DECODINGS
+from rankllm_composer.options import DECODINGS
 from rankllm_composer.training.progress import LOSS_PREFIX
 
 if TYPE_CHECKING:

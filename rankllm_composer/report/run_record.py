@@ -9,7 +9,7 @@ from typing import Any
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.export.model_card import published_figures
-from rankllm_composer.ranking.comparison import MeasuredSet
+from rankllm_composer.ranking.comparison import RerankResult
 from rankllm_composer.recipe.load import RECIPE_NAME
 from rankllm_composer.redaction import redact
 from rankllm_composer.training.progress import read_metrics
@@ -38,7 +38,7 @@ class RunRecord:
     details: tuple[dict[str, Any], ...]
     tokens_per_list: tuple[int, ...] = ()
     published: tuple[tuple[str, float], ...] = ()
-    reranked: tuple[MeasuredSet, ...] = ()
+    reranked: tuple[RerankResult, ...] = ()
 
 
 def read_run(folder: str | Path, tokens_per_list: Sequence[int] = ()) -> RunRecord:
@@ -86,7 +86,7 @@ def _run_name(recipe: str) -> str:
 
 
 def with_reranked(
-    runs: Sequence[RunRecord], folders: Sequence[str | Path], measured: Iterable[MeasuredSet]
+    runs: Sequence[RunRecord], folders: Sequence[str | Path], measured: Iterable[RerankResult]
 ) -> list[RunRecord]:
     """The runs, each with what was measured of its models.
 
@@ -97,7 +97,7 @@ def with_reranked(
     Raises:
         RunError: the model is in none of several runs.
     """
-    found: list[list[MeasuredSet]] = [[] for _ in runs]
+    found: list[list[RerankResult]] = [[] for _ in runs]
     for one in measured:
         places = [i for i, folder in enumerate(folders) if Path(one.model).is_relative_to(Path(folder).resolve())]
         if not places and len(runs) > 1:

@@ -201,6 +201,7 @@ def build_validation(
     """
     from composer.utils import dist
 
+    from rankllm_composer.ranking.evaluation import EvaluationOptions
     from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation
 
     if recipe.evaluation is None or recipe.data.eval is None:
@@ -219,10 +220,12 @@ def build_validation(
         tokenizer=tokenizer,
         contract=contract,
         interval=recipe.evaluation.interval,
-        decodings=recipe.evaluation.decodings,
-        constrained=recipe.evaluation.constrained,
-        num_shuffles=recipe.evaluation.num_shuffles,
-        seed=recipe.run.seed,
+        options=EvaluationOptions(
+            decodings=recipe.evaluation.decodings,
+            constrained=recipe.evaluation.constrained,
+            num_shuffles=recipe.evaluation.num_shuffles,
+            seed=recipe.run.seed,
+        ),
         details=Path(recipe.run_folder, EVALUATIONS_FILE),
     )
 

@@ -12,13 +12,13 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
 from rankllm_composer.export.weights import hf_module
+from rankllm_composer.options import DECODINGS
 from rankllm_composer.ranking.evaluation import (
-    DECODINGS,
-    Decoding,
+    EvaluationOptions,
     WindowResult,
     evaluate_windows,
     position_matrix,
-    summarise,
+    summarize,
     window_ndcg,
 )
 
@@ -35,7 +35,7 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 class Validation(Callback):
-    """Ranks windows every so many epochs or batches, and at the end; logs what `evaluation.summarise` tells.
+    """Ranks windows every so many epochs or batches, and at the end; logs the figures of `evaluation.summarize`.
 
     The figures are of the windows of all ranks, each counted once, and the same on every rank.
 
@@ -44,10 +44,8 @@ class Validation(Callback):
         tokenizer: of the model.
         contract: how the model is read.
         interval: Composer time string.
-        decodings: "first_token", "generation" or both.
-        constrained, num_shuffles, seed: see `evaluate_windows`.
+        options: how the windows are ranked; None for the defaults.
         details: rank 0 adds a line an evaluation to this file, see `read_details`. None = nowhere.
-        batch_tokens: tokens in one forward pass.
     """
 
     def __init__(
@@ -57,21 +55,15 @@ class Validation(Callback):
         tokenizer: PreTrainedTokenizerBase,
         contract: DecodingContract,
         interval: str,
-        decodings: Sequence[Decoding] = DECODINGS,
-        constrained: bool = False,
-        num_shuffles: int = 0,
-        seed: int = 0,
+        options: EvaluationOptions | None = None,
         details: Path | None = None,
-        batch_tokens: int = 16384,
     ) -> None:
         self.figures: dict[str, float] = {}
         self._records = records
         self._tokenizer = tokenizer
         self._contract = contract
-        self._decodings = tuple(decodings)
-        self._options: dict[str, Any] = {"constrained": constrained, "num_shuffles": num_shuffles, "seed": seed}
+        self._options = options
         self._details = details
-        self._batch_tokens = batch_tokens
         self._last_batch = -1
         ends = {Event.BATCH_END, Event.EPOCH_END}  # of training: the one or the other, by the unit of its duration
         self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
@@ -87,13 +79,11 @@ class Validation(Callback):
                 self._tokenizer,
                 self._records,
                 self._contract,
-                decodings=self._decodings,
-                batch_tokens=self._batch_tokens,
+                self._options,
                 lockstep=dist.get_world_size() > 1,
-                **self._options,
             )
             every = [result for share in dist.all_gather_object(own) for result in share]
-            self.figures = {PREFIX + name: value for name, value in summarise(every).items()}
+            self.figures = {PREFIX + name: value for name, value in summarize(every).items()}
             logger.log_metrics(self.figures)
             if self._details is not None and dist.get_global_rank() == 0:
                 with self._details.open("a") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from support.tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contrac
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from rankllm_composer.export.serving_check import PASSAGES, QUERY, client_prompt, diff_request
+from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.client_names import misread_names
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import identifiers, parse_answer, permutation_from_scores
@@ -25,7 +27,7 @@ from rankllm_composer.prompts.user_turn import (
 )
 from rankllm_composer.prompts.windows import Window, answer_lengths, fit_window, sliding_spans
 from rankllm_composer.ranking.decoding import read_likeliest, score_windows_first_token
-from rankllm_composer.ranking.sliding import rerank_queries
+from rankllm_composer.ranking.reranker import Reranker
 
 STYLES = ("letters", "numbers")
 TOKENIZERS = ("mistral_v3", "zephyr_v1", "tiny", "tiny_without_bos")
@@ -349,15 +351,16 @@ def test_reranking_gives_the_same_orders(ask_server, models):
         model = AutoModelForCausalLM.from_pretrained(models[case["model"]])
         options = {"window_size": case["window"], "stride": case["stride"]}
         objective = "combined" if case["style"] == "letters" else "generation"
-        found = rerank_queries(
+        reranker = Reranker(
             model,
             tokenizer,
+            new_contract(tokenizer, objective, case["style"], **options),
+            RerankOptions(decoding="first_token" if case["use_logits"] else "generation", passes=case["passes"]),
+        )
+        found = reranker.rerank_queries(
             {str(i): query for i, (query, _) in enumerate(asked)},
             {f"{i}-{k}": document["text"] for i, (_, docs) in enumerate(asked) for k, document in enumerate(docs)},
             {str(i): [f"{i}-{k}" for k in range(len(documents))] for i, (_, documents) in enumerate(asked)},
-            new_contract(tokenizer, objective, case["style"], **options),
-            decoding="first_token" if case["use_logits"] else "generation",
-            passes=case["passes"],
         )
         ranked = {query.qid: [int(docid.split("-")[1]) for docid in query.docids] for query in found}
         assert [ranked[str(i)] for i in range(len(asked))] == expected, case
@@ -372,9 +375,9 @@ def test_a_letter_with_a_space_is_not_the_letter(models):
         fit_window(query, query, [document["text"] for document in documents], tokenizer)
         for query, documents in requests((5,) * 4)
     ]
-    options = {"append_bracket": True, "eos_token_ids": [tokenizer.eos_token_id]}
+    contract = dataclasses.replace(new_contract(tokenizer), append_bracket=True)
     likeliest, own = (
-        np.stack([answer.scores for answer in score_windows_first_token(model, tokenizer, windows, top_k=k, **options)])
+        np.stack([answer.scores for answer in score_windows_first_token(model, tokenizer, windows, contract, top_k=k)])
         for k in (30, None)
     )
     seen = np.isfinite(likeliest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import pickle
@@ -28,13 +29,13 @@ from rankllm_composer.prompts.permutations import identifiers, parse_answer
 from rankllm_composer.prompts.windows import Window, answer_lengths, fit_window, record_window, sliding_spans
 from rankllm_composer.ranking.decoding import generate_windows, read_likeliest, score_windows_first_token
 from rankllm_composer.ranking.evaluation import (
+    EvaluationOptions,
     WindowResult,
-    chance_ndcg,
     evaluate_windows,
-    ndcg,
     position_matrix,
-    summarise,
+    summarize,
 )
+from rankllm_composer.ranking.metrics import chance_ndcg, ndcg
 
 EOS = WORDS.index("</s>")
 TOKENIZERS = {
@@ -63,6 +64,15 @@ def several_windows(tokenizer, style: str = "letters", sizes=(5, 1, 3, 6, 2)) ->
     ]
 
 
+def first_token(model, tokenizer, windows, append_bracket=False, **options):
+    contract = dataclasses.replace(new_contract(tokenizer), append_bracket=append_bracket)
+    return score_windows_first_token(model, tokenizer, windows, contract, **options)
+
+
+def generate(model, tokenizer, windows, **options):
+    return generate_windows(model, tokenizer, windows, new_contract(tokenizer), **options)
+
+
 def next_logits(model, tokens) -> torch.Tensor:
     """Slow: the whole sequence alone through the plain model."""
     with torch.no_grad():
@@ -80,15 +90,7 @@ def greedy(model, tokens, num: int, forbidden: int) -> list[int]:
 
 def check_scores(model, tokenizer, append_bracket: bool, top_k: int | None) -> None:
     windows = several_windows(tokenizer)
-    answers = score_windows_first_token(
-        model,
-        tokenizer,
-        windows,
-        append_bracket=append_bracket,
-        eos_token_ids=[EOS],
-        top_k=top_k,
-        batch_tokens=800,
-    )
+    answers = first_token(model, tokenizer, windows, append_bracket, top_k=top_k, batch_tokens=800)
     for window, answer in zip(windows, answers, strict=True):
         prompt = window.input_ids[:-1].tolist()
         own = greedy(model, prompt, 1, EOS)[0]
@@ -105,7 +107,7 @@ def check_scores(model, tokenizer, append_bracket: bool, top_k: int | None) -> N
 
 def check_writing(model, tokenizer, style: str) -> None:
     windows = several_windows(tokenizer, style, (3, 1, 2))
-    answers = generate_windows(model, tokenizer, windows, eos_token_ids=[EOS], batch_tokens=250)
+    answers = generate(model, tokenizer, windows, batch_tokens=250)
     for window, answer in zip(windows, answers, strict=True):
         asked, whole = answer_lengths(tokenizer, window.num_candidates, style)
         tokens = greedy(model, window.input_ids[:-1], whole, EOS)
@@ -126,18 +128,18 @@ def test_packed_scores_of_the_likeliest_tokens(top_k, each_tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_batches_write_what_each_window_alone_writes(family, tokenizer):
+def test_cached_batches_equal_each_window_alone(family, tokenizer):
     check_writing(new_model(family, seed=1), tokenizer, "letters")
 
 
 @pytest.mark.parametrize("style", ["letters", "numbers"])
-def test_cached_batches_with_every_beginning(style, each_tokenizer):
+def test_cached_batches_with_every_bos_convention(style, each_tokenizer):
     check_writing(new_model(seed=1), each_tokenizer, style)
 
 
 def test_constrained_answers_choose_among_the_candidates_left(tokenizer):
     model, windows = new_model(), several_windows(tokenizer)
-    answers = generate_windows(model, tokenizer, windows, constrained=True, batch_tokens=700)
+    answers = generate(model, tokenizer, windows, constrained=True, batch_tokens=700)
     for window, answer in zip(windows, answers, strict=True):
         tokens, left = window.input_ids.tolist(), list(range(window.num_candidates))
         for place in range(window.num_candidates):
@@ -151,17 +153,17 @@ def test_constrained_answers_choose_among_the_candidates_left(tokenizer):
 
 def test_constrained_answers_may_mix_styles(tokenizer):
     windows = several_windows(tokenizer, "letters", (2, 3)) + several_windows(tokenizer, "numbers", (4, 2))
-    together = generate_windows(new_model(), tokenizer, windows, constrained=True)
-    apart = [generate_windows(new_model(), tokenizer, [window], constrained=True)[0] for window in windows]
+    together = generate(new_model(), tokenizer, windows, constrained=True)
+    apart = [generate(new_model(), tokenizer, [window], constrained=True)[0] for window in windows]
     assert together == apart
 
 
-def test_the_model_is_left_as_it_was(tokenizer):
+def test_the_state_of_the_model_is_restored(tokenizer):
     model = new_model().train()
     model.config._attn_implementation = "eager"
     windows = several_windows(tokenizer, sizes=(2, 3))
-    score_windows_first_token(model, tokenizer, windows, append_bracket=True)
-    generate_windows(model, tokenizer, windows)
+    first_token(model, tokenizer, windows, append_bracket=True)
+    generate(model, tokenizer, windows)
     assert model.training and model.config._attn_implementation == "eager"
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -178,35 +180,36 @@ def test_adapters_and_checkpointed_layers_change_nothing(tokenizer):
     assert evaluate(adapted, RECORDS, num_shuffles=1) == expected  # a new adapter adds nothing
 
 
-def test_a_forward_holds_many_windows(tokenizer):
+def test_a_forward_pass_ranks_many_windows(tokenizer):
     model, windows = KnownReranker(), several_windows(tokenizer)
     total = sum(len(window.input_ids) for window in windows)
     for batch_tokens, expected in ((total, 1), (10, len(windows)), (total - 1, 2)):
         model.num_forwards = 0
-        score_windows_first_token(model, tokenizer, windows, append_bracket=False, batch_tokens=batch_tokens)
+        first_token(model, tokenizer, windows, append_bracket=False, batch_tokens=batch_tokens)
         assert model.num_forwards == expected
 
 
 @pytest.mark.parametrize("opening", ["[", ">"])
-def test_what_the_model_writes_first_is_what_scores_are_read_behind(opening, tokenizer):
+def test_scores_are_read_after_the_first_token_that_the_model_writes(opening, tokenizer):
     """A model that opens otherwise is scored behind its own token, in a second forward, unless `[` is appended."""
     model, windows = KnownReranker(opening=[opening]), several_windows(tokenizer)
     model.num_forwards = 0
-    answers = score_windows_first_token(model, tokenizer, windows, append_bracket=False)
+    answers = first_token(model, tokenizer, windows, append_bracket=False)
     assert [answer.opens_with_bracket for answer in answers] == [opening == "["] * len(windows)
     assert model.num_forwards == (1 if opening == "[" else 2)
-    appended = score_windows_first_token(model, tokenizer, windows, append_bracket=True)
+    appended = first_token(model, tokenizer, windows, append_bracket=True)
     assert [answer.permutation for answer in answers] == [answer.permutation for answer in appended]
 
 
-def test_the_model_may_not_end_before_it_began(tokenizer):
+def test_an_answer_cannot_begin_with_its_end(tokenizer):
     model = KnownReranker(opening=["</s>"])
     window = record_window(record_of([1, 3, 2]), tokenizer)
-    (answer,) = score_windows_first_token(model, tokenizer, [window], append_bracket=False, eos_token_ids=[EOS])
+    (answer,) = first_token(model, tokenizer, [window], append_bracket=False)
     assert not answer.opens_with_bracket
-    (free,) = generate_windows(model, tokenizer, [window], eos_token_ids=[])
+    unlimited = dataclasses.replace(new_contract(tokenizer), eos_token_ids=())
+    (free,) = generate_windows(model, tokenizer, [window], unlimited)
     assert free.text.startswith("B]")  # </s> was written, and is no text
-    (held,) = generate_windows(model, tokenizer, [window], eos_token_ids=[EOS])
+    (held,) = generate(model, tokenizer, [window])
     assert held.text.startswith("wing")
 
 
@@ -231,27 +234,27 @@ def test_read_likeliest(case):
     assert scores.tolist() == [-math.inf if value is None else value for value in expected]
 
 
-def test_numbers_beyond_nine_have_no_first_token(tokenizer):
+def test_first_token_decoding_refuses_numbers_beyond_nine(tokenizer):
     window = record_window(record_of(list(range(10)), "numbers", "long"), tokenizer)
-    with pytest.raises(RunError, match=r"window long: found 10 candidates named by numbers, allowed .* are 9"):
-        score_windows_first_token(new_model(), tokenizer, [window], append_bracket=True)
+    with pytest.raises(RunError, match=r"window long has 10 candidates named by numbers; .* at most 9"):
+        first_token(new_model(), tokenizer, [window], append_bracket=True)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_stop_and_name_the_window(value, tokenizer):
+def test_nan_logits_are_refused_and_name_the_window(value, tokenizer):
     """One weight of the head is broken: no order is made up from what it gives."""
     model = new_model()
     with torch.no_grad():
         model.lm_head.weight[40, 0] = value  # times the hidden state: NaN, inf or -inf
     windows = [record_window(record_of([1, 3, 2], record_id=name), tokenizer) for name in ("one", "two")]
-    message = "window one: found logits that are no numbers" if math.isnan(value) else "no numbers"
+    message = "window one: logits contain NaN" if math.isnan(value) else "logits contain NaN"
     for top_k in (30, None):
         with pytest.raises(RunError, match=message):
-            score_windows_first_token(model, tokenizer, windows, append_bracket=True, top_k=top_k)
+            first_token(model, tokenizer, windows, append_bracket=True, top_k=top_k)
     if math.isnan(value):
         for constrained in (False, True):
             with pytest.raises(RunError, match=message):
-                generate_windows(model, tokenizer, windows, constrained=constrained)
+                generate(model, tokenizer, windows, constrained=constrained)
 
 
 # Windows
@@ -298,31 +301,31 @@ def test_passages_are_cut_until_the_context_holds_them(tokenizer):
 
 
 @pytest.mark.parametrize("num, style", [(0, "letters"), (0, "numbers"), (27, "letters"), (100, "numbers")])
-def test_windows_that_cannot_be_named_are_refused(num, style, tokenizer):
+def test_more_candidates_than_identifiers_are_refused(num, style, tokenizer):
     with pytest.raises(PromptError, match=f"found {num}, allowed with {style}"):
         fit_window("w", "heat", ["wing"] * num, tokenizer, style=style)
 
 
 @pytest.mark.parametrize("style, num", [("letters", 26), ("numbers", 99), ("letters", 1)])
-def test_windows_of_empty_passages_are_ranked_all_the_same(style, num, tokenizer):
+def test_windows_of_empty_passages_are_ranked(style, num, tokenizer):
     """No text, brackets in the query, as many as there are names, or one: every candidate comes back once."""
     model = new_model()
     window = fit_window("w", "[3] wing [a] {0}", [""] * num, tokenizer, style=style)
     assert window.num_candidates == num
-    answers = generate_windows(model, tokenizer, [window])
-    answers += generate_windows(model, tokenizer, [window], constrained=True) if style == "letters" else []
+    answers = generate(model, tokenizer, [window])
+    answers += generate(model, tokenizer, [window], constrained=True) if style == "letters" else []
     if style == "letters":
-        answers += score_windows_first_token(model, tokenizer, [window], append_bracket=False)
+        answers += first_token(model, tokenizer, [window], append_bracket=False)
     assert all(sorted(answer.permutation) == list(range(num)) for answer in answers) and answers
 
 
-def test_ties_keep_the_order_shown(tokenizer):
+def test_ties_keep_the_presented_order(tokenizer):
     """A head of equal rows scores all candidates alike; the likeliest 30 may miss some, which follow."""
     model = new_model()
     with torch.no_grad():
         model.lm_head.weight[:] = model.lm_head.weight[0]
     window = fit_window("w", "heat", ["wing"] * 20, tokenizer)
-    (answer,) = score_windows_first_token(model, tokenizer, [window], append_bracket=True, top_k=None)
+    (answer,) = first_token(model, tokenizer, [window], append_bracket=True, top_k=None)
     assert answer.permutation == tuple(range(20))
 
 
@@ -337,7 +340,7 @@ def test_answer_lengths(each_tokenizer):
 
 def test_a_missing_last_bracket_does_not_make_an_answer_malformed(each_tokenizer):
     window = record_window(record_of([1, 3, 2]), each_tokenizer)
-    (answer,) = generate_windows(KnownReranker(ending="]"), each_tokenizer, [window], eos_token_ids=[EOS])
+    (answer,) = generate(KnownReranker(ending="]"), each_tokenizer, [window])
     assert answer.permutation == (1, 2, 0) and answer.parsed.is_well_formed
 
 
@@ -346,7 +349,7 @@ def test_a_missing_last_bracket_does_not_make_an_answer_malformed(each_tokenizer
 
 def evaluate(model, records, **options):
     tokenizer = new_tokenizer()
-    return evaluate_windows(model, tokenizer, records, new_contract(tokenizer), **options)
+    return evaluate_windows(model, tokenizer, records, new_contract(tokenizer), EvaluationOptions(**options))
 
 
 RECORDS = [
@@ -358,9 +361,9 @@ RECORDS = [
 PRESENTED = ((3 / math.log2(3) + 1 / 2 + 2 / math.log2(5)) / (3 + 2 / math.log2(3) + 1 / 2) + 1) / 2
 
 
-def test_figures_of_a_model_that_knows():
+def test_figures_of_a_perfect_model():
     results = evaluate(KnownReranker(ending="]"), RECORDS, num_shuffles=4, bias_decodings=("first_token", "generation"))
-    figures = summarise(results)
+    figures = summarize(results)
     assert figures.pop("presented/ndcg@10") == pytest.approx(PRESENTED)
     assert figures.pop("presented/mrr@10") == (1 / 2 + 1) / 2
     chance = figures.pop("chance/ndcg@10")
@@ -380,11 +383,11 @@ def test_figures_of_a_model_that_knows():
     assert figures == pytest.approx(expected)
 
 
-def test_figures_of_a_model_that_repeats_the_order_shown():
+def test_figures_of_a_model_that_repeats_the_presented_order():
     """The constant order: as good as the first stage, and all position bias."""
     in_order = KnownReranker(rule=lambda values: list(range(len(values))))
     results = evaluate(in_order, RECORDS[:1], num_shuffles=24)
-    figures = summarise(results)
+    figures = summarize(results)
     assert figures["first_token/ndcg@10"] == figures["presented/ndcg@10"]
     assert figures["first_token/reversed/tau"] == -1.0
     assert -0.5 < figures["first_token/shuffled/tau"] < 0.5
@@ -398,7 +401,7 @@ def test_figures_of_a_model_that_repeats_the_order_shown():
     assert (matrix == 3 * np.eye(4)[::-1]).all()
 
 
-def test_position_matrix_of_a_model_that_knows_has_no_diagonal():
+def test_position_matrix_of_a_perfect_model_has_no_diagonal():
     results = evaluate(KnownReranker(), [record_of([5, 9, 1, 7])], num_shuffles=200, decodings=["first_token"])
     matrix = position_matrix(results, "first_token")
     assert matrix.sum() == 800 and matrix.min() > 20 and matrix.max() < 85  # 50 expected in each
@@ -416,7 +419,7 @@ def test_position_matrix_of_a_model_that_knows_has_no_diagonal():
 )
 def test_faults_of_answers(opening, faults):
     model = KnownReranker(rule=lambda values: [1, 0, 2], opening=opening.split(), ending="]")
-    figures = summarise(evaluate(model, [record_of([1, 2, 3])], decodings=["generation"]))
+    figures = summarize(evaluate(model, [record_of([1, 2, 3])], decodings=["generation"]))
     found = {name for name in ("malformed", "repeated", "out_of_range", "incomplete") if figures[f"generation/{name}"]}
     assert found == faults
     assert "first_token/tau" not in figures and "agreement/tau" not in figures
@@ -427,18 +430,18 @@ def test_agreement():
     def result(first, written):
         return WindowResult("x", (0, 1, 2), None, {"first_token": first, "generation": written})
 
-    figures = summarise([result((0, 1, 2), (0, 2, 1))])
+    figures = summarize([result((0, 1, 2), (0, 2, 1))])
     assert figures["agreement/tau"] == pytest.approx((2 - 1) / 3) and figures["agreement/same_first"] == 1.0
     assert "presented/ndcg@10" not in figures  # nothing is judged
-    figures = summarise([result((0, 1, 2), (2, 1, 0))])
+    figures = summarize([result((0, 1, 2), (2, 1, 0))])
     assert (figures["agreement/tau"], figures["agreement/same_first"]) == (-1.0, 0.0)
 
 
 def test_windows_of_two_ranks_count_once():
     results = evaluate(new_model(), RECORDS)
     gathered = pickle.loads(pickle.dumps([*results, results[0], results[2]]))
-    assert summarise(gathered) == summarise(results)
-    assert summarise([]) == {"windows": 0, "judged_windows": 0}
+    assert summarize(gathered) == summarize(results)
+    assert summarize([]) == {"windows": 0, "judged_windows": 0}
 
 
 @pytest.mark.parametrize("grades", [(0, 3, 1, 2), (1, 0, 0), (0, 0), (2, 2, 2), (1,) + (0,) * 11])
@@ -450,7 +453,7 @@ def test_chance_is_the_mean_over_all_orders(grades):
     assert chance_ndcg(grades) == pytest.approx(expected)
 
 
-def test_shuffles_depend_on_seed_and_record_alone():
+def test_shuffles_depend_only_on_seed_and_record():
     one = evaluate(new_model(), RECORDS, num_shuffles=3, seed=5, decodings=["first_token"])
     alone = evaluate(new_model(), RECORDS[1:2], num_shuffles=3, seed=5, decodings=["first_token"])
     orders = [shown.order for shown in one[1].shuffled["first_token"]]
@@ -460,14 +463,13 @@ def test_shuffles_depend_on_seed_and_record_alone():
 
 
 @pytest.mark.slow
-def test_ranks_with_a_sharded_model_and_different_shares(tmp_path):
+def test_ranks_with_a_sharded_model_and_unequal_shares(tmp_path):
     """FSDP2: ranks with fewer windows, or none, keep up with the others; results are those of the whole model."""
     records = [record_of(values, record_id=str(values)) for values in ([1, 2, 3], [9, 4], [6, 2])]
     worker = Path(__file__).parents[1] / "workers" / "evaluate_ranks.py"
     subprocess.run([sys.executable, worker, tmp_path], check=True, timeout=300)
     ranks = [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in (0, 1)]
-    tokenizer = new_tokenizer()
     for constrained in (False, True):
-        whole = evaluate_windows(new_model(), tokenizer, records, new_contract(tokenizer), constrained=constrained)
+        whole = evaluate(new_model(), records, constrained=constrained)
         for name in ("uneven", "one has none"):
             assert [*ranks[0][name, constrained], *ranks[1][name, constrained]] == whole

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from support.tiny_rerankers import KnownReranker, new_contract, new_model, new_tokenizer
 
 from rankllm_composer.cli import main
 from rankllm_composer.errors import ModelError, RunError, SourceError
 from rankllm_composer.export.model_card import CardFacts, published_figures, render_card
+from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.prompts.windows import fit_window
 from rankllm_composer.ranking.comparison import (
@@ -26,12 +28,12 @@ from rankllm_composer.ranking.comparison import (
     compare_runs,
     comparison_table,
     query_lines,
-    read_measured,
+    read_rerank_result,
 )
 from rankllm_composer.ranking.decoding import generate_windows, score_windows_first_token
-from rankllm_composer.ranking.evaluation import ndcg
-from rankllm_composer.ranking.rerank import load_reranker, model_identity, rerank_files, rerank_run, write_run
-from rankllm_composer.ranking.sliding import rerank_queries
+from rankllm_composer.ranking.metrics import ndcg
+from rankllm_composer.ranking.rerank import RerankFiles, rerank_files, write_run
+from rankllm_composer.ranking.reranker import Reranker
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
 DECODINGS = ("first_token", "generation")
@@ -67,7 +69,7 @@ def rerank(model, sizes, contract_options, seed=0, objective="combined", **optio
     tokenizer = new_tokenizer()
     contract = new_contract(tokenizer, objective, **contract_options)
     queries, documents, run, values = collection(sizes, seed)
-    found = rerank_queries(model, tokenizer, queries, documents, run, contract, **options)
+    found = Reranker(model, tokenizer, contract, RerankOptions(**options)).rerank_queries(queries, documents, run)
     return {query.qid: query for query in found}, run, values
 
 
@@ -106,26 +108,15 @@ def test_a_random_model_ranks_as_one_query_and_window_at_a_time(decoding):
             return part
         window = fit_window("w", "heat flow", [documents[docid] for docid in part], tokenizer)
         if decoding == "first_token":
-            (answer,) = score_windows_first_token(
-                model, tokenizer, [window], append_bracket=False, eos_token_ids=contract.eos_token_ids
-            )
+            (answer,) = score_windows_first_token(model, tokenizer, [window], contract)
         else:
-            (answer,) = generate_windows(model, tokenizer, [window], eos_token_ids=contract.eos_token_ids)
+            (answer,) = generate_windows(model, tokenizer, [window], contract)
         return [part[i] for i in answer.permutation]
 
     expected = {qid: tuple(slide(docids, rank, 4, 2)) for qid, docids in run.items()}
     for queries_at_once, batch_tokens in ((1, 10), (2, 500), (32, 10_000)):
-        found = rerank_queries(
-            model,
-            tokenizer,
-            queries,
-            documents,
-            run,
-            contract,
-            decoding=decoding,
-            queries_at_once=queries_at_once,
-            batch_tokens=batch_tokens,
-        )
+        options = RerankOptions(decoding=decoding, queries_at_once=queries_at_once, batch_tokens=batch_tokens)
+        found = Reranker(model, tokenizer, contract, options).rerank_queries(queries, documents, run)
         assert {query.qid: query.docids for query in found} == expected
     assert expected != {qid: tuple(docids) for qid, docids in run.items()}
 
@@ -158,16 +149,17 @@ def test_ranking_objective_reads_behind_an_appended_bracket():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"decoding": "beam"}, "decoding: found 'beam', allowed are first_token, generation"),
-        ({"passes": 0}, "passes: found 0, allowed is 1 or more"),
-        ({"top_k": 1}, "top_k: found 1, allowed is 2 or more"),
-        ({"queries_at_once": 0}, "queries_at_once: found 0"),
-        ({"constrained": True}, "constrained: has no effect on first_token"),
-        ({"decoding": "generation", "objective": "ranking"}, "generation for a model trained by ranking alone"),
+        ({"decoding": "beam"}, "decoding\n.*'first_token' or 'generation'"),
+        ({"passes": 0}, "passes\n.*greater than or equal to 1"),
+        ({"top_k": 1}, "top_k\n.*greater than or equal to 2"),
+        ({"queries_at_once": 0}, "queries_at_once\n"),
+        ({"dtype": "float8"}, "dtype\n.*'float32', 'bfloat16' or 'float16'"),
+        ({"constrained": True}, "constrained has no effect on first_token"),
+        ({"decoding": "generation", "objective": "ranking"}, "the model was trained by ranking alone"),
     ],
 )
-def test_settings_that_cannot_be(options, message):
-    with pytest.raises(RunError, match=message):
+def test_invalid_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         rerank(KnownReranker(), {"a": 5}, {}, **options)
 
 
@@ -193,14 +185,16 @@ class MortalReranker(KnownReranker):
 
 def run_job(folder: Path, model, **options):
     tokenizer = new_tokenizer()
-    queries, documents, run, values = collection(SIZES)
+    queries, documents, run, _ = collection(SIZES)
     contract = new_contract(tokenizer, window_size=options.pop("window_size", 6), stride=3)
-    options = {"queries_at_once": 2, "batch_tokens": 10, "model_name": "known", "progress_bar": False, **options}
-    return rerank_run(model, tokenizer, queries, documents, run, contract, folder / "out.trec", **options), values
+    name, progress_bar = options.pop("name", "known"), options.pop("progress_bar", False)
+    chosen = RerankOptions(**{"queries_at_once": 2, "batch_tokens": 10, **options})
+    reranker = Reranker(model, tokenizer, contract, chosen, name=name)
+    return reranker.rerank_run(run, queries, documents, folder / "out.trec", progress_bar=progress_bar)
 
 
 def test_output_is_a_trec_run_in_the_order_of_the_queries(tmp_path):
-    ranked, _ = run_job(tmp_path, KnownReranker(), tag="mine")
+    ranked = run_job(tmp_path, KnownReranker())
     lines = [line.split() for line in (tmp_path / "out.trec").read_text().splitlines()]
     assert [line[0] for line in lines if line[3] == "1"] == list(SIZES)
     assert len(lines) == sum(SIZES.values())
@@ -209,14 +203,14 @@ def test_output_is_a_trec_run_in_the_order_of_the_queries(tmp_path):
         assert [line[2] for line in own] == list(query.docids)
         assert [int(line[3]) for line in own] == list(range(1, len(own) + 1))
         assert [int(line[4]) for line in own] == list(range(len(own), 0, -1))
-        assert {line[1] for line in own} == {"Q0"} and {line[5] for line in own} == {"mine"}
+        assert {line[1] for line in own} == {"Q0"} and {line[5] for line in own} == {"rankllm-composer"}
     assert load_run(tmp_path / "out.trec") == {query.qid: list(query.docids) for query in ranked}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.trec"]
 
 
 def test_a_job_stopped_anywhere_goes_on_where_it_was(tmp_path):
     model = KnownReranker()
-    expected, _ = run_job(tmp_path, model)
+    expected = run_job(tmp_path, model)
     whole = (tmp_path / "out.trec").read_bytes()
     total, resumed = model.num_forwards, 0
     assert total > 6
@@ -227,7 +221,7 @@ def test_a_job_stopped_anywhere_goes_on_where_it_was(tmp_path):
             run_job(folder, MortalReranker(dies_at))
         assert not (folder / "out.trec").exists()
         second = KnownReranker()
-        ranked, _ = run_job(folder, second)
+        ranked = run_job(folder, second)
         assert ranked == expected and (folder / "out.trec").read_bytes() == whole
         resumed += second.num_forwards < total
     assert resumed > total / 2
@@ -254,7 +248,7 @@ def test_the_progress_bar_counts_windows_and_goes_on_where_it_was(tmp_path, monk
     monkeypatch.setattr("tqdm.tqdm", Bar)
     with pytest.raises(Killed):
         run_job(tmp_path, MortalReranker(8), progress_bar=True)
-    ranked, _ = run_job(tmp_path, KnownReranker(), progress_bar=True)
+    ranked = run_job(tmp_path, KnownReranker(), progress_bar=True)
     stopped, resumed = bars
     assert stopped.total == resumed.total == sum(query.num_windows for query in ranked)
     assert stopped.initial == 0 < resumed.initial < resumed.total
@@ -263,7 +257,7 @@ def test_the_progress_bar_counts_windows_and_goes_on_where_it_was(tmp_path, monk
 
 def test_what_a_kill_tore_is_done_again(tmp_path):
     kept = tmp_path / "out.trec.progress.jsonl"
-    expected, _ = run_job(tmp_path, KnownReranker())
+    expected = run_job(tmp_path, KnownReranker())
     with pytest.raises(Killed):
         run_job(tmp_path, MortalReranker(8))
     content = kept.read_bytes()
@@ -271,14 +265,14 @@ def test_what_a_kill_tore_is_done_again(tmp_path):
     assert len(lines) > 2
     for torn in (content[:-1], content[:-20], lines[0] + lines[1][:5], lines[0][:7], b""):
         kept.write_bytes(torn)
-        assert run_job(tmp_path, KnownReranker())[0] == expected
+        assert run_job(tmp_path, KnownReranker()) == expected
         assert not kept.exists()
 
 
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"model_name": "other"}, "model"),
+        ({"name": "other"}, "model"),
         ({"passes": 2}, "passes"),
         ({"top_k": 9}, "top_k"),
         ({"decoding": "generation"}, "decoding"),
@@ -288,7 +282,7 @@ def test_what_a_kill_tore_is_done_again(tmp_path):
 def test_other_settings_do_not_go_on_with_a_stopped_job(tmp_path, change, named):
     with pytest.raises(Killed):
         run_job(tmp_path, MortalReranker(8))
-    with pytest.raises(RunError, match=rf"progress\.jsonl: is of a stopped job with other settings \({named}\)"):
+    with pytest.raises(RunError, match=rf"progress\.jsonl is from a stopped job with other settings \({named}\)"):
         run_job(tmp_path, KnownReranker(), **change)
     run_job(tmp_path, KnownReranker(), batch_tokens=9000, queries_at_once=7)  # these change nothing in the result
 
@@ -300,7 +294,7 @@ def test_a_damaged_or_busy_progress_file_is_refused(tmp_path):
     lines = kept.read_bytes().splitlines(keepends=True)
     for bad in (b"{\n", b"[]\n", b'{"qid": "one"}\n'):
         kept.write_bytes(lines[0] + bad)
-        with pytest.raises(RunError, match=r"is damaged .*; delete it to begin anew"):
+        with pytest.raises(RunError, match=r"is damaged .*\. Delete it to start over"):
             run_job(tmp_path, KnownReranker())
     kept.write_bytes(b"")
     with kept.open("a") as other:
@@ -312,9 +306,8 @@ def test_a_damaged_or_busy_progress_file_is_refused(tmp_path):
 def test_queries_that_do_not_match_the_run(tmp_path):
     tokenizer = new_tokenizer()
     with pytest.raises(RunError, match="none of its 1 queries is among the 1 queries given"):
-        rerank_run(
-            KnownReranker(), tokenizer, {"a": "x"}, {}, {"b": ["d"]}, new_contract(tokenizer), tmp_path / "out.trec"
-        )
+        reranker = Reranker(KnownReranker(), tokenizer, new_contract(tokenizer))
+        reranker.rerank_run({"b": ["d"]}, {"a": "x"}, {}, tmp_path / "out.trec")
 
 
 # Inputs
@@ -335,7 +328,7 @@ def write_files(folder: Path, sizes=SIZES) -> dict[str, Path]:
     return {
         "queries": write_json_lines(folder / "q.jsonl", ({"qid": k, "text": v} for k, v in queries.items())),
         "documents": write_json_lines(folder / "d.jsonl", ({"docid": k, "text": v} for k, v in documents.items())),
-        "run": folder / "run.trec",
+        "first_stage": folder / "run.trec",
         "judgments": folder / "qrels.trec",
     }
 
@@ -552,9 +545,9 @@ def test_the_queries_that_changed_most_are_told():
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(RunError, match=r"measure: found 'nGCG@10', allowed are names of ir-measures"):
+    with pytest.raises(RunError, match=r"measure is 'nGCG@10'; expected a name of ir-measures"):
         compare_runs({"a": ["1"]}, {"a": ["1"]}, {"a": {"1": 1}}, ["nGCG@10"])
-    with pytest.raises(RunError, match="none of them among the 1 reranked"):
+    with pytest.raises(RunError, match="none of the 1 reranked"):
         compare_runs({"a": ["1"]}, {"a": ["1"]}, {"b": {"1": 1}})
 
 
@@ -576,39 +569,36 @@ def test_files_in_report_out(exported, tmp_path):
     files = write_files(tmp_path)
     with files["queries"].open("a") as file:
         file.write('{"qid": "extra", "text": "no candidates"}\n')
-    with files["run"].open("a") as file:
+    with files["first_stage"].open("a") as file:
         file.write("nobody Q0 one-0 1 1 t\n")
     with files["judgments"].open("a") as file:
         file.write("absent 0 x 1\n")
-    report = rerank_files(
-        exported, **files, output=tmp_path / "out.trec", measures=("nDCG@10", "AP"), progress_bar=False
-    )
+    job = RerankFiles(**files, output=tmp_path / "out.trec")
+    report = rerank_files(exported, job, measures=("nDCG@10", "AP"), progress_bar=False)
     assert load_run(tmp_path / "out.trec") == {query.qid: list(query.docids) for query in report.queries}
     assert "7 queries reranked by first_token" in report.text
-    assert "windows in which the model's own first token is '['" in report.text
-    assert "1 queries given that have no candidates in the run, such as extra" in report.text
-    assert "1 queries of the run that have no text, such as nobody" in report.text
-    assert "1 queries judged that were not reranked, such as absent" in report.text
+    assert "windows have '[' as the model's first token" in report.text
+    assert "1 queries have no candidates in the run, such as extra" in report.text
+    assert "1 queries of the run have no text, such as nobody" in report.text
+    assert "1 judged queries were not reranked, such as absent" in report.text
     assert [row.measure for row in report.comparisons] == ["nDCG@10", "AP"]
     assert comparison_table(report.comparisons) in report.text
     assert "run: 7 queries" in report.text  # the set has the run's name
-    kept = read_measured(tmp_path / "out.trec.figures.json")
-    assert kept == report.measured and (kept.name, kept.model) == ("run", str(exported))
+    kept = read_rerank_result(tmp_path / "out.trec.figures.json")
+    assert kept == report.result and (kept.name, kept.model) == ("run", str(exported))
     told = [line for line in report.text.splitlines() if "  query " in line]
     assert told == list(query_lines(report.comparisons[0])) and len(told) > 2
-    again = rerank_files(exported, **files, output=tmp_path / "again.trec", progress_bar=False, batch_tokens=300)
+    job = RerankFiles(**files, output=tmp_path / "again.trec")
+    again = rerank_files(exported, job, RerankOptions(batch_tokens=300), progress_bar=False)
     assert again.queries == report.queries
 
     written = rerank_files(
         exported,
-        **{**files, "judgments": None},
-        output=tmp_path / "written.trec",
-        decoding="generation",
-        window_size=4,
-        stride=2,
+        RerankFiles(**{**files, "judgments": None}, output=tmp_path / "written.trec"),
+        RerankOptions(decoding="generation", window_size=4, stride=2),
         progress_bar=False,
     )
-    assert "answers not exactly as asked" in written.text and written.comparisons == ()
+    assert "answers deviate from the requested format" in written.text and written.comparisons == ()
     assert not (tmp_path / "written.trec.figures.json").exists()  # nothing was measured
 
 
@@ -619,7 +609,7 @@ def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
     (folder / "README.md").write_text(render_card(facts))
     files = write_files(tmp_path, {"a": 9, "b": 5})
     arguments = ["rerank", "--model", str(folder), "--output", str(tmp_path / "out.trec")]
-    for name, key in (("queries", "queries"), ("docs", "documents"), ("run", "run")):
+    for name, key in (("queries", "queries"), ("docs", "documents"), ("run", "first_stage")):
         arguments += [f"--{name}", str(files[key])]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--card"])
@@ -628,7 +618,7 @@ def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
         main([*arguments, "--qrels", str(files["judgments"]), "--name", "dl20-bm25", "--card"])
     assert not ended.value.code
     told = capsys.readouterr().out
-    value = read_measured(tmp_path / "out.trec.figures.json").figures()["dl20-bm25/nDCG@10"]
+    value = read_rerank_result(tmp_path / "out.trec.figures.json").figures()["dl20-bm25/nDCG@10"]
     assert "dl20-bm25: 2 queries" in told and f"→ {value:.4f}" in told
     side = "above" if value > 0.7043 * 1.025 else "below" if value < 0.7043 * 0.975 else "within tolerance"
     card = (folder / "README.md").read_text()
@@ -637,33 +627,35 @@ def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
 
 
 def test_what_cannot_be_measured_stops_before_the_work(exported, tmp_path):
-    files = write_files(tmp_path)
+    job = RerankFiles(**write_files(tmp_path), output=tmp_path / "out.trec")
     with pytest.raises(RunError, match="nGCG"):
-        rerank_files(exported, **files, output=tmp_path / "out.trec", measures=("nGCG@10",))
+        rerank_files(exported, job, measures=("nGCG@10",))
     with pytest.raises(ModelError, match="window_size: found 27"):
-        rerank_files(exported, **files, output=tmp_path / "out.trec", window_size=27)
+        rerank_files(exported, job, RerankOptions(window_size=27))
     assert not (tmp_path / "out.trec.progress.jsonl").exists()
 
 
 def test_loading_a_reranker(exported, tmp_path):
-    model, tokenizer, contract = load_reranker(exported)
+    reranker = Reranker.from_pretrained(exported)
+    model, tokenizer, contract = reranker.model, reranker.tokenizer, reranker.contract
     assert not model.training and contract.window_size == 6
-    with pytest.raises(RunError, match="dtype: found 'float8'"):
-        load_reranker(exported, dtype="float8")
+    assert Reranker.from_pretrained(exported, RerankOptions(dtype="bfloat16")).model.dtype == torch.bfloat16
     with pytest.raises(ModelError, match="found no contract"):
-        load_reranker(tmp_path)
+        Reranker.from_pretrained(tmp_path)
     (tmp_path / "reranker.json").write_text(contract.to_json())
-    with pytest.raises(RunError, match="holds no model that loads"):
-        load_reranker(tmp_path)
+    with pytest.raises(RunError, match="contains no model that loads"):
+        Reranker.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     tokenizer.chat_template += " "
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="chat template is not the one the model was trained with"):
-        load_reranker(tmp_path)
-    before = model_identity(tmp_path)
-    assert before != model_identity(exported)
-    (tmp_path / "config.json").write_text("{}")
-    assert model_identity(tmp_path) != before
+    with pytest.raises(ModelError, match="chat template is not the one that the model was trained with"):
+        Reranker.from_pretrained(tmp_path)
+    tokenizer.chat_template = tokenizer.chat_template[:-1]
+    tokenizer.save_pretrained(tmp_path)
+    before = Reranker.from_pretrained(tmp_path).name
+    assert before != reranker.name
+    (tmp_path / "further.txt").write_text("")
+    assert Reranker.from_pretrained(tmp_path).name != before
 
 
 def test_cranfield_first_stage_is_measured_as_published(shared):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from rankllm_composer.cli import main
 from rankllm_composer.errors import RunError
-from rankllm_composer.ranking.comparison import MeasuredSet, compare_runs, read_measured, write_measured
+from rankllm_composer.ranking.comparison import RerankResult, compare_runs, read_rerank_result, write_rerank_result
 from rankllm_composer.report.page import write_report
 from rankllm_composer.report.pictures import COLOURS, draw, gains, running_mean
 from rankllm_composer.report.run_record import read_run, with_reranked
@@ -190,21 +190,21 @@ def test_the_command(tmp_path, capsys):
     assert (tmp_path / "one" / "report.html").exists() and len(list((tmp_path / "png").iterdir())) == 6
 
 
-def measured_set(folder: Path, name: str = "dl20-bm25") -> MeasuredSet:
+def rerank_result(folder: Path, name: str = "dl20-bm25") -> RerankResult:
     """Three queries: one that gains, one that loses, one that stays."""
     first = {"a": ["x", "y"], "b": ["y", "x"], "c": ["y", "x"]}
     second = {"a": ["y", "x"], "b": ["y", "x"], "c": ["x", "y"]}
     rows = compare_runs(first, second, {qid: {"y": 1} for qid in first}, ["nDCG@10"])
-    return MeasuredSet(name, str(folder / "hf" / "epoch_2"), "first_token", tuple(rows))
+    return RerankResult(name, str(folder / "hf" / "epoch_2"), "first_token", tuple(rows))
 
 
 def test_what_was_reranked_since_stands_beside_what_is_published(tmp_path, capsys):
     for name in ("one", "two"):
         folder = write_run(tmp_path / name)
         (folder / "recipe.yaml").write_text("run: {name: first_mistral}\n")
-    write_measured(tmp_path / "out.figures.json", measured_set(tmp_path / "one"))
-    again = read_measured(tmp_path / "out.figures.json")
-    assert again == measured_set(tmp_path / "one")
+    write_rerank_result(tmp_path / "out.figures.json", rerank_result(tmp_path / "one"))
+    again = read_rerank_result(tmp_path / "out.figures.json")
+    assert again == rerank_result(tmp_path / "one")
     lost = 1 / np.log2(3)
     assert again.figures() == {"dl20-bm25/nDCG@10": pytest.approx((2 + lost) / 3)}
     with pytest.raises(SystemExit) as ended:
@@ -222,13 +222,13 @@ def test_what_was_reranked_since_stands_beside_what_is_published(tmp_path, capsy
     folders = [tmp_path / "one", tmp_path / "two"]
     heights = [bar.get_height() for bar in draw(with_reranked(runs, folders, [again]))["reranked"].axes[0].patches]
     assert heights == pytest.approx([lost - 1, 0, 1 - lost])
-    elsewhere = measured_set(tmp_path / "three")
+    elsewhere = rerank_result(tmp_path / "three")
     with pytest.raises(RunError, match=r"dl20-bm25: found figures of the model .*three/hf/epoch_2, allowed are"):
         with_reranked(runs, folders, [elsewhere])
     assert with_reranked(runs[:1], folders[:1], [elsewhere])[0].reranked == (elsewhere,)  # a model that was moved
     (tmp_path / "bad.json").write_text('{"name": "x"}')
-    with pytest.raises(RunError, match=r"bad.json: found no figures of a reranking"):
-        read_measured(tmp_path / "bad.json")
+    with pytest.raises(RunError, match=r"bad.json is not the result of a reranking"):
+        read_rerank_result(tmp_path / "bad.json")
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

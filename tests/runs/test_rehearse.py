@@ -16,7 +16,7 @@ from rankllm_composer.cli import main
 from rankllm_composer.prompts.contract import chat_template_sha256, read_contract
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.ranking.evaluation import evaluate_windows, summarise
+from rankllm_composer.ranking.evaluation import EvaluationOptions, evaluate_windows, summarize
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.training.progress import read_metrics
 
@@ -100,13 +100,10 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
     record = json.loads((material / "records.json").read_text())[3]
     ids = encode_record(record, tokenizer, contract.objective).input_ids
     windows = [Record.from_conversations(record) for record in json.loads((material / "windows.json").read_text())]
-    told = summarise(
-        evaluate_windows(
-            model, tokenizer, windows, contract, decodings=["first_token"], num_shuffles=1, seed=keys.run.seed
-        )
-    )
+    options = EvaluationOptions(decodings=["first_token"], num_shuffles=1, seed=keys.run.seed)
+    figures = summarize(evaluate_windows(model, tokenizer, windows, contract, options))
     # Of two ranks that shared three windows and a sharded model, and of the exported one alone.
-    assert {f"eval/{name}": value for name, value in told.items()} == pytest.approx(
+    assert {f"eval/{name}": value for name, value in figures.items()} == pytest.approx(
         {name: value for name, value in validated[-1].items() if name.startswith("eval/")}
     )
     with torch.no_grad():

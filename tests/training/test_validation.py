@@ -17,7 +17,7 @@ from support.tiny_rerankers import FAMILIES, new_contract, new_tokenizer, record
 from support.tiny_training import new_loader
 from transformers import AutoModelForCausalLM
 
-from rankllm_composer.ranking.evaluation import evaluate_windows, summarise, window_ndcg
+from rankllm_composer.ranking.evaluation import EvaluationOptions, evaluate_windows, summarize, window_ndcg
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.training import assembly
 from rankllm_composer.training.validation import PREFIX, Validation, read_details
@@ -53,8 +53,15 @@ def trained(duration="2ep", validation: Validation | None = None, dropout: float
 
 
 def new_validation(interval="1ep", **options) -> Validation:
-    tokenizer = new_tokenizer()
-    return Validation(RECORDS, tokenizer=tokenizer, contract=new_contract(tokenizer), interval=interval, **options)
+    tokenizer, details = new_tokenizer(), options.pop("details", None)
+    return Validation(
+        RECORDS,
+        tokenizer=tokenizer,
+        contract=new_contract(tokenizer),
+        interval=interval,
+        options=EvaluationOptions(**options),
+        details=details,
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,8 +89,10 @@ def test_what_is_told_is_what_the_model_does(tmp_path):
     trainer = trained("1ep", validation, loggers=[memory])
     tokenizer = new_tokenizer()
     model = trainer.state.model.model
-    results = evaluate_windows(model, tokenizer, RECORDS, new_contract(tokenizer), num_shuffles=3, seed=7)
-    expected = {PREFIX + name: value for name, value in summarise(results).items()}
+    results = evaluate_windows(
+        model, tokenizer, RECORDS, new_contract(tokenizer), EvaluationOptions(num_shuffles=3, seed=7)
+    )
+    expected = {PREFIX + name: value for name, value in summarize(results).items()}
     assert validation.figures == validation.figures_after(4) == expected
     assert validation.figures_after(3) == {}  # other weights
     assert {name: memory.data[name][-1][1] for name in expected} == expected

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.tiny_rerankers import new_contract, new_model, new_tokenizer, record_of
 
-from rankllm_composer.ranking.evaluation import evaluate_windows
+from rankllm_composer.ranking.evaluation import EvaluationOptions, evaluate_windows
 
 RECORDS = [record_of(values, record_id=str(values)) for values in ([1, 2, 3], [9, 4], [6, 2])]
 SHARES = {"uneven": [RECORDS[:2], RECORDS[2:]], "one has none": [[], RECORDS]}
@@ -33,9 +33,8 @@ def evaluate(rank: int, folder: str) -> None:
             tokenizer,
             share[rank],
             new_contract(tokenizer),
-            constrained=constrained,
+            EvaluationOptions(constrained=constrained, batch_tokens=250),
             lockstep=True,
-            batch_tokens=250,
         )
         for name, share in SHARES.items()
         for constrained in (False, True)
