@@ -20,7 +20,7 @@ from support.tiny_rerankers import new_contract, new_tokenizer
 from rankllm_composer.model.attention import choose_attention
 from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.prompts.encoding import encode_record
-from rankllm_composer.ranking.decoding import _refuse_no_numbers
+from rankllm_composer.ranking.decoding import check_not_nan
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.training import assembly
@@ -111,7 +111,7 @@ def no_relevant_window(tools: Tools) -> None:
 
 
 def logits_that_are_nan(tools: Tools) -> None:
-    _refuse_no_numbers(torch.full((1, 3), math.nan), [SimpleNamespace(id="q")])  # type: ignore[list-item]
+    check_not_nan(torch.full((1, 3), math.nan), [SimpleNamespace(id="q")])  # type: ignore[list-item]
 
 
 def exports_at_other_times(tools: Tools) -> None:
@@ -138,7 +138,7 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "another process is training in": another_process,
     "found a loss that is not finite": bad_loss,
     "evaluation.best_by: found …": no_relevant_window,
-    "found logits that are no numbers": logits_that_are_nan,
+    "logits contain NaN": logits_that_are_nan,
     "evaluation.best_by: found exports": exports_at_other_times,
 }
 

@@ -196,7 +196,7 @@ class _ScoreReader:
 
     def __call__(self, logits: torch.Tensor, window: Window) -> NDArray[np.float64]:
         log_probabilities = torch.log_softmax(logits, dim=-1)  # (V,)
-        _check_not_nan(log_probabilities[None], [window])
+        check_not_nan(log_probabilities[None], [window])
         if self._top_k is None:
             tokens = identifier_token_ids(self._tokenizer, window.num_candidates, window.style)
             scores: NDArray[np.float64] = log_probabilities[list(tokens)].double().cpu().numpy()
@@ -246,7 +246,7 @@ def _generate(
         batch.logits[:, list(eos_token_ids)] = -torch.inf
         generated.append(batch.logits.argmax(dim=-1))  # (B,)
         if len(generated) == num_tokens:
-            _check_not_nan(torch.where(has_nan, torch.nan, 0.0)[:, None], windows)
+            check_not_nan(torch.where(has_nan, torch.nan, 0.0)[:, None], windows)
             tokens: list[list[int]] = torch.stack(generated, dim=1).tolist()
             return tokens
         batch.feed(generated[-1][:, None])
@@ -263,7 +263,7 @@ def _choose_candidates(
     next_tokens = [[int(window.input_ids[-1])] for window in windows] or [[0]]
     for _ in range(num_choices):
         logits = batch.feed(torch.tensor(next_tokens, device=model.device)).cpu()
-        _check_not_nan(logits, windows)
+        check_not_nan(logits, windows)
         next_tokens = [[0, *separator] for separator in separators]  # placeholder for windows with no candidate left
         for i, tokens in enumerate(tokens_of):
             left = [k for k in range(len(tokens)) if k not in orders[i]]
@@ -281,7 +281,7 @@ def _separator_tokens(tokenizer: PreTrainedTokenizerBase, window: Window) -> lis
     return tokens[tokens.index(first) + 1 : tokens.index(second)]
 
 
-def _check_not_nan(logits: torch.Tensor, windows: Sequence[Window]) -> None:
+def check_not_nan(logits: torch.Tensor, windows: Sequence[Window]) -> None:
     """Raise if (B, V) logits of B windows contain NaN: any order read from them would be arbitrary."""
     for window, is_nan in zip(windows, logits.isnan().any(dim=-1).tolist()):
         if is_nan:
