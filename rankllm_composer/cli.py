@@ -16,12 +16,9 @@ from rankllm_composer.redaction import BLOTTED, redact
 
 recipes_app = typer.Typer(help="List, copy and check recipes.", no_args_is_help=True)
 
-
 RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
 
-
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `recipes list`.")]
-
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the file.")]
 
