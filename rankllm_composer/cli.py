@@ -90,8 +90,8 @@ def recipes_check(
     """Print the merged recipe with the origin of each value, then all that is wrong with it (and exit code 2)."""
     from rankllm_composer.errors import RecipeError
     from rankllm_composer.recipe.checks import check_world, is_secret, missing_files
+    from rankllm_composer.recipe.keys import show
     from rankllm_composer.recipe.load import merge_recipe
-    from rankllm_composer.recipe.schema import show
 
     path = recipe_path(file)
     merged = merge_recipe(path, overrides or [])
@@ -117,11 +117,9 @@ def recipes_keys(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/recipe.md.")] = False,
 ) -> None:
     """Print every key a recipe can hold, with default, unit, meaning and what is allowed."""
-    from rankllm_composer.recipe.schema import keys_as_markdown, keys_as_text
-    from rankllm_composer.recipe.sections import describe_keys
+    from rankllm_composer.recipe.keys import keys_as_markdown, keys_as_text
 
-    rows = describe_keys()
-    typer.echo(keys_as_markdown(rows) if markdown else keys_as_text(rows))
+    typer.echo(keys_as_markdown() if markdown else keys_as_text())
 
 
 app = typer.Typer(

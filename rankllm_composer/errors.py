@@ -14,28 +14,28 @@ class RankLLMComposerError(ValueError):
 
 
 class Problem(NamedTuple):
-    """One thing wrong with a recipe.
+    """One thing wrong with a recipe or with options; as text, "KEY is A; expected B. Do C."
 
     Args:
         key: dotted key.
-        found: what the recipe says there.
-        allowed: what it may say.
-        remedy: what to do.
+        found: what it is.
+        expected: what it may be.
+        remedy: what to do, as a sentence.
         involved: further dotted keys that the finding rests on.
     """
 
     key: str
     found: str
-    allowed: str
+    expected: str
     remedy: str
     involved: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.key}: found {self.found}; allowed: {self.allowed}; {self.remedy}"
+        return f"{self.key} is {self.found}; expected {self.expected}. {self.remedy}"
 
 
 class RecipeError(RankLLMComposerError):
-    """A recipe cannot be used. `problems` holds everything that is wrong with it, not only the first."""
+    """A recipe cannot be used. `problems` lists everything that is wrong with it, not only the first."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source

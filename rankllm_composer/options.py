@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, StringConstraints
 from pydantic.dataclasses import dataclass
 
 from rankllm_composer.errors import Problem, SourceError
@@ -21,11 +21,30 @@ ObjectiveName = Literal["generation", "ranking", "combined"]
 
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 
-CONFIG = ConfigDict(extra="forbid")
-"""For every class of options: unknown names are refused."""
+CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""For every class of options: unknown names, NaN and infinities are refused."""
 
-PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
-"""A path or URL as text; a `pathlib.Path` is taken too."""
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
+"""A whole number: 3 or 3.0, but neither "3" nor true."""
+
+Number = Annotated[float, Strict()]
+"""A number, but neither text nor true."""
+
+Flag = Annotated[bool, Strict()]
+"""True or false, but neither text nor a number."""
+
+Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
+"""Text that is not empty."""
+
+PathText = Annotated[Text, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
+"""A path or URL as text, or a `pathlib.Path`."""
+
+AttentionName = Literal["auto", "flash_attention_2", "packed_sdpa"]
 
 
 Decoding = Literal["first_token", "generation"]
@@ -39,14 +58,15 @@ def option(meaning: str, default: Any = ..., *, unit: str = "", **rules: Any) ->
 
     Args:
         meaning: one sentence for `--help`, docs/recipe.md and the JSON Schema.
-        default: the value where nothing is given; an option without one has to be given.
+        default: the value where nothing is given, or a class of options that is created with its defaults; an option
+            without a default is required.
         unit: of the number, or what the text names.
         rules: pydantic's bounds (`gt`, `ge`, `lt`, `le`) and `pattern`; `examples` holds texts that fit a pattern.
     """
-    extra: dict[str, Any] | None = {"unit": unit} if unit else None
+    rules |= {"description": meaning, "json_schema_extra": {"unit": unit} if unit else None}
     if isinstance(default, dict | list):
-        return Field(default_factory=default.copy, description=meaning, json_schema_extra=extra, **rules)
-    return Field(default, description=meaning, json_schema_extra=extra, **rules)
+        return Field(default_factory=default.copy, **rules)
+    return Field(default_factory=default, **rules) if isinstance(default, type) else Field(default, **rules)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -56,19 +76,21 @@ class SourceOptions:
     input: PathText | None = option(
         "Training records: .json, .jsonl or a HF dataset id; null = make them from `run`.", None, unit="path or id"
     )
-    split: str = option("Split of a HF dataset; files have none.", "train", unit="name")
+    split: Text = option("Split of a HF dataset; files have none.", "train", unit="name")
     run: PathText | None = option("First-stage run in TREC format.", None, unit="path")
     judgments: PathText | None = option("TREC judgments that order the lists of `run`.", None, unit="path")
     teacher_run: PathText | None = option("TREC run of a teacher that orders the lists of `run`.", None, unit="path")
     queries: PathText | None = option("Queries for `run`, one JSON object per line.", None, unit="path")
     docs: PathText | None = option("Documents for `run`, one JSON object per line.", None, unit="path")
-    window: int = option("Candidates in a list made from `run`.", 20, unit="candidates", ge=2)
-    stride: int = option("Step from one list to the next down `run`.", 10, unit="candidates", ge=1, le=1_000_000)
-    lists_per_query: int = option(
+    window: Whole = option("Candidates in a list made from `run`.", 20, unit="candidates", ge=2)
+    stride: Whole = option("Step from one list to the next down `run`.", 10, unit="candidates", ge=1, le=1_000_000)
+    lists_per_query: Whole = option(
         "Lists made for each query of `run`; 0 = one for each window.", 1, unit="lists", ge=0, le=10_000
     )
-    depth: int = option("Candidates of `run` that are used, from the top.", 100, unit="candidates", ge=2, le=1_000_000)
-    max_passage_words: int | None = option(
+    depth: Whole = option(
+        "Candidates of `run` that are used, from the top.", 100, unit="candidates", ge=2, le=1_000_000
+    )
+    max_passage_words: Whole | None = option(
         "Words kept of a passage; null = the inference client's rule: 300, and 300 * 20 / n in lists of n < 20.",
         None,
         unit="words",
@@ -76,8 +98,8 @@ class SourceOptions:
         le=1_000_000,
     )
     identifiers: IdentifierStyle = option("Identifiers of the candidates of lists made from `run`.", "letters")
-    seed: int = option("Seed of the choice of lists.", 42, ge=0)
-    require_relevant: bool | None = option(
+    seed: Whole = option("Seed of the choice of lists.", 42, ge=0)
+    require_relevant: Flag | None = option(
         "Leave out lists without a relevant candidate; null = where judgments give the order.", None
     )
     on_error: Literal["stop", "quarantine"] = option(
@@ -87,43 +109,32 @@ class SourceOptions:
     def problems(self) -> Iterator[Problem]:
         """Yield what is wrong between these options; each key is the name of an option."""
         if (self.input is None) == (self.run is None):
-            found = "neither it nor run" if self.input is None else "it and run both"
-            yield Problem(
-                "input", found, "one of the two", "name the records in input, or the first-stage run in run", ("run",)
-            )
+            found = "null, as is run" if self.input is None else "set, and so is run"
+            remedy = "Name the records in input, or the first-stage run in run."
+            yield Problem("input", found, "exactly one of the two", remedy, ("run",))
         if self.run is None:
             for name in ("judgments", "teacher_run", "queries", "docs"):
                 if getattr(self, name) is not None:
-                    yield Problem(name, "a path", "null without run", "remove it or give the run", ("run",))
+                    yield Problem(name, "set", "null without run", "Remove it, or set run.", ("run",))
             return
         for name in ("queries", "docs"):
             if getattr(self, name) is None:
-                yield Problem(name, "null", "a path, as run is given", f"name the {name}", ("run",))
+                yield Problem(name, "null", "a path, as run is set", f"Name the file of {name}.", ("run",))
         if self.judgments is None and self.teacher_run is None:
-            yield Problem(
-                "judgments",
-                "neither it nor teacher_run",
-                "at least one of the two",
-                "name what orders the candidates",
-                ("teacher_run",),
-            )
+            remedy = "Name the file that orders the candidates."
+            yield Problem("judgments", "null, as is teacher_run", "at least one of the two", remedy, ("teacher_run",))
         if self.require_relevant and self.judgments is None:
-            yield Problem(
-                "require_relevant",
-                "true without judgments",
-                "false or null",
-                "without judgments nothing is relevant: give them",
-                ("judgments",),
-            )
+            remedy = "Without judgments no candidate is relevant: name them."
+            yield Problem("require_relevant", "true without judgments", "false or null", remedy, ("judgments",))
         most = MAX_CANDIDATES[self.identifiers]
         if self.window > most:
-            remedy = "use numbers or a smaller window" if self.identifiers == "letters" else "use a smaller window"
+            remedy = "Use numbers or a smaller window." if self.identifiers == "letters" else "Use a smaller window."
             found = f"{self.window} with identifiers: {self.identifiers}"
             yield Problem("window", found, f"at most {most}", remedy, ("identifiers",))
 
     def check(self) -> None:
         """Raise SourceError with all `problems`, one per line, if there are any."""
-        problems = "\n".join(str(problem) for problem in self.problems())
+        problems = "\n".join(map(str, self.problems()))
         if problems:
             raise SourceError(problems)
 
@@ -132,21 +143,21 @@ class SourceOptions:
 class BuildOptions:
     """How a set of shards is written."""
 
-    part: str | None = option(
+    part: Text | None = option(
         "Build only part I of N; `shards merge` joins them.", None, pattern=r"^[1-9]\d*/[1-9]\d*$"
     )
-    num_processes: int | None = option(
+    num_processes: Whole | None = option(
         "Processes that parse, validate and compress; null = one per CPU once a source proves large.",
         None,
         unit="processes",
         ge=1,
     )
-    shard_bytes: int = option("Size of a shard before compression.", 16 << 20, unit="bytes", ge=1, lt=1 << 30)
-    compression: str | None = option("zstd, zstd:LEVEL, gz, br, bz2, snappy; null = none.", "zstd")
-    hashes: tuple[str, ...] = option(
+    shard_bytes: Whole = option("Size of a shard before compression.", 16 << 20, unit="bytes", ge=1, lt=1 << 30)
+    compression: Text | None = option("zstd, zstd:LEVEL, gz, br, bz2, snappy; null = none.", "zstd")
+    hashes: tuple[Text, ...] = option(
         "Hashes of each shard that the index holds, by streaming's names.", ("xxh64",), min_length=1
     )
-    overwrite: bool = option("Replace another set at the same place.", False)
+    overwrite: Flag = option("Replace another set at the same place.", False)
     staging: PathText | None = option(
         "Local folder where an upload is prepared; null = one in the temporary folder.", None, unit="path"
     )
@@ -156,22 +167,22 @@ class BuildOptions:
 class StreamOptions:
     """How sets of shards are read while training."""
 
-    shuffle: bool = option("Read the lists in a random order.", True)
-    cache_limit: str | None = option(
-        "Most that `local` may hold of `remote`; at least 4 times the largest shard; null = no limit.",
+    shuffle: Flag = option("Read the lists in a random order.", True)
+    cache_limit: Text | None = option(
+        "Most bytes of `remote` cached in `local`; at least 4 times the largest shard; null = no limit.",
         None,
         unit="bytes",
         pattern=r"^(?i:\d+(\.\d+)?\s?[kmgt]b)$",
         examples=["100gb"],
     )
-    num_canonical_nodes: int | None = option(
-        "Nodes that the data order is laid out for; keep it to resume on another number; null = streaming's choice.",
+    num_canonical_nodes: Whole | None = option(
+        "Nodes that the data order is made for; keep it to resume on another number; null = streaming's choice.",
         None,
         unit="nodes",
         ge=1,
     )
-    download_retry: int = option("How often a failed download is retried.", 2, unit="times", ge=0)
-    download_timeout_seconds: int = option("Longest download of one shard.", 60, unit="seconds", ge=1)
+    download_retry: Whole = option("How often a failed download is retried.", 2, unit="times", ge=0)
+    download_timeout_seconds: Whole = option("Longest download of one shard.", 60, unit="seconds", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -180,41 +191,41 @@ class ModelOptions:
 
     name_or_path: PathText = option("HF model id, or a folder with config and safetensors.", unit="id or path")
     tokenizer: PathText | None = option("HF tokenizer id or folder; null = name_or_path.", None, unit="id or path")
-    revision: str | None = option(
+    revision: Text | None = option(
         "Branch, tag or commit of the HF model id; null = its default.", None, unit="revision"
     )
-    trust_remote_code: bool = option("Run code that comes with the model.", False)
-    random_weights: bool = option("Build from the config only, with fresh weights, instead of loading them.", False)
+    trust_remote_code: Flag = option("Run code that comes with the model.", False)
+    random_weights: Flag = option("Build from the config only, with fresh weights, instead of loading them.", False)
     config_overrides: dict[str, Any] = option("Values that override the HF config, under its own names.", {})
-    attention: Literal["auto", "flash_attention_2", "packed_sdpa"] = option(
+    attention: AttentionName = option(
         "Attention over packed sequences; auto = flash_attention_2 on a GPU that has it, else packed_sdpa.", "auto"
     )
-    activation_checkpointing: float = option(
+    activation_checkpointing: Number = option(
         "Share of the decoder layers whose activations are recomputed in the backward pass.",
         0.0,
         unit="fraction of layers",
         ge=0,
         le=1,
     )
-    compile: bool = option("Compile the model with torch.compile.", False)
+    compile: Flag = option("Compile the model with torch.compile.", False)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class RerankOptions:
-    """How candidates are reranked with a model, and how its answers are read."""
+    """How candidates are reranked with a model, and how its answers are decoded."""
 
-    window_size: int | None = option("Candidates shown at once; null = the contract's.", None, unit="candidates", ge=2)
-    stride: int | None = option("Step of the window; null = the contract's.", None, unit="candidates", ge=1)
-    passes: int = option("Times the window slides over each list.", 1, unit="passes", ge=1)
-    top_k: int = option("Candidates reranked; the rest follow in their order.", 100, unit="candidates", ge=2)
-    decoding: Decoding | None = option("How rankings are read; null = as the model was trained.", None)
-    constrained: bool = option("Let generation write well-formed answers only.", False)
-    batch_tokens: int = option("Most tokens in one forward pass.", 16384, unit="tokens", ge=1)
-    queries_at_once: int = option("Queries whose windows are packed together.", 32, unit="queries", ge=1)
-    attention: Literal["auto", "flash_attention_2", "packed_sdpa"] = option(
+    window_size: Whole | None = option("Candidates per window; null = the contract's.", None, unit="candidates", ge=2)
+    stride: Whole | None = option("Step of the window; null = the contract's.", None, unit="candidates", ge=1)
+    passes: Whole = option("Times the window slides over each list.", 1, unit="passes", ge=1)
+    top_k: Whole = option("Candidates reranked; the rest follow in their order.", 100, unit="candidates", ge=2)
+    decoding: Decoding | None = option("How rankings are decoded; null = as the model was trained.", None)
+    constrained: Flag = option("Restrict generation to well-formed answers.", False)
+    batch_tokens: Whole = option("Most tokens in one forward pass.", 16384, unit="tokens", ge=1)
+    queries_at_once: Whole = option("Queries whose windows are packed together.", 32, unit="queries", ge=1)
+    attention: AttentionName = option(
         "Attention over packed sequences; auto = flash_attention_2 on a GPU that has it, else packed_sdpa.", "auto"
     )
-    device: str | None = option("torch's name of a device; null = cuda where there is one, else cpu.", None)
+    device: Text | None = option("torch's name of a device; null = cuda where there is one, else cpu.", None)
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         "Type of the weights; null = as stored on cuda, float32 on cpu.", None
     )

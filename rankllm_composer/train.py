@@ -17,15 +17,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line of a run: a recipe and what is laid over it. Returns the exit code."""
+    """The command line of a run: a recipe and its overrides. Returns the exit code."""
+    from rankllm_composer.recipe.keys import keys_as_text
     from rankllm_composer.recipe.load import load_recipe
-    from rankllm_composer.recipe.schema import keys_as_text
-    from rankllm_composer.recipe.sections import describe_keys
     from rankllm_composer.training.stopping import PeerWatch, Preempted
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: composer -n PROCESSES {Path(__file__).name} RECIPE.yaml [key=value ...]\n")
-        print(keys_as_text(describe_keys()))
+        print(keys_as_text())
         return 0 if arguments else 2
     watch = PeerWatch()
     try:

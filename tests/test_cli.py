@@ -286,11 +286,11 @@ def test_recipes_check_reports_everything_at_once(run: Run) -> None:
     assert_readable_error(
         outcome,
         "4 problems",
-        "optimizer.lr: found 'fast'; allowed: number above 0",
-        "objective.nam: found an unknown key",
-        "did you mean objective.name?",
-        "batch.microbatch_lists: found it and microbatch_tokens both",
-        "data.train.source.input: found 'gone.json', which does not exist",
+        "optimizer.lr is 'fast'; expected number above 0.",
+        "objective.nam is an unknown key",
+        "Did you mean objective.name?",
+        "batch.microbatch_lists is set, and so is batch.microbatch_tokens",
+        "data.train.source.input is 'gone.json', which does not exist",
     )
     assert ["override", "optimizer.lr", "fast"] in [line.split() for line in outcome.out.splitlines()]
 
@@ -303,14 +303,14 @@ def test_recipes_check_shows_no_secret(run: Run) -> None:
 
 
 def test_recipes_check_knows_ranks_and_warns(run: Run) -> None:
-    assert_readable_error(run("recipes", "check", "rank_zephyr", "-n", 7), "256, which does not divide over 7 ranks")
+    assert_readable_error(run("recipes", "check", "rank_zephyr", "-n", 7), "is 256; expected a multiple of 7 (7 ranks)")
     outcome = run("recipes", "check", "rank_zephyr", "objective.ranking_weight=3")
     assert outcome.code == 0
     assert outcome.err == "warning: objective.ranking_weight = 3.0 has no effect: objective.name is generation\n"
 
 
 def test_recipes_check_of_no_recipe(run: Run, tmp_path: Path) -> None:
-    assert_readable_error(run("recipes", "check", tmp_path / "absent.yaml"), "found no file")
+    assert_readable_error(run("recipes", "check", tmp_path / "absent.yaml"), "recipe is not a file")
     assert_readable_error(run("recipes", "check", "absent"), "recipe: found absent; allowed: ", "rank_zephyr")
 
 

@@ -27,8 +27,8 @@ from rankllm_composer.cli import main
 from rankllm_composer.export.model_card import serving_command
 from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.recipe.checks import check_world
+from rankllm_composer.recipe.keys import describe_keys
 from rankllm_composer.recipe.load import load_recipe, merge_recipe, recipe_to_yaml
-from rankllm_composer.recipe.sections import describe_keys
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))

@@ -125,7 +125,7 @@ def exports_at_other_times(tools: Tools) -> None:
 
 CASES: dict[str, Callable[[Tools], None]] = {
     "batch.global_lists": batch_does_not_divide,
-    "found an unknown key": unknown_key,
+    "is an unknown key": unknown_key,
     "data.train.local": no_local,
     "data.train: no shards": no_shards,
     "takes several tokens": merged_identifiers,
@@ -139,7 +139,7 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "found a loss that is not finite": bad_loss,
     "evaluation.best_by: found …": no_relevant_window,
     "logits contain NaN": logits_that_are_nan,
-    "evaluation.best_by: found exports": exports_at_other_times,
+    "evaluation.best_by is set": exports_at_other_times,
 }
 
 

@@ -245,17 +245,16 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
     Raises:
         RecordLookupError, ModelError, PromptError, ValueError: what stands in the way.
     """
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from rankllm_composer.model.loading import load_tokenizer
-    from rankllm_composer.options import SourceOptions
     from rankllm_composer.prompts.record import lay_out_anew
     from rankllm_composer.shards.read import SplitRecords
     from rankllm_composer.training.assembly import build_model
 
     split, keys = recipe.data.train, recipe.model
     sets = [(s.local, s.remote) for s in split.streams] or [(split.local, split.remote)]
-    records = SplitRecords(sets, None if split.source is None else SourceOptions(**asdict(split.source)))
+    records = SplitRecords(sets, split.source)
     record = records[number]
     if split.shuffle_passages or split.identifiers is not None:
         record = lay_out_anew(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rankllm_composer.errors import RunError
@@ -305,7 +305,6 @@ def look_at_lists(recipe: Recipe, num_lists: int | None, sample: int) -> ListLen
     """
     from rankllm_composer.errors import ModelError
     from rankllm_composer.model.loading import load_tokenizer
-    from rankllm_composer.options import SourceOptions
     from rankllm_composer.prompts.encoding import encode_record
     from rankllm_composer.shards.read import RecordLookupError, SplitRecords
 
@@ -313,8 +312,7 @@ def look_at_lists(recipe: Recipe, num_lists: int | None, sample: int) -> ListLen
     sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
     limit = f"taken to be {recipe.data.max_length_tokens:,} tokens each, the longest allowed (assumed)"
     try:
-        source = None if split.source is None else SourceOptions(**asdict(split.source))  # type: ignore[arg-type]
-        records = SplitRecords(sets, source)
+        records = SplitRecords(sets, split.source)
         found = len(records)
     except RecordLookupError:
         told = f"{num_lists:,} (given)" if num_lists is not None else "number not known"

@@ -1,4 +1,4 @@
-"""Dataclass defaults ← a YAML file ← `key=value` from the command line: one checked recipe that knows its origins."""
+"""Defaults, overridden by a YAML file, overridden by `key=value`: one checked recipe, with the origin of each value."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from yaml import MarkedYAMLError, YAMLError
 
 from rankllm_composer.errors import Problem, RecipeError, RunError, first_line
 from rankllm_composer.recipe.advice import surprises, without_effect
-from rankllm_composer.recipe.build import build
 from rankllm_composer.recipe.checks import contradictions
-from rankllm_composer.recipe.schema import RecipeWarning, default_tree, find_key, plain_tree, repr_yaml, show
+from rankllm_composer.recipe.keys import default_tree, find_key, plain_tree, show
 from rankllm_composer.recipe.sections import Recipe
+from rankllm_composer.recipe.validate import dotted, shown, validate
 
 Steps = tuple[str, ...]
+
+
+class RecipeWarning(UserWarning):
+    """A recipe can be used, but holds a key that has no effect or that causes trouble later."""
 
 
 class ExplainedKey(NamedTuple):
@@ -29,7 +33,7 @@ class ExplainedKey(NamedTuple):
 
     Args:
         key: dotted key.
-        value: what it holds, in plain mappings, lists and scalars.
+        value: in plain mappings, lists and scalars.
         origin: "default", "yaml" or "override".
     """
 
@@ -40,13 +44,13 @@ class ExplainedKey(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedRecipe:
-    """A recipe and everything known about it, also where it cannot be used.
+    """A recipe and everything known about it, even if it cannot be used.
 
     Args:
-        recipe: the recipe; defaults stand in for what is wrong.
-        keys: every value and its origin; what is wrong stands there as it was given.
+        recipe: the recipe; defaults replace what is wrong.
+        keys: every value and its origin; wrong values as they were given.
         problems: what is wrong. The recipe is usable only if this is empty.
-        warnings: what has no effect or will surprise later, a sentence each.
+        warnings: one sentence for each key that has no effect or causes trouble later.
     """
 
     recipe: Recipe
@@ -60,11 +64,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: YAML file.
-        overrides: `key=value` with dotted keys; the value is YAML and replaces what was there.
+        overrides: `key=value` with dotted keys; the value is YAML and replaces the one of the file.
     Raises:
-        RecipeError: the recipe cannot be used; the message holds every problem.
+        RecipeError: the recipe cannot be used; the message lists every problem.
     Warns:
-        RecipeWarning: a key has no effect, or will surprise later.
+        RecipeWarning: a key has no effect, or causes trouble later.
     """
     merged = merge_recipe(path, overrides)
     if merged.problems:
@@ -78,7 +82,7 @@ def explain(path: str | Path, overrides: Sequence[str] = ()) -> list[ExplainedKe
     """Every key of the merged recipe with its value and where that came from.
 
     Raises:
-        RecipeError: the file is no readable YAML mapping.
+        RecipeError: the file is not a readable YAML mapping.
     """
     return merge_recipe(path, overrides).keys
 
@@ -87,10 +91,10 @@ def merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergedRecip
     """Merge and check a recipe without stopping at what is wrong with it.
 
     Raises:
-        RecipeError: the file is no readable YAML mapping.
+        RecipeError: the file is not a readable YAML mapping.
     """
     given = _read_yaml(Path(path))
-    tree = _merge(default_tree(Recipe), given)
+    tree = _merge(default_tree(), given)
     origins = {steps: "yaml" for steps, _ in _leaves(given)}
     problems: list[Problem] = []
     for text in overrides:
@@ -98,20 +102,20 @@ def merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergedRecip
             steps, value = _parse_override(text)
             tree = _assign(tree, steps, value)
         except ValueError as error:
-            problems.append(Problem(text, "no readable override", "key=value with a dotted key", str(error)))
+            problems.append(Problem(text, "not a valid override", "key=value with a dotted key", str(error)))
             continue
         kept = {other: origin for other, origin in origins.items() if not _is_within(other, steps)}
         origins = {other: origin for other, origin in kept.items() if not _is_within(steps, other)}
         origins |= {steps + below: "override" for below, _ in _leaves(value)}
     tree = _resolve(OmegaConf.create(tree), problems)
     unresolved = {problem.key for problem in problems}
-    recipe, unreadable = build(Recipe, tree)
-    problems += [problem for problem in unreadable if problem.key not in unresolved]
-    suspect = [dotted for problem in problems for dotted in (problem.key, *problem.involved)]
+    recipe, invalid = validate(Recipe, tree)
+    problems += [problem for problem in invalid if problem.key not in unresolved]
+    suspect = [key for problem in problems for key in (problem.key, *problem.involved)]
     problems += [
         problem
         for problem in contradictions(recipe)
-        if not any(_rests_on(dotted, other) for dotted in (problem.key, *problem.involved) for other in suspect)
+        if not any(_rests_on(key, other) for key in (problem.key, *problem.involved) for other in suspect)
     ]
     keys = list(_explained(recipe, tree, origins, {problem.key for problem in problems}))
     sentences = [] if problems else [*_ignored(keys, without_effect(recipe)), *surprises(recipe)]
@@ -124,13 +128,13 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     Keys that the recipe never reads are left out where they hold their default.
     """
     tree = plain_tree(recipe)
-    for dotted in without_effect(recipe):
-        *sections, name = dotted.split(".")
+    for ignored in without_effect(recipe):
+        *sections, name = ignored.split(".")
         parent = tree
         for step in sections:
             parent = parent[step] or {}
-        item = find_key(Recipe, dotted.split("."))
-        if item is not None and name in parent and parent[name] == plain_tree(item.default):
+        key = find_key(ignored.split("."))
+        if key is not None and name in parent and parent[name] == plain_tree(key.default):
             del parent[name]
     return OmegaConf.to_yaml(OmegaConf.create(_escape(tree)))
 
@@ -142,27 +146,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
-        raise refuse("no file", "`rankllm-composer recipes list` names those that come with the package") from None
+        raise refuse("not a file", "`rankllm-composer recipes list` lists those of the package.") from None
     except MarkedYAMLError as error:
         place = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise refuse(f"{error.problem}{place}", "correct the YAML") from None
+        raise refuse(f"not valid YAML ({error.problem}{place})", "Correct it.") from None
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise refuse(str(error).splitlines()[0], "correct the file") from None
+        raise refuse(f"not readable ({first_line(error)})", "Correct the file.") from None
     tree = OmegaConf.to_container(config)
     if not isinstance(tree, dict):
-        raise refuse(f"a {type(tree).__name__}", "write sections such as run: and model:")
+        raise refuse(f"a {type(tree).__name__}", "Write sections such as run: and model:.")
     return {str(name): value for name, value in tree.items()}
 
 
 def _merge(tree: Any, given: Any) -> Any:
-    """`given` laid over `tree`: mappings key by key, everything else as a whole."""
+    """`tree` overridden by `given`: mappings key by key, everything else completely."""
     if not (isinstance(tree, Mapping) and isinstance(given, Mapping)):
         return copy.deepcopy(given)
     return {**tree, **{name: _merge(tree.get(name), value) for name, value in given.items()}}
 
 
 def _leaves(value: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Any]]:
-    """Every value that is not a section, with the steps that lead to it. Lists of scalars are one value."""
+    """Every value that is not a section, with the steps to it. A list of scalars is one value."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from _leaves(inner, (*steps, str(name)))
@@ -174,40 +178,40 @@ def _leaves(value: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Any]]:
 
 
 def _parse_override(text: str) -> tuple[Steps, Any]:
-    dotted, equals, value = text.partition("=")
-    dotted = re.sub(r"\[(\d+)\]", r".\1", dotted)
+    key, equals, value = text.partition("=")
+    key = re.sub(r"\[(\d+)\]", r".\1", key)
     if not equals:
-        raise ValueError("write = between key and value")
-    if dotted.startswith(("-", "+")):
-        raise ValueError(f"write {dotted.lstrip('-+')}={value}, without the leading {dotted[0]}")
-    steps = tuple(dotted.split("."))
+        raise ValueError("Write = between key and value.")
+    if key.startswith(("-", "+")):
+        raise ValueError(f"Write {key.lstrip('-+')}={value}, without the leading {key[0]}.")
+    steps = tuple(key.split("."))
     if not all(re.fullmatch(r"[^\s.]+", step) for step in steps):
-        raise ValueError("write the key as section.key, without spaces")
+        raise ValueError("Write the key as section.key, without spaces.")
     try:
         parsed = _written(OmegaConf.from_dotlist([f"value={value}"]), "value")
     except (YAMLError, OmegaConfBaseException):
-        raise ValueError(f"{value} is no YAML value; put quotes around a text with : {{ [ or #") from None
-    item = find_key(Recipe, steps)
-    if item is not None and item.annotation is str and isinstance(parsed, bool | int | float):
+        raise ValueError(f"{value} is not a YAML value. Put quotes around text with : {{ [ or #.") from None
+    known = find_key(steps)
+    if known is not None and known.annotation is str and isinstance(parsed, bool | int | float):
         return steps, value  # a text key such as model.revision=1e5 is not a number
     return steps, parsed
 
 
 def _assign(tree: Any, steps: Steps, value: Any) -> Any:
-    """A copy of `tree` in which `steps` lead to `value`, through sections made on the way."""
+    """A copy of `tree` with `value` at `steps`; missing sections are created."""
     if not steps:
         return value
     step, *rest = steps
     if isinstance(tree, list):
         if not (step.isdigit() and int(step) < len(tree)):
-            raise ValueError(f"'{step}' is no place in a list of {len(tree)}: count from 0, or give the whole list")
+            raise ValueError(f"'{step}' is not an index into a list of {len(tree)}. Count from 0, or write the list.")
         return [_assign(old, tuple(rest), value) if str(i) == step else old for i, old in enumerate(tree)]
     sections = dict(tree) if isinstance(tree, Mapping) else {}
     return {**sections, step: _assign(sections.get(step), tuple(rest), value)}
 
 
 def _resolve(config: Any, problems: list[Problem], place: Steps = ()) -> Any:
-    """`config` as plain values, `${...}` replaced; keys marked as missing (`???`) or not resolved are left out."""
+    """`config` as plain values with `${...}` resolved, without keys that are `???` or cannot be resolved."""
     names = range(len(config)) if OmegaConf.is_list(config) else list(config)
     values = {}
     for name in names:
@@ -217,10 +221,10 @@ def _resolve(config: Any, problems: list[Problem], place: Steps = ()) -> Any:
                 continue
             value = config[name]
         except (OmegaConfBaseException, RecursionError) as error:
-            found = f"{repr_yaml(_written(config, name))}: {str(error).splitlines()[0]}"
-            problems.append(Problem(_dotted(steps), found, "${key} of another key, or ${oc.env:NAME}", "correct it"))
+            found = f"{shown(_written(config, name))} ({first_line(error)})"
+            problems.append(Problem(dotted(steps), found, "${key} of another key, or ${oc.env:NAME}", "Correct it."))
             continue
-        values[name] = _resolve(value, problems, steps) if OmegaConf.is_config(value) else value
+        values[str(name)] = _resolve(value, problems, steps) if OmegaConf.is_config(value) else value
     return list(values.values()) if OmegaConf.is_list(config) else values
 
 
@@ -229,46 +233,37 @@ def _written(config: Any, name: str | int) -> Any:
     return plain[name]
 
 
-def _dotted(steps: Steps) -> str:
-    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(steps))
-
-
 def _is_within(steps: Steps, section: Steps) -> bool:
     return steps[: len(section)] == section
 
 
-def _rests_on(dotted: str, other: str) -> bool:
-    """Whether one of two dotted keys is, holds, or lies within the other."""
-    return (
-        dotted == other
-        or dotted.startswith((f"{other}.", f"{other}["))
-        or other.startswith((f"{dotted}.", f"{dotted}["))
-    )
+def _rests_on(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is, contains, or lies within the other."""
+    return key == other or key.startswith((f"{other}.", f"{other}[")) or other.startswith((f"{key}.", f"{key}["))
 
 
 def _explained(recipe: Recipe, tree: Any, origins: Mapping[Steps, str], wrong: set[str]) -> Iterator[ExplainedKey]:
     written = dict(_leaves(tree))
     for steps, value in _leaves(plain_tree(recipe)):
-        dotted = _dotted(steps)
         within = {origin for other, origin in origins.items() if _is_within(other, steps)}
         origin = next((name for name in ("override", "yaml") if name in within), "default")
-        yield ExplainedKey(dotted, written.get(steps, value) if dotted in wrong else value, origin)
+        yield ExplainedKey(dotted(steps), written.get(steps, value) if dotted(steps) in wrong else value, origin)
 
 
 def _ignored(keys: Sequence[ExplainedKey], reasons: Mapping[str, str]) -> Iterator[str]:
-    for dotted, reason in reasons.items():
-        said = [
+    for key, reason in reasons.items():
+        given = [
             row
             for row in keys
-            if row.origin != "default" and row.value not in (None, {}, []) and f"{row.key}.".startswith(f"{dotted}.")
+            if row.origin != "default" and row.value not in (None, {}, []) and f"{row.key}.".startswith(f"{key}.")
         ]
-        if said:
-            value = f" = {show(said[0].value)}" if said[0].key == dotted else ""
-            yield f"{dotted}{value} has no effect: {reason}"
+        if given:
+            value = f" = {show(given[0].value)}" if given[0].key == key else ""
+            yield f"{key}{value} has no effect: {reason}"
 
 
 def _escape(value: Any) -> Any:
-    """Texts written so that `${` in them is read back as it stands."""
+    """Escape `${` in texts, so that it is read back unchanged."""
     if isinstance(value, Mapping):
         return {name: _escape(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -293,35 +288,33 @@ MAY_CHANGE = (
     "data.loader_timeout_seconds",
     "parallelism.dist_timeout_seconds",
 )
-"""Keys, and sections, that may differ when a run is resumed: they change no weight."""
+"""Keys and sections that may differ when a run is resumed, as they change no weight."""
 
 
-def check_same_recipe(there: str, now: str, place: str) -> None:
-    """Refuse to go on with another recipe than a run began with.
+def check_same_recipe(existing: str, current: str, place: str) -> None:
+    """Refuse to resume a run with another recipe.
 
     Args:
-        there, now: resolved recipes.
+        existing, current: resolved recipes, of the run and of the command.
         place: key and folder of the first, for messages.
     Raises:
         RunError: they differ in a key that may not change, or the first is damaged.
     """
-    from omegaconf import OmegaConf
-
-    remedy = "Go on with the same recipe, or give this run its own run.name, run.folder or checkpoint.folder"
+    remedy = "Resume with the same recipe, or choose another run.name, run.folder or checkpoint.folder"
     try:
-        before, after = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (there, now))
+        before, after = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (existing, current))
     except Exception as error:  # those of YAML and of OmegaConf have no common class
         raise RunError(f"{place} holds a damaged {RECIPE_NAME} ({first_line(error)}). {remedy}") from error
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     changed = [key for key in changed if not key.startswith(MAY_CHANGE)]
     if changed:
-        shown = "; ".join(f"{key} was {before.get(key)!r}, is now {after.get(key)!r}" for key in changed[:5])
+        listed = "; ".join(f"{key} was {before.get(key)!r}, is now {after.get(key)!r}" for key in changed[:5])
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise RunError(f"{place} holds a run of another recipe ({shown}{more}). {remedy}")
+        raise RunError(f"{place} holds a run of another recipe ({listed}{more}). {remedy}")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}."""
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}."""
     if not isinstance(tree, dict) or not tree:
         return {prefix.removesuffix("."): tree}
     return {key: value for name, part in tree.items() for key, value in _flatten(part, f"{prefix}{name}.").items()}

@@ -1,312 +1,266 @@
-"""What a recipe can say: one frozen dataclass a section, each key with its type, default, unit and meaning.
+"""What a recipe can say: one frozen pydantic dataclass per section, each key with type, default, unit and meaning.
 
-These classes are the only place where defaults live. `recipe_merge.load_recipe` fills them from a YAML file and the
-command line, `recipe_check` holds the rules between keys.
+Defaults stand here and in `options.py` only. `load.load_recipe` fills the sections from a YAML file and the command
+line, `checks` holds the rules between keys.
 """
-# ruff: noqa: RUF009
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
 
 from rankllm_composer.model.loss_table import RankingLoss
-from rankllm_composer.options import ObjectiveName
+from rankllm_composer.options import (
+    CONFIG,
+    Decoding,
+    Flag,
+    ModelOptions,
+    Number,
+    ObjectiveName,
+    PathText,
+    SourceOptions,
+    StreamOptions,
+    Text,
+    Whole,
+    option,
+)
 from rankllm_composer.prompts.permutations import IdentifierStyle
-from rankllm_composer.recipe.schema import KeyDescription, describe_section, key, section
 
-LOGGERS = ("tensorboard", "wandb", "mlflow")
-
-
-CALLBACKS = ("speed_monitor", "memory_monitor", "lr_monitor", "optimizer_monitor", "nan_monitor")
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
-INTERVAL_UNITS = ("ep", "ba", "sp", "tok", "dur")
+CallbackName = Literal["speed_monitor", "memory_monitor", "lr_monitor", "optimizer_monitor", "nan_monitor"]
 
 
-DURATION_UNITS = ("ep", "ba", "sp")
+Arguments = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=dict[str, Any] | None),
+]
+"""Arguments of a Composer class; null = none."""
 
 
-WARMUP_UNITS = ("ep", "ba", "sp", "dur")
+Share = Annotated[Number, Ge(0), Lt(1)]
 
 
-@dataclass(frozen=True, kw_only=True)
+_TIMES = {"ep": "3ep", "ba": "50ba", "sp": "4000sp", "tok": "1000000tok", "dur": "0.1dur"}
+
+
+def time(meaning: str, default: str, *units: str, nonzero: bool = True) -> Any:
+    """A key that holds a Composer time string in one of `units`, above zero unless `nonzero` is False."""
+    counts = "|".join(unit for unit in units if unit != "dur")
+    pattern = f"0*[1-9][0-9]*({counts})" if nonzero else f"[0-9]+({counts})"
+    if "dur" in units:  # the only unit that takes fractions, of the run
+        pattern += r"|(0?\.[0-9]*[1-9][0-9]*|1(\.0*)?)dur" if nonzero else r"|(0?\.[0-9]+|[01](\.0*)?)dur"
+    examples = [_TIMES[unit] for unit in units]
+    return option(meaning, default, unit="Composer time", pattern=f"^({pattern})$", examples=examples)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Run:
-    name: str = key(
-        "Name of the run; checkpoints and logs carry it.", pattern=r"[\w.-]+", example="first_mistral", unit="name"
+    name: Text = option(
+        "Name of the run; checkpoints and logs carry it.", unit="name", pattern=r"^[\w.-]+$", examples=["first_mistral"]
     )
-    folder: str | None = key("Where the run leaves its files; null = runs/<name>.", None, unit="path")
-    seed: int = key("Seed of weights, data order and noise.", 42, at_least=0)
-    max_duration: str = key("How long to train.", "3ep", unit="Composer time", time_units=DURATION_UNITS, nonzero=True)
-    autoresume: bool = key("Continue from the run's latest checkpoint if there is one.", True)
+    folder: Text | None = option("Folder of the files that the run writes; null = runs/<name>.", None, unit="path")
+    seed: Whole = option("Seed of weights, data order and noise.", 42, ge=0)
+    max_duration: Text = time("How long to train.", "3ep", "ep", "ba", "sp")
+    autoresume: Flag = option("Continue from the run's latest checkpoint if there is one.", True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Lora:
-    rank: int = key("Rank of the adapters.", 16, unit="dimensions", at_least=1)
-    alpha: float = key("Scale of the adapters: alpha / rank.", 32.0, above=0)
-    dropout: float = key("Dropout before the adapters.", 0.05, unit="fraction", at_least=0, below=1)
-    frozen_precision: Literal["fp32", "bf16"] = key(
-        "What the weights that are not trained are held in; bf16 takes half the memory, on one GPU or with DDP.", "fp32"
+    rank: Whole = option("Rank of the adapters.", 16, unit="dimensions", ge=1)
+    alpha: Number = option("Scale of the adapters: alpha / rank.", 32.0, gt=0)
+    dropout: Number = option("Dropout before the adapters.", 0.05, unit="fraction", ge=0, lt=1)
+    frozen_precision: Literal["fp32", "bf16"] = option(
+        "Type of the frozen weights; bf16 needs half the memory, and one GPU or DDP.", "fp32"
     )
-    target_modules: tuple[str, ...] = key(
+    target_modules: tuple[Text, ...] = option(
         "Linear layers that get an adapter.",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         unit="module names",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    name_or_path: str = key("HF model id, or a folder with config and safetensors.", unit="id or path")
-    tokenizer: str | None = key("HF tokenizer id or folder; null = name_or_path.", None, unit="id or path")
-    revision: str | None = key("Branch, tag or commit of the HF model id; null = its default.", None, unit="revision")
-    trust_remote_code: bool = key("Run code that comes with the model.", False)
-    random_weights: bool = key("Build from the config only, with fresh weights, instead of loading them.", False)
-    config_overrides: dict[str, Any] = key("Arguments laid over the HF config, under its own names.", {})
-    attention: Literal["auto", "flash_attention_2", "packed_sdpa"] = key(
-        "Attention over packed sequences; auto = flash_attention_2 on a GPU that has it, else packed_sdpa.", "auto"
-    )
-    activation_checkpointing: float = key(
-        "Share of the decoder layers whose activations are computed again in the backward pass.",
-        0.0,
-        unit="fraction of layers",
-        at_least=0,
-        at_most=1,
-    )
-    compile: bool = key("Compile the model with torch.compile.", False)
-    lora: Lora | None = key("Train low-rank adapters only; null = train all weights.", None)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Model(ModelOptions):
+    lora: Lora | None = option("Train low-rank adapters only; null = train all weights.", None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    input: str | None = key(
-        "Training records: .json, .jsonl or a HF dataset id; null = make them from `run`.", None, unit="path or id"
-    )
-    split: str = key("Split of a HF dataset; files have none.", "train", unit="name")
-    run: str | None = key("First-stage run in TREC format.", None, unit="path")
-    judgments: str | None = key("TREC judgments that order the lists of `run`.", None, unit="path")
-    teacher_run: str | None = key("TREC run of a teacher that orders the lists of `run`.", None, unit="path")
-    queries: str | None = key("Queries for `run`, a JSON object a line.", None, unit="path")
-    docs: str | None = key("Documents for `run`, a JSON object a line.", None, unit="path")
-    window: int = key("Candidates in a list made from `run`.", 20, unit="candidates", at_least=2)
-    stride: int = key("Step from one list to the next down `run`.", 10, unit="candidates", at_least=1)
-    lists_per_query: int = key(
-        "Lists made for each query of `run`; 0 = one for each window.", 1, unit="lists", at_least=0
-    )
-    depth: int = key("Candidates of `run` that are used, from the top.", 100, unit="candidates", at_least=2)
-    max_passage_words: int | None = key(
-        "Words kept of a passage; null = the inference client's rule: 300, and 300 * 20 / n in lists of n < 20.",
-        None,
-        unit="words",
-        at_least=1,
-    )
-    identifiers: IdentifierStyle = key("Identifiers of the candidates of lists made from `run`.", "letters")
-    seed: int = key("Seed of the choice of lists.", 42, at_least=0)
-    require_relevant: bool | None = key(
-        "Leave out lists without a relevant candidate; null = where judgments give the order.", None
-    )
-    on_error: Literal["stop", "quarantine"] = key(
-        "At a bad record: stop the build, or write it aside and count it.", "stop"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Stream:
-    remote: str | None = key("Where the shards are; null = already in `local`.", None, unit="URL")
-    local: str = key("Where the shards are read from, or cached.", unit="path")
-    proportion: float | None = key(
+    remote: Text | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
+    local: Text = option("Where the shards are read or cached.", unit="path")
+    proportion: Number | None = option(
         "Share of this stream in an epoch; null for all = every stream once.",
         None,
         unit="fraction of lists",
-        above=0,
-        at_most=1,
+        gt=0,
+        le=1,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    remote: str | None = key("Where the shards are; null = already in `local`.", None, unit="URL")
-    local: str | None = key("Where the shards are read from, or cached; null with `streams`.", None, unit="path")
-    source: Source | None = key("What the shards are built from where they are absent; null = never built.", None)
-    streams: tuple[Stream, ...] = key("Several sets of shards mixed, instead of `remote` and `local`.", ())
-    shuffle: bool = key("Read the lists in a random order.", True)
-    shuffle_passages: bool = key("Permute the passages of each list and assign the identifiers anew.", False)
-    identifiers: IdentifierStyle | None = key("Identifiers the model sees; null = those of the shards.", None)
-    cache_limit: str | None = key(
-        "Most that `local` may hold of `remote`; at least 4 times the largest shard; null = no limit.",
-        None,
-        unit="bytes",
-        pattern=r"\d+(\.\d+)?\s?[kmgt]b",
-        example="100gb",
-    )
-    num_canonical_nodes: int | None = key(
-        "Nodes that the data order is laid out for; keep it to resume on another number; null = streaming's choice.",
-        None,
-        unit="nodes",
-        at_least=1,
-    )
-    download_retry: int = key("How often a failed download is tried again.", 2, unit="times", at_least=0)
-    download_timeout_seconds: int = key("Longest download of one shard.", 60, unit="seconds", at_least=1)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Sets:
+    remote: Text | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
+    local: PathText | None = option("Where the shards are read or cached; null with `streams`.", None, unit="path")
+    source: SourceOptions | None = option("What absent shards are built from; null = they are never built.", None)
+    streams: tuple[Stream, ...] = option("Several sets of shards mixed, instead of `remote` and `local`.", ())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Split(StreamOptions, Sets):  # the keys of Sets come first
+    shuffle_passages: Flag = option("Permute the passages of each list and reassign the identifiers.", False)
+    identifiers: IdentifierStyle | None = option("Identifiers in the prompt; null = those of the shards.", None)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Data:
-    max_length_tokens: int = key("Longest prompt + response.", 4096, unit="tokens", at_least=2)
-    too_long: Literal["drop", "refuse"] = key("Records above that length: drop and count them, or stop.", "drop")
-    num_workers: int = key("Processes that read and tokenise, a rank.", 2, unit="processes", at_least=0)
-    prefetch_factor: int = key("Batches each of them keeps ready.", 2, unit="batches", at_least=1)
-    loader_timeout_seconds: int = key(
-        "Longest wait for a batch before the run stops; 0 = wait forever.", 600, unit="seconds", at_least=0
+    max_length_tokens: Whole = option("Most tokens in prompt and response together.", 4096, unit="tokens", ge=2)
+    too_long: Literal["drop", "refuse"] = option("Longer records: drop and count them, or stop.", "drop")
+    num_workers: Whole = option("Processes per rank that read and tokenize.", 2, unit="processes", ge=0)
+    prefetch_factor: Whole = option("Batches that each of these processes keeps ready.", 2, unit="batches", ge=1)
+    loader_timeout_seconds: Whole = option(
+        "Longest wait for a batch before the run stops; 0 = wait forever.", 600, unit="seconds", ge=0
     )
-    train: Split = section("Lists to train on.")
-    eval: Split | None = key("Lists to evaluate on; null = none.", None)
+    train: Split = option("Lists to train on.", Split)
+    eval: Split | None = option("Lists to evaluate on; null = none.", None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Objective:
-    name: ObjectiveName = key(
-        "generation = language modelling of the permutation; ranking = a ranking loss on the identifier scores; "
+    name: ObjectiveName = option(
+        "generation = language modeling of the permutation; ranking = a ranking loss on the identifier scores; "
         "combined = both.",
         "combined",
     )
-    language_modelling_weight: float = key("Factor of the language-modelling part.", 1.0, at_least=0)
-    ranking_weight: float = key("Factor of the ranking part.", 10.0, at_least=0)
-    ranking_loss: RankingLoss = key("Ranking loss on the identifier scores.", "ranknet")
-    ranking_loss_options: dict[str, Any] = key("Arguments of that loss, such as {weighted: true}.", {})
+    language_modelling_weight: Number = option("Factor of the language-modeling loss.", 1.0, ge=0)
+    ranking_weight: Number = option("Factor of the ranking loss.", 10.0, ge=0)
+    ranking_loss: RankingLoss = option("Ranking loss on the identifier scores.", "ranknet")
+    ranking_loss_options: dict[str, Any] = option("Arguments of that loss, such as {weighted: true}.", {})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Neftune:
-    alpha: float = key("Noise on the embeddings: uniform in ±alpha / sqrt(tokens * hidden size).", 5.0, above=0)
+    alpha: Number = option("Noise on the embeddings: uniform in ±alpha / sqrt(tokens * hidden size).", 5.0, gt=0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Batch:
-    global_lists: int = key("Lists in an optimizer step, over all ranks.", 128, unit="lists", at_least=1)
-    microbatch_lists: int | None = key(
-        "Lists in a forward pass of one rank; give this or microbatch_tokens.", None, unit="lists", at_least=1
+    global_lists: Whole = option("Lists per optimizer step, over all ranks.", 128, unit="lists", ge=1)
+    microbatch_lists: Whole | None = option(
+        "Lists per forward pass of one rank; set this or microbatch_tokens.", None, unit="lists", ge=1
     )
-    microbatch_tokens: int | None = key(
-        "Most tokens in a forward pass of one rank; give this or microbatch_lists.", None, unit="tokens", at_least=1
+    microbatch_tokens: Whole | None = option(
+        "Most tokens per forward pass of one rank; set this or microbatch_lists.", None, unit="tokens", ge=1
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Optimizer:
-    name: Literal["adamw", "adamw_8bit"] = key("AdamW of torch, or with 8-bit state of bitsandbytes.", "adamw")
-    lr: float = key("Highest learning rate.", above=0)
-    betas: tuple[float, float] = key(
-        "Decay of the averages of gradient and squared gradient.", (0.9, 0.999), at_least=0, below=1
+    name: Literal["adamw", "adamw_8bit"] = option("AdamW: of torch, or of bitsandbytes with 8-bit state.", "adamw")
+    lr: Number = option("Highest learning rate.", gt=0)
+    betas: tuple[Share, Share] = option("Decay of the averages of gradient and squared gradient.", (0.9, 0.999))
+    eps: Number = option("Added to the denominator.", 1e-8, gt=0)
+    weight_decay: Number = option("Decoupled weight decay.", 0.0, ge=0)
+    gradient_clip_norm: Number | None = option(
+        "Norm to which the gradient is clipped; null = not clipped.", 1.0, unit="L2 norm", gt=0
     )
-    eps: float = key("Added to the denominator.", 1e-8, above=0)
-    weight_decay: float = key("Decoupled weight decay.", 0.0, at_least=0)
-    gradient_clip_norm: float | None = key(
-        "Largest norm of the whole gradient; null = unbounded.", 1.0, unit="L2 norm", above=0
-    )
-    max_skipped_updates: int = key(
-        "Updates left out and counted where loss or gradient is not finite, before the run stops.",
+    max_skipped_updates: Whole = option(
+        "Updates with a loss or gradient that is not finite that are skipped and counted before the run stops.",
         0,
         unit="updates",
-        at_least=0,
+        ge=0,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Schedule:
-    name: Literal["cosine", "linear", "constant"] = key("Learning rate after the warmup.", "cosine")
-    warmup: str = key(
-        "Linear rise from 0; batches are optimizer updates.", "50ba", unit="Composer time", time_units=WARMUP_UNITS
+    name: Literal["cosine", "linear", "constant"] = option("Learning rate after the warmup.", "cosine")
+    warmup: Text = time(
+        "Linear rise from 0; batches are optimizer updates.", "50ba", "ep", "ba", "sp", "dur", nonzero=False
     )
-    final_lr_fraction: float = key(
-        "Learning rate at the end, of the highest.", 0.0, unit="fraction of lr", at_least=0, at_most=1
+    final_lr_fraction: Number = option(
+        "Learning rate at the end, as a fraction of the highest.", 0.0, unit="fraction of lr", ge=0, le=1
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Parallelism:
-    fsdp: bool = key("Shard weights, gradients and optimizer over the ranks (FSDP2); false = copies (DDP).", True)
-    reshard_after_forward: bool = key("Free gathered weights between forward and backward pass.", True)
-    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = key(
-        "What FSDP2 computes and reduces in: DEFAULT = compute low, reduce high; PURE = both low; FULL = both fp32.",
+    fsdp: Flag = option("Shard weights, gradients and optimizer over the ranks (FSDP2); false = copies (DDP).", True)
+    reshard_after_forward: Flag = option("Free gathered weights between the forward and the backward pass.", True)
+    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = option(
+        "Precision of FSDP2: DEFAULT = compute low, reduce in fp32; PURE = both low; FULL = both fp32.",
         "DEFAULT",
     )
-    precision: Literal["fp32", "amp_bf16"] = key("Arithmetic of the forward pass; weights are fp32.", "amp_bf16")
-    device: Literal["gpu", "cpu", "auto"] = key("Where to train; auto = GPU if there is one.", "auto")
-    dist_timeout_seconds: int = key(
-        "Longest wait of one rank for another; covers rank 0 building shards.", 1800, unit="seconds", at_least=1
+    precision: Literal["fp32", "amp_bf16"] = option("Precision of the forward pass; weights are fp32.", "amp_bf16")
+    device: Literal["gpu", "cpu", "auto"] = option("Where to train; auto = GPU if there is one.", "auto")
+    dist_timeout_seconds: Whole = option(
+        "Longest wait of one rank for another, such as for rank 0 to build shards.", 1800, unit="seconds", ge=1
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Export:
-    interval: str = key(
-        "How often a HF folder is written.", "1ep", unit="Composer time", time_units=INTERVAL_UNITS, nonzero=True
-    )
-    folder: str | None = key("Where the HF folders go; null = <run folder>/hf.", None, unit="path")
-    merge_lora: bool = key("Add the adapters to the weights they change; false = export them apart.", True)
+    interval: Text = time("How often an HF folder is written.", "1ep", "ep", "ba", "sp", "tok", "dur")
+    folder: Text | None = option("Where the HF folders go; null = <run folder>/hf.", None, unit="path")
+    merge_lora: Flag = option("Merge the adapters into the weights; false = export them separately.", True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Checkpoint:
-    interval: str = key(
-        "How often a checkpoint is written.", "1ep", unit="Composer time", time_units=INTERVAL_UNITS, nonzero=True
-    )
-    keep: int = key("Newest checkpoints kept on local disk; -1 = all.", 3, unit="checkpoints", at_least=-1)
-    folder: str | None = key("Where checkpoints go; null = <run folder>/checkpoints.", None, unit="path or URL")
-    export: Export | None = section("HF folders for inference; null = none.", Export)
+    interval: Text = time("How often a checkpoint is written.", "1ep", "ep", "ba", "sp", "tok", "dur")
+    keep: Whole = option("Number of newest checkpoints kept on local disk; -1 = all.", 3, unit="checkpoints", ge=-1)
+    folder: Text | None = option("Where checkpoints go; null = <run folder>/checkpoints.", None, unit="path or URL")
+    export: Export | None = option("HF folders for inference; null = none.", Export)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Evaluation:
-    interval: str = key(
-        "How often data.eval is ranked.", "1ep", unit="Composer time", time_units=("ep", "ba", "dur"), nonzero=True
+    interval: Text = time("How often data.eval is ranked.", "1ep", "ep", "ba", "dur")
+    decodings: tuple[Decoding, ...] = option(
+        "How rankings are decoded: from one forward pass, from generated text, or both.", ("first_token", "generation")
     )
-    decodings: tuple[Literal["first_token", "generation"], ...] = key(
-        "How rankings are read: from one forward pass, from generated text, or both.", ("first_token", "generation")
-    )
-    constrained: bool = key("Let generation write well-formed answers only.", False)
-    num_shuffles: int = key(
-        "Random orders each window is shown in besides, to measure position bias by the first token; 0 = none.",
+    constrained: Flag = option("Restrict generation to well-formed answers.", False)
+    num_shuffles: Whole = option(
+        "Random orders of each window that are also ranked by first token, to measure position bias; 0 = none.",
         0,
         unit="orders",
-        at_least=0,
+        ge=0,
     )
-    best_by: str | None = key(
-        "Figure by which <export folder>/best points to the best export, such as first_token/ndcg@10; null = none.",
+    best_by: Text | None = option(
+        "Metric that selects the export behind <export folder>/best, such as first_token/ndcg@10; null = none.",
         None,
-        unit="figure",
+        unit="metric",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Logging:
-    progress: bool = key("Print a progress line on rank 0.", True)
-    metrics_file: bool = key("Write metrics.jsonl in the run folder, a line a batch.", True)
-    loggers: dict[str, dict[str, Any]] = key(
-        "Composer loggers by name, each with its own arguments.", {}, names=LOGGERS
-    )
-    callbacks: dict[str, dict[str, Any]] = key(
-        "Composer callbacks by name, each with its own arguments.", {}, names=CALLBACKS
-    )
+    progress: Flag = option("Print a progress line on rank 0.", True)
+    metrics_file: Flag = option("Write metrics.jsonl in the run folder, one line per batch.", True)
+    loggers: dict[LoggerName, Arguments] = option("Composer loggers by name, with their arguments.", {})
+    callbacks: dict[CallbackName, Arguments] = option("Composer callbacks by name, with their arguments.", {})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Recipe:
-    """A whole training run. Made by `recipe_merge.load_recipe`, which checks it."""
+    """A complete training run. `load.load_recipe` creates and checks it."""
 
-    run: Run = section("The run itself.")
-    model: Model = section("What is trained.")
-    data: Data = section("What it is trained on.")
-    objective: Objective = section("What it is trained for.", Objective)
-    neftune: Neftune | None = key("Noise on the embeddings while training; null = none.", None)
-    batch: Batch = section("How many lists at once.", Batch)
-    optimizer: Optimizer = section("How weights are updated.")
-    schedule: Schedule = section("How the learning rate moves.", Schedule)
-    parallelism: Parallelism = section("How the work is spread over ranks.", Parallelism)
-    checkpoint: Checkpoint = section("What is saved to resume from and to serve.", Checkpoint)
-    evaluation: Evaluation | None = key("Ranking measured while training; null = none.", None)
-    logging: Logging = section("What is reported.", Logging)
+    run: Run = option("The run itself.")
+    model: Model = option("What is trained.")
+    data: Data = option("What it is trained on.")
+    objective: Objective = option("What it is trained for.", Objective)
+    neftune: Neftune | None = option("Noise on the embeddings while training; null = none.", None)
+    batch: Batch = option("How many lists are processed at once.", Batch)
+    optimizer: Optimizer = option("How weights are updated.")
+    schedule: Schedule = option("How the learning rate changes.", Schedule)
+    parallelism: Parallelism = option("How the work is distributed over ranks.", Parallelism)
+    checkpoint: Checkpoint = option("What is saved, to resume from and to serve.", Checkpoint)
+    evaluation: Evaluation | None = option("Ranking measured while training; null = none.", None)
+    logging: Logging = option("What is reported.", Logging)
 
     @property
     def tokenizer(self) -> str:
@@ -324,12 +278,7 @@ class Recipe:
 
     @property
     def export_folder(self) -> str | None:
-        """Folder of the exported HF folders; None where the recipe exports nothing."""
+        """Folder of the exported HF folders; None if the recipe exports nothing."""
         if self.checkpoint.export is None:
             return None
         return self.checkpoint.export.folder or f"{self.run_folder}/hf"
-
-
-def describe_keys() -> list[KeyDescription]:
-    """Every key a recipe may hold, in order: what `--help` and the documentation print."""
-    return describe_section(Recipe)

@@ -52,10 +52,7 @@ def prepare_shards(split: Split, key: str) -> None:
     Raises:
         RunError: the shards are absent and there is no source to build them from; names the command.
     """
-    from dataclasses import asdict
-
     from rankllm_composer.distributed import run_on_rank_zero
-    from rankllm_composer.options import SourceOptions
     from rankllm_composer.shards import build as shards
 
     if split.streams:
@@ -71,7 +68,7 @@ def prepare_shards(split: Split, key: str) -> None:
                 f"{key}: no shards in {place}. Build them with `rankllm-composer shards build --input RECORDS "
                 f"--output {place}`, or name {key}.source and the run builds them"
             )
-        shards.build_shards(place, SourceOptions(**asdict(split.source)))
+        shards.build_shards(place, split.source)
 
     run_on_rank_zero(build, f"shards in {place}")
 

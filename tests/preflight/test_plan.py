@@ -239,7 +239,7 @@ def test_what_cannot_be_planned_is_said(toy_folder):
         plan_recipe(toy_recipe(toy_folder), 8, gpu="abacus", report=quiet)
     with pytest.raises(RunError, match="mfu: found 40"):
         plan_recipe(toy_recipe(toy_folder), 8, mfu=40, report=quiet)
-    with pytest.raises(ValueError, match="does not divide over 7 ranks"):
+    with pytest.raises(ValueError, match=r"a multiple of 7 \(7 ranks\)"):
         plan_recipe(toy_recipe(toy_folder), 7, report=quiet)
 
 

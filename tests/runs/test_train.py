@@ -49,7 +49,7 @@ def test_errors_are_one_readable_text(tmp_path, capsys):
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml" in capsys.readouterr().err
     assert main([str(FIRST_MISTRAL), "optimizer.lt=1"]) == 2
-    assert "did you mean" in capsys.readouterr().err
+    assert "Did you mean" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_there_is_an_error():

@@ -135,10 +135,10 @@ def test_settings_that_cannot_be_stop_before_anything_is_written(source, tmp_pat
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"input": None}, "input: found neither it nor run"),
-        ({"run": "a.trec"}, "input: found it and run both"),
-        ({"queries": "a.jsonl"}, "queries: found a path"),
-        ({"input": None, "run": "a.trec", "judgments": "q.trec"}, "docs: found null"),
+        ({"input": None}, "input is null, as is run"),
+        ({"run": "a.trec"}, "input is set, and so is run"),
+        ({"queries": "a.jsonl"}, "queries is set"),
+        ({"input": None, "run": "a.trec", "judgments": "q.trec"}, "docs is null"),
     ],
 )
 def test_sources_that_contradict_themselves_stop_before_anything_is_written(source, tmp_path, options, told):

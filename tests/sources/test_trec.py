@@ -259,7 +259,7 @@ def test_a_document_twice_names_the_lines_to_look_at(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"window": 27}, "window: found 27 with identifiers: letters; allowed: at most 26"),
+        ({"window": 27}, "window is 27 with identifiers: letters; expected at most 26"),
         ({"window": 100, "identifiers": "numbers"}, "at most 99"),
         ({"window": 1}, "window\n"),
         ({"stride": 0}, "stride\n"),
@@ -267,8 +267,11 @@ def test_a_document_twice_names_the_lines_to_look_at(tmp_path):
         ({"depth": 1}, "depth\n"),
         ({"max_passage_words": 0}, "max_passage_words\n"),
         ({"identifiers": "roman"}, "identifiers\n"),
-        ({"judgments": None}, "judgments: found neither it nor teacher_run"),
-        ({"judgments": None, "teacher_run": "t", "require_relevant": True}, "found true without judgments"),
+        ({"judgments": None}, "judgments is null, as is teacher_run"),
+        (
+            {"judgments": None, "teacher_run": "t", "require_relevant": True},
+            "require_relevant is true without judgments",
+        ),
     ],
 )
 def test_settings_that_make_no_lists_stop(tmp_path, options, told):
