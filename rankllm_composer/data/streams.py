@@ -18,7 +18,7 @@ from pathlib import Path
 from rankllm_composer.data.shared_memory import claim_cache
 from rankllm_composer.errors import ShardError
 from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, read_index
-from rankllm_composer.storage.object_store import is_remote, spare_random_numbers, without_credentials
+from rankllm_composer.storage.object_store import is_remote, isolate_client_rng, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def check_streams(
     from streaming.base.distributed import all_gather_object, get_local_rank
 
     if any(is_remote(stream.root) for stream in streams):
-        spare_random_numbers()
+        isolate_client_rng()
     found: tuple[StreamContents, ...] = ()
     error = None
     if get_local_rank() == 0:

@@ -218,12 +218,8 @@ def merge_shards(output: str | Path, *, report: Callable[[str], None] = print) -
     tally.num_duplicates = num_repeats(id_hashes)
     text = dump_index(entries)
     merged = replace(first, part=None, num_parts=num_parts, tally=tally, index_sha256=digest(text))
-    beside = folder.path if isinstance(folder, LocalFolder) else None
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".merging-") as scratch:
-        (Path(scratch) / MANIFEST_NAME).write_text(merged.to_text(), encoding="utf-8")
-        (Path(scratch) / INDEX_NAME).write_text(text, encoding="utf-8")
-        for name in (MANIFEST_NAME, INDEX_NAME):
-            folder.put(Path(scratch), [name], report)
+    folder.write(MANIFEST_NAME, merged.to_text())
+    folder.write(INDEX_NAME, text)
     report(f"{folder.name}: {num_parts} parts, {tally.num_records:,} records in {len(entries):,} shards")
     return BuildReport.of(folder.name, parse_index(text, folder.name), tally, time.monotonic() - started)
 

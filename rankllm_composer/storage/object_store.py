@@ -1,8 +1,8 @@
-"""A folder of files, on disk or in an object store, behind the few operations that publishing a set of shards needs.
+"""Folders on disk or in an object store, behind the same few operations.
 
-Object stores are reached through streaming's own up- and downloaders, so credentials and `S3_ENDPOINT_URL` are those
-of training. On S3-compatible stores a file counts as stored if size and checksum agree; where a store lists names only,
-the name has to do, and where it lists nothing everything is uploaded again.
+Transfers use streaming's uploaders and downloaders, so credentials and `S3_ENDPOINT_URL` are those of training. A file
+counts as stored if size and checksum agree (S3-compatible stores) or if its name is listed (stores that list names
+only); to a store that cannot list, everything is uploaded again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from rankllm_composer.errors import StoreError
+from rankllm_composer.storage.atomic import write_atomic
 
 UPLOAD_ATTEMPTS = 3
-
-
 UPLOAD_THREADS = 4
 
-
-# Clients of object stores draw from Python's own random numbers, for their pauses and temporary names.
+# These modules draw from Python's global random numbers, for pauses between retries and for temporary names.
 _DRAWING_MODULES = (
     "botocore.retries.standard",
     "botocore.retryhandler",
@@ -37,34 +35,37 @@ _DRAWING_MODULES = (
     "streaming.base.util",
 )
 
-
-# Above this size boto3 uploads in pieces of it, and the checksum is one of checksums.
+# boto3 uploads larger files in pieces of this size; their entity tag is a hash of the pieces' hashes.
 _S3_PIECE_BYTES = 8 << 20
 
 
 class StoredFile(NamedTuple):
-    """What a listing tells of a file: size, and S3's entity tag; None where the store does not tell."""
+    """A file in a listing: size and S3's entity tag, None where the store does not list them."""
 
     num_bytes: int | None
     etag: str | None = None
 
 
 class Folder(Protocol):
-    """A folder by name. File names are relative, with '/' between parts."""
+    """A folder on disk or in an object store. File names are relative, with "/" between their parts."""
 
     name: str
+    """Path, or URL without credentials, for messages."""
 
     def files(self) -> dict[str, StoredFile] | None:
-        """Every file below; None if the store cannot list."""
+        """List every file below the folder; None if the store cannot list."""
 
     def read(self, name: str) -> bytes | None:
-        """Content of a small file; None if there is no such file."""
+        """Return the content of a small file; None if it does not exist."""
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a small file, complete or not at all."""
 
     def fetch(self, name: str, scratch: Path) -> Path:
-        """A local path of the file, below `scratch` if it has to be downloaded. It may not exist."""
+        """Return a local path of the file, below `scratch` if it had to be downloaded. It may not exist."""
 
     def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
-        """Store these files of the local folder `source`. Each appears whole or not at all."""
+        """Store files of the local folder `source`, each complete or not at all."""
 
 
 def is_remote(target: str | Path) -> bool:
@@ -73,30 +74,30 @@ def is_remote(target: str | Path) -> bool:
 
 
 def without_credentials(url: str) -> str:
-    """A URL fit to be printed or kept: user, password, query and fragment are taken out."""
+    """Remove user, password, query and fragment from a URL."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def open_folder(target: str | Path, *below: str) -> Folder:
-    """The folder `target`, or one below it."""
+    """Open the folder `target`, or one below it."""
     if is_remote(target):
         return RemoteFolder("/".join([str(target).rstrip("/"), *below]))
     return LocalFolder(Path(target, *below))
 
 
-def spare_random_numbers() -> None:
-    """Let the S3 client and streaming draw from random numbers of their own.
+def isolate_client_rng() -> None:
+    """Give the S3 client and streaming a random number generator apart from Python's global one.
 
-    They draw in threads beside training, whenever a store keeps them waiting; the numbers of a run, and of the
-    checkpoint that another goes on from, must not depend on that.
+    They draw in background threads, whenever a store keeps them waiting. The random numbers of a run and its
+    checkpoints must not depend on that.
     """
-    own = random.Random()
+    rng = random.Random()
     for name in _DRAWING_MODULES:
         module: Any = importlib.import_module(name)
-        module.random = own
+        module.random = rng
     backoff: Any = importlib.import_module("botocore.retries.standard").ExponentialBackoff.__init__
-    backoff.__defaults__ = tuple(own.random if value == random.random else value for value in backoff.__defaults__)
+    backoff.__defaults__ = tuple(rng.random if value == random.random else value for value in backoff.__defaults__)
 
 
 class LocalFolder:
@@ -107,8 +108,8 @@ class LocalFolder:
         self.name = str(path)
 
     def files(self) -> dict[str, StoredFile]:
-        found = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
-        return {path.relative_to(self.path).as_posix(): StoredFile(path.stat().st_size) for path in found}
+        files = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+        return {path.relative_to(self.path).as_posix(): StoredFile(path.stat().st_size) for path in files}
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -116,24 +117,35 @@ class LocalFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StoreError(f"{self.path / name}: cannot be read: {error.strerror}; check path and rights") from error
+            raise StoreError(
+                f"{self.path / name} cannot be read ({error.strerror}). Check the path and its permissions."
+            ) from error
+
+    def write(self, name: str, content: str | bytes) -> None:
+        write_atomic(self.path / name, content)
 
     def fetch(self, name: str, scratch: Path) -> Path:
         return self.path / name
 
     def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
-        """Move the files; `source` must be on the same disk."""
+        """Move the files; `source` must be on the same file system."""
         for name in names:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).replace(self.path / name)
 
 
 class RemoteFolder:
-    """A folder in an object store."""
+    """A folder in an object store.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: such as s3://bucket/folder.
+        key: recipe key of the URL, for messages.
+    """
+
+    def __init__(self, url: str, key: str = "") -> None:
         self.url = url.rstrip("/")
         self.name = without_credentials(self.url)
+        self._prefix = f"{key}: {self.name}" if key else self.name
         self._uploader: Any = None
         self._downloader: Any = None
 
@@ -164,9 +176,14 @@ class RemoteFolder:
             try:
                 return self.fetch(name, Path(scratch)).read_bytes()
             except StoreError:
-                if files is None:  # a store that cannot list does not tell missing from failed
+                if files is None:  # such a store does not distinguish a missing file from a failure
                     return None
                 raise
+
+    def write(self, name: str, content: str | bytes) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            Path(scratch, name).write_bytes(content.encode() if isinstance(content, str) else content)
+            self.put(Path(scratch), [name], _ignore)
 
     def fetch(self, name: str, scratch: Path) -> Path:
         from streaming.base.storage.download import DEFAULT_TIMEOUT, CloudDownloader
@@ -183,14 +200,14 @@ class RemoteFolder:
         return path
 
     def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
-        """Upload what is not there yet, then look whether all of it is."""
+        """Upload the files that are not stored yet, then check that all are."""
         uploader = self._connect()
         uploader.local = str(source)
         names = list(names)
         stored = self.files()
         missing = [name for name in names if not _is_stored(source / name, (stored or {}).get(name))]
         if len(missing) < len(names):
-            report(f"{self.name}: {len(names) - len(missing)} of {len(names)} files are there already")
+            report(f"{self.name}: {len(names) - len(missing)} of {len(names)} files are stored already")
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
             uploads = {name: pool.submit(uploader.upload_file, name) for name in missing}
             for name, upload in uploads.items():
@@ -203,12 +220,16 @@ class RemoteFolder:
         if stored is not None:
             lost = [name for name in names if not _is_stored(source / name, stored.get(name), etag=False)]
             if lost:
-                raise StoreError(f"{self.name}: {', '.join(lost[:3])} did not arrive whole; run the same command again")
+                raise StoreError(
+                    f"{self._prefix}: {', '.join(lost[:3])} did not arrive complete. Rerun the same command."
+                )
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files of an S3 folder, in this order."""
-        client = self._connect().s3
+        """Remove files in this order; do nothing in a store other than S3."""
         parts = urlsplit(self.url)
+        if parts.scheme != "s3":
+            return
+        client = self._connect().s3
         for name in names:
             try:
                 client.delete_object(Bucket=parts.netloc, Key=f"{parts.path.strip('/')}/{name}".lstrip("/"))
@@ -219,21 +240,25 @@ class RemoteFolder:
         if self._uploader is None:
             from streaming.base.storage.upload import CloudUploader
 
-            spare_random_numbers()
+            isolate_client_rng()
             try:
                 self._uploader = CloudUploader.get(self.url, keep_local=True, retry=UPLOAD_ATTEMPTS)
             except Exception as error:  # as above, and what a missing client library raises
                 raise self._error("cannot be reached", error) from error
-            # Given a URL alone the uploader makes itself an empty folder; `put` names the one to read from instead.
+            # The uploader made an empty local folder for itself; `put` sets the one to read from.
             shutil.rmtree(self._uploader.local, ignore_errors=True)
         return self._uploader
 
     def _error(self, what: str, error: BaseException) -> StoreError:
-        told = str(error).replace(self.url, self.name) or type(error).__name__
+        reason = str(error).replace(self.url, self.name) or type(error).__name__
         return StoreError(
-            f"{self.name}: {what}: {told}; check the name, the credentials and (S3) S3_ENDPOINT_URL, then run the same "
-            "command again: what is stored already is not lost"
+            f"{self._prefix}: {what}: {reason}. Check the name, the credentials and (S3) S3_ENDPOINT_URL, then rerun "
+            "the same command; files stored so far are kept."
         )
+
+
+def _ignore(line: str) -> None:
+    del line
 
 
 def _is_stored(path: Path, stored: StoredFile | None, *, etag: bool = True) -> bool:
@@ -243,7 +268,7 @@ def _is_stored(path: Path, stored: StoredFile | None, *, etag: bool = True) -> b
 
 
 def s3_etag(path: Path) -> str:
-    """Entity tag S3 gives a file that boto3 uploads: its MD5, or for a large one that of its pieces' MD5s."""
+    """Compute S3's entity tag of a file that boto3 uploads: its MD5, or the MD5 of the MD5s of its pieces."""
     pieces = []
     with path.open("rb") as file:
         while piece := file.read(_S3_PIECE_BYTES):

@@ -154,10 +154,13 @@ class CheckpointFolder(Callback):
         if path.exists():
             check_same_recipe(path.read_text(errors="replace"), self.recipe_yaml, f"checkpoint.folder: {self.folder}")
         if self.store is not None:
-            there = self.store.read_text(RECIPE_NAME)
-            if there is not None:
-                check_same_recipe(there, self.recipe_yaml, f"checkpoint.folder: {self.store.name}")
-            self.store.write_text(RECIPE_NAME, self.recipe_yaml)  # also shows, before training, that it may be written
+            remote = self.store.folder
+            existing = remote.read(RECIPE_NAME)
+            if existing is not None:
+                check_same_recipe(
+                    existing.decode(errors="replace"), self.recipe_yaml, f"checkpoint.folder: {remote.name}"
+                )
+            remote.write(RECIPE_NAME, self.recipe_yaml)  # also fails before training if the store is read-only
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, self.recipe_yaml)

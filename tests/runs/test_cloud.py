@@ -127,7 +127,7 @@ def test_a_store_that_takes_no_checkpoint_stops_the_run_with_what_it_has(tmp_pat
     server.on_put = lambda key: None
     assert code == 2 or "exited with code 2" in run.output(), run.output()
     assert "checkpoint.folder: s3://runs/full: " in run.output()
-    assert "cannot be uploaded" in run.output() and "run the same command again" in run.output()
+    assert "cannot be uploaded" in run.output() and "rerun the same command" in run.output()
     assert whole_checkpoints(run.folder / "run" / "checkpoints")  # on the local disk nothing is lost
     assert_no_secret(run.folder)
 

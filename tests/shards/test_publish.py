@@ -121,7 +121,7 @@ def test_an_upload_killed_in_the_middle_leaves_no_index_and_is_gone_on_with(serv
     build_from_file(url, source, **(SMALL | {"report": lines.append}))
     assert not stored & set(server.puts)  # nothing twice
     assert server.puts[-1] == "set/index.json"
-    assert any(f"{len(stored)} of" in line and "there already" in line for line in lines)
+    assert any(f"{len(stored)} of" in line and "stored already" in line for line in lines)
     assert not any("records/s" in line for line in lines)  # nor built twice
     assert {key.removeprefix("set/"): size for key, size in server.keys(server.bucket).items()} == names_of(local)
 
@@ -130,7 +130,7 @@ def test_a_store_that_refuses_is_an_error_that_says_how_to_go_on(server, source,
     url = f"s3://{server.bucket}/set"
     victim = max(path.name for path in local.glob("shard.*"))
     server.on_put = lambda key: 403 if key.endswith(victim) else None
-    with pytest.raises(StoreError, match=r"cannot be uploaded: .*403.*run the same command again"):
+    with pytest.raises(StoreError, match=r"cannot be uploaded: .*403.*rerun the same command"):
         build_from_file(url, source, **SMALL)
     assert "set/index.json" not in server.keys(server.bucket)
     server.on_put = lambda key: None

@@ -14,7 +14,7 @@ from support.s3_server import s3_server
 from support.tiny_training import new_hf_model, new_trainer
 
 from rankllm_composer.checkpoints.folder import MANIFEST
-from rankllm_composer.errors import CheckpointError
+from rankllm_composer.errors import CheckpointError, StoreError
 from rankllm_composer.training import checkpoint_callback as resumption
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 
@@ -184,7 +184,7 @@ def test_the_newest_of_both_places(tmp_path, server):
 
 def test_a_store_that_refuses(tmp_path, server):
     server.on_put = lambda key: 403
-    with pytest.raises(CheckpointError, match=r"checkpoint\.folder: s3://refused/run: ep0-ba1/rank0\.pt cannot"):
+    with pytest.raises(StoreError, match=r"checkpoint\.folder: s3://refused/run: ep0-ba1/rank0\.pt cannot"):
         train(tmp_path, "2ba", url="s3://refused/run")
     assert "ep0-ba1" in names(tmp_path) and copies(server, "refused") == set()  # nothing here is lost
     server.on_put = lambda key: None
