@@ -35,7 +35,6 @@ from known_item import KnownItems, build_known_items
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from word_lists import Index, WordList, asked_by_texts, assembled_lists, judged_lists, without_gaps
 
-from rankllm_composer import train
 from rankllm_composer.data.packing import Sequence as PackedSequence
 from rankllm_composer.data.packing import split_batch
 from rankllm_composer.demo import export_untrained
@@ -59,6 +58,7 @@ from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
 RECIPE = Path(__file__).parents[1] / "yamls" / "smollm2_cpu.yaml"
+TRAIN = Path(__file__).parents[1] / "rankllm_composer" / "train.py"
 MEASURE = "nDCG@10"
 KNOWN_QUERY_WORDS, KNOWN_PASSAGE_WORDS = (3, 6), 12
 KNOWN_RATE, WORDS_RATE = 1e-3, 3e-4  # learning rates of the two lessons
@@ -283,7 +283,7 @@ def train_once(overrides: list[str], threads: int) -> tuple[Path, float]:
     launcher = Path(sys.executable).with_name("composer")
     started = time.monotonic()
     subprocess.run(
-        [sys.executable, str(launcher), "-n", "1", str(train.__file__), str(RECIPE), *overrides],
+        [sys.executable, str(launcher), "-n", "1", str(TRAIN), str(RECIPE), *overrides],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )

@@ -312,10 +312,9 @@ def run_demo(
 
 def _train(recipe_path: Path, overrides: Sequence[str]) -> None:
     """The command that a cluster runs, with one process."""
-    from rankllm_composer import train
-
     launcher = Path(sys.executable).with_name("composer")
-    command = [sys.executable, str(launcher), "-n", "1", str(train.__file__), str(recipe_path), *overrides]
+    script = Path(__file__).with_name("train.py")
+    command = [sys.executable, str(launcher), "-n", "1", str(script), str(recipe_path), *overrides]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS)}, check=False)
     if done.returncode != 0:
         raise RunError(f"training ended with exit code {done.returncode}; what it said is above")

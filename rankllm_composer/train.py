@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from rankllm_composer.training.run import train
+from rankllm_composer.training.run import TrainedRun, run_recipe, train
 
 if TYPE_CHECKING:
-    pass
+    from rankllm_composer.recipe.sections import Recipe
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     watch = PeerWatch()
     try:
         try:
-            train(load_recipe(arguments[0], arguments[1:]), watch)
+            run_recipe(load_recipe(arguments[0], arguments[1:]), watch)
         except Preempted:
             raise
         except (Exception, KeyboardInterrupt) as failure:
@@ -37,6 +38,16 @@ def main(arguments: Sequence[str]) -> int:
     except Preempted as asked:  # also where the request came while a failure was told: that of a rank gone before
         return watch.exit_as_asked(asked)
     return 0
+
+
+class _CallableModule(ModuleType):
+    """`rankllm_composer.train(recipe)` has to work even after this module was imported under the same name."""
+
+    def __call__(self, recipe: Recipe) -> TrainedRun:
+        return train(recipe)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import textwrap
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,15 +75,80 @@ def prepare_shards(split: Split, key: str) -> None:
     run_on_rank_zero(build, f"shards in {place}")
 
 
-def train(recipe: Recipe, watch: PeerWatch) -> None:
-    """Run a recipe from shards to exported folders, from its newest checkpoint if there is one. A collective.
+@dataclass(frozen=True)
+class TrainedRun:
+    """Outputs of a training run.
+
+    Attributes:
+        folder: folder of the run, with the resolved recipe and `metrics.jsonl`.
+        exports: exported Hugging Face folders, oldest first; empty if the recipe exports nothing.
+        best: the best export by `evaluation.best_by`, else the newest; None if there is none.
+    """
+
+    folder: Path
+    exports: tuple[Path, ...]
+    best: Path | None
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> TrainedRun:
+        """Outputs in the folders of a recipe."""
+        from rankllm_composer.export.model_folder import BEST
+        from rankllm_composer.prompts.contract import CONTRACT_FILE
+
+        if recipe.export_folder is None:
+            return cls(Path(recipe.run_folder), (), None)
+        folder = Path(recipe.export_folder)
+        contracts = sorted(folder.glob(f"*/{CONTRACT_FILE}"), key=lambda path: path.stat().st_mtime)
+        exports = tuple(path.parent for path in contracts if not path.parent.is_symlink())
+        best = folder / BEST if (folder / BEST).is_symlink() else exports[-1] if exports else None
+        return cls(Path(recipe.run_folder), exports, best)
+
+
+def train(recipe: Recipe) -> TrainedRun:
+    """Train a recipe in this process, from shards to exported folders; resumes from its newest checkpoint.
+
+    For one GPU or the CPU, without a launcher. Call it from the main thread. It may be called again: the process group,
+    the signal handlers and the environment are restored, even after an error.
 
     Args:
-        recipe: what to run.
+        recipe: the recipe, from `load_recipe`.
+    Returns:
+        The folders that the run has written.
+    Raises:
+        RankLLMComposerError: the recipe, the data or the model cannot be used, or the training diverged.
+    """
+    import torch.distributed
+
+    from rankllm_composer.training.stopping import PeerWatch
+
+    if torch.distributed.is_initialized():
+        raise RunError("train: this process already has a process group. Destroy it first, or use `composer -n N`.")
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    watch = PeerWatch()
+    try:
+        with warnings.catch_warnings():
+            run_recipe(recipe, watch)
+    finally:
+        watch.stop()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name in os.environ.keys() - environment.keys():  # Composer sets RANK, WORLD_SIZE, …
+            del os.environ[name]
+    return TrainedRun.of_recipe(recipe)
+
+
+def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
+    """Run a recipe from shards to exported folders; resumes from its newest checkpoint. A collective.
+
+    Args:
+        recipe: the recipe to run.
         watch: ends this rank when another one dies.
     Raises:
-        ValueError: whatever stands in the way, as where, what was found, what is allowed, what to do.
-        Preempted: the run was asked to stop, and has.
+        ValueError: the recipe, the data or the model cannot be used.
+        Preempted: the run was asked to stop, and has stopped.
     """
     from composer.utils import dist
 
@@ -111,30 +178,31 @@ def train(recipe: Recipe, watch: PeerWatch) -> None:
                 trainer.fit()
             except Preempted as preempted:
                 stopped = preempted
+            except BaseException:
+                if dist.get_world_size() == 1:  # of several ranks, some may no longer take part in a collective
+                    trainer.close()
+                raise
         watch.stop()
         trainer.close()
         if stopped is not None:
             raise stopped
         if dist.get_global_rank() == 0 and recipe.export_folder is not None:
-            print(_where_it_is(Path(recipe.export_folder)))
+            print(_exports_summary(TrainedRun.of_recipe(recipe)))
 
 
-def _where_it_is(export_folder: Path) -> str:
-    """The exports of a run, and the command that serves the best, or the newest where none is."""
+def _exports_summary(run: TrainedRun) -> str:
+    """The exports of a run, and the command that serves the best, or the newest if none is the best."""
     from rankllm_composer.export.model_card import serving_command
-    from rankllm_composer.export.model_folder import BEST
-    from rankllm_composer.prompts.contract import CONTRACT_FILE, read_contract
+    from rankllm_composer.prompts.contract import read_contract
 
-    contracts = sorted(export_folder.glob(f"*/{CONTRACT_FILE}"), key=lambda path: path.stat().st_mtime)
-    folders = [path.parent for path in contracts if not path.parent.is_symlink()]
-    text = "\n".join(["exported:", *(f"    {folder}" for folder in folders)])
-    if (export_folder / BEST).is_symlink():
-        folders.append(export_folder / BEST)
-        text += f"\n    {export_folder / BEST} is {(export_folder / BEST).readlink()}"
-    contract = read_contract(folders[-1])
+    assert run.best is not None
+    text = "\n".join(["exported:", *(f"    {folder}" for folder in run.exports)])
+    if run.best.is_symlink():
+        text += f"\n    {run.best} is {run.best.readlink()}"
+    contract = read_contract(run.best)
     if contract.append_bracket:
-        return text + f"\nrank with it: rankllm-composer rerank --model {folders[-1]} …"
-    return text + f"\nserve it with rank_llm:\n{textwrap.indent(serving_command(contract, str(folders[-1])), '    ')}"
+        return text + f"\nrank with it: rankllm-composer rerank --model {run.best} …"
+    return text + f"\nserve it with rank_llm:\n{textwrap.indent(serving_command(contract, str(run.best)), '    ')}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,110 @@
+"""The public Python API: what `import rankllm_composer` offers, and training twice in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from support.launching import REPOSITORY
+
+import rankllm_composer as rc
+from rankllm_composer.demo import build_model_folder
+from rankllm_composer.prompts.user_turn import render_user_turn
+
+WORDS = ("apple", "cherry", "mango", "plum")
+
+
+@pytest.fixture
+def overrides(tmp_path) -> list[str]:
+    """Overrides of yamls/demo.yaml that train on lists whose passages are words; the query is the relevant one."""
+    build_model_folder(tmp_path / "model", WORDS)
+    records = []
+    for query in WORDS:
+        for other in (word for word in WORDS if word != query):
+            turns = {"system": "", "human": render_user_turn(query, [other, query]), "gpt": "[B] > [A]"}
+            conversation = [{"from": role, "value": text} for role, text in turns.items()]
+            records.append({"id": f"{query} {other}", "conversations": conversation})
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    return [
+        f"run.folder={tmp_path / 'run'}",
+        "run.max_duration=1ep",
+        "schedule.warmup=0ba",
+        f"model.name_or_path={tmp_path / 'model'}",
+        f"data.train.local={tmp_path / 'shards'}",
+        f"data.train.source={{input: {tmp_path / 'records.json'}}}",
+        "batch.global_lists=4",
+    ]
+
+
+def load(*overrides: str) -> rc.Recipe:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return rc.load_recipe(REPOSITORY / "yamls" / "demo.yaml", overrides)
+
+
+def test_every_public_name_exists_and_is_documented():
+    assert sorted(rc._MODULE_OF) == sorted(rc.__all__)
+    for name in rc.__all__:
+        assert name in dir(rc)
+        assert name == "LOSSES" or getattr(rc, name).__doc__
+    assert {f"{name}_loss" for name in rc.LOSSES} <= set(rc.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        rc.nothing  # noqa: B018
+
+
+def test_public_names_are_typed_for_editors():
+    """The names imported under TYPE_CHECKING, which editors read, are the public ones."""
+    import ast
+
+    tree = ast.parse(Path(rc.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == set(rc.__all__)
+
+
+def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path, capsys):
+    environment, handlers = dict(os.environ), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    first = rc.train(load(*overrides))
+    assert first.folder == tmp_path / "run" and [path.name for path in first.exports] == ["epoch_0"]
+    assert first.best == first.exports[-1]
+    with pytest.raises(rc.RankLLMComposerError, match="holds a run of another recipe"):
+        rc.train(load(*overrides, "run.seed=7"))
+    second = rc.train(load(*overrides, f"run.folder={tmp_path / 'second'}"))
+    weights = [(run.exports[0] / "model.safetensors").read_bytes() for run in (first, second)]
+    assert weights[0] == weights[1]
+    assert not torch.distributed.is_initialized() and dict(os.environ) == environment
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert "exported:" in capsys.readouterr().out
+
+    reranker = rc.Reranker.from_pretrained(first.best, rc.RerankOptions(top_k=2))
+    ranked = reranker.rerank("plum", ["apple", "plum", "mango"])
+    assert sorted(passage.index for passage in ranked) == [0, 1, 2] and ranked[2].text == "mango"
+    assert [passage.score for passage in ranked] == [3, 2, 1]
+    assert all(passage.text == ["apple", "plum", "mango"][passage.index] for passage in ranked)
+    assert ranked[2].log_probability is None and ranked[0].log_probability >= ranked[1].log_probability
+    run = reranker.rerank_run({"q": ["a", "b"]}, {"q": "plum"}, {"a": "apple", "b": "plum"}, tmp_path / "out.trec")
+    assert [ranked[i].index for i in range(2)] == [["a", "b"].index(docid) for docid in run[0].docids]
+
+
+def test_train_is_callable_after_its_module_was_imported():
+    """`rankllm_composer.train` is also the script that launchers start."""
+    code = "import rankllm_composer.train, rankllm_composer as rc; print(callable(rc.train), rc.train.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True 2"
+
+
+def test_looking_up_a_name_keeps_the_signal_handlers():
+    """Composer replaces them when it is imported."""
+    code = (
+        "import signal; before = signal.getsignal(signal.SIGTERM)\n"
+        "import rankllm_composer as rc; rc.train; print(signal.getsignal(signal.SIGTERM) == before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
