@@ -401,6 +401,15 @@ def test_where_to_add_something_names_files_and_tests_that_exist():
             assert any(re.search(rf"^(def )?{name}\b", path.read_text(), re.MULTILINE) for path in files), name
 
 
+def test_moved_modules_are_where_the_changelog_says():
+    package = REPOSITORY / "rankllm_composer"
+    for old, new in tables((REPOSITORY / "CHANGELOG.md").read_text())["old module"]:
+        targets = re.findall(r"`([\w/]+(?:\.py|/))`", new.replace("`benchmarks/`", ""))
+        assert targets and all((package / target).exists() for target in targets), new
+        if "under the same name" in new:
+            assert all((package / targets[0] / f"{name}.py").exists() for name in re.findall(r"`(\w+)`", old)), old
+
+
 def test_the_page_of_keys_is_what_the_dataclasses_say(tmp_path):
     assert run_cli(["recipes", "keys", "--markdown"], tmp_path) == (REPOSITORY / "docs" / "recipe.md").read_text()
 
