@@ -344,16 +344,15 @@ def inspect(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    num_ranks: Annotated[int, typer.Option("--num-ranks", "-n", min=1, help="GPUs that train.")] = 8,
-    gpu: Annotated[str, typer.Option(help="Card: h100-80gb, a100-80gb, rtx4090-24gb, …")] = "h100-80gb",
-    mfu: Annotated[
-        float | None, typer.Option(help="Share of the card's peak you assume; default: 0.4, measured by nobody.")
-    ] = None,
+    num_ranks: Annotated[int, typer.Option("--num-ranks", "-n", min=1, help="GPUs to train on.")] = 8,
+    gpu: Annotated[str, typer.Option(help="GPU: h100-80gb, a100-80gb, rtx4090-24gb, …")] = "h100-80gb",
+    mfu: Annotated[float | None, typer.Option(help="Assumed MFU (default 0.4; not measured).")] = None,
     lists: Annotated[
-        int | None, typer.Option(min=1, help="Training lists, where neither shards nor source are here.")
+        int | None,
+        typer.Option(min=1, help="Training lists, if neither shards nor source are on this machine."),
     ] = None,
 ) -> None:
-    """Say what a run will take before any GPU is rented: updates, memory of a rank, operations, hours."""
+    """Estimate steps, memory per rank, FLOPs and hours."""
     from rankllm_composer.preflight.plan import plan_recipe
     from rankllm_composer.recipe.load import load_recipe
 
@@ -445,7 +444,7 @@ def report(
 ) -> None:
     """Draw what runs did: losses, learning rate, throughput, nDCG, gains, lengths, position bias, in one HTML page."""
     from rankllm_composer.errors import RecipeError
-    from rankllm_composer.preflight.plan import look_at_lists
+    from rankllm_composer.preflight.list_lengths import measure_lists
     from rankllm_composer.ranking.comparison import read_rerank_result
     from rankllm_composer.recipe.load import load_recipe
     from rankllm_composer.report.page import write_report
@@ -454,7 +453,7 @@ def report(
     records = []
     for folder in runs:
         try:
-            lengths = look_at_lists(load_recipe(folder / "recipe.yaml"), None, 1000).tokens
+            lengths = measure_lists(load_recipe(folder / "recipe.yaml"), sample=1000).tokens
         except RecipeError:
             lengths = ()
         records.append(read_run(folder, lengths))

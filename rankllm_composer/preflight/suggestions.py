@@ -1,90 +1,92 @@
-"""What to change in a recipe that needs more memory than a card has."""
+"""Suggest changes to a recipe that needs more memory than a GPU has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rankllm_composer.preflight.memory import Memory
     from rankllm_composer.recipe.sections import Recipe
 
 
-def remedies(
+class _Change(NamedTuple):
+    """A change to a recipe or to the number of ranks; `section` and `value` are None if the recipe stays."""
+
+    description: str
+    num_ranks: int
+    section: str | None = None
+    value: dict[str, Any] | None = None
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        if self.section is None:
+            return recipe
+        return replace(recipe, **{self.section: replace(getattr(recipe, self.section), **(self.value or {}))})
+
+
+def suggest(
     recipe: Recipe,
     num_ranks: int,
-    usable: int,
-    measured: Callable[[Recipe, int], Memory],
+    usable_bytes: int,
+    plan_memory: Callable[[Recipe, int], Memory],
     report: Callable[[str], None],
 ) -> Iterator[tuple[str, Memory]]:
-    """Changes that make a recipe fit: each alone, the nearest first; if none does, one after the other until it fits.
+    """Find changes that make a recipe fit.
+
+    Each change is tried alone, the cheapest first. If none suffices, they are combined one by one until the run fits.
 
     Args:
         recipe: needs more memory than there is.
-        num_ranks: GPUs it was planned for.
-        usable: bytes of a rank.
-        measured: memory that a recipe takes on so many ranks.
-        report: takes a line of progress.
+        num_ranks: number of ranks it was planned for.
+        usable_bytes: memory of a rank.
+        plan_memory: predicts the memory of a recipe on a number of ranks.
+        report: called with a line of progress.
     Yields:
-        What to set, and the memory with it.
+        What to set, and the memory that the run then needs.
     """
     changes = list(_changes(recipe, num_ranks))
-    alone = []
-    for told, change, ranks in changes:
-        report(f"tries {told}")
-        memory = measured(change(recipe), ranks)
-        if memory.peak <= usable:
-            alone.append((told, memory))
-    if alone:
-        yield from alone
+    sufficient = []
+    for change in changes:
+        report(f"tries {change.description}")
+        memory = plan_memory(change.apply(recipe), change.num_ranks)
+        if memory.peak <= usable_bytes:
+            sufficient.append((change.description, memory))
+    if sufficient:
+        yield from sufficient
         return
-    changed, ranks = recipe, num_ranks
-    done: list[str] = []
-    for told, change, wanted in changes:
-        if wanted < ranks:
-            continue
-        done = [*done, told] if wanted == num_ranks else [*[text for text in done if "GPUs" not in text], told]
-        changed, ranks = change(changed), wanted
-        report(f"tries {', '.join(done)}")
-        memory = measured(changed, ranks)
-        if memory.peak <= usable:
-            yield " and ".join(done), memory
+    changed = recipe
+    combined: dict[str, str] = {}  # key, or GPUs → description
+    for change in changes:
+        changed = change.apply(changed)
+        combined[change.description.partition("=")[0] if change.section else "GPUs"] = change.description
+        report(f"tries {', '.join(combined.values())}")
+        memory = plan_memory(changed, change.num_ranks)
+        if memory.peak <= usable_bytes:
+            yield " and ".join(combined.values()), memory
             return
 
 
-def _changes(recipe: Recipe, num_ranks: int) -> Iterator[tuple[str, Callable[[Recipe], Recipe], int]]:
-    """(what to set, the recipe with it, number of ranks), the least costly first."""
+def _changes(recipe: Recipe, num_ranks: int) -> Iterator[_Change]:
+    """Yield single changes, the cheapest first; more ranks come last."""
+
+    def change(section: str, key: str, value: Any) -> _Change:
+        return _Change(f"{section}.{key}={value}", num_ranks, section, {key: value})
+
+    batch, longest_list = recipe.batch, recipe.data.max_length_tokens
     if recipe.model.activation_checkpointing < 1:
-        yield (
-            "model.activation_checkpointing=1.0",
-            lambda r: replace(r, model=replace(r.model, activation_checkpointing=1.0)),
-            num_ranks,
-        )
-    batch, least = recipe.batch, recipe.data.max_length_tokens
+        yield change("model", "activation_checkpointing", 1.0)
     if batch.microbatch_lists is not None and batch.microbatch_lists > 1:
-        yield (
-            "batch.microbatch_lists=1",
-            lambda r: replace(r, batch=replace(r.batch, microbatch_lists=1)),
-            num_ranks,
-        )
-    tokens = batch.microbatch_tokens or 0
-    for fewer in sorted({max(least, tokens // 2), max(least, tokens // 4), least}, reverse=True):
-        if batch.microbatch_tokens is not None and fewer < tokens:
-            yield (
-                f"batch.microbatch_tokens={fewer}",
-                lambda r, fewer=fewer: replace(  # type: ignore[misc]
-                    r, batch=replace(r.batch, microbatch_tokens=fewer)
-                ),
-                num_ranks,
-            )
+        yield change("batch", "microbatch_lists", 1)
+    if batch.microbatch_tokens is not None:
+        tokens = batch.microbatch_tokens
+        smaller = {max(longest_list, tokens // 2), max(longest_list, tokens // 4), longest_list}
+        for num_tokens in sorted(smaller, reverse=True):
+            if num_tokens < tokens:
+                yield change("batch", "microbatch_tokens", num_tokens)
     if recipe.optimizer.name != "adamw_8bit":
-        yield (
-            "optimizer.name=adamw_8bit",
-            lambda r: replace(r, optimizer=replace(r.optimizer, name="adamw_8bit")),
-            num_ranks,
-        )
+        yield change("optimizer", "name", "adamw_8bit")
     if recipe.parallelism.fsdp:
         for ranks in (2 * num_ranks, 4 * num_ranks, 8 * num_ranks):
             if recipe.batch.global_lists % ranks == 0:
-                yield f"{ranks} GPUs", lambda r: r, ranks
+                yield _Change(f"{ranks} GPUs", ranks)

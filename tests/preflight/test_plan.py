@@ -1,4 +1,4 @@
-"""`plan`: bytes against arithmetic, autograd and the allocator; updates, hours and remedies against visible sums."""
+"""`plan`: bytes against arithmetic, autograd and the allocator; updates, hours and suggestions against arithmetic."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def toy_work(**changes):
 
 
 @pytest.mark.parametrize("keys, num_ranks", [(TOY, 8), (MISTRAL_7B | {"num_hidden_layers": 2}, 64), (TOY, 512)])
-def test_shards_of_any_number_of_ranks_are_exact(keys, num_ranks):
+def test_shards_are_exact_for_any_number_of_ranks(keys, num_ranks):
     memory = plan_memory(Workload(MistralConfig(**keys), Objective("combined"), (64, 64), num_ranks=num_ranks))
-    each = shard_bytes(keys, num_ranks)
+    shards = shard_bytes(keys, num_ranks)
     rotary = 4 * keys["hidden_size"] // keys["num_attention_heads"] // 2  # inverse frequencies, a buffer
-    assert memory.held["weights"] - sum(each) in (rotary, 2 * rotary)  # transformers may keep the original beside it
-    assert memory.held["gradients"] == sum(each)
-    assert memory.held["optimizer"] == 2 * sum(each) + 4 * len(each)
+    assert memory.held["weights"] - sum(shards) in (rotary, 2 * rotary)  # transformers may keep the original beside it
+    assert memory.held["gradients"] == sum(shards)
+    assert memory.held["optimizer"] == 2 * sum(shards) + 4 * len(shards)
     assert memory.num_parameters == memory.num_trained == sum(map(math.prod, shapes(keys)))
     assert memory.peak >= sum(memory.held.values())
 
 
-def test_optimizer_state_is_that_of_adamw_and_8_bit_is_a_quarter():
+def test_optimizer_state_of_adamw_and_adamw_8bit():
     memory = plan_memory(toy_work(fsdp=False))
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes(TOY)]
     optimizer = torch.optim.AdamW(weights, fused=True)
@@ -117,8 +117,8 @@ def test_counted_activations_are_what_autograd_saves(checkpointing):
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": 1.0}, {"accumulates": False}], ids=str)
-def test_peak_is_within_a_tenth_of_what_the_allocator_gives(changes):
-    """A real update in this process, summed over the allocator's own events."""
+def test_peak_is_within_a_tenth_of_the_allocators(changes):
+    """Against two real updates in this process, by the allocator's events."""
     work = toy_work(fsdp=False, **changes)
     planned = plan_memory(work)
     batches = [
@@ -144,8 +144,8 @@ def test_peak_is_within_a_tenth_of_what_the_allocator_gives(changes):
     assert planned.peak == pytest.approx(highest, rel=0.1)
 
 
-def test_parts_move_as_they_should():
-    """Recomputation shrinks activations; ranking makes no logits."""
+def test_settings_change_the_parts_they_concern():
+    """Recomputation reduces activations; a ranking loss needs few logits."""
     plain = plan_memory(toy_work(num_ranks=4))
     recomputed = plan_memory(toy_work(num_ranks=4, activation_checkpointing=1.0))
     ranking = plan_memory(dataclasses.replace(toy_work(num_ranks=4), objective=Objective("ranking")))
@@ -182,22 +182,22 @@ def quiet(line):
     pass
 
 
-def test_updates_rate_and_hours_are_sums(toy_folder):
+def test_updates_learning_rate_and_hours(toy_folder):
     found = plan_recipe(toy_recipe(toy_folder), 8, gpu="a100-80gb", mfu=0.25, num_lists=40_000, report=quiet)
     assert (found.steps_per_epoch, found.num_steps, found.num_warmup) == (313, 939, 50)  # 40,000 / 128 = 312.5
     assert found.flops_per_list == training_flops(MistralConfig(**TOY), [128], 64)
     assert found.num_hours == pytest.approx(939 * 128 * found.flops_per_list / (8 * 312e12 * 0.25 * 3600))
     text = "\n".join(found.lines())
     assert "update 1: 0, update 51: 5e-06" in text and "▁▅███" in text
-    assert "16 a rank, in microbatches of at most 512 tokens" in text
-    assert "25% (your assumption; nobody measured it)" in text
-    assert "taken to be 128 tokens each, the longest allowed (assumed)" in text and found.fits
+    assert "16 per rank, in microbatches of at most 512 tokens" in text
+    assert "25% (given)" in text
+    assert "each is assumed to have 128 tokens, the limit" in text and found.fits
     unknown = plan_recipe(toy_recipe(toy_folder), 8, report=quiet)
     assert unknown.num_steps is unknown.num_hours is None
-    assert "give --lists" in "\n".join(unknown.lines())
+    assert "pass --lists" in "\n".join(unknown.lines())
 
 
-def test_lists_that_are_here_are_counted_and_measured(toy_folder, tmp_path, mistral_v3_folder):
+def test_local_lists_are_counted_and_measured(toy_folder, tmp_path, mistral_v3_folder):
     source = write_jsonl(tmp_path / "records.jsonl", (conversation(index) for index in range(300)))
     recipe = toy_recipe(
         toy_folder,
@@ -211,33 +211,33 @@ def test_lists_that_are_here_are_counted_and_measured(toy_folder, tmp_path, mist
     assert sum(found.work.lengths) == 512 and found.work.lengths[0] == mean
     text = "\n".join(found.lines())
     assert f"longest {max(found.lengths.tokens)}; 0 above the limit of 512" in text and "#####" in text
-    assert "40% (the default, an assumption; nobody measured it)" in text
+    assert "40% (the default, not measured)" in text
 
 
-def test_remedies_make_it_fit(toy_folder, monkeypatch):
-    least = ["parallelism.fsdp=false", "optimizer.name=adamw_8bit", "batch.microbatch_tokens=128"]
-    whole, more = (
-        plan_recipe(toy_recipe(toy_folder, *least, f"model.activation_checkpointing={share}"), 2, report=quiet)
+def test_suggestions_make_a_run_fit(toy_folder, monkeypatch):
+    settings = ["parallelism.fsdp=false", "optimizer.name=adamw_8bit", "batch.microbatch_tokens=128"]
+    recomputed, plain = (
+        plan_recipe(toy_recipe(toy_folder, *settings, f"model.activation_checkpointing={share}"), 2, report=quiet)
         for share in (1.0, 0.0)
     )
-    monkeypatch.setitem(GPUS, "toy", Gpu(int((whole.memory.peak + more.memory.peak) / 2 / 0.9), 1e12))
-    found = plan_recipe(more.recipe, 2, gpu="toy", report=quiet)
+    monkeypatch.setitem(GPUS, "toy", Gpu(int((recomputed.memory.peak + plain.memory.peak) / 2 / 0.9), 1e12))
+    found = plan_recipe(plain.recipe, 2, gpu="toy", report=quiet)
     assert not found.fits
-    (told, memory), *others = found.remedies
-    assert (told, others) == ("model.activation_checkpointing=1.0", [])
-    assert memory.peak == whole.memory.peak <= found.usable_bytes
-    assert "would fit: model.activation_checkpointing=1.0" in "\n".join(found.lines())
+    (suggestion, memory), *others = found.suggestions
+    assert (suggestion, others) == ("model.activation_checkpointing=1.0", [])
+    assert memory.peak == recomputed.memory.peak <= found.gpu.usable_bytes
+    assert "fits with model.activation_checkpointing=1.0" in "\n".join(found.lines())
     monkeypatch.setitem(GPUS, "toy", Gpu(1000, 1e12))
-    hopeless = plan_recipe(whole.recipe, 2, gpu="toy", report=quiet)
-    assert hopeless.remedies == () and "nothing tried makes it fit" in "\n".join(hopeless.lines())
+    hopeless = plan_recipe(recomputed.recipe, 2, gpu="toy", report=quiet)
+    assert hopeless.suggestions == () and "no suggestion makes it fit" in "\n".join(hopeless.lines())
 
 
-def test_what_cannot_be_planned_is_said(toy_folder):
-    with pytest.raises(RunError, match=r"config\.json alone, no weights"):
+def test_errors_explain_what_a_plan_needs(toy_folder):
+    with pytest.raises(RunError, match=r"needs only config\.json, no weights"):
         plan_recipe(load_recipe(FIRST_MISTRAL), 8, report=quiet)
-    with pytest.raises(RunError, match="gpu: found abacus, allowed are h100-80gb"):
+    with pytest.raises(RunError, match="gpu is abacus; expected one of h100-80gb"):
         plan_recipe(toy_recipe(toy_folder), 8, gpu="abacus", report=quiet)
-    with pytest.raises(RunError, match="mfu: found 40"):
+    with pytest.raises(RunError, match="mfu is 40; expected a share"):
         plan_recipe(toy_recipe(toy_folder), 8, mfu=40, report=quiet)
     with pytest.raises(ValueError, match=r"a multiple of 7 \(7 ranks\)"):
         plan_recipe(toy_recipe(toy_folder), 7, report=quiet)
@@ -245,11 +245,11 @@ def test_what_cannot_be_planned_is_said(toy_folder):
 
 @pytest.mark.slow
 def test_first_mistral_on_eight_cards(tmp_path, capsys):
-    """The whole 7B model, 32 layers, by the command line."""
+    """The complete 7B model, 32 layers, on the command line."""
     MistralConfig(**MISTRAL_7B).save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["plan", str(FIRST_MISTRAL), f"model.name_or_path={tmp_path}", "-n", "8", "--lists", "40000"])
     out = capsys.readouterr().out
     assert not stop.value.code
-    assert "7,248,023,552 weights" in out and "updates       939, 313 an epoch" in out
+    assert "7,248,023,552 parameters" in out and "updates       939, 313 per epoch" in out
     assert f"gradients {sum(shard_bytes(MISTRAL_7B, 8)) / 2**30:.2f} GiB" in out and "fits in 71.19 GiB" in out

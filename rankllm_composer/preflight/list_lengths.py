@@ -1,0 +1,77 @@
+"""Measure the lists of `data.train`: how many there are, and how many tokens they have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rankllm_composer.errors import ModelError
+
+if TYPE_CHECKING:
+    from rankllm_composer.recipe.sections import Recipe
+
+DEFAULT_NUM_TARGETS = 81
+"""Response tokens assumed if no list can be read: 20 identifiers with brackets and '>', and the end of the response."""
+
+
+@dataclass(frozen=True)
+class ListLengths:
+    """Lengths of training lists.
+
+    Attributes:
+        tokens: tokens of each list of a sample; empty if no list can be read.
+        num_targets: response tokens of each list of the sample.
+        num_lists: lists in the split; None if unknown.
+        description: where these numbers come from.
+    """
+
+    tokens: tuple[int, ...]
+    num_targets: tuple[int, ...]
+    num_lists: int | None
+    description: str
+
+    def pairs_to_train(self, max_length: int) -> list[tuple[int, int]]:
+        """(tokens, response tokens) of each list that is not too long, or of one list of the maximum length."""
+        known = [pair for pair in zip(self.tokens, self.num_targets) if pair[0] <= max_length]
+        return known or [(max_length, min(DEFAULT_NUM_TARGETS, max_length // 2))]
+
+
+def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 500) -> ListLengths:
+    """Tokenize a sample of `data.train`, if its records and the tokenizer are on this machine.
+
+    Args:
+        recipe: names data, tokenizer and objective.
+        num_lists: lists in the split, used if the data is not on this machine.
+        sample: lists to tokenize, evenly spaced.
+    """
+    from rankllm_composer.model.loading import load_tokenizer
+    from rankllm_composer.prompts.encoding import encode_record
+    from rankllm_composer.shards.read import RecordLookupError, SplitRecords
+
+    split, model = recipe.data.train, recipe.model
+    sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
+    assumed = f"each is assumed to have {recipe.data.max_length_tokens:,} tokens, the limit"
+    try:
+        records = SplitRecords(sets, split.source)
+        count = len(records)
+    except RecordLookupError:
+        given = f"{num_lists:,} (given)" if num_lists is not None else "unknown number"
+        return ListLengths((), (), num_lists, f"{given}; no data here, so {assumed}")
+    if any(stream.proportion is not None for stream in split.streams):
+        count = sum(round((stream.proportion or 0) * count) for stream in split.streams)
+    try:
+        tokenizer = load_tokenizer(recipe.tokenizer, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except ModelError:
+        return ListLengths((), (), count, f"{count:,} in {records.place}; no tokenizer here, so {assumed}")
+    step = max(1, count // sample)
+    encoded = [
+        encode_record(record, tokenizer, recipe.objective.name)
+        for number, record in enumerate(records)
+        if number % step == 0
+    ]
+    return ListLengths(
+        tuple(len(item.input_ids) for item in encoded),
+        tuple(max(1, len(item.input_ids) - item.response_start) for item in encoded),
+        count,
+        f"{count:,} in {records.place}; lengths of {len(encoded):,} of them",
+    )
