@@ -50,8 +50,9 @@ check: setup  ## run the linter, the formatter and the type checker
 	$(BIN)/ruff format --check rankllm_composer tests benchmarks
 	$(BIN)/mypy
 
-docs: setup  ## generate docs/recipe.md, the reference of recipe keys
+docs: setup  ## generate docs/recipe.md, the reference of recipe keys, and yamls/recipe.schema.json
 	$(BIN)/rankllm-composer recipes keys --markdown > docs/recipe.md
+	$(BIN)/rankllm-composer recipes schema > yamls/recipe.schema.json
 
 site: setup  ## build the documentation and API reference as a website in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,130 +1,24 @@
-"""`rankllm-composer …`: thin commands over the other rooms. Each imports what it needs when it runs."""
+"""`rankllm-composer …`: thin commands over the folders. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from rankllm_composer import __version__
-from rankllm_composer.prompts.permutations import IdentifierStyle
-from rankllm_composer.redaction import BLOTTED, redact
-
-recipes_app = typer.Typer(help="List, copy and check recipes.", no_args_is_help=True)
-
-RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
-
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `recipes list`.")]
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the file.")]
-
-
-def recipe_folder() -> Path:
-    """Where the recipes are: in the installed package, or in `yamls/` beside it in a source tree."""
-    package = Path(str(resources.files("rankllm_composer")))
-    installed = package / "yamls"
-    return installed if installed.is_dir() else package.parent / "yamls"
-
-
-def find_recipe(name: str) -> Path:
-    """The recipe file of a name such as "rank_zephyr".
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    path = recipe_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if Path(name).name == name and path.is_file():
-        return path
-    known = ", ".join(sorted(found.stem for found in recipe_folder().glob("*.yaml")))
-    raise ValueError(f"recipe: found {name}; allowed: {known}; choose one, `rankllm-composer recipes list` says more")
-
-
-def recipe_path(file: str) -> Path:
-    """A recipe by its file, or by its name."""
-    return Path(file) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)
-
-
-@recipes_app.command("list")
-def recipes_list() -> None:
-    """List the recipes that come with the package."""
-    paths = sorted(recipe_folder().glob("*.yaml"))
-    width = max((len(path.stem) for path in paths), default=0)
-    for path in paths:
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{path.stem:<{width}}  {first.removeprefix('#').strip()}")
-
-
-@recipes_app.command("show")
-def recipes_show(name: RecipeName) -> None:
-    """Print a recipe."""
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
-
-
-@recipes_app.command("copy")
-def recipes_copy(
-    name: RecipeName,
-    destination: Annotated[Path, typer.Argument(help="File or folder to copy to.", show_default="here")] = Path(),
-    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
-) -> None:
-    """Copy a recipe, to change it."""
-    source = find_recipe(name)
-    target = destination / source.name if destination.is_dir() else destination
-    if target.exists() and not force:
-        raise ValueError(f"destination: found {target}, which exists; choose another name, or replace it with --force")
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    typer.echo(str(target))
-
-
-@recipes_app.command("check")
-def recipes_check(
-    file: Annotated[str, typer.Argument(help="A YAML file, or a name of `recipes list`.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the file.")] = None,
-    num_ranks: Annotated[
-        int | None, typer.Option("--num-ranks", "-n", min=1, help="Also check that the batch divides over these ranks.")
-    ] = None,
-) -> None:
-    """Print the merged recipe with the origin of each value, then all that is wrong with it (and exit code 2)."""
-    from rankllm_composer.errors import RecipeError
-    from rankllm_composer.recipe.checks import check_world, is_secret, missing_files
-    from rankllm_composer.recipe.keys import show
-    from rankllm_composer.recipe.load import merge_recipe
-
-    path = recipe_path(file)
-    merged = merge_recipe(path, overrides or [])
-    width = max(len(row.key) for row in merged.keys)
-    for row in merged.keys:
-        value = BLOTTED if is_secret(row.key, row.value) else show(row.value)
-        typer.echo(f"{row.origin:<8}  {row.key:<{width}}  {value}")
-    problems = [*merged.problems, *missing_files(merged.recipe)]
-    if num_ranks is not None and not merged.problems:
-        try:
-            check_world(merged.recipe, num_ranks)
-        except RecipeError as error:
-            problems += error.problems
-    for sentence in merged.warnings:
-        typer.echo(f"warning: {sentence}", err=True)
-    if problems:
-        raise RecipeError(str(path), problems)
-    typer.echo(f"{path}: no problems")
-
-
-@recipes_app.command("keys")
-def recipes_keys(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/recipe.md.")] = False,
-) -> None:
-    """Print every key a recipe can hold, with default, unit, meaning and what is allowed."""
-    from rankllm_composer.recipe.keys import keys_as_markdown, keys_as_text
-
-    typer.echo(keys_as_markdown() if markdown else keys_as_text())
-
+from rankllm_composer.cli_options import flag, with_options
+from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
+from rankllm_composer.recipe.commands import Overrides, RecipeFile, find_recipe, recipe_path, recipes_app
+from rankllm_composer.redaction import redact
 
 app = typer.Typer(
     name="rankllm-composer",
-    help="Train listwise LLM rerankers with MosaicML Composer, and look after what that needs.",
+    help="Train listwise LLM rerankers with MosaicML Composer, from training data to exported model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -133,7 +27,7 @@ app = typer.Typer(
 )
 
 
-shards_app = typer.Typer(help="Build, join and check sets of training lists (MDS shards).", no_args_is_help=True)
+shards_app = typer.Typer(help="Build, merge and check sets of training lists (MDS shards).", no_args_is_help=True)
 
 
 app.add_typer(shards_app, name="shards")
@@ -143,10 +37,10 @@ app.add_typer(recipes_app, name="recipes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. What a user can cause ends in a readable line on stderr and exit code 2.
+    """The console script. Errors that a user can cause end in readable lines on stderr and exit code 2.
 
     Args:
-        arguments: of the command line; None = those of the process.
+        arguments: of the command line; None for those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -155,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--traceback" in given:
             raise
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        if isinstance(error, ValidationError):
+            text = "\n".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors())
         typer.echo(f"error: {redact(text)}", err=True)
         raise SystemExit(2) from None
 
@@ -168,9 +64,9 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.")] = False,
 ) -> None:
     pass
 
@@ -186,97 +82,29 @@ Target = Annotated[str, typer.Argument(help="Folder or URL of the set.")]
 
 
 @shards_app.command("build")
-def shards_build(
-    context: typer.Context,
-    output: Output,
-    input: Annotated[str | None, typer.Option(help="Records: .json, .jsonl or a HF dataset id.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a HF dataset.")] = "train",
-    run: Annotated[str | None, typer.Option(help="Instead of --input: first-stage run in TREC format.")] = None,
-    judgments: Annotated[str | None, typer.Option(help="With --run: TREC judgments that order its lists.")] = None,
-    teacher_run: Annotated[str | None, typer.Option(help="With --run: TREC run of a teacher that orders them.")] = None,
-    queries: Annotated[str | None, typer.Option(help="With --run: queries, JSONL.")] = None,
-    docs: Annotated[str | None, typer.Option(help="With --run: documents, JSONL.")] = None,
-    window: Annotated[int, typer.Option(help="With --run: candidates a list.")] = 20,
-    stride: Annotated[int, typer.Option(help="With --run: candidates from one list to the next.")] = 10,
-    lists_per_query: Annotated[int, typer.Option(help="With --run: lists a query; 0 = one for each window.")] = 1,
-    depth: Annotated[int, typer.Option(help="With --run: candidates of the run that are used, from the top.")] = 100,
-    max_passage_words: Annotated[
-        int | None, typer.Option(help="With --run: words a passage; default: 300, 300 * 20 / n in lists of n < 20.")
-    ] = None,
-    identifiers: Annotated[IdentifierStyle, typer.Option(help="With --run: identifiers of candidates.")] = "letters",
-    seed: Annotated[int, typer.Option(help="With --run: of the choice of lists.")] = 42,
-    require_relevant: Annotated[
-        bool | None,
-        typer.Option(
-            help="With --run: leave out lists without a relevant candidate; default: where judgments give the order."
-        ),
-    ] = None,
-    on_error: Annotated[
-        Literal["stop", "quarantine"], typer.Option(help="At a bad record: stop, or write it aside and count it.")
-    ] = "stop",
-    part: Annotated[str | None, typer.Option(metavar="I/N", help="Build part I of N only; `merge` joins them.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a CPU.")] = None,
-    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a shard before compression.")] = 16777216,
-    compression: Annotated[str, typer.Option(help="zstd, zstd:LEVEL, gz, br, bz2, snappy or none.")] = "zstd",
-    hash: Annotated[list[str] | None, typer.Option(help="Hash of each shard; repeatable.  [default: xxh64]")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace another set at the same place.")] = False,
-    staging: Annotated[str | None, typer.Option(help="Local folder that an upload is prepared in.")] = None,
-) -> None:
-    """Turn training records, or a first-stage run with judgments or a teacher's run, into shards."""
-    from rankllm_composer.options import BuildOptions, SourceOptions
+@with_options(num_processes="processes", hashes="hash")
+def shards_build(context: typer.Context, output: Output, source: SourceOptions, options: BuildOptions) -> None:
+    """Build shards from training records, or from a first-stage run with judgments or a teacher's run."""
     from rankllm_composer.recipe.advice import FROM_RUN
     from rankllm_composer.shards.build import build_shards
 
-    chosen = _chosen(context)
-    if input is not None:
-        _warn_without_effect(chosen & set(FROM_RUN), "--input")
-    elif run is not None:
-        _warn_without_effect(chosen & {"split"}, "--run")
-    source = SourceOptions(
-        input=input,
-        split=split,
-        run=run,
-        judgments=judgments,
-        teacher_run=teacher_run,
-        queries=queries,
-        docs=docs,
-        window=window,
-        stride=stride,
-        lists_per_query=lists_per_query,
-        depth=depth,
-        max_passage_words=max_passage_words,
-        identifiers=identifiers,
-        seed=seed,
-        require_relevant=require_relevant,
-        on_error=on_error,
-    )
-    options = BuildOptions(
-        part=part,
-        num_processes=processes,
-        shard_bytes=shard_bytes,
-        compression=None if compression == "none" else compression,
-        hashes=tuple(hash or ("xxh64",)),
-        overwrite=overwrite,
-        staging=staging,
-    )
+    if source.input is not None:
+        _warn_without_effect(context, FROM_RUN, "--input")
+    elif source.run is not None:
+        _warn_without_effect(context, ("split",), "--run")
     build_shards(output, source, options, _progress)
 
 
-def _chosen(context: typer.Context) -> set[str]:
-    """Names of the parameters that were given on the command line."""
-    return {
-        name for name in context.params if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
-    }
-
-
-def _warn_without_effect(names: set[str], reason: str) -> None:
+def _warn_without_effect(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Warn of options among `names` that were set on the command line."""
     for name in sorted(names):
-        typer.echo(f"warning: --{name.replace('_', '-')} has no effect with {reason}", err=True)
+        if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE":
+            typer.echo(f"warning: {flag(name)} has no effect with {reason}", err=True)
 
 
 @shards_app.command("merge")
 def shards_merge(target: Target) -> None:
-    """Join the parts that `build --part I/N` left in one place into one set."""
+    """Merge the parts that `build --part I/N` wrote to one place into one set."""
     from rankllm_composer.shards.publish import merge_shards
 
     merge_shards(target, report=_progress)
@@ -285,11 +113,9 @@ def shards_merge(target: Target) -> None:
 @shards_app.command("verify")
 def shards_verify(
     target: Target,
-    records: Annotated[
-        bool, typer.Option(help="Also decode and check every record, and look for repeated ids.")
-    ] = False,
+    records: Annotated[bool, typer.Option(help="Also decode and check every record, and count repeated ids.")] = False,
 ) -> None:
-    """Check that every shard is there and is what the index says. Exit code 2 if not."""
+    """Check that every shard exists and matches the index. Exit code 2 if not."""
     from rankllm_composer.shards.verify import verify_shards
 
     outcome = verify_shards(target, records=records, report=_progress)
@@ -303,7 +129,7 @@ def shards_verify(
 
 @shards_app.command("info")
 def shards_info(target: Target) -> None:
-    """Say what a set holds and where it came from, without reading its shards."""
+    """Print the contents and origin of a set, without reading its shards."""
     from rankllm_composer.shards.verify import shards_info
 
     for line in shards_info(target).lines():
@@ -313,23 +139,23 @@ def shards_info(target: Target) -> None:
 @app.command("inspect")
 def inspect(
     recipe: Annotated[
-        str | None, typer.Argument(help="A YAML file, or a name of `recipes list`; none with --model.")
+        str | None, typer.Argument(help="YAML file, or a name from `recipes list`; none with --model.")
     ] = None,
     overrides: Overrides = None,
-    record: Annotated[int, typer.Option(min=0, help="Which record of data.train, counted from 0.")] = 0,
+    record: Annotated[int, typer.Option(min=0, help="Index of the record in data.train, from 0.")] = 0,
     loss: Annotated[
-        bool, typer.Option("--loss", help="Load the model on the CPU and compute the record's loss parts.")
+        bool, typer.Option("--loss", help="Load the model on the CPU and compute the losses of the record.")
     ] = False,
-    model: Annotated[Path | None, typer.Option(help="Instead of a recipe: an exported folder to check.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Instead of a recipe: exported folder to check.")] = None,
 ) -> None:
-    """Show a record as the model will see it, or check an exported folder and a request, token by token, against the
-    client's. Exit code 2 if something is wrong."""
+    """Print a record as the model will see it, or check an exported folder and compare a request, token by token, with
+    the client's. Exit code 2 if something is wrong."""
     from rankllm_composer.export.serving_check import inspect_folder
     from rankllm_composer.preflight.inspection import inspect_recipe
     from rankllm_composer.recipe.load import load_recipe
 
     if (recipe is None) == (model is None):
-        raise ValueError("inspect: found neither or both of RECIPE and --model; give one of them")
+        raise ValueError("inspect: pass exactly one of RECIPE and --model")
     if model is not None:
         found: Any = inspect_folder(model)
     else:
@@ -337,7 +163,7 @@ def inspect(
     for line in found.lines(colour=sys.stdout.isatty()):
         typer.echo(line)
     if found.problems:
-        raise ValueError(f"{model or recipe}: {len(found.problems)} to put right, see above")
+        raise ValueError(f"{model or recipe}: {len(found.problems)} problems, see above")
 
 
 @app.command("plan")
@@ -369,6 +195,7 @@ def plan(
 
 
 @app.command("rerank")
+@with_options(window_size="window")
 def rerank(
     model: Annotated[Path, typer.Option(help="Exported folder, with reranker.json.")],
     queries: Annotated[
@@ -377,72 +204,48 @@ def rerank(
     docs: Annotated[Path, typer.Option(help="Documents: JSONL with docid, title and text, a BEIR folder, or irds:ID.")],
     run: Annotated[Path, typer.Option(help="First-stage run in TREC format, or irds:ID that comes with one.")],
     output: Annotated[Path, typer.Option(help="TREC run to write.")],
+    options: RerankOptions,
     qrels: Annotated[
-        Path | None, typer.Option(help="Judgments, TREC, BEIR or irds:ID: compare with the first stage.")
+        Path | None, typer.Option(help="Judgments (TREC, BEIR or irds:ID), to compare with the first stage.")
     ] = None,
-    measure: Annotated[list[str] | None, typer.Option(help="ir-measures' name; may be given again.")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="Name from ir-measures; repeatable.")] = None,
     name: Annotated[
-        str | None, typer.Option(help="With --qrels: of this set in figures, such as dl20-bm25; default: --run's name.")
+        str | None, typer.Option(help="With --qrels: name of the results, such as dl20-bm25; default: that of --run.")
     ] = None,
-    card: Annotated[bool, typer.Option("--card", help="With --qrels: add the figures to the model's card.")] = False,
-    decoding: Annotated[
-        Literal["first_token", "generation"] | None, typer.Option(help="Default: what the contract is for.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(min=2, help="Candidates in a prompt; default: the contract's.")] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Candidates a window moves; default: the contract's.")
-    ] = None,
-    passes: Annotated[int, typer.Option(min=1, help="Times over the list, bottom to top.")] = 1,
-    top_k: Annotated[int, typer.Option(min=2, help="Candidates of a query that are reranked.")] = 100,
-    constrained: Annotated[bool, typer.Option("--constrained", help="Generate permutations only.")] = False,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass.")] = 16384,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Type of the weights; default: as stored on cuda, float32 on cpu."),
-    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="With --qrels: add the results to the model card.")] = False,
 ) -> None:
-    """Rerank a run with an exported model; a job that was stopped goes on where it was."""
+    """Rerank a first-stage run with an exported model; rerun a stopped job to resume it."""
     from rankllm_composer.export.model_card import add_figures
-    from rankllm_composer.options import RerankOptions
     from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
     from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
 
     if qrels is None and (card or name is not None):
-        raise ValueError("rerank: found --card or --name without --qrels, so nothing is measured; give --qrels")
+        raise ValueError("rerank: --card and --name need --qrels, as nothing is measured without judgments")
     report = rerank_files(
         model,
         RerankFiles(queries=queries, documents=docs, first_stage=run, output=output, judgments=qrels),
-        RerankOptions(
-            window_size=window,
-            stride=stride,
-            passes=passes,
-            top_k=top_k,
-            decoding=decoding,
-            constrained=constrained,
-            batch_tokens=batch_tokens,
-            dtype=dtype,
-        ),
+        options,
         measures=measure or DEFAULT_MEASURES,
         name=name,
     )
     typer.echo(report.text)
     if card and report.result is not None:
         add_figures(model / "README.md", report.result.figures())
-        typer.echo(f"{model / 'README.md'}: figures of {report.result.name} added")
+        typer.echo(f"{model / 'README.md'}: results of {report.result.name} added")
 
 
 @app.command("report")
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, shown side by side.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs to compare.")],
     output: Annotated[
         Path | None, typer.Option(help="HTML file; default: report.html in the first run's folder.")
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Folder for the same pictures as PNG files.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for the same charts as PNG files.")] = None,
     reranked: Annotated[
-        list[Path] | None, typer.Option(help="OUTPUT.figures.json of `rerank --qrels`; may be given again.")
+        list[Path] | None, typer.Option(help="OUTPUT.figures.json of `rerank --qrels`; repeatable.")
     ] = None,
 ) -> None:
-    """Draw what runs did: losses, learning rate, throughput, nDCG, gains, lengths, position bias, in one HTML page."""
+    """Draw losses, learning rate, throughput, nDCG, gains, lengths and position bias of runs in one HTML page."""
     from rankllm_composer.errors import RecipeError
     from rankllm_composer.preflight.list_lengths import measure_lists
     from rankllm_composer.ranking.comparison import read_rerank_result
@@ -460,17 +263,17 @@ def report(
     records = with_reranked(records, runs, map(read_rerank_result, reranked or ()))
     target = output or runs[0] / "report.html"
     drawn = write_report(records, target, png)
-    typer.echo(f"{target}: {', '.join(drawn) or 'no pictures, nothing was measured'}")
+    typer.echo(f"{target}: {', '.join(drawn) or 'no charts, as nothing was measured'}")
 
 
 @app.command("demo")
 def demo(
-    folder: Annotated[Path, typer.Option(help="Takes the collection, the shards, the run and the model.")] = Path(
+    folder: Annotated[Path, typer.Option(help="Folder for the collection, the shards, the run and the model.")] = Path(
         "runs/demo"
     ),
     overrides: Overrides = None,
 ) -> None:
-    """Make a small collection, train a small reranker on it from scratch, show what it learned."""
+    """Create a small collection, train a small reranker on it from scratch, and measure it."""
     from rankllm_composer.demo import run_demo
 
     run_demo(folder, find_recipe("demo"), overrides or [], report=typer.echo)

@@ -144,7 +144,10 @@ class BuildOptions:
     """How a set of shards is written."""
 
     part: Text | None = option(
-        "Build only part I of N; `shards merge` joins them.", None, pattern=r"^[1-9]\d*/[1-9]\d*$"
+        "Build only part I of N, such as 3/8; `shards merge` merges the parts.",
+        None,
+        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        examples=["3/8"],
     )
     num_processes: Whole | None = option(
         "Processes that parse, validate and compress; null = one per CPU once a source proves large.",
@@ -153,7 +156,9 @@ class BuildOptions:
         ge=1,
     )
     shard_bytes: Whole = option("Size of a shard before compression.", 16 << 20, unit="bytes", ge=1, lt=1 << 30)
-    compression: Text | None = option("zstd, zstd:LEVEL, gz, br, bz2, snappy; null = none.", "zstd")
+    compression: Text | None = option(
+        "Compression: zstd, zstd:LEVEL, gz, br, bz2 or snappy; null = not compressed.", "zstd"
+    )
     hashes: tuple[Text, ...] = option(
         "Hashes of each shard that the index holds, by streaming's names.", ("xxh64",), min_length=1
     )

@@ -1,4 +1,4 @@
-"""The command line: what it costs to start, what it passes on, and how it says that something is wrong."""
+"""The command line: start-up cost, options, and error messages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pytest
 import typer
 
 from rankllm_composer import __version__
-from rankllm_composer.cli import app, find_recipe, main, shards_build
-from rankllm_composer.options import BuildOptions, SourceOptions
+from rankllm_composer.cli import app, main, rerank, shards_build
+from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
+from rankllm_composer.recipe.commands import find_recipe
 from rankllm_composer.shards import build as shards
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,7 @@ for arguments in (["--help"], ["shards", "build", "--help"], ["recipes", "list"]
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_and_option_says_what_it_is(command: Any) -> None:
+def test_every_command_and_option_has_help(command: Any) -> None:
     assert command.help
     for parameter in command.params:
         assert getattr(parameter, "help", None), parameter.name
@@ -114,14 +115,32 @@ def test_wrong_usage(run: Run, arguments: list[str], part: str) -> None:
 # Shards
 
 
-def test_defaults_are_those_of_the_shard_builder() -> None:
-    ours = inspect.signature(shards_build).parameters
-    theirs = asdict(SourceOptions()) | asdict(BuildOptions())
-    renamed = {"processes": "num_processes", "hash": "hashes"}
-    assert {renamed.get(name, name) for name in ours} - {"context", "output"} == set(theirs)
-    for name, parameter in ours.items():
-        if name not in ("context", "output", "hash"):
-            assert parameter.default == theirs[renamed.get(name, name)], name
+@pytest.mark.parametrize(
+    "command, classes, renamed",
+    [
+        (shards_build, (SourceOptions, BuildOptions), {"processes": "num_processes", "hash": "hashes"}),
+        (rerank, (RerankOptions,), {"window": "window_size"}),
+    ],
+)
+def test_options_are_generated_with_their_defaults(command: Any, classes: Any, renamed: dict[str, str]) -> None:
+    defaults = {name: value for kind in classes for name, value in asdict(kind()).items()}
+    generated = {renamed.get(name, name): value for name, value in inspect.signature(command).parameters.items()}
+    for name, value in defaults.items():
+        assert generated[name].default == (list(value) if isinstance(value, tuple) else value), name
+
+
+def test_help_shows_meaning_default_and_bounds(run: Run) -> None:
+    text = " ".join(run("shards", "build", "--help").out.split())
+    assert "--window <int range> Candidates in a list made from --run. [default: 20; x>=2]" in text
+    assert "default: one per CPU once a source proves large." in text and "none = not compressed." in text
+
+
+def test_options_that_the_class_refuses_are_named_as_flags(run: Run) -> None:
+    outcome = run("shards", "build", "--output", "x", "--input", "a.json", "--part", "3", "--staging", "")
+    assert_readable_error(
+        outcome, "--part is '3'; expected text such as 3/8, or null.", "--staging is ''; expected text, or null."
+    )
+    assert len(outcome.err.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -212,7 +231,7 @@ def test_lists_from_a_first_stage_run(run: Run, tmp_path: Path) -> None:
     assert "6 records" in run("shards", "verify", target, "--records").out
 
 
-def test_errors_of_the_rooms_are_one_line(run: Run, tmp_path: Path) -> None:
+def test_errors_are_one_line(run: Run, tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{"id": "x", "conversations": []}]))
     for arguments in (
@@ -232,7 +251,7 @@ def test_errors_of_the_rooms_are_one_line(run: Run, tmp_path: Path) -> None:
 
 
 def test_traceback_on_request() -> None:
-    with pytest.raises(ValueError, match="recipe: found absent"):
+    with pytest.raises(ValueError, match="recipe is absent"):
         main(["--traceback", "recipes", "show", "absent"])
 
 
@@ -243,21 +262,24 @@ def test_recipes_list_and_show(run: Run) -> None:
     listed = run("recipes", "list").out.splitlines()
     assert [line.split()[0] for line in listed] == [path.stem for path in YAMLS]
     for path in YAMLS:
-        first_line = path.read_text(encoding="utf-8").splitlines()[0]
-        assert any(line.endswith(first_line.removeprefix("# ")) for line in listed)
+        title = path.read_text(encoding="utf-8").splitlines()[1]
+        assert any(line.endswith(title.removeprefix("# ")) for line in listed)
         assert run("recipes", "show", path.stem).out == path.read_text(encoding="utf-8")
 
 
 def test_recipes_copy(run: Run, tmp_path: Path) -> None:
-    original = find_recipe("rank_zephyr").read_text(encoding="utf-8")
+    original = find_recipe("rank_zephyr").read_text(encoding="utf-8").splitlines()
     assert run("recipes", "copy", "rank_zephyr", tmp_path).out.strip() == str(tmp_path / "rank_zephyr.yaml")
-    assert (tmp_path / "rank_zephyr.yaml").read_text(encoding="utf-8") == original
+    first, *rest = (tmp_path / "rank_zephyr.yaml").read_text(encoding="utf-8").splitlines()
+    assert rest == original[1:]
+    assert Path(first.removeprefix("# yaml-language-server: $schema=")).samefile(ROOT / "yamls" / "recipe.schema.json")
     mine = tmp_path / "mine.yaml"
     mine.write_text("mine")
-    assert_readable_error(run("recipes", "copy", "rank_zephyr", mine), f"found {mine}, which exists", "--force")
+    refused = run("recipes", "copy", "rank_zephyr", mine)
+    assert_readable_error(refused, f"destination is {mine}; expected a file that does not exist", "--force")
     assert mine.read_text() == "mine"
     assert run("recipes", "copy", "rank_zephyr", mine, "--force").code == 0
-    assert mine.read_text(encoding="utf-8") == original
+    assert mine.read_text(encoding="utf-8").splitlines()[1:] == original[1:]
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
@@ -302,18 +324,22 @@ def test_recipes_check_shows_no_secret(run: Run) -> None:
     assert "hushhush" not in outcome.out + outcome.err and "[redacted]" in outcome.out
 
 
-def test_recipes_check_knows_ranks_and_warns(run: Run) -> None:
+def test_recipes_check_checks_ranks_and_warns(run: Run) -> None:
     assert_readable_error(run("recipes", "check", "rank_zephyr", "-n", 7), "is 256; expected a multiple of 7 (7 ranks)")
     outcome = run("recipes", "check", "rank_zephyr", "objective.ranking_weight=3")
     assert outcome.code == 0
     assert outcome.err == "warning: objective.ranking_weight = 3.0 has no effect: objective.name is generation\n"
 
 
-def test_recipes_check_of_no_recipe(run: Run, tmp_path: Path) -> None:
+def test_recipes_check_of_a_missing_recipe(run: Run, tmp_path: Path) -> None:
     assert_readable_error(run("recipes", "check", tmp_path / "absent.yaml"), "recipe is not a file")
-    assert_readable_error(run("recipes", "check", "absent"), "recipe: found absent; allowed: ", "rank_zephyr")
+    assert_readable_error(run("recipes", "check", "absent"), "recipe is absent; expected a path", "rank_zephyr")
 
 
 def test_recipes_keys(run: Run) -> None:
     assert "  optimizer.lr=required\n" in run("recipes", "keys").out
     assert "| `optimizer.betas` | `[0.9, 0.999]` |" in run("recipes", "keys", "--markdown").out
+
+
+def test_recipes_schema_is_the_file_of_the_package(run: Run) -> None:
+    assert run("recipes", "schema").out == (ROOT / "yamls" / "recipe.schema.json").read_text(encoding="utf-8")

@@ -37,7 +37,8 @@ ALLOWED = {
     "launch": "",
     "train": "training recipe",
     "demo": "train ranking export model recipe prompts",
-    "cli": "demo report preflight shards ranking export recipe prompts redaction",
+    "cli_options": "recipe",
+    "cli": "cli_options demo report preflight shards ranking export recipe prompts redaction",
     "__main__": "cli",
 }
 """Folder or file → what it may import besides `errors` and `options`: only rows above it, so there is no cycle."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from rankllm_composer.errors import Problem, RecipeError
 from rankllm_composer.model.loss_table import RANKING_LOSSES
@@ -225,6 +228,47 @@ def test_published_settings(name: str, model: str, objective: str, lists: int) -
     assert recipe.objective.ranking_weight == 10.0
     assert recipe.objective.ranking_loss_options == ({"weighted": True} if objective == "combined" else {})
     check_world(recipe, 8)
+
+
+# The JSON Schema
+
+
+SCHEMA = json.loads((YAMLS[0].parent / "recipe.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_recipe_fits_the_schema_that_it_names(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    jsonschema.validate(OmegaConf.to_container(OmegaConf.load(path)), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.nam=x",
+        "run.max_duration=3",
+        "run.max_duration=0ep",
+        "optimizer.betas=[0.9]",
+        "optimizer.lr=0",
+        "batch.microbatch_tokens=0",
+        "schedule.name=cosin",
+        "logging.loggers={wandbb: {}}",
+        "data.train.streams=[{lokal: x}]",
+    ],
+)
+def test_schema_refuses_what_a_recipe_refuses(override: str) -> None:
+    key, _, value = override.partition("=")
+    config = OmegaConf.load(PUBLISHED[0])
+    OmegaConf.update(config, key, OmegaConf.create(f"value: {value}").value)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(OmegaConf.to_container(config), SCHEMA)
+
+
+def test_schema_has_the_meaning_of_every_key() -> None:
+    assert SCHEMA["additionalProperties"] is False and SCHEMA["title"] and SCHEMA["description"]
+    for definition in SCHEMA["$defs"].values():
+        assert definition["additionalProperties"] is False
+        assert all(key["description"] for key in definition["properties"].values())
 
 
 # Merging

@@ -1,0 +1,143 @@
+"""`rankllm-composer recipes …`, and where the recipes of the package are."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankllm_composer.errors import RunError
+from rankllm_composer.redaction import BLOTTED
+
+SCHEMA_NAME = "recipe.schema.json"
+
+
+RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
+
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or a name from `recipes list`.")]
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that override those of the file.")
+]
+
+
+recipes_app = typer.Typer(help="List, copy and check recipes.", no_args_is_help=True)
+
+
+def recipe_folder() -> Path:
+    """The folder of the recipes: in the installed package, or `yamls/` beside it in a source tree."""
+    package = Path(str(resources.files("rankllm_composer")))
+    installed = package / "yamls"
+    return installed if installed.is_dir() else package.parent / "yamls"
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe of the package, such as "rank_zephyr".
+
+    Raises:
+        RunError: there is none of that name.
+    """
+    path = recipe_folder() / f"{name.removesuffix('.yaml')}.yaml"
+    if Path(name).name == name and path.is_file():
+        return path
+    known = ", ".join(sorted(found.stem for found in recipe_folder().glob("*.yaml")))
+    raise RunError(
+        f"recipe is {name}; expected a path with / or .yaml, or one of {known}. `recipes list` describes them."
+    )
+
+
+def recipe_path(file: str) -> Path:
+    """The file of a recipe that is given by its path or its name."""
+    return Path(file) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """List the recipes of the package."""
+    paths = sorted(recipe_folder().glob("*.yaml"))
+    width = max((len(path.stem) for path in paths), default=0)
+    for path in paths:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        title = next(line for line in lines if SCHEMA_NAME not in line)
+        typer.echo(f"{path.stem:<{width}}  {title.removeprefix('#').strip()}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: RecipeName) -> None:
+    """Print a recipe."""
+    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: RecipeName,
+    destination: Annotated[Path, typer.Argument(help="File or folder to copy to.", show_default="here")] = Path(),
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    source = find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists() and not force:
+        raise RunError(f"destination is {target}; expected a file that does not exist. Choose another, or add --force.")
+    schema = (source.parent / SCHEMA_NAME).resolve().as_posix()  # the copy is beside no schema
+    text = re.sub(
+        rf"(?m)^(# yaml-language-server: \$schema=){SCHEMA_NAME}$", rf"\g<1>{schema}", source.read_text("utf-8")
+    )
+    target.write_text(text, encoding="utf-8")
+    typer.echo(str(target))
+
+
+@recipes_app.command("check")
+def recipes_check(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    num_ranks: Annotated[
+        int | None, typer.Option("--num-ranks", "-n", min=1, help="Also check that the batch divides over these ranks.")
+    ] = None,
+) -> None:
+    """Print the merged recipe with the origin of each value, and everything that is wrong with it (exit code 2)."""
+    from rankllm_composer.errors import RecipeError
+    from rankllm_composer.recipe.checks import check_world, is_secret, missing_files
+    from rankllm_composer.recipe.keys import show
+    from rankllm_composer.recipe.load import merge_recipe
+
+    path = recipe_path(file)
+    merged = merge_recipe(path, overrides or [])
+    width = max(len(row.key) for row in merged.keys)
+    for row in merged.keys:
+        value = BLOTTED if is_secret(row.key, row.value) else show(row.value)
+        typer.echo(f"{row.origin:<8}  {row.key:<{width}}  {value}")
+    problems = [*merged.problems, *missing_files(merged.recipe)]
+    if num_ranks is not None and not merged.problems:
+        try:
+            check_world(merged.recipe, num_ranks)
+        except RecipeError as error:
+            problems += error.problems
+    for sentence in merged.warnings:
+        typer.echo(f"warning: {sentence}", err=True)
+    if problems:
+        raise RecipeError(str(path), problems)
+    typer.echo(f"{path}: no problems")
+
+
+@recipes_app.command("keys")
+def recipes_keys(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/recipe.md.")] = False,
+) -> None:
+    """Print every key of a recipe, with default, unit, meaning and the values it may have."""
+    from rankllm_composer.recipe.keys import keys_as_markdown, keys_as_text
+
+    typer.echo(keys_as_markdown() if markdown else keys_as_text())
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON Schema of recipes, with which editors complete and check keys."""
+    from rankllm_composer.recipe.keys import recipe_schema
+
+    typer.echo(recipe_schema())
