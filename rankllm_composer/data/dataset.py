@@ -22,7 +22,7 @@ from rankllm_composer.errors import PromptError, ShardError
 from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
-from rankllm_composer.prompts.record import Record, lay_out_anew, record_key
+from rankllm_composer.prompts.record import Record, augment_record, record_key
 from rankllm_composer.shards.index import record_from_sample
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ListDataset(ExactStreamingDataset):
         batch_size: rows of one rank for an optimizer step (see `lists_per_rank`).
         too_long: "drop" = the row counts, with nothing to train; "refuse" = stop.
         seed: of the order and of `shuffle_passages`.
-        shuffle_passages, identifiers: see `augmentation.lay_out_anew`; passages are permuted anew every epoch.
+        shuffle_passages, identifiers: see `augment_record`; passages are permuted anew every epoch.
         shuffle, num_canonical_nodes, cache_limit, predownload, download_retry, download_timeout_seconds, validate_hash:
             see `ExactStreamingDataset`.
     Raises:
@@ -105,7 +105,7 @@ class ListDataset(ExactStreamingDataset):
         record = record_from_sample(super().__getitem__(at))
         if not self.shuffle_passages and self.identifiers is None:
             return record
-        return lay_out_anew(
+        return augment_record(
             record,
             seed=self.shuffle_seed,
             epoch=self._epoch,

@@ -5,16 +5,22 @@ rankllm-composer inspect --model FOLDER
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankllm_composer.errors import PromptError
-from rankllm_composer.prompts.chat import identifier_token_ids
+from rankllm_composer.errors import ModelError, PromptError, first_line
+from rankllm_composer.prompts.chat import identifier_token_ids, render_chat
 from rankllm_composer.prompts.client_names import describe_misread
+from rankllm_composer.prompts.contract import (
+    CONTRACT_FILE,
+    chat_template_sha256,
+    count_bos,
+    num_bos_tokens,
+    read_contract,
+)
 from rankllm_composer.prompts.encoding import render_prompt
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record
@@ -123,13 +129,8 @@ def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) ->
     Source:
         rank_llm 0.25.7: `RankListwiseOSLLM.create_prompt`, `SingleTurnListwiseInferenceHandler.generate_prompt`.
     """
-    from ftfy import fix_text
-
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": user})
-    return fix_text(
-        str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False))
-    )
+    return render_chat([*messages, {"role": "user", "content": user}], tokenizer)
 
 
 def diff_request(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle = "letters") -> RequestDiff:
@@ -168,10 +169,10 @@ def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> l
     try:
         theirs = client_prompt(record.system, record.user, tokenizer)
         served = client_prompt(SYSTEM_MESSAGE, record.user, tokenizer)
-    except Exception as error:  # a template is a program and raises what it likes
+    except PromptError as error:
         return [
-            f"{where}: found that it fails on the system role ({error}), which the inference client sends; give the "
-            "tokenizer a template that writes the system text, such as one that puts it before the user turn"
+            f"{where} fails on the system role ({first_line(error.__cause__)}), which the inference client sends. Use "
+            "a template that writes the system text, such as one that puts it before the user turn."
         ]
     if fix_text(record.system).strip() not in theirs:
         return [
@@ -179,7 +180,7 @@ def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> l
             "training puts before the user turn; give the tokenizer a template that writes it"
         ]
     num_ours, num_theirs = (
-        num_bos(tokenizer(text)["input_ids"], tokenizer) for text in (render_prompt(record, tokenizer), served)
+        count_bos(tokenizer(text)["input_ids"], tokenizer) for text in (render_prompt(record, tokenizer), served)
     )
     if num_ours != num_theirs:
         return [
@@ -188,11 +189,6 @@ def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> l
             "every conversation"
         ]
     return []
-
-
-def num_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Beginning-of-sequence tokens at the head of a prompt."""
-    return sum(1 for _ in takewhile(lambda token: token == tokenizer.bos_token_id, ids))
 
 
 def inspect_folder(folder: str | Path) -> FolderInspection:
@@ -204,9 +200,7 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
     """
     from transformers import AutoConfig
 
-    from rankllm_composer.errors import ModelError
     from rankllm_composer.model.loading import load_tokenizer
-    from rankllm_composer.prompts.contract import CONTRACT_FILE, chat_template_sha256, num_bos_tokens, read_contract
 
     contract = read_contract(folder)
     tokenizer = load_tokenizer(str(folder))

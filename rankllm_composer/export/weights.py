@@ -127,6 +127,22 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
     return {name.removeprefix("base_model.model."): tensor for name, tensor in merged.items()}
 
 
+def load_adapter(model: torch.nn.Module, adapter: Weights) -> None:
+    """Load the adapter of a checkpoint into a PEFT model.
+
+    Raises:
+        ModelError: the names differ from those of the model's adapter.
+    """
+    inner = hf_module(model)
+    expected = {name for name in inner.state_dict() if ".lora_" in name}
+    if expected != set(adapter):
+        strange = sorted(expected ^ set(adapter))
+        raise ModelError(
+            f"adapter: {len(strange)} tensors do not fit, such as {strange[0]}. Give the model that was trained."
+        )
+    inner.load_state_dict(adapter, strict=False)
+
+
 def _lora_scalings(model: torch.nn.Module, adapter: str) -> dict[str, float]:
     from peft.tuners.lora import LoraLayer
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rankllm_composer.errors import PromptError
-from rankllm_composer.export.serving_check import num_bos, serving_differences
+from rankllm_composer.export.serving_check import serving_differences
 from rankllm_composer.options import ObjectiveName
+from rankllm_composer.prompts.contract import count_bos
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, is_client_wording
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,12 +166,12 @@ def _kinds(encoded: EncodedRecord) -> Iterator[Kind]:
 
 
 def _surprises(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedRecord) -> Iterator[str]:
-    count = num_bos(encoded.input_ids.tolist(), tokenizer)
+    count = count_bos(encoded.input_ids.tolist(), tokenizer)
     if count > 1:
         yield f"{count} beginning-of-sequence tokens; the inference client's prompts have as many"
     if record.system != SYSTEM_MESSAGE:
         yield f"the system text is not the inference client's, which is {SYSTEM_MESSAGE!r}"
-    if not is_client_wording(record.user):
+    if not record.has_standard_prompt:
         yield (
             "the user turn is in another wording than the inference client's; it trains as it stands, the client will "
             "ask otherwise"
@@ -248,7 +249,7 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
     from dataclasses import replace
 
     from rankllm_composer.model.loading import load_tokenizer
-    from rankllm_composer.prompts.record import lay_out_anew
+    from rankllm_composer.prompts.record import augment_record
     from rankllm_composer.shards.read import SplitRecords
     from rankllm_composer.training.assembly import build_model
 
@@ -257,7 +258,7 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
     records = SplitRecords(sets, split.source)
     record = records[number]
     if split.shuffle_passages or split.identifiers is not None:
-        record = lay_out_anew(
+        record = augment_record(
             record,
             seed=recipe.run.seed,
             epoch=0,

@@ -22,7 +22,7 @@ _OPEN_END = "end the generation prompt of the chat template with a line break or
 
 
 @dataclass(slots=True)
-class _Facts:
+class _TokenizerInfo:
     """What was found out about a tokenizer with its chat template."""
 
     chat_template: Any
@@ -31,7 +31,7 @@ class _Facts:
     tokens: dict[str, int | None] = field(default_factory=dict)
 
 
-_FACTS: WeakKeyDictionary[PreTrainedTokenizerBase, _Facts] = WeakKeyDictionary()
+_INFO: WeakKeyDictionary[PreTrainedTokenizerBase, _TokenizerInfo] = WeakKeyDictionary()
 
 
 def build_messages(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
@@ -68,7 +68,7 @@ def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
     return fix_text(str(text))
 
 
-def tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
     """Tokens of a prompt, with the special tokens the tokenizer adds in front, as the client's server makes them.
 
     A template that writes the beginning-of-sequence token itself thereby gets two, in training as in serving.
@@ -185,12 +185,12 @@ def check_tokenizer(
         end_of_sequence(tokenizer)
 
 
-def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
+def _facts(tokenizer: PreTrainedTokenizerBase) -> _TokenizerInfo:
     """What holds for every prompt, found out once for a tokenizer and chat template.
 
     Tokens added later are not looked for (it would cost more than the tokenising): records that meet them are refused.
     """
-    facts = _FACTS.get(tokenizer)
+    facts = _INFO.get(tokenizer)
     if facts is not None and facts.chat_template == tokenizer.chat_template:
         return facts
     if not tokenizer.is_fast:
@@ -215,15 +215,15 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
         has_system_role = False
     turn = render_user_turn(_PROBE, (_PROBE, _PROBE))
     prompt = render_chat(_messages(SYSTEM_MESSAGE, turn, has_system_role), tokenizer)
-    alone = tokenise(prompt, tokenizer)["input_ids"]
+    alone = tokenize(prompt, tokenizer)["input_ids"]
     for response in ("[", "[A] > [B]", "[1] > [2]"):
-        if tokenise(prompt + response, tokenizer)["input_ids"][: len(alone)] != alone:
+        if tokenize(prompt + response, tokenizer)["input_ids"][: len(alone)] != alone:
             raise PromptError(
                 f"{_name(tokenizer)}: the end of the prompt, {prompt[-20:]!r}, is tokenised otherwise when a response "
                 f"follows, allowed is an end that stays the same; {_OPEN_END}"
             )
-    facts = _Facts(tokenizer.chat_template, has_system_role, prompt)
-    _FACTS[tokenizer] = facts
+    facts = _TokenizerInfo(tokenizer.chat_template, has_system_role, prompt)
+    _INFO[tokenizer] = facts
     return facts
 
 
@@ -237,7 +237,7 @@ def _messages(system: str, user: str, has_system_role: bool) -> list[dict[str, s
 
 def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     text = f"{prompt}[{name}] > [{name}]"  # the first identifier of a response, and any other
-    encoding = tokenise(text, tokenizer)
+    encoding = tokenize(text, tokenizer)
     tokens: set[int | None] = set()
     for start in (len(prompt) + 1, len(text) - 1 - len(name)):
         end = start + len(name)

@@ -7,12 +7,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rankllm_composer import __version__
-from rankllm_composer.errors import ModelError
+from rankllm_composer.errors import ModelError, PromptError
 from rankllm_composer.options import OBJECTIVES, ObjectiveName
+from rankllm_composer.prompts.chat import end_of_sequence, identifier_token_ids, render_chat
+from rankllm_composer.prompts.permutations import IdentifierStyle, identifiers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +55,7 @@ class DecodingContract:
     objective: ObjectiveName
     prompt_template: str
     chat_template_sha256: str
-    identifier_style: Literal["letters", "numbers"]
+    identifier_style: IdentifierStyle
     identifiers: tuple[str, ...]
     identifier_token_ids: tuple[int, ...] | None
     append_bracket: bool
@@ -147,11 +150,10 @@ def read_contract(folder: str | Path) -> DecodingContract:
 
 def decoding_contract(
     tokenizer: PreTrainedTokenizerBase,
-    *,
     objective: ObjectiveName,
-    identifier_style: Literal["letters", "numbers"],
-    identifiers: Sequence[str],
-    identifier_token_ids: Sequence[int] | None,
+    style: IdentifierStyle = "letters",
+    *,
+    num_identifiers: int = 20,
     window_size: int = 20,
     stride: int = 10,
     context_size_tokens: int = 4096,
@@ -162,31 +164,34 @@ def decoding_contract(
     Args:
         tokenizer: with the chat template of training.
         objective: what is trained.
-        identifier_style: letters or numbers.
-        identifiers: every name a candidate can have, in order.
-        identifier_token_ids: a token an identifier, or None where they take several.
-        window_size: candidates in one prompt.
-        stride: candidates a window moves.
+        style: how candidates are named.
+        num_identifiers: most candidates that a window can have.
+        window_size: candidates per prompt.
+        stride: candidates that a window moves.
         context_size_tokens: prompt and answer together.
         max_passage_words: words kept of a passage in a window of 20.
     Raises:
-        ModelError: no chat template, no end-of-sequence token for an objective that writes, or numbers that
-            contradict each other.
+        ModelError: no chat template, or numbers that contradict each other.
+        PromptError: the tokenizer cannot be used for the objective (see `check_tokenizer`).
     """
+    template = chat_template_sha256(tokenizer)
     append_bracket = objective == "ranking"
+    if not append_bracket:
+        end_of_sequence(tokenizer)
+    token_ids: tuple[int, ...] | None = None
+    try:
+        token_ids = identifier_token_ids(tokenizer, num_identifiers, style)
+    except PromptError:
+        if objective != "generation":
+            raise
     eos = tokenizer.eos_token_id
-    if eos is None and not append_bracket:
-        raise ModelError(
-            f"tokenizer {tokenizer.name_or_path}: found no end-of-sequence token, allowed is one that ends an answer; "
-            "set tokenizer.eos_token",
-        )
     return DecodingContract(
         objective=objective,
-        prompt_template=CLIENT_TEMPLATES[identifier_style],
-        chat_template_sha256=chat_template_sha256(tokenizer),
-        identifier_style=identifier_style,
-        identifiers=tuple(identifiers),
-        identifier_token_ids=None if identifier_token_ids is None else tuple(map(int, identifier_token_ids)),
+        prompt_template=CLIENT_TEMPLATES[style],
+        chat_template_sha256=template,
+        identifier_style=style,
+        identifiers=identifiers(num_identifiers, style),
+        identifier_token_ids=token_ids,
         append_bracket=append_bracket,
         score_token_index=0 if append_bracket else 1,
         num_bos=num_bos_tokens(tokenizer),
@@ -215,18 +220,13 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 def num_bos_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Beginning-of-sequence tokens at the head of a prompt.
 
-    The client renders the chat template to text and tokenises that text with special tokens, so a template that
+    The client renders the chat template to text and tokenizes that text with special tokens, so a template that
     writes the token itself and a tokenizer that adds one give two.
     """
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "query"}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-    )
-    count = 0
-    for token in tokenizer(text)["input_ids"]:
-        if token != tokenizer.bos_token_id:
-            break
-        count += 1
-    return count
+    prompt = render_chat([{"role": "user", "content": "query"}], tokenizer)
+    return count_bos(tokenizer(prompt)["input_ids"], tokenizer)
+
+
+def count_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Beginning-of-sequence tokens at the head of these tokens."""
+    return sum(1 for _ in takewhile(lambda token: token == tokenizer.bos_token_id, ids))

@@ -21,7 +21,7 @@ from rankllm_composer.prompts.chat import (
     identifier_token_ids,
     identifier_tokens,
     render_chat,
-    tokenise,
+    tokenize,
 )
 from rankllm_composer.prompts.permutations import (
     identifier_style,
@@ -84,7 +84,7 @@ def encode_prompt(
         PromptError: the tokenizer cannot be used (see `check_tokenizer`).
     """
     prompt = render_chat(build_messages(system, user, tokenizer), tokenizer)
-    encoding = tokenise(prompt + "[" if append_bracket else prompt, tokenizer)
+    encoding = tokenize(prompt + "[" if append_bracket else prompt, tokenizer)
     if append_bracket:
         bracket_position(encoding, len(prompt))
     return np.array(encoding["input_ids"], dtype=np.int32)
@@ -129,7 +129,7 @@ def encode_record(
         candidate_tokens = np.array(identifier_token_ids(tokenizer, num_candidates, style), dtype=np.int32)
 
     prompt = render_prompt(record, tokenizer)
-    encoding = tokenise(prompt + ("[" if objective == "ranking" else record.response), tokenizer)
+    encoding = tokenize(prompt + ("[" if objective == "ranking" else record.response), tokenizer)
     score_position = bracket_position(encoding, len(prompt))
     ids = encoding["input_ids"]
     if objective == "ranking":

@@ -1,12 +1,12 @@
-"""the noun of the program: a teacher-ranked list, read, checked, shown otherwise."""
+"""A teacher-ranked list: read from the published layout, validated, and augmented."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from rankllm_composer.prompts.permutations import (
     ranks_from_permutation,
 )
 from rankllm_composer.prompts.user_turn import UserTurn, parse_user_turn, read_user_turn, render_user_turn
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +39,28 @@ class Record:
     qid: str | None = None
     docids: tuple[str, ...] | None = None
     grades: tuple[int, ...] | None = None
+    _turn: UserTurn | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def turn(self) -> UserTurn:
+        """The parsed user turn; parsed on first use and kept.
+
+        Raises:
+            PromptError: see `read_user_turn`.
+        """
+        turn = self._turn
+        if turn is None:
+            turn = read_user_turn(self.user)
+            object.__setattr__(self, "_turn", turn)
+        return turn
+
+    @property
+    def has_standard_prompt(self) -> bool:
+        """True if the user turn is exactly what the inference client writes for this list."""
+        try:
+            return self.turn.is_standard
+        except PromptError:
+            return False
 
     @classmethod
     def from_conversations(cls, mapping: Mapping[str, Any]) -> Record:
@@ -88,14 +107,6 @@ class Record:
         )
 
 
-def _is_list_of(values: object, kinds: tuple[type, ...]) -> bool:
-    return (
-        isinstance(values, Sequence)
-        and not isinstance(values, (str, bytes))
-        and all(isinstance(value, kinds) and not isinstance(value, bool) for value in values)
-    )
-
-
 def validate_record(record: Record, place: str = "record") -> UserTurn:
     """Check that a record is one list of 2 or more passages under one query, with a complete order of them.
 
@@ -124,7 +135,7 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
         if not is_unicode(text):
             raise bad(f"{what}: found half of a surrogate pair, allowed is Unicode; write the text again")
     try:
-        turn = read_user_turn(record.user)
+        turn = record.turn
     except PromptError as error:
         raise bad(str(error)) from error
     num_candidates = len(turn.passages)
@@ -150,21 +161,7 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
     return turn
 
 
-def is_unicode(text: str) -> bool:
-    """True if the text can be written as UTF-8; JSON can hold half of a surrogate pair, which cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def record_key(record_id: str) -> int:
-    """63-bit hash of a record's id, the same on every machine: the first bits of its BLAKE2b."""
-    return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def lay_out_anew(
+def augment_record(
     record: Record, *, seed: int, epoch: int, shuffle_passages: bool, identifiers: IdentifierStyle | None
 ) -> Record:
     """The same list with its passages in another order, or its candidates named in another style.
@@ -201,3 +198,25 @@ def lay_out_anew(
             "data.train.shuffle_passages and data.train.identifiers at their defaults for these shards, or build them "
             "without this record"
         ) from error
+
+
+def record_key(record_id: str) -> int:
+    """63-bit hash of a record's id, the same on every machine: the first bits of its BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def is_unicode(text: str) -> bool:
+    """True if the text can be written as UTF-8; JSON can hold half of a surrogate pair, which cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_list_of(values: object, kinds: tuple[type, ...]) -> bool:
+    return (
+        isinstance(values, Sequence)
+        and not isinstance(values, (str, bytes))
+        and all(isinstance(value, kinds) and not isinstance(value, bool) for value in values)
+    )

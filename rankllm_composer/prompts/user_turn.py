@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rankllm_composer.errors import PromptError
@@ -80,11 +80,19 @@ _DOCUMENT_FIELDS = ("text", "segment", "contents", "content", "body", "passage")
 
 @dataclass(frozen=True, slots=True)
 class UserTurn:
-    """What a user turn is made of; see `render_user_turn`."""
+    """What a user turn is made of; see `render_user_turn`.
+
+    Attributes:
+        query: without the full stop that follows it.
+        passages: in presentation order.
+        style: how they are named.
+        is_standard: True if the text is exactly what `render_user_turn` writes, with one reading.
+    """
 
     query: str
     passages: tuple[str, ...]
     style: IdentifierStyle
+    is_standard: bool = field(default=True, compare=False)
 
 
 def clean_query(query: str) -> str:
@@ -242,16 +250,7 @@ def read_user_turn(text: str) -> UserTurn:
         )
     ends = [*(mark.start() for mark in marks[1:]), area[1]]
     passages = tuple(text[mark.end() : end].strip() for mark, end in zip(marks, ends))
-    return UserTurn(query.removesuffix(".").rstrip(), passages, style)
-
-
-def is_client_wording(text: str) -> bool:
-    """True if `parse_user_turn` takes the text: the client words such a list in just this way."""
-    try:
-        parse_user_turn(text)
-    except PromptError:
-        return False
-    return True
+    return UserTurn(query.removesuffix(".").rstrip(), passages, style, is_standard=False)
 
 
 def _earliest_marks(text: str, area: tuple[int, int], num: int, style: IdentifierStyle) -> list[re.Match[str]]:

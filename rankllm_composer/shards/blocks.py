@@ -25,7 +25,6 @@ from typing import Any
 from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.prompts.permutations import SEPARATOR
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.prompts.user_turn import is_client_wording
 from rankllm_composer.shards.index import COLUMNS, Tally, sample_from_record
 from rankllm_composer.sources.conversations import Item, RecordSource
 
@@ -88,7 +87,7 @@ class BlockWriter:
                     written.tally.count_record(
                         record.response.count(SEPARATOR) + 1,
                         len(record.user),
-                        other_wording=not is_client_wording(record.user),
+                        other_wording=not record.has_standard_prompt,
                     )
                     written.id_hashes.append(_hash64(record.id))
                 else:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rankllm_composer.data.dataset import ListDataset
+    from rankllm_composer.export.model_folder import Dtype
     from rankllm_composer.model.reranker import ListwiseReranker
     from rankllm_composer.prompts.contract import DecodingContract
     from rankllm_composer.recipe.sections import Recipe, Split
@@ -240,6 +241,7 @@ def build_callbacks(
     """The guards, the export, the Composer callbacks a recipe names, and after all these what writes checkpoints."""
     from composer import callbacks
 
+    from rankllm_composer.export.model_folder import ServedModel
     from rankllm_composer.recipe.load import recipe_to_yaml
     from rankllm_composer.storage.object_store import is_remote
     from rankllm_composer.training.checkpoint_callback import CheckpointFolder, ends_epoch
@@ -261,13 +263,16 @@ def build_callbacks(
         ours.append(
             ExportFolder(
                 recipe.export_folder,
-                tokenizer=model.tokenizer,  # type: ignore[arg-type]
-                contract=contract,
+                model=ServedModel(
+                    config=model.model.config,
+                    tokenizer=model.tokenizer,  # type: ignore[arg-type]
+                    contract=contract,
+                    generation_config=model.model.generation_config,
+                    dtype=export_dtype(recipe),
+                ),
                 facts=card_facts(recipe, contract, num_lists),
                 interval=recipe.checkpoint.export.interval,
                 merge_lora=recipe.checkpoint.export.merge_lora,
-                generation_config=model.model.generation_config,
-                dtype="float32" if recipe.parallelism.precision == "fp32" else "bfloat16",
                 figures=lambda batch: {} if validation is None else validation.figures_after(batch),
                 best_by=None if recipe.evaluation is None else recipe.evaluation.best_by,
             )
@@ -285,28 +290,19 @@ def build_callbacks(
     return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop, ends_epoch)]
 
 
-def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
-    """How the trained model is asked and read; identifiers as the first training list has them."""
-    from rankllm_composer.errors import PromptError
-    from rankllm_composer.prompts.chat import identifier_token_ids
-    from rankllm_composer.prompts.contract import decoding_contract
-    from rankllm_composer.prompts.permutations import identifiers
-    from rankllm_composer.prompts.user_turn import read_user_turn
+def export_dtype(recipe: Recipe) -> Dtype:
+    """Type of the exported weights."""
+    return "float32" if recipe.parallelism.precision == "fp32" else "bfloat16"
 
-    style = read_user_turn(dataset.record(0).user).style
-    names = identifiers(20, style)
-    try:
-        token_ids = identifier_token_ids(dataset.tokenizer, len(names), style)
-    except PromptError:
-        if recipe.objective.name != "generation":
-            raise
-        token_ids = None
+
+def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
+    """How the trained model is prompted and read; identifiers as in the first training list."""
+    from rankllm_composer.prompts.contract import decoding_contract
+
     return decoding_contract(
         dataset.tokenizer,
-        objective=recipe.objective.name,
-        identifier_style=style,
-        identifiers=names,
-        identifier_token_ids=token_ids,
+        recipe.objective.name,
+        dataset.record(0).turn.style,
         context_size_tokens=recipe.data.max_length_tokens,
     )
 

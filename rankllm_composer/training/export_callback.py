@@ -1,7 +1,8 @@
-"""rankllm_composer/training/export_callback.py."""
+"""Exports while training: a Hugging Face folder per epoch, with a link to the best one."""
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,20 +19,19 @@ from rankllm_composer.export.model_card import CardFacts, render_card
 from rankllm_composer.export.model_folder import (
     BEST,
     DTYPES,
-    Dtype,
-    _check_tokenizer,
-    _local_path,
-    log,
+    ServedModel,
+    local_path,
     write_model_folder,
 )
 from rankllm_composer.export.weights import Weights, causal_lm_class, gather_full_state_dict, hf_module
 from rankllm_composer.prompts.client_names import warn_misread
-from rankllm_composer.prompts.contract import DecodingContract
 
 if TYPE_CHECKING:
     from composer.core import State
     from composer.loggers import Logger
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 class ExportFolder(Callback):
@@ -42,42 +42,33 @@ class ExportFolder(Callback):
     killed while it exports trains to that moment again and exports then.
 
     Args:
-        folder: local folder the exports go into.
-        tokenizer: with the chat template of training.
-        contract: written as `reranker.json`.
+        folder: local folder of the exports.
+        model: what every folder holds besides weights and card.
         facts: of the model card; progress and figures are filled in.
         interval: Composer time string in epochs or batches.
-        generation_config: of the base model.
-        dtype: of the weights on disk.
-        merge_lora: False = an adapter is exported apart from the model it changes.
-        figures: of the number of batches trained, what the weights of that moment were measured to be worth; empty =
-            not measured. None = the Trainer's evaluation metrics.
-        best_by: name of a figure, without its `eval/`; `best` in the folder is a link to the export of which it was
-            highest, the first of equals. None = no link.
+        merge_lora: False = export the adapter without the model that it changes.
+        figures: number of batches trained → figures of the weights of that moment, empty if they were not measured;
+            None = the Trainer's evaluation metrics.
+        best_by: name of a figure, without its `eval/`; `best` in the folder is a link to the export with the highest
+            one, the first of equals. None = no link.
     Raises:
-        ModelError: an interval in another unit, or a folder that is not local.
+        ModelError: the interval has another unit, or the folder is not local.
     """
 
     def __init__(
         self,
         folder: str | Path,
         *,
-        tokenizer: PreTrainedTokenizerBase,
-        contract: DecodingContract,
+        model: ServedModel,
         facts: CardFacts,
         interval: str = "1ep",
-        generation_config: GenerationConfig | None = None,
-        dtype: Dtype = "bfloat16",
         merge_lora: bool = True,
         figures: Callable[[int], Mapping[str, float]] | None = None,
         best_by: str | None = None,
     ) -> None:
-        self.folder = _local_path(folder)
-        self.tokenizer = tokenizer
-        self.contract = contract
+        self.folder = local_path(folder)
+        self.model = model
         self.facts = facts
-        self.generation_config = generation_config
-        self.dtype: Dtype = dtype
         self.merge_lora = merge_lora
         self.figures = figures
         self.best_by = best_by
@@ -91,7 +82,6 @@ class ExportFolder(Callback):
         del state, logger
         if dist.get_global_rank() == 0:
             warn_misread(self.folder)
-            _check_tokenizer(self.tokenizer, None, self.contract)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         del logger
@@ -110,7 +100,7 @@ class ExportFolder(Callback):
     def _export(self, state: State, name: str) -> None:
         if state.timestamp.batch.value == self._last_batch:
             return
-        weights = gather_full_state_dict(state.model, merge_lora=self.merge_lora, dtype=DTYPES[self.dtype])
+        weights = gather_full_state_dict(state.model, merge_lora=self.merge_lora, dtype=DTYPES[self.model.dtype])
         target = self.folder / name
         run_on_rank_zero(lambda: self._write(state, target, weights), f"export of {target}")
         figure = None if self.best_by is None else self._figures(state).get(f"eval/{self.best_by}")
@@ -136,18 +126,12 @@ class ExportFolder(Callback):
             progress=f"{target.name} (after {state.timestamp.batch.value} batches)",
             figures=self._figures(state),
         )
-        write_model_folder(
-            target,
-            state_dict=weights,
-            config=inner.config,
-            tokenizer=self.tokenizer,
-            contract=self.contract,
-            card=render_card(facts),
-            generation_config=self.generation_config,
-            dtype=self.dtype,
+        model = replace(
+            self.model,
             model_class=causal_lm_class(inner),
             adapter_config=next(iter(adapters.values())) if adapters and not self.merge_lora else None,
         )
+        write_model_folder(target, weights, model, render_card(facts))
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from benchmarks.known_item import build_known_items
 from rankllm_composer.model.flops import forward_flops
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, is_client_wording
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.sources.retrieval_files import load_judgments, load_queries, load_run
 
@@ -120,7 +120,7 @@ def known_lists(tmp_path):
 def test_the_first_lesson_goes_from_a_short_prompt_to_the_clients(benchmark, known_lists):
     records = list(benchmark("smollm2").known_records(known_lists, seed=1))
     assert len(records) == len({record.id for record in records}) == 40
-    wording = [(record.system == SYSTEM_MESSAGE, is_client_wording(record.user)) for record in records]
+    wording = [(record.system == SYSTEM_MESSAGE, record.has_standard_prompt) for record in records]
     assert wording[:27] == [(False, False)] * 27 and wording[38:] == [(True, True)] * 2
     assert {system for system, _ in wording[27:38]} == {True, False}
     queries = load_queries(known_lists.queries)

@@ -22,7 +22,7 @@ from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import PromptError, RunError, ShardError
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import identifier_style
-from rankllm_composer.prompts.record import lay_out_anew, record_key
+from rankllm_composer.prompts.record import augment_record, record_key
 from rankllm_composer.prompts.user_turn import parse_user_turn
 from rankllm_composer.training.guards import EpochGuard
 
@@ -104,7 +104,7 @@ def test_passages_are_shuffled_anew_every_epoch_and_the_same_after_a_resume(new_
     epochs = [{row.record_id: row for row in read_rows(loader)} for _ in range(2)]
     for epoch, rows in enumerate(epochs):
         for number in range(10):
-            record = lay_out_anew(
+            record = augment_record(
                 new_record(number, num_words=60 if number == LONG else 5),
                 seed=3,
                 epoch=epoch,

@@ -17,7 +17,7 @@ from composer.models import HuggingFaceModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from support.contracts import new_contract
-from support.exporting import new_exporter, run_in_a_child, write, write_on_a_full_disk
+from support.exporting import new_exporter, run_in_a_child, served, write, write_on_a_full_disk
 from support.tiny_training import CONFIGS, new_hf_model, new_tokenizer, new_trainer, probe_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -79,7 +79,7 @@ def test_the_folder_is_written_in_the_type_asked_for(tmp_path):
     for name, value in loaded.named_parameters():
         assert torch.equal(value, model.get_parameter(name).bfloat16())
     assert model.dtype == torch.float32
-    with pytest.raises(ModelError, match="dtype: found 'int8', allowed are bfloat16, float16, float32"):
+    with pytest.raises(ModelError, match="dtype is 'int8'; expected one of bfloat16, float16, float32"):
         write(tmp_path / "x", dtype="int8")
 
 
@@ -144,16 +144,16 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
     bigger = new_tokenizer()
     bigger.add_tokens([f"word{index}" for index in range(40)])
     for changes, error, message in (
-        ({"state_dict": without}, ModelError, r"found 1 missing \['model.norm.weight'\] and 0 unknown"),
-        ({"state_dict": weights | {"x": torch.ones(1)}}, ModelError, r"and 1 unknown \['x'\].*MistralForCausalLM"),
+        ({"weights": without}, ModelError, r"found 1 missing \['model.norm.weight'\] and 0 unknown"),
+        ({"weights": weights | {"x": torch.ones(1)}}, ModelError, r"and 1 unknown \['x'\].*MistralForCausalLM"),
         (
-            {"state_dict": weights | {"model.norm.weight": torch.ones(3)}},
+            {"weights": weights | {"model.norm.weight": torch.ones(3)}},
             ModelError,
             r"model.norm.weight of shape \(3,\)",
         ),
-        ({"state_dict": drifted, "config": tied.config}, ModelError, "lm_head.weight: found values that differ"),
-        ({"tokenizer": other_template}, ModelError, "another chat template than the contract's"),
-        ({"tokenizer": bigger}, ModelError, "found 72 tokens, the model knows 40"),
+        ({"weights": drifted, "config": tied.config}, ModelError, "lm_head.weight: found values that differ"),
+        ({"tokenizer": other_template}, ModelError, "another chat template than the contract"),
+        ({"tokenizer": bigger}, ModelError, "has 72 tokens but the model only 40"),
     ):
         with pytest.raises(error, match=message):
             write(tmp_path / "m", model, **changes)
@@ -205,7 +205,7 @@ def test_a_kill_in_the_middle_of_the_weights_leaves_no_folder(tmp_path):
 @pytest.mark.parametrize("family", ["mistral", "llama_tied"])
 def test_a_run_leaves_a_folder_an_epoch(tmp_path, family):
     model = HuggingFaceModel(new_hf_model(family), new_tokenizer())
-    trainer = new_trainer(model, "2ep", callbacks=[new_exporter(tmp_path / "hf")])
+    trainer = new_trainer(model, "2ep", callbacks=[new_exporter(tmp_path / "hf", family)])
     trainer.fit()
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["epoch_0", "epoch_1"]
     last = probe_logits(load(tmp_path / "hf" / "epoch_1"))
@@ -230,7 +230,7 @@ def test_a_run_leaves_a_folder_an_epoch(tmp_path, family):
 )
 def test_when_a_run_exports(tmp_path, monkeypatch, interval, duration, expected):
     monkeypatch.setattr(
-        "rankllm_composer.training.export_callback.write_model_folder", lambda target, **_: target.mkdir(parents=True)
+        "rankllm_composer.training.export_callback.write_model_folder", lambda target, *_: target.mkdir(parents=True)
     )
     trainer = new_trainer(new_hf_model(), duration, callbacks=[new_exporter(tmp_path, interval=interval)])
     trainer.fit()
@@ -354,9 +354,8 @@ def test_checkpoints_become_folders(tmp_path):
     trainer = new_trainer(new_hf_model("llama_tied"), "1ep", **options)
     trainer.fit()
     model = trainer.state.model.model
-    common = {"config": model.config, "tokenizer": new_tokenizer(), "contract": new_contract(), "card": "#"}
     checkpoint = tmp_path / "checkpoints" / "ep1-ba4-rank0.pt"
-    folder = export_checkpoint(checkpoint, tmp_path / "m", **common, dtype="float32")
+    folder = export_checkpoint(checkpoint, tmp_path / "m", served(model), "#")
     assert torch.equal(probe_logits(load(folder)), probe_logits(model))
     trainer.close()
 
@@ -366,11 +365,10 @@ def test_checkpoints_of_adapters_become_adapter_folders(tmp_path, lora_model):
     trainer = new_trainer(lora_model, "1ep", **options)
     trainer.fit()
     checkpoint = tmp_path / "checkpoints" / "ep1-ba4-rank0.pt"
-    common = {"config": lora_model.config, "tokenizer": new_tokenizer(), "contract": new_contract(), "card": "#"}
-    with pytest.raises(ModelError, match=r"found 8 tensors of an adapter, .*give adapter_config"):
-        export_checkpoint(checkpoint, tmp_path / "m", **common)
+    with pytest.raises(ModelError, match=r"holds 8 tensors of an adapter"):
+        export_checkpoint(checkpoint, tmp_path / "m", served(lora_model), "#")
     adapter_config = lora_model.model.peft_config["default"]
-    folder = export_checkpoint(checkpoint, tmp_path / "m", **common, adapter_config=adapter_config, dtype="float32")
+    folder = export_checkpoint(checkpoint, tmp_path / "m", served(lora_model, adapter_config=adapter_config), "#")
     assert torch.equal(probe_logits(PeftModel.from_pretrained(new_hf_model(), folder)), probe_logits(lora_model.model))
     trainer.close()
 
@@ -407,11 +405,8 @@ def test_two_ranks_export_what_they_trained(tmp_path):
     folder = export_checkpoint(
         tmp_path / "checkpoints" / "ep1-ba2",
         tmp_path / "from_shards",
-        config=model.config,
-        tokenizer=new_tokenizer(),
-        contract=new_contract(),
-        card="#",
-        dtype="float32",
+        served(model),
+        "#",
     )
     assert torch.equal(probe_logits(load(folder)), probe_logits(model))
     for rank in (0, 1):

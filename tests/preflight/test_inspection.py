@@ -20,10 +20,8 @@ from rankllm_composer.export.serving_check import diff_request, inspect_folder, 
 from rankllm_composer.model.losses import ranknet_loss
 from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.preflight.inspection import inspect_recipe, inspect_record
-from rankllm_composer.prompts.chat import identifier_token_ids
 from rankllm_composer.prompts.contract import decoding_contract
 from rankllm_composer.prompts.encoding import encode_record
-from rankllm_composer.prompts.permutations import identifiers
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.shards.build import build_shards
@@ -205,14 +203,7 @@ def test_an_exported_folder_against_its_contract(material, tmp_path):
     shutil.copytree(material / "base", folder)
     tokenizer = build_tokenizer("mistral_v3")
     tokenizer.save_pretrained(folder)
-    names = identifiers(20, "letters")
-    contract = decoding_contract(
-        tokenizer,
-        objective="combined",
-        identifier_style="letters",
-        identifiers=names,
-        identifier_token_ids=identifier_token_ids(tokenizer, 20, "letters"),
-    )
+    contract = decoding_contract(tokenizer, "combined")
     (folder / "reranker.json").write_text(contract.to_json())
     found = inspect_folder(folder)
     assert (found.contract, found.problems, found.request.num_differences) == (contract, (), 0)

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from rankllm_composer.errors import PromptError
-from rankllm_composer.prompts.chat import build_messages, check_tokenizer, identifier_token_ids, render_chat, tokenise
+from rankllm_composer.prompts.chat import build_messages, check_tokenizer, identifier_token_ids, render_chat, tokenize
 from rankllm_composer.prompts.encoding import encode_prompt, encode_record
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, identifiers
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
@@ -316,4 +316,4 @@ def test_tokens_after_the_text_stop(changed, objective: str) -> None:
 
 def test_a_small_model_max_length_cuts_nothing(changed) -> None:
     tokenizer = changed(model_max_length=16)
-    assert len(tokenise("word " * 100, tokenizer)["input_ids"]) > 100
+    assert len(tokenize("word " * 100, tokenizer)["input_ids"]) > 100

@@ -11,9 +11,10 @@ import pytest
 from support.contracts import new_contract
 from support.tiny_training import CHAT_TEMPLATE, new_tokenizer
 
-from rankllm_composer.errors import ModelError
+from rankllm_composer.errors import ModelError, PromptError
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
+    decoding_contract,
     num_bos_tokens,
     read_contract,
 )
@@ -33,7 +34,7 @@ def test_only_ranking_needs_the_bracket_appended(objective, append_bracket, scor
     [("letters", "rank_zephyr_alpha_template.yaml"), ("numbers", "rank_zephyr_template.yaml")],
 )
 def test_prompt_template_is_the_clients_for_the_identifiers(style, template):
-    assert new_contract(identifier_style=style).prompt_template == template
+    assert decoding_contract(new_tokenizer(), "generation", style).prompt_template == template
 
 
 def test_what_it_says_of_the_tokenizer():
@@ -120,6 +121,6 @@ def test_tokenizers_that_cannot_serve_are_refused():
         new_contract(tokenizer=without_template)
     without_end = copy.deepcopy(new_tokenizer())
     without_end.eos_token = None
-    with pytest.raises(ModelError, match="no end-of-sequence token"):
+    with pytest.raises(PromptError, match="no end-of-sequence token"):
         new_contract(tokenizer=without_end)
     assert new_contract("ranking", tokenizer=without_end).eos_token_ids == ()

@@ -10,7 +10,7 @@ from support.list_shards import new_record
 
 from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.permutations import parse_permutation
-from rankllm_composer.prompts.record import lay_out_anew, record_key
+from rankllm_composer.prompts.record import augment_record, record_key
 from rankllm_composer.prompts.user_turn import parse_user_turn
 
 
@@ -26,7 +26,7 @@ def taught(record):
 @pytest.mark.parametrize("shuffle_passages", [False, True])
 def test_what_is_taught_stays(style, identifiers, shuffle_passages):
     record = new_record(3, num_candidates=7, style=style)
-    anew = lay_out_anew(record, seed=1, epoch=0, shuffle_passages=shuffle_passages, identifiers=identifiers)
+    anew = augment_record(record, seed=1, epoch=0, shuffle_passages=shuffle_passages, identifiers=identifiers)
     assert taught(anew) == taught(record)
     assert (anew.id, anew.system, anew.qid) == (record.id, record.system, record.qid)
     turn, before = parse_user_turn(anew.user), parse_user_turn(record.user)
@@ -37,7 +37,7 @@ def test_what_is_taught_stays(style, identifiers, shuffle_passages):
 
 def test_letters_become_numbers_in_the_text():
     record = new_record(0, num_candidates=2, gpt="[B] > [A]")
-    anew = lay_out_anew(record, seed=0, epoch=0, shuffle_passages=False, identifiers="numbers")
+    anew = augment_record(record, seed=0, epoch=0, shuffle_passages=False, identifiers="numbers")
     assert anew.response == "[2] > [1]"
     assert "each indicated by a numerical identifier []" in anew.user and "\n[1] " in anew.user
 
@@ -45,7 +45,7 @@ def test_letters_become_numbers_in_the_text():
 def test_the_order_hangs_on_seed_epoch_and_record_alone():
     def order(index=3, seed=1, epoch=0):
         record = new_record(index, num_candidates=8)
-        return lay_out_anew(record, seed=seed, epoch=epoch, shuffle_passages=True, identifiers=None).docids
+        return augment_record(record, seed=seed, epoch=epoch, shuffle_passages=True, identifiers=None).docids
 
     assert order() == order()
     assert len({order(), order(seed=2), order(epoch=1), order(epoch=2)}) == 4
@@ -55,7 +55,7 @@ def test_the_order_hangs_on_seed_epoch_and_record_alone():
 
 def test_absent_docids_and_grades_stay_absent():
     record = dataclasses.replace(new_record(1), docids=None, grades=None)
-    anew = lay_out_anew(record, seed=0, epoch=0, shuffle_passages=True, identifiers=None)
+    anew = augment_record(record, seed=0, epoch=0, shuffle_passages=True, identifiers=None)
     assert anew.docids is None and anew.grades is None
 
 
@@ -69,7 +69,7 @@ def test_absent_docids_and_grades_stay_absent():
 )
 def test_what_cannot_be_laid_out_anew_is_refused(changes, told):
     with pytest.raises(PromptError, match=f"record 'q5': .*{told}.*data.train.shuffle_passages"):
-        lay_out_anew(new_record(5, **changes), seed=0, epoch=0, shuffle_passages=True, identifiers="letters")
+        augment_record(new_record(5, **changes), seed=0, epoch=0, shuffle_passages=True, identifiers="letters")
 
 
 def test_record_key():

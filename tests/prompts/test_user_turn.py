@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, identifiers
+from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
     UserTurn,
     clean_query,
     document_text,
-    is_client_wording,
     num_announced,
     parse_user_turn,
     passage_word_limit,
@@ -268,7 +268,9 @@ def test_read_takes_other_wordings(wording: str, style: str, num_passages: int) 
     assert (found.query, found.style) == ("who was first", style)
     assert tuple(passage.strip() for passage in found.passages) == passages
     # A break before the query's line may as well end the last passage: rendered, that is this text.
-    assert is_client_wording(text) == (text == clients or wording == "blank lines before the query")
+    assert Record("r", "", text, "").has_standard_prompt == (
+        text == clients or wording == "blank lines before the query"
+    )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -314,7 +316,7 @@ def test_read_begins_each_passage_at_the_earliest_line() -> None:
     text = render_user_turn("query", passages)
     with pytest.raises(PromptError, match="several readings"):
         parse_user_turn(text)
-    assert not is_client_wording(text)
+    assert not Record("r", "", text, "").has_standard_prompt
     #      [A]    [B]                       [C]
     earliest = ("one", "two\n[B] three\n[B] four", "five\n[C] six\n[A] seven\n[C] eight")
     assert read_user_turn(text) == UserTurn("query", earliest, "letters")
@@ -368,9 +370,9 @@ def test_read_takes_what_parse_takes_with_the_same_result(query: str, passages: 
     try:
         parts = parse_user_turn(text)
     except PromptError:
-        assert not is_client_wording(text)
+        assert not Record("r", "", text, "").has_standard_prompt
         return
-    assert is_client_wording(text)
+    assert Record("r", "", text, "").has_standard_prompt
     assert read_user_turn(text) == parts
 
 

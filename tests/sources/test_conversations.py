@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.synthetic_records import conversation, write_jsonl
 
 from rankllm_composer.errors import PromptError, RecordError
-from rankllm_composer.prompts.record import Record, lay_out_anew, validate_record
+from rankllm_composer.prompts.record import Record, augment_record, validate_record
 from rankllm_composer.prompts.windows import record_window
 from rankllm_composer.sources.conversations import open_source, read_records
 
@@ -75,7 +75,7 @@ def test_a_prompt_in_another_wording_is_taken_as_it_stands_but_not_laid_out_anew
     assert (turn.query, turn.style, len(turn.passages)) == ("where is oar number 3", "letters", 4)
     for shuffle, style in ((True, None), (False, "numbers")):
         with pytest.raises(PromptError, match="cannot be shuffled or named anew"):
-            lay_out_anew(record, seed=1, epoch=0, shuffle_passages=shuffle, identifiers=style)
+            augment_record(record, seed=1, epoch=0, shuffle_passages=shuffle, identifiers=style)
     with pytest.raises(PromptError):
         record_window(record, None, order=[1, 0, 2, 3])
 

@@ -8,29 +8,27 @@ from pathlib import Path
 
 from rankllm_composer.errors import StoreError
 from rankllm_composer.export.model_card import CardFacts
-from rankllm_composer.export.model_folder import write_model_folder
+from rankllm_composer.export.model_folder import ServedModel, write_model_folder
 from rankllm_composer.training.export_callback import ExportFolder
 from support.contracts import new_contract
 from support.tiny_training import new_hf_model, new_tokenizer
 
 
-def write(folder: Path, model=None, **changes) -> Path:
+def write(folder: Path, model=None, *, weights=None, card="# card\n", max_shard_size="5GB", **changes) -> Path:
     model = model if model is not None else new_hf_model()
-    values = {
-        "state_dict": model.state_dict(),
-        "config": model.config,
-        "tokenizer": new_tokenizer(),
-        "contract": new_contract(),
-        "card": "# card\n",
-        "dtype": "float32",
-    }
-    return write_model_folder(folder, **values | changes)
+    weights = model.state_dict() if weights is None else weights
+    return write_model_folder(folder, weights, served(model, **changes), card, max_shard_size=max_shard_size)
 
 
-def new_exporter(folder: Path, **options) -> ExportFolder:
+def served(model, **changes) -> ServedModel:
+    values = {"config": model.config, "tokenizer": new_tokenizer(), "contract": new_contract(), "dtype": "float32"}
+    return ServedModel(**values | changes)
+
+
+def new_exporter(folder: Path, family: str = "mistral", *, tokenizer=None, **options) -> ExportFolder:
+    changes = {} if tokenizer is None else {"tokenizer": tokenizer}
     facts = CardFacts(name="tiny", base_model=None, contract=new_contract())
-    options = {"tokenizer": new_tokenizer(), "contract": facts.contract, "facts": facts, "dtype": "float32"} | options
-    return ExportFolder(folder, **options)
+    return ExportFolder(folder, model=served(new_hf_model(family), **changes), facts=facts, **options)
 
 
 def write_on_a_full_disk(folder: Path, report: Path) -> None:

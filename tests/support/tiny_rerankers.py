@@ -17,9 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from rankllm_composer.prompts.chat import identifier_token_ids
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
-from rankllm_composer.prompts.permutations import identifiers
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, identifiers
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import render_user_turn
 
@@ -79,16 +78,7 @@ def new_model(family: str = "mistral", seed: int = 0):
 
 
 def new_contract(tokenizer, objective: str = "combined", style: str = "letters", **options) -> DecodingContract:
-    names = identifiers(26 if style == "letters" else 99, style)
-    tokens = identifier_token_ids(tokenizer, 26) if style == "letters" else None
-    return decoding_contract(
-        tokenizer,
-        objective=objective,
-        identifier_style=style,
-        identifiers=names,
-        identifier_token_ids=tokens,
-        **options,
-    )
+    return decoding_contract(tokenizer, objective, style, num_identifiers=MAX_CANDIDATES[style], **options)
 
 
 def record_of(values: Sequence[int], style: str = "letters", record_id: str = "r", **options) -> Record:

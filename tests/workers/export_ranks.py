@@ -39,7 +39,9 @@ def run(folder: Path, case: str, **options) -> None:
     if case.startswith("fsdp2"):
         options["parallelism_config"] = {"fsdp": FSDP2Config(activation_checkpointing=True)}
     loggers = [MetricsFile(folder / case / "metrics.jsonl"), ProgressLine()]
-    trainer = new_trainer(model, "1ep", callbacks=[new_exporter(folder / case)], loggers=loggers, **options)
+    trainer = new_trainer(
+        model, "1ep", callbacks=[new_exporter(folder / case, "llama_tied")], loggers=loggers, **options
+    )
     trainer.fit()
     model.eval()
     with torch.no_grad():
