@@ -365,10 +365,10 @@ def _rerank(model: Path, files: Collection, output: Path) -> MeasureComparison:
 
 def _table(figures: dict[str, float], trained: MeasureComparison) -> str:
     told = {
-        "first stage": "the order the candidates came in, by chance",
+        "first stage": "the candidates in random order",
         "untrained": "the model before training",
         "trained": "the model after training",
-        "oracle": "the best order there is",
+        "oracle": "the best possible order",
     }
     lines = [f"\n{MEASURE} on {len(trained.reranked)} held-out queries, first-token decoding"]
     lines += [f"    {name:<12} {value:.3f}   {told[name]}" for name, value in figures.items()]

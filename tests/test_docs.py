@@ -259,11 +259,17 @@ def test_every_command(here):
     assert (here / "reranked.trec").exists() and (here / "run" / "report.html").exists()
 
 
-def test_every_python_snippet_runs():
+@pytest.mark.filterwarnings("ignore::rankllm_composer.recipe.load.RecipeWarning")
+def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
     """Snippets inside a numbered list, as in losses.md, are the matter of tests/model/test_losses_page.py."""
-    for block in BLOCKS:
-        if block.language == "python":
-            exec(compile(block.text, block.page, "exec"), {})
+    monkeypatch.chdir(tmp_path)
+    Path("yamls").symlink_to(REPOSITORY / "yamls")
+    snippets = [block for block in BLOCKS if block.language == "python"]
+    for block in snippets:
+        exec(compile(block.text, block.page, "exec"), {})
+    (readme,) = (block for block in snippets if block.page == "README.md")
+    assert len(list(filter(None, readme.text.splitlines()))) <= 15
+    assert "\n[RankedPassage(index=1, text='plum', score=3" in capsys.readouterr().out
 
 
 # What the other blocks show
