@@ -1,4 +1,4 @@
-"""`python -m rankllm_composer`: the same as `rankllm-composer`."""
+"""`python -m rankllm_composer` is the same as `rankllm-composer`."""
 
 from rankllm_composer.cli import main
 

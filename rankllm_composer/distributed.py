@@ -1,10 +1,10 @@
-"""Work of rank 0 that the other ranks wait for: however long it takes, and what fails there fails everywhere."""
+"""Collectives over ranks: tasks on rank 0 that others wait for, maxima, and averaged gradients."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
@@ -13,21 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from rankllm_composer.errors import RunError
 
-if TYPE_CHECKING:
-    pass
 
-
-def largest_of_ranks(value: int, lockstep: bool) -> int:
-    """The largest value of all ranks in lockstep; else the value itself."""
-    if not lockstep:
-        return value
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(value, device=device)
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-    return int(tensor)
-
-
-def _reduce_over_ranks(values: list[int], operation: str) -> list[int]:
+def reduce_over_ranks(values: list[int], operation: str) -> list[int]:
+    """Reduce each number over all ranks by "SUM" or "MAX". A collective."""
     tensor = torch.tensor(values, dtype=torch.int64)
     if dist.get_world_size() > 1:
         if torch.distributed.get_backend() == "nccl":
@@ -36,16 +24,24 @@ def _reduce_over_ranks(values: list[int], operation: str) -> list[int]:
     return tensor.tolist()
 
 
-# Other ranks hear from rank 0 this often, so that no collective runs into its timeout.
+def largest_of_ranks(value: int, lockstep: bool) -> int:
+    """Return the largest value of all ranks if they run in lockstep, else the value itself."""
+    return reduce_over_ranks([value], "MAX")[0] if lockstep else value
+
+
 HEARTBEAT_SECONDS = 10.0
+"""Interval at which rank 0 reports to waiting ranks, so that no collective times out."""
 
 
 def run_on_rank_zero(task: Callable[[], None], what: str) -> None:
-    """Runs a task on rank 0 while the other ranks wait, however long it takes; a collective.
+    """Run a task on rank 0 while other ranks wait, with heartbeats instead of a collective timeout. A collective.
 
+    Args:
+        task: called on rank 0 only.
+        what: name of the task, for messages.
     Raises:
-        Exception: on rank 0, what the task raised.
-        RunError: on every other rank, the same text.
+        Exception: on rank 0, the error of the task.
+        RunError: on every other rank, with the same text.
     """
     if dist.get_world_size() == 1:
         task()
@@ -77,16 +73,16 @@ def run_on_rank_zero(task: Callable[[], None], what: str) -> None:
 
 
 def average_sharded_gradients(model: torch.nn.Module) -> float:
-    """Make FSDP2 average gradients over ranks where its backend does not. A collective; call it once after wrapping.
+    """Make FSDP2 average gradients over ranks if its backend sums them. A collective; call it once after wrapping.
 
-    FSDP2 asks for `ReduceOp.AVG`. NCCL averages; gloo (torch 2.7) takes the request and returns the sum, so that a
-    gradient on CPU is as many times too large as there are ranks: Adam hides it, clipping and SGD do not. What the
-    backend really does is probed here, and divided out after each reduction.
+    FSDP2 requests `ReduceOp.AVG`. NCCL averages, but gloo (torch 2.7) returns the sum, so that gradients on CPU are too
+    large by a factor of the number of ranks: Adam hides it, clipping and SGD do not. This function measures what the
+    backend does and divides each reduced gradient accordingly.
 
     Args:
-        model: any module that holds FSDP2 modules; others are left alone.
+        model: a module with FSDP2 modules; any other is left unchanged.
     Returns:
-        What each reduced gradient is now divided by: 1 where the backend averages.
+        The divisor of each reduced gradient; 1 if the backend averages.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not sharded or torch.distributed.get_world_size() == 1:

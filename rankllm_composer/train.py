@@ -1,4 +1,4 @@
-"""Recipe → model, data, Composer Trainer → fit → Hugging Face folders.
+"""Train a recipe and export Hugging Face model folders.
 
 composer -n 8 rankllm_composer/train.py yamls/first_mistral.yaml [key=value …]
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line of a run: a recipe and its overrides. Returns the exit code."""
+    """Run the command line: a recipe and its overrides. Returns the exit code."""
     from rankllm_composer.recipe.keys import keys_as_text
     from rankllm_composer.recipe.load import load_recipe
     from rankllm_composer.training.stopping import PeerWatch, Preempted
@@ -35,13 +35,13 @@ def main(arguments: Sequence[str]) -> int:
             raise
         except (Exception, KeyboardInterrupt) as failure:
             return watch.exit_code(failure)
-    except Preempted as asked:  # also where the request came while a failure was told: that of a rank gone before
-        return watch.exit_as_asked(asked)
+    except Preempted as request:  # also if it arrived while the failure of another rank was being reported
+        return watch.exit_preempted(request)
     return 0
 
 
 class _CallableModule(ModuleType):
-    """`rankllm_composer.train(recipe)` has to work even after this module was imported under the same name."""
+    """A module that can be called: `rankllm_composer.train(recipe)` works even after this module was imported."""
 
     def __call__(self, recipe: Recipe) -> TrainedRun:
         return train(recipe)
@@ -51,5 +51,5 @@ sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # the launcher puts this folder there, where our rooms would hide other packages' modules
+    sys.path.pop(0)  # Python puts this folder first, where our modules would shadow other packages
     sys.exit(main(sys.argv[1:]))

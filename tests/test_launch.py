@@ -1,4 +1,4 @@
-"""A launcher that is asked to stop waits for its ranks."""
+"""The launcher waits for its ranks after SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import signal
 import pytest
 from composer.cli import launcher
 
-from rankllm_composer.launch import PATIENCE, main
+from rankllm_composer.launch import STOP_TIMEOUT, main
 
 
 @pytest.fixture(autouse=True)
-def handlers_as_before(monkeypatch):
+def restored_handlers(monkeypatch):
     monkeypatch.setattr(launcher, "CLEANUP_TIMEOUT", launcher.CLEANUP_TIMEOUT)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
@@ -20,12 +20,12 @@ def handlers_as_before(monkeypatch):
         signal.signal(number, handler)
 
 
-def test_asked_to_stop_it_waits_and_is_not_hurried(monkeypatch):
+def test_sigterm_makes_the_launcher_wait_however_often_it_comes(monkeypatch):
     def run() -> int:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # again
-        assert launcher.CLEANUP_TIMEOUT == PATIENCE > datetime.timedelta(minutes=10)
+        signal.raise_signal(signal.SIGTERM)  # a second time
+        assert launcher.CLEANUP_TIMEOUT == STOP_TIMEOUT > datetime.timedelta(minutes=10)
         return 7
 
     monkeypatch.setattr(launcher, "main", run)
@@ -33,14 +33,14 @@ def test_asked_to_stop_it_waits_and_is_not_hurried(monkeypatch):
 
 
 @pytest.mark.parametrize("event", ["interrupt", "nothing"])
-def test_otherwise_it_is_composers(monkeypatch, event):
-    patience = launcher.CLEANUP_TIMEOUT
+def test_without_sigterm_the_timeout_is_composers(monkeypatch, event):
+    timeout = launcher.CLEANUP_TIMEOUT
 
     def run() -> int:
         if event == "interrupt":
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
-        assert launcher.CLEANUP_TIMEOUT is patience
+        assert launcher.CLEANUP_TIMEOUT is timeout
         return 0
 
     monkeypatch.setattr(launcher, "main", run)

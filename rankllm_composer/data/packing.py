@@ -20,7 +20,7 @@ import torch
 from composer.utils import dist
 from numpy.typing import NDArray
 
-from rankllm_composer.distributed import _reduce_over_ranks
+from rankllm_composer.distributed import reduce_over_ranks
 from rankllm_composer.prompts.encoding import EncodedRecord
 
 IGNORED_TARGET = -100
@@ -184,8 +184,8 @@ def split_batch(
     lengths = [len(s.encoded.input_ids) for s in trained]
     num_targets = sum(length - s.encoded.response_start for length, s in zip(lengths, trained))
     own = count_microbatches(lengths, max_lists=max_lists, max_tokens=max_tokens)
-    (num_microbatches,) = _reduce_over_ranks([own], "MAX")
-    num_targets, num_lists = _reduce_over_ranks([num_targets, len(trained)], "SUM")
+    (num_microbatches,) = reduce_over_ranks([own], "MAX")
+    num_targets, num_lists = reduce_over_ranks([num_targets, len(trained)], "SUM")
     bins = balance(lengths, num_microbatches, max_lists=max_lists)
     if max_tokens is not None and _largest(lengths, bins) > max_tokens:
         # Dealing into more bins can, rarely, overfill one; the tighter split plus empty ones respects the budget.

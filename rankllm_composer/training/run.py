@@ -1,4 +1,4 @@
-"""a run: its folder, its shards, fit, what it leaves."""
+"""Train a recipe: lock the run folder, build missing shards, fit, report the exports."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from rankllm_composer.errors import RunError
 from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import try_lock
-from rankllm_composer.training.trainer import WHEREABOUTS, build_trainer
+from rankllm_composer.training.trainer import build_trainer
 
 if TYPE_CHECKING:
     from rankllm_composer.recipe.sections import Recipe, Split
     from rankllm_composer.training.stopping import PeerWatch
 
-# The loader workers of a killed run hold its folder until they see that it is gone.
 CLAIM_WAIT_SECONDS = 30.0
+"""The loader workers of a killed run hold the lock of its folder until they notice that it is gone."""
 
 
 @contextlib.contextmanager
 def claimed_run_folder(recipe: Recipe) -> Iterator[Path]:
-    """The run's folder, held by rank 0 for as long as the run lasts. A collective."""
+    """Lock the run's folder on rank 0 while the run lasts. A collective."""
     from composer.utils import dist
 
     from rankllm_composer.distributed import run_on_rank_zero
     from rankllm_composer.recipe.load import recipe_to_yaml
 
     folder = Path(recipe.run_folder)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         run_on_rank_zero(
-            lambda: held.enter_context(claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)),
+            lambda: stack.enter_context(claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)),
             f"claim of {folder}",
         )
         yield folder
@@ -46,13 +46,13 @@ def claimed_run_folder(recipe: Recipe) -> Iterator[Path]:
 
 
 def prepare_shards(split: Split, key: str) -> None:
-    """Build the shards that a recipe names and that are absent, where it names their source. A collective.
+    """Build the shards of a split if they are absent and the recipe has their source. A collective.
 
     Args:
         split: `data.train` or `data.eval`.
         key: its dotted key, for messages.
     Raises:
-        RunError: the shards are absent and there is no source to build them from; names the command.
+        RunError: the shards are absent and there is no source; the message names the command that builds them.
     """
     from rankllm_composer.distributed import run_on_rank_zero
     from rankllm_composer.shards import build as shards
@@ -141,32 +141,33 @@ def train(recipe: Recipe) -> TrainedRun:
 
 
 def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
-    """Run a recipe from shards to exported folders; resumes from its newest checkpoint. A collective.
+    """Train a recipe, from its newest checkpoint if there is one, and export the model. A collective.
 
     Args:
-        recipe: the recipe to run.
+        recipe: a checked recipe.
         watch: ends this rank when another one dies.
     Raises:
-        ValueError: the recipe, the data or the model cannot be used.
-        Preempted: the run was asked to stop, and has stopped.
+        RankLLMComposerError: anything that a user can correct.
+        Preempted: the run stopped on request.
     """
     from composer.utils import dist
 
     from rankllm_composer.recipe.checks import check_world
     from rankllm_composer.training.assembly import choose_device
-    from rankllm_composer.training.stopping import Preempted, stop_where_nothing_is_lost, who_is_behind
+    from rankllm_composer.training.stopping import Preempted, raise_preempted
+    from rankllm_composer.training.stragglers import STATUS_FOLDER, find_stragglers
 
     device = choose_device(recipe.parallelism.device)
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
     dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
-    # Composer's own handlers end a process without a word.
+    # Composer's handlers would end the process without a message.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, stop_where_nothing_is_lost)
+    signal.signal(signal.SIGTERM, raise_preempted)
     watch.start()
     check_world(recipe, dist.get_world_size())
     with claimed_run_folder(recipe) as folder:
-        watch.who_is_behind = partial(
-            who_is_behind, folder / WHEREABOUTS, dist.get_global_rank(), dist.get_world_size()
+        watch.find_stragglers = partial(
+            find_stragglers, folder / STATUS_FOLDER, dist.get_global_rank(), dist.get_world_size()
         )
         prepare_shards(recipe.data.train, "data.train")
         if recipe.data.eval is not None and recipe.evaluation is not None:
@@ -187,11 +188,11 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
         if stopped is not None:
             raise stopped
         if dist.get_global_rank() == 0 and recipe.export_folder is not None:
-            print(_exports_summary(TrainedRun.of_recipe(recipe)))
+            print(exports_summary(TrainedRun.of_recipe(recipe)))
 
 
-def _exports_summary(run: TrainedRun) -> str:
-    """The exports of a run, and the command that serves the best, or the newest if none is the best."""
+def exports_summary(run: TrainedRun) -> str:
+    """List the exports of a run, with the command that uses the best one, or the newest if none is marked best."""
     from rankllm_composer.export.model_card import serving_command
     from rankllm_composer.prompts.contract import read_contract
 

@@ -1,4 +1,4 @@
-"""One rank fails, all ranks end: within seconds, with one readable error, leaving nothing behind."""
+"""Stop all ranks together: within seconds after a failure, or with a checkpoint on request."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from composer.core import Callback, Event, State
-from composer.loggers import Logger
+from composer.core import Callback
 from composer.utils import dist
 
 from rankllm_composer.redaction import redact
@@ -26,17 +23,14 @@ if TYPE_CHECKING:
     from composer.loggers import Logger
 
 POLL_SECONDS = 0.5
-
-
-# How long a rank may take to see by itself that another one is gone, and to end once it has failed.
 GRACE_SECONDS = 5.0
+"""How long a rank may take to notice by itself that another one is gone, and to exit after it failed."""
 
-
-GO_ON = "nothing saved is lost: start again with the same command to go on from the last checkpoint"
+RESUME = "checkpoints are intact; rerun the same command to resume"
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and has: a checkpoint of where every rank stands, or nothing to save."""
+    """The run stopped on request, after it wrote a checkpoint if there was anything to save."""
 
 
 class Peer(NamedTuple):
@@ -57,21 +51,21 @@ class Peer(NamedTuple):
 
 
 class PeerWatch:
-    """Ends this rank when another one on its machine has died, also where a collective would wait for it for ever.
+    """End this rank when another one on its machine has died, even if a collective would wait forever.
 
-    A rank that sees the loss by itself, as an error of a collective, ends as its program says; one that does not is
-    ended after `GRACE_SECONDS`.
+    A rank that notices the loss by itself, as an error of a collective, exits normally; any other is ended after
+    `GRACE_SECONDS`.
 
     Args:
-        end: ends the process with an exit code, at once.
+        end: ends the process with an exit code, immediately.
     Attributes:
-        who_is_behind: asked when this rank's waiting for others timed out: whom it waited for, or "".
+        find_stragglers: called after a collective timed out; returns which ranks it waited for, or "".
     """
 
     def __init__(self, end: Callable[[int], object] = os._exit) -> None:
         self.rank = 0
         self.peers: list[Peer] = []
-        self.who_is_behind: Callable[[], str] = str
+        self.find_stragglers: Callable[[], str] = str
         self._end = end
         self._stopped = threading.Event()
 
@@ -86,59 +80,59 @@ class PeerWatch:
         self.watch([peer for other, peer in everyone if other == machine and peer.rank != self.rank])
 
     def watch(self, peers: list[Peer]) -> None:
-        """Watch these."""
+        """Watch the given ranks."""
         self.peers = peers
         if peers:
             threading.Thread(target=self._look, name="peer watch", daemon=True).start()
 
     def stop(self) -> None:
-        """Watch no longer: from here on ranks end one by one."""
+        """Stop watching: from here on, ranks end one by one."""
         self._stopped.set()
 
     def lost(self, wait_seconds: float = 0.0) -> list[Peer]:
-        """Peers that have died; waits for one."""
+        """Return the peers that have died; wait up to `wait_seconds` for the first."""
         deadline = time.monotonic() + wait_seconds
         while not (gone := [peer for peer in self.peers if not peer.is_alive()]) and time.monotonic() < deadline:
             time.sleep(0.05)
         return gone
 
     def exit_code(self, failure: BaseException) -> int:
-        """Say once, on the right rank, what ended this one; it then ends within `GRACE_SECONDS`.
+        """Report a failure once, on the right rank, and make sure that this process ends within `GRACE_SECONDS`.
 
-        An error that all ranks have is rank 0's to tell; what follows from the death of another is told as that.
+        Rank 0 reports an error that all ranks have. A failure caused by the death of another rank is reported as such.
 
         Returns:
-            130 for an interrupt, 2 for what a user can correct, 1 for anything else.
+            Exit code: 130 for an interrupt, 2 for an error that a user can correct, 1 for anything else.
         """
         self.stop()
         if self.peers:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, to those that are left: heard already
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it to the remaining ranks
         code = 130 if isinstance(failure, KeyboardInterrupt) else 2 if isinstance(failure, ValueError) else 1
-        patience = GRACE_SECONDS if self.rank else GRACE_SECONDS / 4  # rank 0 speaks first, and is then gone
+        patience = GRACE_SECONDS if self.rank else GRACE_SECONDS / 4  # rank 0 reports first, then exits
         gone = self.lost(patience) if code == 1 or (code == 2 and self.rank) else []
         if code == 130:
             if self.rank == 0:
-                say(f"error: interrupted; {GO_ON}")
+                report(f"error: interrupted; {RESUME}")
         elif any(peer.rank == 0 for peer in gone):
-            say(f"rank {self.rank}: ends with rank 0")
+            report(f"rank {self.rank}: stopped because rank 0 failed")
         elif code == 1 and gone:
-            say(loss_of_peers(self.rank, gone))
+            report(lost_ranks_message(self.rank, gone))
         elif code == 2:
-            say(f"error: rank {self.rank}: {failure}" if self.rank else f"error: {failure}")
+            report(f"error: rank {self.rank}: {failure}" if self.rank else f"error: {failure}")
         else:
-            say("".join(traceback.format_exception(failure)).rstrip())
-            behind = self.who_is_behind() if "timed out" in str(failure).lower() else ""
-            stalled = f"; it waited for {behind}" if behind else ""
-            say(f"error: rank {self.rank}: {type(failure).__name__}: {failure}{stalled}; {GO_ON}")
+            report("".join(traceback.format_exception(failure)).rstrip())
+            stragglers = self.find_stragglers() if "timed out" in str(failure).lower() else ""
+            waited = f"; it waited for {stragglers}" if stragglers else ""
+            report(f"error: rank {self.rank}: {type(failure).__name__}: {failure}{waited}; {RESUME}")
         if self.peers:
             threading.Thread(target=self._end_later, args=(code,), name="end", daemon=True).start()
         return code
 
-    def exit_as_asked(self, request: Preempted) -> int:
-        """End because somebody asked for it, within `GRACE_SECONDS`; rank 0 says so. Returns the exit code 0."""
+    def exit_preempted(self, request: Preempted) -> int:
+        """Report a stop on request, on rank 0, and end this process within `GRACE_SECONDS`. Returns exit code 0."""
         self.stop()
         if self.rank == 0:
-            say(str(request))
+            report(str(request))
         if self.peers:
             threading.Thread(target=self._end_later, args=(0,), name="end", daemon=True).start()
         return 0
@@ -151,33 +145,33 @@ class PeerWatch:
         while not self._stopped.wait(POLL_SECONDS):
             gone = self.lost()
             if gone and not self._stopped.wait(GRACE_SECONDS):
-                say(loss_of_peers(self.rank, gone))
+                report(lost_ranks_message(self.rank, gone))
                 self._end(1)
                 return
 
 
-def loss_of_peers(rank: int, gone: list[Peer]) -> str:
-    """What a rank says that ends because others did."""
-    who = " and ".join(f"rank {peer.rank} (process {peer.process})" for peer in gone)
+def lost_ranks_message(rank: int, gone: list[Peer]) -> str:
+    """Explain that a rank stops because others died."""
+    ranks = " and ".join(f"rank {peer.rank} (process {peer.process})" for peer in gone)
     return (
-        f"error: rank {rank}: {who} ended before the run did; if it said why, that is printed here too; if not, it was "
-        f"killed, perhaps for want of memory; {GO_ON}"
+        f"error: rank {rank}: {ranks} died. Its own error, if any, is printed above; otherwise it was killed, possibly "
+        f"by the OOM killer; {RESUME}"
     )
 
 
-def say(text: str) -> None:
-    """Print to standard error at once, without secrets: errors of a store's client may hold a signed URL."""
-    print(redact(text), file=sys.stderr, flush=True)
+def report(message: str) -> None:
+    """Print to standard error without secrets, such as a signed URL in an error of an object store's client."""
+    print(redact(message), file=sys.stderr, flush=True)
 
 
 class Preemption(Callback):
-    """Stops all ranks at the next batch boundary once any of them got SIGTERM, or lost the launcher that started it.
+    """Stop all ranks at the next batch boundary after any of them got SIGTERM or lost its launcher.
 
-    Stands behind the callbacks that write. At the last batch of an epoch the stop waits for what the end of the epoch
-    does.
+    Place it after the callbacks that write files. After the last batch of an epoch it stops once the callbacks of the
+    end of the epoch have run.
 
     Args:
-        save: writes a checkpoint of a state, where there is none; a collective.
+        save: collective that writes a checkpoint of a state unless there is one.
         ends_epoch: whether the batch just trained is the last of its epoch.
     Raises:
         Preempted: on every rank, after the checkpoint.
@@ -187,19 +181,19 @@ class Preemption(Callback):
         self.save = save
         self.ends_epoch = ends_epoch
         self._launcher = os.getppid()
-        self._is_asked = self._is_agreed = False
+        self._is_requested = self._is_agreed = False
         self._handler_before: Any = signal.SIG_DFL
 
     def fit_start(self, state: State, logger: Logger) -> None:
         del state, logger
-        self._handler_before = signal.signal(signal.SIGTERM, self._ask)
+        self._handler_before = signal.signal(signal.SIGTERM, self._request)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         del logger
-        asked = torch.tensor([self._is_asked or os.getppid() != self._launcher], dtype=torch.int32)
-        asked = state.device.tensor_to_device(asked)
-        dist.all_reduce(asked, reduce_operation="MAX")
-        self._is_agreed = bool(asked.item())
+        requested = torch.tensor([self._is_requested or os.getppid() != self._launcher], dtype=torch.int32)
+        requested = state.device.tensor_to_device(requested)
+        dist.all_reduce(requested, reduce_operation="MAX")
+        self._is_agreed = bool(requested.item())
         if self._is_agreed and not self.ends_epoch(state):
             self._stop(state)
 
@@ -212,123 +206,29 @@ class Preemption(Callback):
         del state, logger
         signal.signal(signal.SIGTERM, self._handler_before)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _request(self, number: int, frame: object) -> None:
         del number, frame
-        self._is_asked = True
+        self._is_requested = True
 
     def _stop(self, state: State) -> None:
         self.save(state)
         raise Preempted(
-            f"asked to stop (SIGTERM, or the launcher is gone): stopped after batch {state.timestamp.batch.value} "
-            "with a checkpoint of it; start again with the same command to go on from there"
+            f"stop requested (SIGTERM, or the launcher is gone): wrote a checkpoint after batch "
+            f"{state.timestamp.batch.value}; rerun the same command to resume"
         )
 
 
-def stop_where_nothing_is_lost(number: int, frame: object) -> None:
-    """Answer to SIGTERM before and after training.
+def raise_preempted(number: int, frame: object) -> None:
+    """Handle SIGTERM before and after training, when there is nothing to save.
 
     Raises:
-        Preempted: at once.
+        Preempted: always.
     """
     del number, frame
-    raise Preempted(
-        "asked to stop (SIGTERM) where there is nothing to save; start again with the same command to go on from there"
-    )
+    raise Preempted("stop requested (SIGTERM) outside training, nothing to save; rerun the same command to resume")
 
 
 def ignore_sigterm(worker: int) -> None:
-    """What a loader worker does first: a signal to the whole process group is the trainer's to answer."""
+    """Initialize a loader worker: only the trainer handles a signal to the process group."""
     del worker
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-DOING = {
-    Event.BEFORE_DATALOADER: "reading the batch",
-    Event.BEFORE_FORWARD: "forward pass",
-    Event.BEFORE_BACKWARD: "backward pass",
-    Event.AFTER_TRAIN_BATCH: "update of the weights",
-    Event.BATCH_END: "evaluation, checkpoint or export after the batch",
-    Event.EPOCH_END: "evaluation, checkpoint or export after the epoch",
-}
-
-
-_NOTE_BYTES = 120
-
-
-# How long ranks that wait for the same one may differ in seeing that they wait in vain.
-NOTICE_SECONDS = 1.0
-
-
-class Note(NamedTuple):
-    """What a rank does: how many steps of the run it has gone before, the batch, the step, since when (Unix time)."""
-
-    num_steps: int
-    batch: int
-    doing: str
-    since: float
-
-
-class Whereabouts(Callback):
-    """Note in a small file, at each step of a batch, what this rank does.
-
-    Args:
-        folder: on a disk that all ranks share.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = _note_path(folder, dist.get_global_rank())
-        self._file = self._path.open("w+b", buffering=0)
-        self._num_steps = 0
-
-    def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        doing = DOING.get(event)
-        if doing is not None:
-            batch = state.timestamp.batch.value + (event not in (Event.BATCH_END, Event.EPOCH_END))
-            with suppress(OSError):  # a full disk is told by what has to be written
-                self._file.seek(0)
-                self._file.write(f"{self._num_steps}\t{batch}\t{doing}\t{time.time()}".ljust(_NOTE_BYTES).encode())
-            self._num_steps += 1
-        super().run_event(event, state, logger)
-
-    def close(self, state: State, logger: Logger) -> None:
-        del state, logger
-        self._file.close()
-        self._path.unlink(missing_ok=True)
-
-
-def read_notes(folder: Path, num_ranks: int) -> dict[int, Note]:
-    """The notes of the ranks of a run, by rank; ranks that have none are left out."""
-    notes = {}
-    for rank in range(num_ranks):
-        try:
-            steps, batch, doing, since = _note_path(folder, rank).read_text().strip().split("\t")
-            notes[rank] = Note(int(steps), int(batch), doing, float(since))
-        except (OSError, ValueError):
-            continue
-    return notes
-
-
-def who_is_behind(folder: Path, rank: int, num_ranks: int) -> str:
-    """Whom this rank waited for in vain, as "rank 1 (batch 3: forward pass, for 62 s)"; "" if nobody is behind.
-
-    That is who has gone the fewest steps, and no more than this rank, and has not noticed that it waits in vain itself.
-    A rank that asks counts as one that has noticed: its note goes.
-    """
-    own = read_notes(folder, num_ranks).get(rank)
-    _note_path(folder, rank).unlink(missing_ok=True)
-    time.sleep(NOTICE_SECONDS)
-    notes = read_notes(folder, num_ranks)
-    if own is None or not notes:
-        return ""
-    fewest = min(note.num_steps for note in notes.values())
-    now = time.time()
-    return " and ".join(
-        f"rank {other} (batch {note.batch}: {note.doing}, for {now - note.since:.0f} s)"
-        for other, note in notes.items()
-        if note.num_steps == fewest <= own.num_steps
-    )
-
-
-def _note_path(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank}"

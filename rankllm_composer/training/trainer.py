@@ -1,4 +1,4 @@
-"""A Composer Trainer from a recipe: every part of a run, put together."""
+"""Build the Composer Trainer of a recipe."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ if TYPE_CHECKING:
 
     from rankllm_composer.recipe.sections import Recipe
 
-WHEREABOUTS = ".ranks"
-
 
 def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
-    """Everything a recipe names, put into a Composer Trainer. A collective."""
+    """Build everything that a recipe names and assemble it into a Composer Trainer. A collective."""
     from composer import Trainer
     from composer.algorithms import GradientClipping
     from composer.utils.parallelism import FSDP2Config
@@ -25,14 +23,15 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
     from rankllm_composer.distributed import average_sharded_gradients
     from rankllm_composer.model.neftune import NEFTune
     from rankllm_composer.training.schedule import apply_schedule, build_schedule
-    from rankllm_composer.training.stopping import Whereabouts, ignore_sigterm
+    from rankllm_composer.training.stopping import ignore_sigterm
+    from rankllm_composer.training.stragglers import STATUS_FOLDER, StatusNotes
 
     tokenizer = assembly.build_tokenizer(recipe)
     dataset = assembly.build_dataset(recipe, recipe.data.train, tokenizer)
     contract = assembly.build_contract(recipe, dataset)
     validation = assembly.build_validation(recipe, contract, tokenizer)
     precision = recipe.parallelism.precision
-    # Composer has amp_bf16 on a GPU only; on a CPU the model computes so by itself.
+    # Composer supports amp_bf16 on GPUs only; on a CPU the model casts by itself.
     model = assembly.build_model(recipe, tokenizer, device, device == "cpu" and precision == "amp_bf16")
     algorithms: list[Any] = []
     if recipe.optimizer.gradient_clip_norm is not None:
@@ -74,7 +73,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         step_schedulers_every_batch=True,
         algorithms=algorithms,
         callbacks=[
-            Whereabouts(folder / WHEREABOUTS),
+            StatusNotes(folder / STATUS_FOLDER),
             *assembly.build_callbacks(recipe, contract, model, dataset.epoch_size, validation),
         ],
         loggers=assembly.build_loggers(recipe, folder),

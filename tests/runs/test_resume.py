@@ -46,7 +46,7 @@ def test_sharded_ranks_killed_in_an_epoch_and_in_a_checkpoint(tmp_path, overlay,
     run.wait_until(lambda: run.batches() >= 3)
     kill(run.ranks()[1:])
     assert run.finish() != 0
-    assert "rank 1 (process" in run.output() and "start again with the same command" in run.output()
+    assert "rank 1 (process" in run.output() and "rerun the same command to resume" in run.output()
 
     run = Run(RECIPE, overlay, tmp_path)
     run.wait_until(lambda: run.batches() >= 7 and run.is_saving())
@@ -72,7 +72,7 @@ def test_copies_with_dropout_that_are_preempted_and_lose_their_launcher(tmp_path
     run.wait_until(lambda: run.batches() >= 3)
     kill(run.ranks(), signal.SIGTERM)
     assert run.finish() == 0, run.output()
-    assert "asked to stop" in run.output()
+    assert "stop requested" in run.output()
     stopped = comparable_metrics(run.folder)[-1]["batch"]
     assert stopped < 12 and newest(run.folder).name == name_of(stopped)  # also where none was due
 

@@ -1,4 +1,4 @@
-"""Who ends when another rank has died, and who says what."""
+"""How ranks stop when another one died, and which of them reports it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import threading
 import psutil
 import pytest
 
-from rankllm_composer.training import stopping as clean_stop
+from rankllm_composer.training import stopping
 from rankllm_composer.training.stopping import Peer, PeerWatch, Preempted
 
 
 @pytest.fixture(autouse=True)
-def hurried(monkeypatch):
-    monkeypatch.setattr(clean_stop, "GRACE_SECONDS", 0.2)
-    monkeypatch.setattr(clean_stop, "POLL_SECONDS", 0.02)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(stopping, "POLL_SECONDS", 0.02)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -36,7 +36,7 @@ def peer(process: subprocess.Popen, rank: int) -> Peer:
 
 
 def new_watch(rank: int, peers: list[Peer]) -> tuple[PeerWatch, list[int], threading.Event]:
-    """A watch that notes the exit code instead of ending this process."""
+    """A watch that records the exit code instead of ending this process."""
     codes: list[int] = []
     ended = threading.Event()
 
@@ -50,17 +50,17 @@ def new_watch(rank: int, peers: list[Peer]) -> tuple[PeerWatch, list[int], threa
     return watch, codes, ended
 
 
-def test_a_rank_stuck_without_its_peer_is_ended(process, capsys):
+def test_a_rank_that_waits_for_a_dead_peer_is_ended(process, capsys):
     watch, codes, ended = new_watch(0, [peer(process, 1)])
     assert watch.lost() == [] and codes == []
-    process.kill()  # unreaped: a zombie is as good as gone
+    process.kill()  # not reaped: a zombie counts as dead
     assert ended.wait(30) and codes == [1]
-    said = capsys.readouterr().err
-    assert f"error: rank 0: rank 1 (process {process.pid}) ended before the run did" in said
-    assert "start again with the same command" in said
+    message = capsys.readouterr().err
+    assert f"error: rank 0: rank 1 (process {process.pid}) died. " in message
+    assert "rerun the same command to resume" in message
 
 
-def test_a_stopped_watch_lets_peers_go(process):
+def test_a_stopped_watch_ignores_peers_that_exit(process):
     watch, codes, ended = new_watch(0, [peer(process, 1)])
     watch.stop()
     process.kill()
@@ -68,19 +68,19 @@ def test_a_stopped_watch_lets_peers_go(process):
 
 
 @pytest.mark.parametrize(
-    "rank, gone, failure, code, said",
+    "rank, gone, failure, code, message",
     [
         (0, False, ValueError("run.name: bad"), 2, "error: run.name: bad\n"),
         (1, False, ValueError("shard 3 is bad"), 2, "error: rank 1: shard 3 is bad\n"),
-        (1, True, ValueError("run.name: bad"), 2, "rank 1: ends with rank 0\n"),
-        (1, True, RuntimeError("Connection closed by peer"), 1, "rank 1: ends with rank 0\n"),
+        (1, True, ValueError("run.name: bad"), 2, "rank 1: stopped because rank 0 failed\n"),
+        (1, True, RuntimeError("Connection closed by peer"), 1, "rank 1: stopped because rank 0 failed\n"),
         (0, True, RuntimeError("Connection closed by peer"), 1, "error: rank 0: rank 1 (process "),
-        (0, False, RuntimeError("a bug"), 1, "error: rank 0: RuntimeError: a bug; nothing saved is lost"),
-        (0, False, KeyboardInterrupt(), 130, "error: interrupted; nothing saved is lost"),
+        (0, False, RuntimeError("a bug"), 1, "error: rank 0: RuntimeError: a bug; checkpoints are intact"),
+        (0, False, KeyboardInterrupt(), 130, "error: interrupted; checkpoints are intact"),
         (1, False, KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_one_rank_tells(process, capsys, rank, gone, failure, code, said):
+def test_one_rank_reports_the_failure(process, capsys, rank, gone, failure, code, message):
     other = peer(process, 1 - rank)
     if gone:
         process.kill()
@@ -88,34 +88,34 @@ def test_one_rank_tells(process, capsys, rank, gone, failure, code, said):
     watch, codes, ended = new_watch(rank, [other])
     assert watch.exit_code(failure) == code
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert ("Traceback" in err or "RuntimeError: a bug\n" in err) == (str(failure) == "a bug")
-    assert ended.wait(30) and codes == [code]  # had its exit waited for something
+    assert ended.wait(30) and codes == [code]  # the process ends even if its exit would block
 
 
 @pytest.mark.parametrize("failure", [ValueError, RuntimeError])
-def test_an_error_tells_no_secret(capsys, monkeypatch, failure):
-    """As a store's client puts a signed URL into its error, or a token that it was given."""
+def test_secrets_are_redacted_from_errors(capsys, monkeypatch, failure):
+    """Clients of object stores put signed URLs and tokens into their errors."""
     monkeypatch.setenv("HF_TOKEN", "a token of the environment")
     url = "https://b.s3.amazonaws.com/k?X-Amz-Credential=A%2Fb&X-Amz-Signature=ff00ff00"
     try:
         raise failure(f"GET {url} with 'a token of the environment' of s3://key:hushhush@bucket was refused")
     except failure as error:
         PeerWatch().exit_code(error)
-    said = capsys.readouterr().err
-    assert "GET https://b.s3.amazonaws.com/k?[redacted]" in said and "@bucket was refused" in said
-    assert not [word for word in ("ff00ff00", "a token of", "hushhush") if word in said]
+    message = capsys.readouterr().err
+    assert "GET https://b.s3.amazonaws.com/k?[redacted]" in message and "@bucket was refused" in message
+    assert not [word for word in ("ff00ff00", "a token of", "hushhush") if word in message]
 
 
-@pytest.mark.parametrize("rank, said", [(0, "asked to stop\n"), (1, "")])
-def test_a_run_that_was_asked_to_stop_ends_well(process, capsys, rank, said):
+@pytest.mark.parametrize("rank, message", [(0, "stop requested\n"), (1, "")])
+def test_a_run_stopped_on_request_exits_with_0(process, capsys, rank, message):
     watch, codes, ended = new_watch(rank, [peer(process, 1 - rank)])
-    assert watch.exit_as_asked(Preempted("asked to stop")) == 0
-    assert capsys.readouterr().err == said
-    assert ended.wait(30) and codes == [0]  # had its exit waited for something
+    assert watch.exit_preempted(Preempted("stop requested")) == 0
+    assert capsys.readouterr().err == message
+    assert ended.wait(30) and codes == [0]  # the process ends even if its exit would block
 
 
-def test_a_single_process_has_nobody_to_wait_for(capsys):
+def test_a_single_process_exits_at_once(capsys):
     watch = PeerWatch()
     assert watch.exit_code(ValueError("recipe.yaml: absent")) == 2
     assert capsys.readouterr().err == "error: recipe.yaml: absent\n"

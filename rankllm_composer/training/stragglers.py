@@ -1,0 +1,112 @@
+"""Per-rank status notes, so that a timeout can name the straggler."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+STATUS_FOLDER = ".ranks"
+"""Folder of the notes, in the folder of the run."""
+
+ACTIVITIES = {
+    Event.BEFORE_DATALOADER: "reading the batch",
+    Event.BEFORE_FORWARD: "forward pass",
+    Event.BEFORE_BACKWARD: "backward pass",
+    Event.AFTER_TRAIN_BATCH: "optimizer step",
+    Event.BATCH_END: "evaluation, checkpoint or export after the batch",
+    Event.EPOCH_END: "evaluation, checkpoint or export after the epoch",
+}
+
+
+NOTICE_SECONDS = 1.0
+"""How far apart the timeouts of ranks that wait for the same one may be."""
+
+_NOTE_BYTES = 120
+
+
+class StatusNote(NamedTuple):
+    """What a rank is doing.
+
+    Args:
+        num_steps: steps of the run that the rank has finished.
+        batch: number of the batch, 1 = the first.
+        activity: a value of `ACTIVITIES`.
+        since: Unix time when it began.
+    """
+
+    num_steps: int
+    batch: int
+    activity: str
+    since: float
+
+
+class StatusNotes(Callback):
+    """Write to a small file, at each step of a batch, what this rank is doing.
+
+    Args:
+        folder: on a disk that all ranks share.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = _note_path(folder, dist.get_global_rank())
+        self._file = self._path.open("w+b", buffering=0)
+        self._num_steps = 0
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        activity = ACTIVITIES.get(event)
+        if activity is not None:
+            batch = state.timestamp.batch.value + (event not in (Event.BATCH_END, Event.EPOCH_END))
+            with suppress(OSError):  # a full disk is reported by whatever must be written
+                self._file.seek(0)
+                self._file.write(f"{self._num_steps}\t{batch}\t{activity}\t{time.time()}".ljust(_NOTE_BYTES).encode())
+            self._num_steps += 1
+        super().run_event(event, state, logger)
+
+    def close(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def read_notes(folder: Path, num_ranks: int) -> dict[int, StatusNote]:
+    """Read the notes of the ranks of a run, by rank; a rank without a readable note is left out."""
+    notes = {}
+    for rank in range(num_ranks):
+        try:
+            steps, batch, activity, since = _note_path(folder, rank).read_text().strip().split("\t")
+            notes[rank] = StatusNote(int(steps), int(batch), activity, float(since))
+        except (OSError, ValueError):
+            continue
+    return notes
+
+
+def find_stragglers(folder: Path, rank: int, num_ranks: int) -> str:
+    """Name the ranks that this one waited for, as "rank 1 (batch 3: forward pass, for 62 s)"; "" if there are none.
+
+    Stragglers have finished the fewest steps, at most as many as this rank, and have not timed out themselves: a rank
+    that times out removes its note here.
+    """
+    own_note = read_notes(folder, num_ranks).get(rank)
+    _note_path(folder, rank).unlink(missing_ok=True)
+    time.sleep(NOTICE_SECONDS)
+    notes = read_notes(folder, num_ranks)
+    if own_note is None or not notes:
+        return ""
+    fewest = min(note.num_steps for note in notes.values())
+    now = time.time()
+    return " and ".join(
+        f"rank {other} (batch {note.batch}: {note.activity}, for {now - note.since:.0f} s)"
+        for other, note in notes.items()
+        if note.num_steps == fewest <= own_note.num_steps
+    )
+
+
+def _note_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}"
