@@ -261,10 +261,10 @@ def test_every_command(here):
 
 @pytest.mark.filterwarnings("ignore::rankllm_composer.recipe.load.RecipeWarning")
 def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
-    """Snippets inside a numbered list, as in losses.md, are the matter of tests/model/test_losses_page.py."""
+    """The snippets of losses.md are executed by tests/model/test_losses_page.py."""
     monkeypatch.chdir(tmp_path)
     Path("yamls").symlink_to(REPOSITORY / "yamls")
-    snippets = [block for block in BLOCKS if block.language == "python"]
+    snippets = [block for block in BLOCKS if block.language == "python" and block.page != "losses.md"]
     for block in snippets:
         exec(compile(block.text, block.page, "exec"), {})
     (readme,) = (block for block in snippets if block.page == "README.md")
@@ -318,7 +318,7 @@ def shown() -> dict[tuple[str, int], Block]:
 
 
 def test_every_block_is_of_a_kind_that_is_held():
-    assert {block.language for block in BLOCKS} <= {"bash", "python", "json", "text"}
+    assert {block.language for block in BLOCKS if block.page != "losses.md"} <= {"bash", "python", "json", "text"}
     assert set(shown()) == set(SHOWN)
     for page in PAGES:
         rest = FENCE.sub("", page.read_text())
@@ -410,8 +410,8 @@ def test_where_to_add_something_names_files_and_tests_that_exist():
 def test_moved_modules_are_where_the_changelog_says():
     package = REPOSITORY / "rankllm_composer"
     for old, new in tables((REPOSITORY / "CHANGELOG.md").read_text())["old module"]:
-        targets = re.findall(r"`([\w/]+(?:\.py|/))`", new.replace("`benchmarks/`", ""))
-        assert targets and all((package / target).exists() for target in targets), new
+        targets = re.findall(r"`([\w/]+(?:\.py|/))`", new)
+        assert targets and all((package / target).exists() or target == "benchmarks/" for target in targets), new
         if "under the same name" in new:
             assert all((package / targets[0] / f"{name}.py").exists() for name in re.findall(r"`(\w+)`", old)), old
 
