@@ -30,7 +30,7 @@ from steps import new_stepper
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from workload import SHAPES, new_lists, new_model, typical_lengths
 
-from rankllm_composer.data.dataset import ListDataset, build_train_data_spec
+from rankllm_composer.data.dataset import ListDataset, ListEncoding, build_train_data_spec
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import format_permutation
@@ -80,13 +80,8 @@ def write_shards(records: list[Record], folder: Path) -> None:
 def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, workers: int) -> tuple[float, ...]:
     """Seconds to the first batch and of the first epoch; lists, tokens a list, tokens a second and a CPU second."""
     cpu = cpu_seconds()
-    dataset = ListDataset(
-        [Stream(local=str(folder))],
-        tokenizer=tokenizer,
-        objective="combined",
-        max_length_tokens=MAX_LENGTH_TOKENS,
-        batch_size=batch_size,
-    )
+    encoding = ListEncoding(tokenizer=tokenizer, objective="combined", max_length_tokens=MAX_LENGTH_TOKENS)
+    dataset = ListDataset([Stream(local=str(folder))], encoding, batch_size=batch_size)
     loader = build_train_data_spec(dataset, microbatch_lists=1, num_workers=workers).dataloader
     start = time.perf_counter()
     first_batch = 0.0

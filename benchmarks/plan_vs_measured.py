@@ -79,20 +79,15 @@ def measure(case: dict[str, Any]) -> int:
 
     from rankllm_composer.data import packing
     from rankllm_composer.distributed import average_sharded_gradients
-    from rankllm_composer.model.reranker import ListwiseReranker
+    from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
     from rankllm_composer.preflight.memory import placeholder_lists
 
     work = workload(case)
     each = len(work.lengths)
     rows = placeholder_lists(work) * (2 if work.accumulates else 1)
-    base = AutoModelForCausalLM.from_config(work.config)
-    model = ListwiseReranker(
-        base.float().train(),
-        None,
-        work.objective,
-        activation_checkpointing=work.activation_checkpointing,
-        peft_config=work.peft_config,
-    )
+    base = AutoModelForCausalLM.from_config(work.config).float().train()
+    checkpoint_activations(base, work.activation_checkpointing)
+    model = ListwiseReranker(base, None, work.objective, peft_config=work.peft_config)
     sampler = dist.get_sampler(rows * (2 * work.num_ranks), shuffle=False)
     loader = DataLoader(
         rows * (2 * work.num_ranks), len(rows), sampler=sampler, collate_fn=lambda part: {"sequences": part}

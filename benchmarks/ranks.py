@@ -44,7 +44,7 @@ def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded:
     from rankllm_composer.data import packing
     from rankllm_composer.distributed import average_sharded_gradients
     from rankllm_composer.model.objective import Objective
-    from rankllm_composer.model.reranker import ListwiseReranker
+    from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 
     class Batches(IterableDataset):
         """This rank's share of every global batch."""
@@ -74,7 +74,9 @@ def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded:
         get_num_samples_in_batch=packing.num_samples_in_batch,
         get_num_tokens_in_batch=packing.num_tokens_in_batch,
     )
-    model = ListwiseReranker(new_model(shape), None, Objective("combined"), activation_checkpointing=1.0)
+    base = new_model(shape)
+    checkpoint_activations(base, 1.0)
+    model = ListwiseReranker(base, None, Objective("combined"))
     clock = Clock()
     trainer = Trainer(
         model=model,

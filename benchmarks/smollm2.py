@@ -35,13 +35,12 @@ from known_item import KnownItems, build_known_items
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from word_lists import Index, WordList, asked_by_texts, assembled_lists, judged_lists, without_gaps
 
-from rankllm_composer.data.packing import Sequence as PackedSequence
-from rankllm_composer.data.packing import split_batch
+from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.demo import export_untrained
 from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
-from rankllm_composer.options import RerankOptions
+from rankllm_composer.options import ModelOptions, RerankOptions
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import format_permutation
 from rankllm_composer.prompts.record import Record
@@ -248,8 +247,8 @@ def give_lesson(recipe: Recipe, begin: Path, records: Iterable[Record], rate: fl
     """
     started = time.monotonic()
     size, items = recipe.batch.global_lists, list(records)
-    tokenizer = load_tokenizer(str(begin))
-    causal_lm = load_causal_lm(str(begin), config_overrides=recipe.model.config_overrides)
+    options = ModelOptions(name_or_path=begin, config_overrides=recipe.model.config_overrides)
+    tokenizer, causal_lm = load_tokenizer(options), load_causal_lm(options)
     objective = Objective("ranking", ranking_loss="ranknet", ranking_loss_options={"weighted": True})
     model = ListwiseReranker(causal_lm, tokenizer, objective, bf16_on_cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -258,7 +257,7 @@ def give_lesson(recipe: Recipe, begin: Path, records: Iterable[Record], rate: fl
         done = start / len(items)
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (start / size + 1) / 10) * (1 - 0.7 * done)
         encoded = [encode_record(record, tokenizer, "ranking") for record in items[start : start + size]]
-        sequences = [PackedSequence(item, record.id, 0) for item, record in zip(encoded, items[start:])]
+        sequences = [TokenizedList(item, record.id, 0) for item, record in zip(encoded, items[start:])]
         (batch,) = split_batch({"sequences": sequences}, max_lists=size)
         loss = model.loss(model(batch), batch)["total"]
         loss.backward()

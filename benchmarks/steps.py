@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from rankllm_composer.data.packing import Sequence, split_batch
+from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 
@@ -25,7 +25,7 @@ SMOOTHING = 0.0
 STEPS = ("plain", "packed")
 
 
-def plain_loss(model: PreTrainedModel, lists: list[Sequence]) -> torch.Tensor:
+def plain_loss(model: PreTrainedModel, lists: list[TokenizedList]) -> torch.Tensor:
     """Right-padded to the longest list, logits at every place, then list by list and pair by pair, as published.
 
     The LM part takes the log-softmax of all logits but the last place's, and its sum over the vocabulary besides, for a
@@ -62,7 +62,7 @@ def plain_loss(model: PreTrainedModel, lists: list[Sequence]) -> torch.Tensor:
     return language_modelling + RANKING_WEIGHT * torch.stack(list_losses).mean()
 
 
-def packed_loss(reranker: ListwiseReranker, lists: list[Sequence]) -> torch.Tensor:
+def packed_loss(reranker: ListwiseReranker, lists: list[TokenizedList]) -> torch.Tensor:
     """All lists as one packed microbatch of ours."""
     (batch,) = split_batch({"sequences": lists}, max_lists=len(lists))
     return reranker.loss(reranker(batch), batch)["total"]
@@ -73,10 +73,10 @@ class Stepper:
     """A model, its optimizer and the loss that one of the two steps computes."""
 
     model: torch.nn.Module
-    loss: Callable[[torch.nn.Module, list[Sequence]], torch.Tensor]
+    loss: Callable[[torch.nn.Module, list[TokenizedList]], torch.Tensor]
     optimizer: torch.optim.Optimizer
 
-    def __call__(self, lists: list[Sequence]) -> tuple[float, float]:
+    def __call__(self, lists: list[TokenizedList]) -> tuple[float, float]:
         """One optimizer step. Returns seconds and the loss.
 
         Seconds are of CPU time where there is one thread: others on the machine then change them little.
@@ -102,14 +102,10 @@ def new_stepper(
         compile_layers: torch.compile of each layer; packed only.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    checkpoint_activations(model, activation_checkpointing)
     if kind == "plain":
-        checkpoint_activations(model, activation_checkpointing)
         return Stepper(model, plain_loss, optimizer)
-    reranker = ListwiseReranker(
-        model,
-        None,
-        Objective("combined", ranking_weight=RANKING_WEIGHT),
-        activation_checkpointing=activation_checkpointing,
-        compile_layers=compile_layers,
-    )
+    reranker = ListwiseReranker(model, None, Objective("combined", ranking_weight=RANKING_WEIGHT))
+    if compile_layers:
+        reranker.compile_layers()
     return Stepper(reranker, packed_loss, optimizer)

@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from rankllm_composer.data.packing import Sequence
+    from rankllm_composer.data.packing import TokenizedList
 
 NUM_PASSAGES = 20
 PROMPT_TOKENS, RESPONSE_TOKENS = 160, 80
@@ -150,15 +150,15 @@ def typical_lengths(num_lists: int, num_draws: int = 1000) -> list[int]:
     return draws[int(distance.argmin())]
 
 
-def new_lists(lengths: list[int], shape: str) -> list[Sequence]:
+def new_lists(lengths: list[int], shape: str) -> list[TokenizedList]:
     """Teacher-ranked lists of these lengths, encoded for the combined objective."""
-    from rankllm_composer.data.packing import Sequence
+    from rankllm_composer.data.packing import TokenizedList
     from rankllm_composer.prompts.encoding import EncodedRecord
 
     rng = np.random.default_rng(0)
     vocabulary = SHAPES[shape][1]["vocab_size"]
     return [
-        Sequence(
+        TokenizedList(
             EncodedRecord(
                 input_ids=rng.integers(0, vocabulary, length).astype(np.int32),
                 response_start=length - RESPONSE_TOKENS,

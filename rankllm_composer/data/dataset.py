@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Series
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,10 +16,10 @@ from composer.utils import dist
 
 from rankllm_composer.data import packing
 from rankllm_composer.data.exact_streaming import ExactStreamingDataset
-from rankllm_composer.data.packing import Sequence
+from rankllm_composer.data.packing import TokenizedList
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import PromptError, ShardError
-from rankllm_composer.options import ObjectiveName
+from rankllm_composer.options import ObjectiveName, StreamOptions
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record, augment_record, record_key
@@ -29,27 +29,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Counted as a row so that every rank has as many, never trained.
-PADDING = Sequence(encoded=None, record_id="", record_key=0)
+PADDING = TokenizedList(encoded=None, record_id="", record_key=0)
 
 
 class LoaderError(RuntimeError):
     """The input pipeline of a rank stalled or lost a worker."""
 
 
-class ListDataset(ExactStreamingDataset):
-    """Teacher-ranked lists from MDS shards, tokenised once, where they are read: a `packing.Sequence` a row.
+@dataclass(frozen=True, kw_only=True)
+class ListEncoding:
+    """How a list becomes tokens.
 
     Args:
-        streams: where the shards are; all have a proportion, or none has.
         tokenizer: fast HF tokenizer with a chat template.
         objective: "generation", "ranking" or "combined".
-        max_length_tokens: longest prompt and response. A longer list is never cut.
-        batch_size: rows of one rank for an optimizer step (see `lists_per_rank`).
-        too_long: "drop" = the row counts, with nothing to train; "refuse" = stop.
+        max_length_tokens: most tokens in prompt and response together. A longer list is never truncated.
+        too_long: for longer lists, "drop" = count the list but do not train on it; "refuse" = stop.
+        shuffle_passages: permute the passages of each list, differently in every epoch.
+        identifiers: identifiers in the prompt; None = those of the shards.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    objective: ObjectiveName
+    max_length_tokens: int
+    too_long: Literal["drop", "refuse"] = "drop"
+    shuffle_passages: bool = False
+    identifiers: IdentifierStyle | None = None
+
+
+class ListDataset(ExactStreamingDataset):
+    """Teacher-ranked lists from MDS shards, tokenized as they are read; each row is a `TokenizedList`.
+
+    Args:
+        streams: where the shards are; all of them have a proportion, or none has.
+        encoding: how a list becomes tokens.
+        options: order, cache and downloads.
+        batch_size: rows per rank and optimizer step (see `lists_per_rank`).
         seed: of the order and of `shuffle_passages`.
-        shuffle_passages, identifiers: see `augment_record`; passages are permuted anew every epoch.
-        shuffle, num_canonical_nodes, cache_limit, predownload, download_retry, download_timeout_seconds, validate_hash:
-            see `ExactStreamingDataset`.
     Raises:
         ShardError: see `ExactStreamingDataset`.
     """
@@ -58,42 +74,15 @@ class ListDataset(ExactStreamingDataset):
 
     def __init__(
         self,
-        streams: Series[Stream],
+        streams: Sequence[Stream],
+        encoding: ListEncoding,
+        options: StreamOptions | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase,
-        objective: ObjectiveName,
-        max_length_tokens: int,
         batch_size: int,
-        too_long: Literal["drop", "refuse"] = "drop",
-        shuffle: bool = True,
         seed: int = 42,
-        shuffle_passages: bool = False,
-        identifiers: IdentifierStyle | None = None,
-        num_canonical_nodes: int | None = None,
-        cache_limit: int | str | None = None,
-        predownload: int | None = None,
-        download_retry: int = 2,
-        download_timeout_seconds: float = 60,
-        validate_hash: bool = True,
     ) -> None:
-        super().__init__(
-            streams,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            num_canonical_nodes=num_canonical_nodes,
-            cache_limit=cache_limit,
-            predownload=predownload,
-            download_retry=download_retry,
-            download_timeout_seconds=download_timeout_seconds,
-            validate_hash=validate_hash,
-        )
-        self.tokenizer = tokenizer
-        self.objective = objective
-        self.max_length_tokens = max_length_tokens
-        self.too_long = too_long
-        self.shuffle_passages = shuffle_passages
-        self.identifiers = identifiers
+        super().__init__(streams, options, batch_size=batch_size, seed=seed)
+        self.encoding = encoding
 
     def record(self, at: Any) -> Record:
         """The record of a sample number, as this epoch shows it.
@@ -103,17 +92,18 @@ class ListDataset(ExactStreamingDataset):
             ShardError: its shard cannot be read.
         """
         record = record_from_sample(super().__getitem__(at))
-        if not self.shuffle_passages and self.identifiers is None:
+        encoding = self.encoding
+        if not encoding.shuffle_passages and encoding.identifiers is None:
             return record
         return augment_record(
             record,
             seed=self.shuffle_seed,
             epoch=self._epoch,
-            shuffle_passages=self.shuffle_passages,
-            identifiers=self.identifiers,
+            shuffle_passages=encoding.shuffle_passages,
+            identifiers=encoding.identifiers,
         )
 
-    def __getitem__(self, at: Any) -> Sequence:
+    def __getitem__(self, at: Any) -> TokenizedList:
         """Row of a sample number: the list, tokenised.
 
         Raises:
@@ -122,17 +112,18 @@ class ListDataset(ExactStreamingDataset):
             ShardError: its shard cannot be read.
         """
         record = self.record(at)
-        encoded = encode_record(record, self.tokenizer, self.objective)
+        encoded = encode_record(record, self.encoding.tokenizer, self.encoding.objective)
         length = len(encoded.input_ids)
-        if length > self.max_length_tokens:
-            if self.too_long == "refuse":
+        limit = self.encoding.max_length_tokens
+        if length > limit:
+            if self.encoding.too_long == "refuse":
                 raise ShardError(
-                    f"record {record.id!r}: {length} tokens, data.max_length_tokens allows {self.max_length_tokens}; "
+                    f"record {record.id!r}: {length} tokens, data.max_length_tokens allows {limit}; "
                     "raise it, leave out and count such lists (data.too_long: drop), or build shards with fewer words "
                     "a passage"
                 )
-            return Sequence(encoded=None, record_id=record.id, record_key=record_key(record.id))
-        return Sequence(
+            return TokenizedList(encoded=None, record_id=record.id, record_key=record_key(record.id))
+        return TokenizedList(
             encoded=encoded,
             record_id=record.id,
             record_key=record_key(record.id),
@@ -144,7 +135,7 @@ class ListDataset(ExactStreamingDataset):
 class ListLoader(streaming.StreamingDataLoader):
     """The loader of a rank. Errors of its workers come as they were raised there, without the workers' traceback."""
 
-    def __iter__(self) -> Iterator[dict[str, list[Sequence]]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[dict[str, list[TokenizedList]]]:  # type: ignore[override]
         """Batches of this rank for the next epoch.
 
         Raises:
@@ -184,7 +175,7 @@ def _end_workers(iterator: Any, process: int) -> None:
         iterator._shutdown_workers()
 
 
-def collate(rows: list[Sequence]) -> dict[str, list[Sequence]]:
+def collate(rows: list[TokenizedList]) -> dict[str, list[TokenizedList]]:
     """A batch of one rank, as `packing.split_batch` takes it."""
     return {"sequences": rows}
 
@@ -225,7 +216,7 @@ def build_train_data_spec(
         prefetch_factor: batches each of them keeps ready.
         loader_timeout_seconds: longest wait for a batch before the run stops; 0 = wait forever. Needs workers.
     Returns:
-        A DataSpec whose batches are `{"sequences": [Sequence, …]}` and whose microbatches are `packing.split_batch`'s.
+        A DataSpec with batches `{"sequences": [TokenizedList, …]}` and the microbatches of `packing.split_batch`.
     Raises:
         ShardError: an epoch holds fewer lists than one global batch, or a microbatch may not hold the longest list.
     """
@@ -240,10 +231,11 @@ def build_train_data_spec(
             f"batch: found microbatch_lists {microbatch_lists} and microbatch_tokens {microbatch_tokens}, allowed is "
             "exactly one of them; leave the other out"
         )
-    if microbatch_tokens is not None and microbatch_tokens < dataset.max_length_tokens:
+    longest = dataset.encoding.max_length_tokens
+    if microbatch_tokens is not None and microbatch_tokens < longest:
         raise ShardError(
             f"batch.microbatch_tokens: found {microbatch_tokens}, allowed is data.max_length_tokens "
-            f"({dataset.max_length_tokens}) or more, or the longest list fits no microbatch; raise it, or lower that"
+            f"({longest}) or more, or the longest list fits no microbatch; raise it, or lower that"
         )
     # Tokenisers warn at a fork, once they have used threads of their own; the workers are the parallelism here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import streaming
@@ -29,9 +29,7 @@ from streaming.base.util import bytes_to_int
 from rankllm_composer.data.shared_memory import private_shared_memory
 from rankllm_composer.data.streams import Stream, cause, check_streams
 from rankllm_composer.errors import ShardError
-
-if TYPE_CHECKING:
-    pass
+from rankllm_composer.options import StreamOptions
 
 
 def interleave(num_samples: int, num_canonical_nodes: int) -> NDArray[np.int64]:
@@ -104,16 +102,12 @@ class ExactStreamingDataset(streaming.StreamingDataset):
     sample in the last batch end with a `padding_row`, so that all have equally many rows.
 
     Args:
-        streams: where the shards are; all have a proportion, or none has.
-        batch_size: rows of one rank for an optimizer step.
-        shuffle: another order every epoch; False = as the shards hold them.
+        streams: where the shards are; all of them have a proportion, or none has.
+        options: order, cache and downloads. A cache may exceed its limit by one shard for each process that downloads
+            at the same time.
+        batch_size: rows per rank and optimizer step.
         seed: of the order.
-        num_canonical_nodes: parts that the order is dealt from in turn; None = the number of nodes at the first start.
-        cache_limit: bytes, or text such as "100gb", that the caches of a node may hold; needs a remote for every
-            stream. Processes that fetch at the same time may pass it by a shard each.
-        predownload: rows that a worker fetches shards ahead for; None = 8 batches.
-        download_retry: how often a failed download is tried again.
-        download_timeout_seconds: longest download of one shard.
+        predownload: rows ahead of the current one for which a worker fetches shards; None = 8 batches.
         validate_hash: compare each file with its hash when it is fetched and when a process first uses it.
     Raises:
         ShardError: a stream is not what its index says (see `streams.check_stream`), or the cache limit cannot work.
@@ -125,24 +119,23 @@ class ExactStreamingDataset(streaming.StreamingDataset):
     def __init__(
         self,
         streams: Sequence[Stream],
+        options: StreamOptions | None = None,
         *,
         batch_size: int,
-        shuffle: bool = True,
         seed: int = 42,
-        num_canonical_nodes: int | None = None,
-        cache_limit: int | str | None = None,
         predownload: int | None = None,
-        download_retry: int = 2,
-        download_timeout_seconds: float = 60,
         validate_hash: bool = True,
     ) -> None:
+        options = options or StreamOptions()
         own_process_group = maybe_init_dist()
         try:
             contents = check_streams(
-                streams, download_retry=download_retry, download_timeout_seconds=download_timeout_seconds
+                streams,
+                download_retry=options.download_retry,
+                download_timeout_seconds=options.download_timeout_seconds,
             )
-            if cache_limit is not None:
-                _check_cache_limit(cache_limit, streams, max(c.largest_shard_bytes for c in contents))
+            if options.cache_limit is not None:
+                _check_cache_limit(options.cache_limit, streams, max(c.largest_shard_bytes for c in contents))
             with private_shared_memory():
                 super().__init__(
                     streams=[
@@ -154,13 +147,13 @@ class ExactStreamingDataset(streaming.StreamingDataset):
                         )
                         for stream, found in zip(streams, contents)
                     ],
-                    download_retry=download_retry + 1,  # streaming counts attempts
-                    download_timeout=download_timeout_seconds,
+                    download_retry=options.download_retry + 1,  # streaming counts attempts
+                    download_timeout=options.download_timeout_seconds,
                     predownload=predownload,
-                    cache_limit=cache_limit,
-                    num_canonical_nodes=num_canonical_nodes,
+                    cache_limit=options.cache_limit,
+                    num_canonical_nodes=options.num_canonical_nodes,
                     batch_size=batch_size,
-                    shuffle=shuffle,
+                    shuffle=options.shuffle,
                     shuffle_seed=seed,
                 )
         finally:
@@ -361,7 +354,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
             it.on_exit()
 
 
-def _check_cache_limit(cache_limit: int | str, streams: Sequence[Stream], largest_shard_bytes: int) -> None:
+def _check_cache_limit(cache_limit: str, streams: Sequence[Stream], largest_shard_bytes: int) -> None:
     only_here = [stream.place for stream in streams if not stream.is_cache]
     if only_here:
         raise ShardError(

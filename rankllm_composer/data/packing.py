@@ -1,10 +1,10 @@
-"""Encoded lists → packed microbatches: no padding, nearly equal token counts, exact normalisers.
+"""Encoded lists to packed microbatches: no padding, nearly equal token counts, exact normalizers.
 
-A device batch is `{"sequences": [Sequence, …]}`: one rank's dataset rows of one optimizer step. `split_batch` turns
-it into microbatches of tensors. Composer multiplies a microbatch's loss by its size over the mean size per rank and
-averages over ranks; one such size cannot fit a mean over target tokens and a mean over lists at once. So every
-microbatch has the same size to Composer (`loss_generating` = 1) and carries the factors that make the sum of all
-microbatch losses the mean over the whole global batch, however it was split.
+A device batch is `{"sequences": [TokenizedList, …]}`: the rows of one rank in one optimizer step. `split_batch` turns
+it into microbatches of tensors. Composer weights the loss of a microbatch by its size over the mean size per rank and
+averages over ranks. No single size fits both a mean over target tokens and a mean over lists, so every microbatch has
+the same size for Composer (`loss_generating` = 1) and carries the factors that make the sum of all microbatch losses
+the mean over the global batch, however it was split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IGNORED_TARGET = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class TokenizedList:
     """One dataset row on its way to the model.
 
     Args:
@@ -95,7 +95,7 @@ def count_microbatches(lengths: list[int], *, max_lists: int | None, max_tokens:
     return num_bins
 
 
-def pack(sequences: list[Sequence]) -> dict[str, Any]:
+def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
     """Lay sequences end to end as one microbatch.
 
     Args:
@@ -169,7 +169,7 @@ def split_batch(
     with too few sequences runs microbatches that supervise nothing.
 
     Args:
-        batch: {"sequences": [Sequence, …]} of this rank.
+        batch: {"sequences": [TokenizedList, …]} of this rank.
         max_lists: lists in a microbatch, at most.
         max_tokens: tokens in a microbatch, at most. Exactly one of the two limits is given.
     Returns:

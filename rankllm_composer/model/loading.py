@@ -1,35 +1,36 @@
-"""rankllm_composer/model/loading.py."""
+"""Base models and tokenizers: from the Hugging Face Hub or a folder, or with random weights."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from rankllm_composer.errors import ModelError, first_line
+from rankllm_composer.options import ModelOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model; pad falls back to eos.
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; its pad token defaults to the EOS token.
 
-    Args:
-        name_or_path, revision, trust_remote_code: see `load_causal_lm`.
     Raises:
-        ModelError: it cannot be loaded; says what to check.
+        ModelError: it cannot be loaded; the message says what to check.
     """
-    if trust_remote_code:
+    name_or_path = options.tokenizer or options.name_or_path
+    if options.trust_remote_code:
         warn_of_foreign_code(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelError(
             f"model.tokenizer: cannot load {name_or_path!r}: {first_line(error)}. "
@@ -41,52 +42,40 @@ def load_tokenizer(
 
 
 def load_causal_lm(
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    random_weights: bool = False,
-    config_overrides: Mapping[str, Any] | None = None,
-    on_meta: bool = False,
-    dtype: torch.dtype = torch.float32,
+    options: ModelOptions, *, on_meta: bool = False, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A causal LM, from a checkpoint or with random weights.
+    """Load a causal LM from a checkpoint, or build it with random weights.
 
     Args:
-        name_or_path: HF id or local folder.
-        revision: branch, tag or commit. None = the default one.
-        trust_remote_code: run Python code that comes with the model. Warns with the model's name.
-        random_weights: build from the configuration alone.
-        config_overrides: HF configuration keys to replace.
-        on_meta: allocate nothing; the weights come from rank 0 when the model is sharded.
-        dtype: of the weights: float32 for those that are trained; for frozen ones bfloat16 too.
+        options: which model; a warning names a model whose own code is run.
+        on_meta: allocate no memory; the weights come from rank 0 when the model is sharded.
+        dtype: of the weights. float32 if they are trained; frozen weights may be bfloat16.
     Returns:
         The model in training mode.
     Raises:
-        ModelError: it cannot be loaded, or an override is no key of its configuration.
+        ModelError: it cannot be loaded, or its configuration lacks a key of `options.config_overrides`.
     """
-    if trust_remote_code:
+    name_or_path, trust = options.name_or_path, options.trust_remote_code
+    if trust:
         warn_of_foreign_code(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name_or_path, revision=options.revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.name_or_path: cannot load {name_or_path!r}: {first_line(error)}. "
             "Check the name, your access to it (HF_TOKEN), or give a local folder."
         ) from error
-    _override(config, dict(config_overrides or {}))
-    if on_meta:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    elif random_weights:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    override_config(config, options.config_overrides)
+    if on_meta or options.random_weights:
+        with torch.device("meta") if on_meta else nullcontext():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
                 config=config,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
+                revision=options.revision,
+                trust_remote_code=trust,
                 use_safetensors=True,
                 torch_dtype=dtype,
             )
@@ -103,11 +92,16 @@ def warn_of_foreign_code(name_or_path: str) -> None:
     warnings.warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=3)
 
 
-def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
+def override_config(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+    """Override keys of a model's configuration.
+
+    Raises:
+        ModelError: the configuration has no such key.
+    """
     unknown = sorted(set(overrides) - set(config.to_dict()))
     if unknown:
         raise ModelError(
             f"model.config_overrides: {', '.join(unknown)} is no key of {type(config).__name__}; "
             "see config.json of the model for the keys it has"
         )
-    config.update(overrides)
+    config.update(dict(overrides))

@@ -54,8 +54,6 @@ class ListwiseReranker(HuggingFaceModel):
         objective: what is trained.
         attention: "auto", "flash_attention_2" or "packed_sdpa".
         device: "gpu" or "cpu", where the forward will run.
-        activation_checkpointing: share of layers whose activations are recomputed, 0 … 1.
-        compile_layers: run each layer through torch.compile.
         bf16_on_cpu: run the forward under PyTorch's autocast to bfloat16 on a CPU, where Composer's `amp_bf16` is none.
         peft_config: a PEFT LoRA configuration. None = all weights are trained.
     Raises:
@@ -70,14 +68,11 @@ class ListwiseReranker(HuggingFaceModel):
         *,
         attention: str = "auto",
         device: str = "cpu",
-        activation_checkpointing: float = 0.0,
-        compile_layers: bool = False,
         bf16_on_cpu: bool = False,
         peft_config: PeftConfig | None = None,
     ) -> None:
         model.config._attn_implementation = choose_attention(attention, device)
         model.config.use_cache = False
-        checkpoint_activations(model, activation_checkpointing)
         super().__init__(
             model=model,
             tokenizer=tokenizer,  # type: ignore[arg-type]
@@ -89,9 +84,11 @@ class ListwiseReranker(HuggingFaceModel):
         self.bf16_on_cpu = bf16_on_cpu
         layer_types = {type(layer) for layer in decoder_layers(self.model)}
         self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types  # type: ignore[assignment]
-        if compile_layers:
-            for layer in decoder_layers(self.model):
-                layer.compile()
+
+    def compile_layers(self) -> None:
+        """Compile each decoder layer with torch.compile."""
+        for layer in decoder_layers(self.model):
+            layer.compile()
 
     @property
     def output_head(self) -> torch.nn.Module:

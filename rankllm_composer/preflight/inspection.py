@@ -202,7 +202,7 @@ def add_losses(found: Inspection, model: ListwiseReranker) -> None:
 
     if found.encoded is None:
         return
-    row = packing.Sequence(found.encoded, found.record.id, record_key(found.record.id))
+    row = packing.TokenizedList(found.encoded, found.record.id, record_key(found.record.id))
     (batch,) = packing.split_batch({"sequences": [row]}, max_lists=1)
     model.eval()
     with torch.no_grad():
@@ -265,7 +265,7 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
             shuffle_passages=split.shuffle_passages,
             identifiers=split.identifiers,
         )
-    tokenizer = load_tokenizer(recipe.tokenizer, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.model)
     found = inspect_record(
         record,
         tokenizer,

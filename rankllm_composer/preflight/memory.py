@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from rankllm_composer.data import packing
 from rankllm_composer.errors import RunError
 from rankllm_composer.model.objective import Objective
-from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.preflight.tracking import MemoryTracker, ReplicaTracker, ShardTracker
 from rankllm_composer.prompts.encoding import EncodedRecord
 
@@ -139,14 +139,9 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     from composer.utils.parallelism import FSDP2Config
 
     dtype = torch.bfloat16 if work.frozen_precision == "bf16" else torch.float32
-    model = ListwiseReranker(
-        AutoModelForCausalLM.from_config(work.config).to(dtype).train(),
-        None,
-        work.objective,
-        attention="packed_sdpa",
-        activation_checkpointing=work.activation_checkpointing,
-        peft_config=work.peft_config,
-    )
+    causal_lm = AutoModelForCausalLM.from_config(work.config).to(dtype).train()
+    checkpoint_activations(causal_lm, work.activation_checkpointing)
+    model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa", peft_config=work.peft_config)
     if work.attention == "flash_attention_2":
         AttentionInterface.register(FAKE_FLASH_ATTENTION, _fake_flash_attention)
         model.config._attn_implementation = FAKE_FLASH_ATTENTION
@@ -164,7 +159,7 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     return model
 
 
-def placeholder_lists(work: Workload) -> list[packing.Sequence]:
+def placeholder_lists(work: Workload) -> list[packing.TokenizedList]:
     """Lists with the workload's lengths and token id 0 everywhere, to pack as one microbatch."""
     rows = []
     for number, length in enumerate(work.lengths):
@@ -172,7 +167,7 @@ def placeholder_lists(work: Workload) -> list[packing.Sequence]:
         start = length if work.objective.name == "ranking" else max(1, length - work.num_targets)
         place = min(start, length - 1)
         encoded = EncodedRecord(np.zeros(length, np.int32), start, place, candidates.astype(np.int32), candidates)
-        rows.append(packing.Sequence(encoded, f"list {number}", number))
+        rows.append(packing.TokenizedList(encoded, f"list {number}", number))
     return rows
 
 

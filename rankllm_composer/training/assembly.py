@@ -42,33 +42,30 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.chat import check_tokenizer
 
-    keys = recipe.model
-    tokenizer = load_tokenizer(recipe.tokenizer, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.model)
     check_tokenizer(tokenizer, recipe.objective.name, recipe.data.train.identifiers or "letters", 2)
     return tokenizer
 
 
 def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> ListDataset:
     """The lists of a split, streamed and tokenised."""
-    from rankllm_composer.data.dataset import ListDataset, lists_per_rank
+    from rankllm_composer.data.dataset import ListDataset, ListEncoding, lists_per_rank
     from rankllm_composer.data.streams import Stream
 
     streams = [Stream(s.local, s.remote, s.proportion) for s in split.streams]
     return ListDataset(
         streams or [Stream(split.local, split.remote)],  # type: ignore[arg-type]
-        tokenizer=tokenizer,
-        objective=recipe.objective.name,
-        max_length_tokens=recipe.data.max_length_tokens,
+        ListEncoding(
+            tokenizer=tokenizer,
+            objective=recipe.objective.name,
+            max_length_tokens=recipe.data.max_length_tokens,
+            too_long=recipe.data.too_long,
+            shuffle_passages=split.shuffle_passages,
+            identifiers=split.identifiers,
+        ),
+        split,
         batch_size=lists_per_rank(recipe.batch.global_lists),
-        too_long=recipe.data.too_long,
-        shuffle=split.shuffle,
         seed=recipe.run.seed,
-        shuffle_passages=split.shuffle_passages,
-        identifiers=split.identifiers,
-        num_canonical_nodes=split.num_canonical_nodes,
-        cache_limit=split.cache_limit,
-        download_retry=split.download_retry,
-        download_timeout_seconds=split.download_timeout_seconds,
     )
 
 
@@ -81,20 +78,17 @@ def build_model(
 
     from rankllm_composer.model.loading import load_causal_lm
     from rankllm_composer.model.objective import Objective
-    from rankllm_composer.model.reranker import ListwiseReranker
+    from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 
     keys = recipe.model
     reproducibility.seed_all(recipe.run.seed)  # fresh weights are the same on every rank
     causal_lm = load_causal_lm(
-        keys.name_or_path,
-        revision=keys.revision,
-        trust_remote_code=keys.trust_remote_code,
-        random_weights=keys.random_weights,
-        config_overrides=keys.config_overrides,
+        keys,
         on_meta=recipe.parallelism.fsdp and dist.get_global_rank() > 0,
         dtype=torch.bfloat16 if keys.lora is not None and keys.lora.frozen_precision == "bf16" else torch.float32,
     )
-    return ListwiseReranker(
+    checkpoint_activations(causal_lm, keys.activation_checkpointing)
+    model = ListwiseReranker(
         causal_lm,
         tokenizer,
         Objective(
@@ -106,11 +100,12 @@ def build_model(
         ),
         attention=keys.attention,
         device=device,
-        activation_checkpointing=keys.activation_checkpointing,
-        compile_layers=keys.compile,
         bf16_on_cpu=bf16_on_cpu,
         peft_config=build_peft_config(recipe),
     )
+    if keys.compile:
+        model.compile_layers()
+    return model
 
 
 def build_peft_config(recipe: Recipe) -> Any:
@@ -299,10 +294,20 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
     """How the trained model is prompted and read; identifiers as in the first training list."""
     from rankllm_composer.prompts.contract import decoding_contract
 
+    style = read_user_turn(dataset.record(0).user).style
+    names = identifiers(20, style)
+    try:
+        token_ids = identifier_token_ids(dataset.encoding.tokenizer, len(names), style)
+    except PromptError:
+        if recipe.objective.name != "generation":
+            raise
+        token_ids = None
     return decoding_contract(
-        dataset.tokenizer,
-        recipe.objective.name,
-        dataset.record(0).turn.style,
+        dataset.encoding.tokenizer,
+        objective=recipe.objective.name,
+        identifier_style=style,
+        identifiers=names,
+        identifier_token_ids=token_ids,
         context_size_tokens=recipe.data.max_length_tokens,
     )
 

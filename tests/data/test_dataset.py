@@ -17,7 +17,7 @@ from composer.models import ComposerModel
 from support.list_shards import new_record, write_shards
 
 from rankllm_composer.data import dataset as data
-from rankllm_composer.data.dataset import ListDataset, LoaderError, build_train_data_spec, lists_per_rank
+from rankllm_composer.data.dataset import ListDataset, ListEncoding, LoaderError, build_train_data_spec, lists_per_rank
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import PromptError, RunError, ShardError
 from rankllm_composer.prompts.encoding import encode_record
@@ -39,8 +39,10 @@ def shards(tmp_path_factory):
 @pytest.fixture()
 def new_dataset(shards, mistral_v3_tokenizer):
     def new(local=None, kind=ListDataset, **options):
-        options = {"objective": "combined", "max_length_tokens": 2000, "batch_size": 4, "seed": 3, **options}
-        return kind([Stream(local=str(local or shards))], tokenizer=mistral_v3_tokenizer, **options)
+        batch_size = options.pop("batch_size", 4)
+        options = {"objective": "combined", "max_length_tokens": 2000, **options}
+        encoding = ListEncoding(tokenizer=mistral_v3_tokenizer, **options)
+        return kind([Stream(local=str(local or shards))], encoding, batch_size=batch_size, seed=3)
 
     return new
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rankllm_composer.data.exact_streaming import interleave, rank_rows, worker_rows
-from rankllm_composer.data.packing import Sequence
+from rankllm_composer.data.packing import TokenizedList
 from rankllm_composer.errors import RunError
 from rankllm_composer.training.guards import EpochGuard
 
@@ -89,9 +89,9 @@ def read_by_workers(samples, padding, batch_size, num_workers):
     return [batch for turn in itertools.zip_longest(*queues) for batch in turn if batch is not None]
 
 
-TRAINED = Sequence(encoded=object(), record_id="a", record_key=1)
-TOO_LONG = Sequence(encoded=None, record_id="b", record_key=2)
-PADDING = Sequence(encoded=None, record_id="", record_key=0)
+TRAINED = TokenizedList(encoded=object(), record_id="a", record_key=1)
+TOO_LONG = TokenizedList(encoded=None, record_id="b", record_key=2)
+PADDING = TokenizedList(encoded=None, record_id="", record_key=0)
 
 
 class Log:

@@ -197,7 +197,7 @@ def test_the_cache_stays_below_its_limit(remote, workers):
     loader = new_loader(remote)
     limit = 4 * max(shard.get_max_size() for shard in loader.dataset.shards)
     del loader
-    loader = new_loader(remote, workers=workers, batch_size=2, cache_limit=limit, predownload=2)
+    loader = new_loader(remote, workers=workers, batch_size=2, cache_limit=f"{limit / 1024}kb", predownload=2)
     for epoch in read(loader, 3):
         assert sorted(flat(epoch)) == sorted(ids(*range(10)))
     assert sum((Path(remote.local) / name).stat().st_size for name in files(remote.local)) <= limit
@@ -369,7 +369,7 @@ def two_ranks_in_a_store(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_ranks_mix_sets_of_a_store_through_small_caches(two_ranks_in_a_store):
-    from workers.read_store import CASES, NUM_EPOCHS, new_loader
+    from workers.read_store import CASES, NUM_EPOCHS, new_loader_of_sets
 
     cases, roots, folder, fetched = two_ranks_in_a_store
     few, many = ids(*range(12)), ids(*range(100, 124))
@@ -390,7 +390,7 @@ def test_two_ranks_mix_sets_of_a_store_through_small_caches(two_ranks_in_a_store
         assert epochs_by_shares.setdefault(proportions, steps) == steps
         assert steps[0] != steps[1]
     for proportions, steps in epochs_by_shares.items():
-        alone = read(new_loader(roots, proportions, 0, 4), NUM_EPOCHS)
+        alone = read(new_loader_of_sets(roots, proportions, batch_size=4), NUM_EPOCHS)
         assert [[sorted(batch) for batch in epoch] for epoch in alone] == steps
     shards = [key for key in fetched if key.endswith(".zstd")]
     asked_once = 3  # for its size, and by the client before it downloads, and as it does

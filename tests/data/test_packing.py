@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankllm_composer.data.packing import (
-    Sequence,
+    TokenizedList,
     balance,
     count_microbatches,
     num_samples_in_batch,
@@ -29,7 +29,7 @@ def sequence(length, response_start, num_candidates, *, key=1, grades=None):
         identifier_token_ids=np.arange(num_candidates, dtype=np.int32) + 7,
         ranks=ranks,
     )
-    return Sequence(encoded, f"record-{key}", key, grades=grades)
+    return TokenizedList(encoded, f"record-{key}", key, grades=grades)
 
 
 @given(
@@ -90,7 +90,7 @@ def test_an_empty_pack_supervises_nothing():
 @pytest.mark.parametrize("limit", [{"max_lists": 1}, {"max_lists": 2}, {"max_lists": 9}, {"max_tokens": 40}])
 def test_scales_make_means_over_the_global_batch(limit):
     rows = [sequence(10 + 3 * i, 6 + i, 2 + i, key=i + 1) for i in range(5)]
-    dropped = Sequence(None, "too-long", 99)
+    dropped = TokenizedList(None, "too-long", 99)
     batch = {"sequences": [rows[0], dropped, *rows[1:]]}
     microbatches = split_batch(batch, **limit)
     num_targets = sum((10 + 3 * i) - (6 + i) for i in range(5))
@@ -103,5 +103,5 @@ def test_scales_make_means_over_the_global_batch(limit):
 
 
 def test_a_batch_with_nothing_to_train_still_runs():
-    (microbatch,) = split_batch({"sequences": [Sequence(None, "a", 1)]}, max_lists=4)
+    (microbatch,) = split_batch({"sequences": [TokenizedList(None, "a", 1)]}, max_lists=4)
     assert microbatch["record_ids"] == [] and microbatch["ranking_scale"] == 0.0

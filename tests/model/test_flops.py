@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from rankllm_composer.data.packing import num_samples_in_batch, num_tokens_in_batch, split_batch
 from rankllm_composer.model.flops import forward_flops, layer_matmul_parameters, training_flops
 from rankllm_composer.model.objective import Objective
-from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 
 HEAD_DIM, HEADS, LAYERS, HIDDEN, VOCABULARY = 8, 4, 4, 32, 96  # of test_model's models
 
@@ -48,7 +48,8 @@ def counted_reranker(family: str, checkpointing: float = 0.0) -> ListwiseReranke
     AttentionInterface.register("by_query", attention_by_query)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), attn_implementation="sdpa")
-    reranker = ListwiseReranker(model, None, Objective("combined"), activation_checkpointing=checkpointing)
+    checkpoint_activations(model, checkpointing)
+    reranker = ListwiseReranker(model, None, Objective("combined"))
     model.config._attn_implementation = "by_query"
     return reranker
 

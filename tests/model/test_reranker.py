@@ -17,13 +17,13 @@ from transformers import (
     MistralConfig,
 )
 
-from rankllm_composer.data.packing import Sequence, split_batch
+from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.errors import ModelError
 from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
 from rankllm_composer.model.losses import LOSSES
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations, decoder_layers
-from rankllm_composer.options import OBJECTIVES
+from rankllm_composer.options import OBJECTIVES, ModelOptions
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -128,7 +128,7 @@ def test_logits_only_where_they_count():
     assert "forward" not in vars(model.output_head)  # the LM head is whole again
 
 
-def list_of(prompt: int, objective: str) -> Sequence:
+def list_of(prompt: int, objective: str) -> TokenizedList:
     """One list of this many prompt tokens, 4 candidates and a response of 16 tokens."""
     encoded = EncodedRecord(
         input_ids=np.arange(prompt + (0 if objective == "ranking" else 16), dtype=np.int32) % 96,
@@ -137,7 +137,7 @@ def list_of(prompt: int, objective: str) -> Sequence:
         identifier_token_ids=np.arange(10, 14, dtype=np.int32),
         ranks=np.array([2, 0, 3, 1]),
     )
-    return Sequence(encoded, "r", 0)
+    return TokenizedList(encoded, "r", 0)
 
 
 def peak_of_a_step(vocabulary: int, prompt: int, objective: str) -> int:
@@ -166,7 +166,7 @@ def test_peak_memory_does_not_grow_with_vocabulary_times_prompt(name):
 def test_a_microbatch_with_nothing_to_train_has_zero_gradient():
     for name in OBJECTIVES:
         model = new_model("mistral")
-        parts = packed_losses(model, [Sequence(None, "too long", 0)], Objective(name))
+        parts = packed_losses(model, [TokenizedList(None, "too long", 0)], Objective(name))
         assert parts["total"] == 0.0
         assert all(gradient.abs().max() == 0.0 for gradient in gradients(model).values())
 
@@ -191,10 +191,10 @@ def test_published_training_steps(trajectory, max_lists, mistral_v3_tokenizer):
     )
     records = json.loads((GOLDEN / "records.json").read_text())
     sequences = [
-        Sequence(encode_record(record, mistral_v3_tokenizer, name), record["id"], index)
+        TokenizedList(encode_record(record, mistral_v3_tokenizer, name), record["id"], index)
         for index, record in enumerate(records)
     ]
-    model = load_causal_lm(str(GOLDEN / "tiny_mistral"))
+    model = load_causal_lm(ModelOptions(name_or_path=GOLDEN / "tiny_mistral"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     for expected in TRAJECTORIES[trajectory]:
         parts = packed_losses(model, sequences, objective, limit={"max_lists": max_lists})
@@ -211,12 +211,14 @@ def test_published_training_steps(trajectory, max_lists, mistral_v3_tokenizer):
 
 def test_load_errors_name_the_key(tmp_path):
     with pytest.raises(ModelError, match=r"model\.name_or_path: cannot load .*give a local folder"):
-        load_causal_lm(str(tmp_path / "absent"))
+        load_causal_lm(ModelOptions(name_or_path=tmp_path / "absent"))
     with pytest.raises(ModelError, match=r"config_overrides: hidden_sise is no key of MistralConfig"):
-        load_causal_lm(str(GOLDEN / "tiny_mistral"), config_overrides={"hidden_sise": 3})
-    tied = load_causal_lm(str(GOLDEN / "tiny_mistral"), random_weights=True, config_overrides={"hidden_size": 64})
+        load_causal_lm(ModelOptions(name_or_path=GOLDEN / "tiny_mistral", config_overrides={"hidden_sise": 3}))
+    tied = load_causal_lm(
+        ModelOptions(name_or_path=GOLDEN / "tiny_mistral", random_weights=True, config_overrides={"hidden_size": 64})
+    )
     assert tied.config.hidden_size == 64 and tied.dtype == torch.float32
-    meta = load_causal_lm(str(GOLDEN / "tiny_mistral"), on_meta=True)
+    meta = load_causal_lm(ModelOptions(name_or_path=GOLDEN / "tiny_mistral"), on_meta=True)
     assert all(parameter.is_meta for parameter in meta.parameters())
 
 

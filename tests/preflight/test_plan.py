@@ -18,7 +18,7 @@ from rankllm_composer.data import packing
 from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import training_flops
 from rankllm_composer.model.objective import Objective
-from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.preflight.memory import Workload, placeholder_lists, plan_memory
 from rankllm_composer.preflight.plan import GPUS, Gpu, plan_recipe
 from rankllm_composer.preflight.tracking import ReplicaTracker
@@ -85,12 +85,9 @@ def test_optimizer_state_of_adamw_and_adamw_8bit():
 def test_counted_activations_are_what_autograd_saves(checkpointing):
     """After a real forward pass: the storages that saved-tensor hooks see, and the outputs."""
     work = toy_work()
-    model = ListwiseReranker(
-        AutoModelForCausalLM.from_config(work.config).train(),
-        None,
-        work.objective,
-        activation_checkpointing=checkpointing,
-    )
+    base = AutoModelForCausalLM.from_config(work.config).train()
+    checkpoint_activations(base, checkpointing)
+    model = ListwiseReranker(base, None, work.objective)
     (batch,) = packing.split_batch({"sequences": placeholder_lists(work)}, max_lists=2)
     inputs = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     existing = [*model.parameters(), *model.buffers(), *inputs]
@@ -126,7 +123,8 @@ def test_peak_is_within_a_tenth_of_the_allocators(changes):
         for _ in range(2 if work.accumulates else 1)
     ]
     base = AutoModelForCausalLM.from_config(work.config).train()
-    model = ListwiseReranker(base, None, work.objective, activation_checkpointing=work.activation_checkpointing)
+    checkpoint_activations(base, work.activation_checkpointing)
+    model = ListwiseReranker(base, None, work.objective)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     in_use = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

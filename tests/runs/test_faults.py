@@ -270,15 +270,11 @@ def shared_cache(key: str, tools: Tools) -> Ended:
 
 @makes("fewer-lists-than-a-batch")
 def small_set(key: str, tools: Tools) -> Ended:
-    from rankllm_composer.data.dataset import ListDataset, build_train_data_spec
+    from rankllm_composer.data.dataset import ListDataset, ListEncoding, build_train_data_spec
 
-    dataset = ListDataset(
-        [Stream(local=str(tools.shards(3)))],
-        tokenizer=tools.fixture("mistral_v3_tokenizer"),
-        objective="combined",
-        batch_size=4,
-        max_length_tokens=4096,
-    )
+    tokenizer = tools.fixture("mistral_v3_tokenizer")
+    encoding = ListEncoding(tokenizer=tokenizer, objective="combined", max_length_tokens=4096)
+    dataset = ListDataset([Stream(local=str(tools.shards(3)))], encoding, batch_size=4)
     build_train_data_spec(dataset, microbatch_tokens=4096, num_workers=0)
     return WENT_ON
 

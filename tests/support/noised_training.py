@@ -9,16 +9,16 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankllm_composer.data.packing import Sequence, num_samples_in_batch, num_tokens_in_batch, split_batch
+from rankllm_composer.data.packing import TokenizedList, num_samples_in_batch, num_tokens_in_batch, split_batch
 from rankllm_composer.model.neftune import NEFTune
 from rankllm_composer.model.objective import Objective
-from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.prompts.encoding import EncodedRecord
 
 ALPHA, SEED = 5.0, 17
 
 
-def new_model(objective: str = "combined", **options) -> ListwiseReranker:
+def new_model(objective: str = "combined", activation_checkpointing: float = 0.0, **options) -> ListwiseReranker:
     config = LlamaConfig(
         vocab_size=48,
         hidden_size=16,
@@ -30,10 +30,12 @@ def new_model(objective: str = "combined", **options) -> ListwiseReranker:
         tie_word_embeddings="peft_config" not in options,
     )
     torch.manual_seed(0)
-    return ListwiseReranker(LlamaForCausalLM(config), None, Objective(objective), **options)
+    model = LlamaForCausalLM(config)
+    checkpoint_activations(model, activation_checkpointing)
+    return ListwiseReranker(model, None, Objective(objective), **options)
 
 
-def new_lists(num: int) -> list[Sequence]:
+def new_lists(num: int) -> list[TokenizedList]:
     generator = np.random.default_rng(3)
     lists = []
     for index in range(num):
@@ -45,7 +47,7 @@ def new_lists(num: int) -> list[Sequence]:
             identifier_token_ids=np.arange(30, 30 + num_candidates, dtype=np.int32),
             ranks=generator.permutation(num_candidates),
         )
-        lists.append(Sequence(encoded, f"list {index}", 1000 + index))
+        lists.append(TokenizedList(encoded, f"list {index}", 1000 + index))
     return lists
 
 
@@ -56,7 +58,7 @@ def record_outputs(model: ListwiseReranker) -> list[torch.Tensor]:
     return outputs
 
 
-def data_spec(lists: list[Sequence], batch_size: int, max_lists: int) -> DataSpec:
+def data_spec(lists: list[TokenizedList], batch_size: int, max_lists: int) -> DataSpec:
     sampler = dist.get_sampler(lists, shuffle=False)
     return DataSpec(
         DataLoader(lists, batch_size, sampler=sampler, collate_fn=lambda rows: {"sequences": rows}),

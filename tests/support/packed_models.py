@@ -15,10 +15,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from rankllm_composer.data.packing import Sequence, split_batch
+from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.model.losses import LOSSES
 from rankllm_composer.model.objective import Objective
-from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.prompts.encoding import EncodedRecord
 
 SIZES = {
@@ -49,7 +49,7 @@ def new_model(family: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), attn_implementation="sdpa")
 
 
-def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[Sequence]:
+def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[TokenizedList]:
     """Lists of different lengths and candidate counts; only `ranking` ends at its score position."""
     generator = np.random.default_rng(seed)
     sequences = []
@@ -63,11 +63,13 @@ def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[Sequen
             identifier_token_ids=np.arange(10, 10 + num_candidates, dtype=np.int32),
             ranks=generator.permutation(num_candidates),
         )
-        sequences.append(Sequence(encoded, f"r{index}", index))
+        sequences.append(TokenizedList(encoded, f"r{index}", index))
     return sequences
 
 
-def plain_losses(model: torch.nn.Module, sequences: list[Sequence], objective: Objective) -> dict[str, torch.Tensor]:
+def plain_losses(
+    model: torch.nn.Module, sequences: list[TokenizedList], objective: Objective
+) -> dict[str, torch.Tensor]:
     """Each list alone through the HF model, the losses spelled out in a loop."""
     token_losses, list_losses = [], []
     for sequence in sequences:
@@ -88,10 +90,14 @@ def plain_losses(model: torch.nn.Module, sequences: list[Sequence], objective: O
     return {"total": sum(weights[name] * value for name, value in parts.items()), **parts}
 
 
-def packed_losses(model: torch.nn.Module, sequences: list[Sequence], objective: Objective, **options) -> dict:
+def packed_losses(model: torch.nn.Module, sequences: list[TokenizedList], objective: Objective, **options) -> dict:
     """All lists through ListwiseReranker, summed over microbatches as Composer does; gradients are accumulated."""
     limit = options.pop("limit", {"max_lists": 100})
+    compiles = options.pop("compile_layers", False)
+    checkpoint_activations(model, options.pop("activation_checkpointing", 0.0))
     reranker = ListwiseReranker(model, None, objective, **options)
+    if compiles:
+        reranker.compile_layers()
     microbatches = split_batch({"sequences": sequences}, **limit)
     totals: dict[str, torch.Tensor] = {}
     for batch in microbatches:

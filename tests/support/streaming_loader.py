@@ -6,14 +6,16 @@ import itertools
 
 from rankllm_composer.data.dataset import ListLoader
 from rankllm_composer.data.exact_streaming import ExactStreamingDataset
+from rankllm_composer.options import StreamOptions
 
 
 def new_loader(stream, *, workers=0, batch_size=4, **options):
-    """A loader of ids, None for a padding row."""
+    """A loader of ids, None for a padding row; `options` are those of the dataset and of `StreamOptions`."""
     streams = stream if isinstance(stream, list) else [stream]
-    options = {"seed": 7, "download_retry": 0, **options}
+    own = {name: options.pop(name) for name in ("seed", "predownload", "validate_hash") if name in options}
+    stream_options = StreamOptions(**{"download_retry": 0, **options})
     return ListLoader(
-        ExactStreamingDataset(streams, batch_size=batch_size, **options),
+        ExactStreamingDataset(streams, stream_options, batch_size=batch_size, **{"seed": 7, **own}),
         batch_size=batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -24,7 +24,8 @@ from rankllm_composer.distributed import average_sharded_gradients
 from rankllm_composer.model.loading import load_causal_lm
 from rankllm_composer.model.neftune import NEFTune
 from rankllm_composer.model.objective import Objective
-from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
+from rankllm_composer.options import ModelOptions
 
 LIMITS = {"by_1": {"max_lists": 1}, "by_3": {"max_lists": 3}, "by_60_tokens": {"max_tokens": 60}}
 
@@ -64,10 +65,9 @@ def run_case(
         get_num_samples_in_batch=num_samples_in_batch,
         get_num_tokens_in_batch=num_tokens_in_batch,
     )
-    base = load_causal_lm(str(folder / family), on_meta=sharded and rank > 0)
-    model = ListwiseReranker(
-        base, None, Objective(objective, ranking_weight=3.0), activation_checkpointing=0.5 if checkpointed else 0.0
-    )
+    base = load_causal_lm(ModelOptions(name_or_path=folder / family), on_meta=sharded and rank > 0)
+    checkpoint_activations(base, 0.5 if checkpointed else 0.0)
+    model = ListwiseReranker(base, None, Objective(objective, ranking_weight=3.0))
     trainer = Trainer(
         model=model,
         train_dataloader=spec,

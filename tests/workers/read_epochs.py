@@ -12,9 +12,8 @@ from pathlib import Path
 from composer.utils import dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.streaming_loader import new_loader, read
 
-from rankllm_composer.data.dataset import ListLoader
-from rankllm_composer.data.exact_streaming import ExactStreamingDataset
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import ShardError
 
@@ -31,36 +30,23 @@ CASES = [
 ]
 
 
-def new_loader(folder, name, batch_size, workers, shuffle, canonical_nodes):
-    dataset = ExactStreamingDataset(
-        [Stream(local=str(folder / "caches" / name), remote=str(folder / name))],
-        batch_size=batch_size,
-        shuffle=shuffle,
-        seed=7,
-        num_canonical_nodes=canonical_nodes,
-        download_retry=0,
-    )
-    return ListLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        timeout=300 if workers else 0,
-        collate_fn=lambda rows: {"ids": [row and row["id"] for row in rows]},
-    )
-
-
 def main(folder: Path) -> None:
     dist.initialize_dist("cpu", timeout=300)
     answers = []
     for name, batch_size, workers, shuffle, canonical_nodes, num_before in CASES:
-        options = (folder, name, batch_size, workers, shuffle, canonical_nodes)
-        loader = new_loader(*options)
-        whole = [[batch["ids"] for batch in loader] for _ in range(2)]
+        stream = Stream(local=str(folder / "caches" / name), remote=str(folder / name))
+        options = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "shuffle": shuffle,
+            "num_canonical_nodes": canonical_nodes,
+        }
+        loader = new_loader(stream, **options)
+        whole = read(loader, 2)
         states = {"after epoch 1": loader.dataset.state_dict(0, True)}
         dist.barrier()
 
-        loader = new_loader(*options)
+        loader = new_loader(stream, **options)
         before = []
         for batch in loader:
             before.append(batch["ids"])
@@ -71,14 +57,15 @@ def main(folder: Path) -> None:
         states["interrupted"] = loader.dataset.state_dict(seen, True)
         dist.barrier()
 
-        loader = new_loader(*options)
+        loader = new_loader(stream, **options)
         if num_before:
             loader.load_state_dict(states["interrupted"])
-        resumed = [[batch["ids"] for batch in loader] for _ in range(2)]
+        resumed = read(loader, 2)
         answers.append({"whole": whole, "before": before, "resumed": resumed, "states": states})
         dist.barrier()
 
-    loader = new_loader(folder, "lists_vanishing", 2, 2, True, None)
+    vanishing = Stream(local=str(folder / "caches" / "lists_vanishing"), remote=str(folder / "lists_vanishing"))
+    loader = new_loader(vanishing, batch_size=2, workers=2)
     dist.barrier()
     if dist.get_global_rank() == 0:
         (folder / "lists_vanishing" / "01" / "shard.00000.mds.zstd").unlink()

@@ -12,9 +12,8 @@ from pathlib import Path
 from composer.utils import dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.streaming_loader import new_loader, read
 
-from rankllm_composer.data.dataset import ListLoader
-from rankllm_composer.data.exact_streaming import ExactStreamingDataset
 from rankllm_composer.data.streams import Stream
 
 SETS = {"few": 12, "many": 24}
@@ -23,18 +22,10 @@ CASES = [((None, None), 0), ((None, None), 3), ((1 / 3, 2 / 3), 1), ((0.25, 0.75
 NUM_EPOCHS = 2
 
 
-def new_loader(roots: dict[str, tuple[str, str | None]], proportions, workers: int, batch_size: int, **options):
+def new_loader_of_sets(roots: dict[str, tuple[str, str | None]], proportions, **options):
     """A loader of ids, None for a padding row; `roots` holds local and remote of each set."""
     streams = [Stream(*roots[name], proportion=share) for name, share in zip(SETS, proportions)]
-    dataset = ExactStreamingDataset(streams, batch_size=batch_size, seed=7, num_canonical_nodes=2, **options)
-    return ListLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        timeout=300 if workers else 0,
-        collate_fn=lambda rows: {"ids": [row and row["id"] for row in rows]},
-    )
+    return new_loader(streams, num_canonical_nodes=2, **options)
 
 
 def main(folder: Path) -> None:
@@ -42,9 +33,9 @@ def main(folder: Path) -> None:
     answers = []
     for number, (proportions, workers) in enumerate(CASES):
         roots = {name: (str(folder / f"cache {number}" / name), f"s3://exact/{name}") for name in SETS}
-        limit = int((folder / "limit").read_text())
-        loader = new_loader(roots, proportions, workers, 2, cache_limit=limit, predownload=2)
-        answers.append([[batch["ids"] for batch in loader] for _ in range(NUM_EPOCHS)])
+        limit = f"{int((folder / 'limit').read_text()) / 1024}kb"
+        options = {"workers": workers, "batch_size": 2, "cache_limit": limit, "predownload": 2, "download_retry": 2}
+        answers.append(read(new_loader_of_sets(roots, proportions, **options), NUM_EPOCHS))
         dist.barrier()
     (folder / f"rank_{dist.get_global_rank()}.json").write_text(json.dumps(answers))
 
