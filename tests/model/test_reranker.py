@@ -254,8 +254,8 @@ def test_code_that_comes_with_a_model_is_run_only_where_asked_for_and_announced(
     keys |= {"auto_map": {"AutoTokenizer": [None, "foreign.ForeignTokenizer"]}, "tokenizer_class": "ForeignTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(keys))
     with pytest.raises(ModelError, match="foreign_model"):
-        load(str(folder))
+        load(ModelOptions(name_or_path=folder))
     assert not trap.exists()
     with pytest.warns(UserWarning, match="model.trust_remote_code: Python code shipped with '.*foreign_model' will be"):
-        assert type(load(str(folder), trust_remote_code=True)).__name__.startswith("Foreign")
+        assert type(load(ModelOptions(name_or_path=folder, trust_remote_code=True))).__name__.startswith("Foreign")
     assert trap.exists()
