@@ -253,7 +253,7 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
     from rankllm_composer.shards.read import SplitRecords
     from rankllm_composer.training.assembly import build_model
 
-    split, keys = recipe.data.train, recipe.model
+    split = recipe.data.train
     sets = [(s.local, s.remote) for s in split.streams] or [(split.local, split.remote)]
     records = SplitRecords(sets, split.source)
     record = records[number]

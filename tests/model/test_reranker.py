@@ -239,9 +239,7 @@ class ForeignTokenizer(PreTrainedTokenizerFast):
 """
 
 
-@pytest.mark.parametrize(
-    "load", [functools.partial(load_causal_lm, random_weights=True), load_tokenizer], ids=["model", "tokenizer"]
-)
+@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer], ids=["model", "tokenizer"])
 def test_code_that_comes_with_a_model_is_run_only_where_asked_for_and_announced(tmp_path, monkeypatch, load):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, trap = tmp_path / "foreign_model", tmp_path / "was run"
@@ -253,9 +251,10 @@ def test_code_that_comes_with_a_model_is_run_only_where_asked_for_and_announced(
     keys = json.loads((folder / "tokenizer_config.json").read_text())
     keys |= {"auto_map": {"AutoTokenizer": [None, "foreign.ForeignTokenizer"]}, "tokenizer_class": "ForeignTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(keys))
+    options = {"name_or_path": folder, "random_weights": True}
     with pytest.raises(ModelError, match="foreign_model"):
-        load(ModelOptions(name_or_path=folder))
+        load(ModelOptions(**options))
     assert not trap.exists()
     with pytest.warns(UserWarning, match="model.trust_remote_code: Python code shipped with '.*foreign_model' will be"):
-        assert type(load(ModelOptions(name_or_path=folder, trust_remote_code=True))).__name__.startswith("Foreign")
+        assert type(load(ModelOptions(**options, trust_remote_code=True))).__name__.startswith("Foreign")
     assert trap.exists()
