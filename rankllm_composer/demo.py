@@ -341,26 +341,11 @@ def export_untrained(recipe: Recipe, folder: Path) -> Path:
     from rankllm_composer.prompts.contract import decoding_contract
 
     tokenizer = load_tokenizer(recipe.model)
-    names = identifiers(20)
-    contract = decoding_contract(
-        tokenizer,
-        objective=recipe.objective.name,
-        identifier_style="letters",
-        identifiers=names,
-        identifier_token_ids=identifier_token_ids(tokenizer, len(names)),
-        context_size_tokens=recipe.data.max_length_tokens,
-    )
+    contract = decoding_contract(tokenizer, recipe.objective.name, context_size_tokens=recipe.data.max_length_tokens)
     reproducibility.seed_all(recipe.run.seed)
     model = load_causal_lm(recipe.model)
-    return write_model_folder(
-        folder,
-        state_dict=model.state_dict(),
-        config=model.config,
-        tokenizer=tokenizer,
-        contract=contract,
-        card="The model before training.",
-        dtype="float32",
-    )
+    served = ServedModel(model.config, tokenizer, contract, dtype="float32")
+    return write_model_folder(folder, model.state_dict(), served, "The model before training.")
 
 
 def _rerank(model: Path, files: Collection, output: Path) -> MeasureComparison:

@@ -202,10 +202,9 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
 
     from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.options import ModelOptions
-    from rankllm_composer.prompts.contract import CONTRACT_FILE, chat_template_sha256, num_bos_tokens, read_contract
 
     contract = read_contract(folder)
-    tokenizer = load_tokenizer(ModelOptions(name_or_path=str(folder)))
+    tokenizer = load_tokenizer(ModelOptions(name_or_path=folder))
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -275,6 +275,6 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
     )
     found.notes.insert(0, f"record {number} of {records.place}")
     if loss:
-        here = replace(recipe, model=replace(keys, attention="auto"))  # flash-attn does not run on a CPU
+        here = replace(recipe, model=replace(recipe.model, attention="auto"))  # flash-attn does not run on a CPU
         add_losses(found, build_model(here, tokenizer, "cpu"))
     return found

@@ -290,45 +290,6 @@ def _load_config(recipe: Recipe) -> PretrainedConfig:
     return config
 
 
-def look_at_lists(recipe: Recipe, num_lists: int | None, sample: int) -> ListLengths:
-    """Lengths of lists of `data.train`, as the tokenizer and the objective make them, where both are on this machine.
-
-    Args:
-        recipe: names data, tokenizer and objective.
-        num_lists: given by the user; counts where the data is not here.
-        sample: how many are tokenised.
-    """
-    from rankllm_composer.errors import ModelError
-    from rankllm_composer.model.loading import load_tokenizer
-    from rankllm_composer.prompts.encoding import encode_record
-    from rankllm_composer.shards.read import RecordLookupError, SplitRecords
-
-    split = recipe.data.train
-    sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
-    limit = f"taken to be {recipe.data.max_length_tokens:,} tokens each, the longest allowed (assumed)"
-    try:
-        records = SplitRecords(sets, split.source)
-        found = len(records)
-    except RecordLookupError:
-        told = f"{num_lists:,} (given)" if num_lists is not None else "number not known"
-        return ListLengths((), (), num_lists, f"{told}; no data here, {limit}")
-    if any(stream.proportion is not None for stream in split.streams):
-        found = sum(round((s.proportion or 0) * found) for s in split.streams)
-    try:
-        tokenizer = load_tokenizer(recipe.model)
-    except ModelError:
-        return ListLengths((), (), found, f"{found:,} in {records.place}; no tokenizer here, {limit}")
-    every = max(1, found // sample)
-    tokens, targets = [], []
-    for number, record in enumerate(records):
-        if number % every == 0:
-            encoded = encode_record(record, tokenizer, recipe.objective.name)
-            tokens.append(len(encoded.input_ids))
-            targets.append(max(1, len(encoded.input_ids) - encoded.response_start))
-    told = f"{found:,} in {records.place}; lengths of {len(tokens):,} of them"
-    return ListLengths(tuple(tokens), tuple(targets), found, told)
-
-
 def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num_ranks: int) -> Workload:
     """The largest microbatch of one rank: of lists of mean length, or of `batch.microbatch_lists` longest lists."""
     from rankllm_composer.model.objective import Objective

@@ -294,20 +294,10 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
     """How the trained model is prompted and read; identifiers as in the first training list."""
     from rankllm_composer.prompts.contract import decoding_contract
 
-    style = read_user_turn(dataset.record(0).user).style
-    names = identifiers(20, style)
-    try:
-        token_ids = identifier_token_ids(dataset.encoding.tokenizer, len(names), style)
-    except PromptError:
-        if recipe.objective.name != "generation":
-            raise
-        token_ids = None
     return decoding_contract(
         dataset.encoding.tokenizer,
-        objective=recipe.objective.name,
-        identifier_style=style,
-        identifiers=names,
-        identifier_token_ids=token_ids,
+        recipe.objective.name,
+        dataset.record(0).turn.style,
         context_size_tokens=recipe.data.max_length_tokens,
     )
 
