@@ -48,7 +48,7 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     from rankllm_composer.prompts.encoding import encode_record
     from rankllm_composer.shards.read import RecordLookupError, SplitRecords
 
-    split, model = recipe.data.train, recipe.model
+    split = recipe.data.train
     sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
     assumed = f"each is assumed to have {recipe.data.max_length_tokens:,} tokens, the limit"
     try:
@@ -60,7 +60,7 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     if any(stream.proportion is not None for stream in split.streams):
         count = sum(round((stream.proportion or 0) * count) for stream in split.streams)
     try:
-        tokenizer = load_tokenizer(recipe.tokenizer, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        tokenizer = load_tokenizer(recipe.model)
     except ModelError:
         return ListLengths((), (), count, f"{count:,} in {records.place}; no tokenizer here, so {assumed}")
     step = max(1, count // sample)
