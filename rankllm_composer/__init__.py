@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from rankllm_composer.ranking.reranker import RankedPassage, RerankedQuery, Reranker
     from rankllm_composer.recipe.load import load_recipe
     from rankllm_composer.recipe.sections import Recipe
-    from rankllm_composer.shards.build import BuildReport, build_shards
+    from rankllm_composer.shards.build import build_shards
+    from rankllm_composer.shards.manifest import BuildReport
     from rankllm_composer.training.run import TrainedRun, train
 
 __version__ = "0.1.0"
@@ -87,7 +88,8 @@ _MODULES = {
     "ranking.reranker": "RankedPassage RerankedQuery Reranker",
     "recipe.load": "load_recipe",
     "recipe.sections": "Recipe",
-    "shards.build": "BuildReport build_shards",
+    "shards.build": "build_shards",
+    "shards.manifest": "BuildReport",
     "training.run": "TrainedRun train",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}

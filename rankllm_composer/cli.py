@@ -113,7 +113,7 @@ def shards_merge(target: Target) -> None:
 @shards_app.command("verify")
 def shards_verify(
     target: Target,
-    records: Annotated[bool, typer.Option(help="Also decode and check every record, and count repeated ids.")] = False,
+    records: Annotated[bool, typer.Option(help="Also decode and check every record, and count duplicate ids.")] = False,
 ) -> None:
     """Check that every shard exists and matches the index. Exit code 2 if not."""
     from rankllm_composer.shards.verify import verify_shards
@@ -121,7 +121,7 @@ def shards_verify(
     outcome = verify_shards(target, records=records, report=_progress)
     counts = f"{outcome.num_records:,} records in {outcome.num_shards:,} shards"
     if outcome.num_duplicates:
-        counts += f", {outcome.num_duplicates:,} repeated ids ({', '.join(outcome.duplicate_ids)})"
+        counts += f", {outcome.num_duplicates:,} duplicate ids ({', '.join(outcome.duplicate_ids)})"
     if outcome.problems:
         raise ValueError(f"{outcome.target}: {len(outcome.problems)} problems, see above ({counts})")
     typer.echo(f"{outcome.target}: all is well, {counts}")

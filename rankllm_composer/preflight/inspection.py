@@ -244,7 +244,7 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
         number: counted from 0, in the order of the shards (or of the source, where there are none yet).
         loss: load the model into main memory and compute the record's loss parts on the CPU.
     Raises:
-        RecordLookupError, ModelError, PromptError, ValueError: what stands in the way.
+        ShardError, RecordError, ModelError, PromptError: what stands in the way.
     """
     from dataclasses import replace
 

@@ -46,17 +46,16 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     """
     from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.encoding import encode_record
-    from rankllm_composer.shards.read import RecordLookupError, SplitRecords
+    from rankllm_composer.shards.read import find_split
 
     split = recipe.data.train
     sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
     assumed = f"each is assumed to have {recipe.data.max_length_tokens:,} tokens, the limit"
-    try:
-        records = SplitRecords(sets, split.source)
-        count = len(records)
-    except RecordLookupError:
+    records = find_split(sets, split.source)
+    if records is None:
         given = f"{num_lists:,} (given)" if num_lists is not None else "unknown number"
         return ListLengths((), (), num_lists, f"{given}; no data here, so {assumed}")
+    count = len(records)
     if any(stream.proportion is not None for stream in split.streams):
         count = sum(round((stream.proportion or 0) * count) for stream in split.streams)
     try:

@@ -201,8 +201,13 @@ def augment_record(
 
 
 def record_key(record_id: str) -> int:
-    """63-bit hash of a record's id, the same on every machine: the first bits of its BLAKE2b."""
-    return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "big") >> 1
+    """63-bit hash of a record's id, the same on every machine: the first bits of its `id_digest`."""
+    return int.from_bytes(id_digest(record_id), "big") >> 1
+
+
+def id_digest(record_id: str) -> bytes:
+    """8 bytes of BLAKE2b of a record's id."""
+    return hashlib.blake2b(record_id.encode(), digest_size=8).digest()
 
 
 def is_unicode(text: str) -> bool:

@@ -1,13 +1,12 @@
 """Blocks of records → shards, in one process or several.
 
 One process reads the source and cuts it into blocks of about a shard each; any process turns a block into a shard.
-Which records a shard holds, and its name, depend on the source alone, so a set is the same to the byte with any number
-of processes. Only a few blocks are in memory at a time.
+The content and name of a shard depend only on the source, so a set is the same to the byte for any number of processes.
+Only a few blocks are in memory at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -23,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import RecordError, ShardError
-from rankllm_composer.prompts.permutations import SEPARATOR
-from rankllm_composer.prompts.record import Record
-from rankllm_composer.shards.index import COLUMNS, Tally, sample_from_record
-from rankllm_composer.sources.conversations import Item, RecordSource
+from rankllm_composer.prompts.record import Record, id_digest
+from rankllm_composer.shards.index import COLUMNS, sample_from_record
+from rankllm_composer.shards.manifest import BuildStats
+from rankllm_composer.sources.records import Item, RecordSource
 
 MAX_BLOCK_ITEMS = 1 << 14
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive items of a source (or of a part of it) that make one shard."""
+    """Consecutive items of a source, or of a part of it, that make one shard."""
 
     number: int
     items: list[Item]
@@ -41,24 +40,24 @@ class Block:
 
 @dataclass
 class WrittenBlock:
-    """What became of a block.
+    """Result of writing a block.
 
     Attributes:
-        entry: its shard as the index describes it; None if no record was left.
-        tally: what was counted.
+        entry: index entry of its shard; None if no record was left.
+        stats: what was counted.
         refused: bad records as (error, raw record).
-        id_hashes: 64-bit hash of every record's id.
+        id_hashes: 64-bit hash of each record's id.
     """
 
     entry: dict[str, Any] | None = None
-    tally: Tally = field(default_factory=Tally)
+    stats: BuildStats = field(default_factory=BuildStats)
     refused: list[tuple[RecordError, Any]] = field(default_factory=list)
     id_hashes: array[int] = field(default_factory=lambda: array("Q"))
 
 
 @dataclass(frozen=True)
 class BlockWriter:
-    """Turns blocks of one source into shard files of one folder; can be pickled."""
+    """Writes blocks of one source as shard files in one folder; can be pickled."""
 
     source: RecordSource
     folder: Path
@@ -67,9 +66,10 @@ class BlockWriter:
     stop_at_bad: bool
 
     def write(self, block: Block) -> WrittenBlock:
-        """Validate the records of a block and write its shard, named for its number and content.
+        """Validate the records of a block and write its shard, named by its number and content.
 
-        A name is never used for other content, so a reader's cache of an earlier set is never mistaken for this one.
+        Different content never gets the same name, so a reader's cache of an earlier set cannot be mistaken for this
+        one.
         """
         written = WrittenBlock()
         records: list[Record] = []
@@ -84,15 +84,11 @@ class BlockWriter:
             for _, record in found:
                 if isinstance(record, Record):
                     records.append(record)
-                    written.tally.count_record(
-                        record.response.count(SEPARATOR) + 1,
-                        len(record.user),
-                        other_wording=not record.has_standard_prompt,
-                    )
-                    written.id_hashes.append(_hash64(record.id))
+                    written.stats.count_record(record)
+                    written.id_hashes.frombytes(id_digest(record.id))
                 else:
-                    written.tally.dropped[record.reason] += 1
-        written.tally.num_quarantined = len(written.refused)
+                    written.stats.dropped[record.reason] += 1
+        written.stats.num_quarantined = len(written.refused)
         if records:
             written.entry = self._write_shard(block.number, records)
         return written
@@ -111,15 +107,16 @@ class BlockWriter:
             )
         except ValueError as error:
             raise ShardError(
-                f"compression {self.compression!r}, hashes {', '.join(self.hashes)}: {error} Allowed are zstd, gz, br, "
-                "bz2 (each with a level, as in zstd:7), snappy or none, and hashes such as sha1, sha256, xxh64, xxh128"
+                f"compression is {self.compression!r} and hashes are {', '.join(self.hashes)}: {error} Expected zstd, "
+                "gz, br, bz2 (each with an optional level, as in zstd:7), snappy or none, and hashes such as sha1, "
+                "sha256, xxh64, xxh128."
             ) from error
         for record in records:
             writer.write(sample_from_record(record))
-        # finish() would also write an index, and may wait whole seconds for an upload that is none.
+        # finish() would also write an index, and wait for an upload that does not happen.
         writer.flush_shard()
         writer.executor.shutdown(wait=True)
-        entry = writer.shards[0]
+        entry: dict[str, Any] = writer.shards[0]
         published = entry["zip_data"] or entry["raw_data"]
         stem = f"shard.{number:05d}.{published['hashes'][self.hashes[0]][:16]}.mds"
         old_name = published["basename"]
@@ -132,7 +129,7 @@ class BlockWriter:
 
 
 def cut_blocks(items: Iterable[Item], *, part: tuple[int, int], block_bytes: int) -> Iterator[Block]:
-    """Blocks of about `block_bytes` of the items whose index belongs to part (I, N): index mod N = I - 1."""
+    """Cut the items of part (I, N), those with index mod N = I - 1, into blocks of about `block_bytes`."""
     index, num_parts = part
     number, size = 0, 0
     kept: list[Item] = []
@@ -151,16 +148,16 @@ def cut_blocks(items: Iterable[Item], *, part: tuple[int, int], block_bytes: int
 def write_blocks(
     blocks: Iterable[Block], writer: BlockWriter, num_processes: int, num_alone: int = 1
 ) -> Iterator[WrittenBlock]:
-    """What became of each block, in their order.
+    """Write blocks in one process or several, and yield the results in order.
 
     Args:
         blocks: the blocks.
-        writer: what turns them into shards.
-        num_processes: processes to share them; 1 = this one.
-        num_alone: where there are no more blocks than this, no processes are started; otherwise this process writes
-            that many less one before it starts them.
+        writer: writes a block as a shard.
+        num_processes: number of processes; 1 = this one.
+        num_alone: for at most this many blocks no processes are started; otherwise this process writes one less than
+            this before it starts them.
     Raises:
-        ShardError: a process ended in the middle.
+        ShardError: a process was killed.
     """
     blocks = iter(blocks)
     if num_processes == 1:
@@ -184,15 +181,15 @@ def write_blocks(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ShardError(
-            "a process that writes shards was ended from outside, perhaps for want of memory; "
-            "run the same command again with fewer processes or smaller shards"
+            "a worker was killed, possibly by the OOM killer. "
+            "Rerun the same command with fewer processes or smaller shards."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def quarantine_line(error: RecordError, raw: Any) -> str:
-    """A bad record as a line of `quarantine.jsonl`: where it stood, why it was refused, and what it holds."""
+    """A bad record as a line of `quarantine.jsonl`: its place, id, error and content."""
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)
@@ -201,27 +198,23 @@ def quarantine_line(error: RecordError, raw: Any) -> str:
     return json.dumps({"place": error.place, "id": error.record_id, "reason": error.reason, "record": raw}) + "\n"
 
 
-def num_repeats(id_hashes: array[int]) -> int:
-    """How many of the hashes came before."""
+def count_duplicates(id_hashes: array[int]) -> int:
+    """Number of hashes that occurred before."""
     import numpy as np
 
     return len(id_hashes) - len(np.unique(np.frombuffer(id_hashes, dtype=np.uint64)))
 
 
-def _hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
-
-
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it ends: a killed parent would leave workers waiting forever."""
+    """Leave Ctrl-C to the parent, and exit when it exits; workers of a killed parent would wait forever."""
     import multiprocessing
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_after, args=(parent.join,), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(parent.join,), daemon=True).start()
 
 
-def _end_after(wait: Callable[[], None]) -> None:
+def _exit_after(wait: Callable[[], None]) -> None:
     wait()
     os._exit(1)

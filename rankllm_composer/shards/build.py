@@ -1,12 +1,11 @@
-"""Records → a set of MDS shards that streaming reads, on disk or in an object store, published whole or not at all.
+"""Builds a set of MDS shards on disk or in an object store; it is published complete or not at all.
 
-A set is a folder: shard files, `build.json`, perhaps `quarantine.jsonl`, and `index.json`, which is written last.
+A set is a folder with shard files, `build.json`, possibly `quarantine.jsonl`, and `index.json`, which is written last.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from array import array
 from collections.abc import Callable
@@ -16,19 +15,15 @@ from typing import Any, Literal
 
 from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.options import BuildOptions, SourceOptions
-from rankllm_composer.shards.blocks import BlockWriter, cut_blocks, num_repeats, quarantine_line, write_blocks
-from rankllm_composer.shards.index import (
+from rankllm_composer.shards.blocks import BlockWriter, count_duplicates, cut_blocks, quarantine_line, write_blocks
+from rankllm_composer.shards.index import INDEX_NAME, Shard, dump_index, index_digest, parse_index
+from rankllm_composer.shards.manifest import (
     IDS_NAME,
-    INDEX_NAME,
     MANIFEST_NAME,
     QUARANTINE_NAME,
     BuildReport,
+    BuildStats,
     Manifest,
-    Shard,
-    Tally,
-    digest,
-    dump_index,
-    parse_index,
 )
 from rankllm_composer.shards.publish import (
     WORKING_INDEX_NAME,
@@ -38,21 +33,19 @@ from rankllm_composer.shards.publish import (
     staging_folder,
     work_folder,
 )
-from rankllm_composer.sources.conversations import RecordSource, open_records
+from rankllm_composer.sources.records import RecordSource, open_source
 from rankllm_composer.storage.object_store import LocalFolder, open_folder
 
 DEFAULTS = BuildOptions()
 
-
 _PROGRESS_SECONDS = 5.0
-
 
 # Worker processes take seconds to import streaming; in that time one process writes about this many blocks.
 _NUM_BLOCKS_ALONE = 8
 
 
 def index_exists(target: str | Path) -> bool:
-    """True if a set of shards has been published there: it has an index.
+    """True if a complete set of shards is there: it has an index.
 
     Raises:
         StoreError: the object store cannot be reached.
@@ -78,7 +71,7 @@ def build_shards(
     Raises:
         ShardError, RecordError, SourceError, StoreError: what stands in the way and what to do.
     """
-    return build_from(open_records(source), output, source.on_error, options, report)
+    return build_from(open_source(source), output, source.on_error, options, report)
 
 
 def build_from(
@@ -117,35 +110,35 @@ def build_from(
     folder = open_folder(output) if options.part is None else open_folder(output, part_folder(index, num_parts))
     existing = find_set(folder, planned, options.overwrite)
     if existing is not None:
-        report(f"{folder.name}: the same set is there already")
-        return BuildReport.of(folder.name, *existing, time.monotonic() - started, was_there=True)
+        report(f"{folder.name}: the same set exists already")
+        return BuildReport.of(folder.name, *existing, time.monotonic() - started, existed=True)
 
-    def build(target: LocalFolder) -> tuple[tuple[Shard, ...], Tally]:
+    def build(target: LocalFolder) -> tuple[tuple[Shard, ...], BuildStats]:
         with work_folder(target.path) as work:
             hashes = tuple(sorted(options.hashes))
             writer = BlockWriter(source.prepare(work), work, options.compression, hashes, on_error == "stop")
-            names, shards, tally = _write_set(writer, planned, part, options.num_processes, report)
+            names, shards, stats = _write_set(writer, planned, part, options.num_processes, report)
             publish(work, names, target, report)
-        return shards, tally
+        return shards, stats
 
     try:
         if isinstance(folder, LocalFolder):
-            shards, tally = build(folder)
+            shards, stats = build(folder)
         else:
             with staging_folder(options.staging, folder.name) as stage:
                 local = LocalFolder(stage / "set")
-                shards, tally = find_set(local, planned, overwrite=True) or build(local)
+                shards, stats = find_set(local, planned, overwrite=True) or build(local)
                 publish(local.path, list(local.files()), folder, report)
     except OSError as error:
-        raise ShardError(f"{folder.name}: cannot be written: {error}; free space or choose another output") from error
-    return BuildReport.of(folder.name, shards, tally, time.monotonic() - started)
+        raise ShardError(f"{folder.name}: cannot be written: {error}. Free space or choose another output.") from error
+    return BuildReport.of(folder.name, shards, stats, time.monotonic() - started)
 
 
 def _parse_part(part: str | None) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part or "1/1")
-    if match is None or int(match[1]) > int(match[2]):
-        raise ShardError(f"part: found {part!r}, allowed is I/N with I from 1 to N, e.g. 1/4")
-    return int(match[1]), int(match[2])
+    index, num_parts = map(int, (part or "1/1").split("/"))
+    if index > num_parts:
+        raise ShardError(f"part is {part!r}; expected I/N with I from 1 to N, e.g. 1/4.")
+    return index, num_parts
 
 
 def _write_set(
@@ -154,10 +147,10 @@ def _write_set(
     part: tuple[int, int],
     num_processes: int | None,
     report: Callable[[str], None],
-) -> tuple[list[str], tuple[Shard, ...], Tally]:
-    """All files of a set in the writer's folder, the index under its working name; returns their names."""
+) -> tuple[list[str], tuple[Shard, ...], BuildStats]:
+    """Write all files of a set to the writer's folder, the index under its working name; return their names."""
     started = reported = time.monotonic()
-    tally, id_hashes = Tally(), array("Q")
+    stats, id_hashes = BuildStats(), array("Q")
     entries: list[dict[str, Any]] = []
     folder, name = writer.folder, writer.source.name
     blocks = cut_blocks(writer.source.items(), part=part, block_bytes=planned.options["shard_bytes"])
@@ -166,42 +159,43 @@ def _write_set(
         for written in write_blocks(blocks, writer, count, num_alone):
             if written.refused and writer.stop_at_bad:
                 error = written.refused[0][0]
-                reason = f"{error.reason} (or build with --on-error quarantine, which goes on without it)"
+                reason = f"{error.reason} (--on-error quarantine skips bad records.)"
                 raise RecordError(error.place, error.record_id, reason)
             quarantine.writelines(quarantine_line(error, raw) for error, raw in written.refused)
             if written.entry is not None:
                 entries.append(written.entry)
-            tally.add(written.tally)
+            stats.add(written.stats)
             id_hashes.extend(written.id_hashes)
             if time.monotonic() - reported >= _PROGRESS_SECONDS:
                 reported = time.monotonic()
-                speed = tally.num_records / (reported - started)
-                report(f"{name}: {tally.num_records:,} records, {len(entries):,} shards, {speed:,.0f} records/s")
-    tally.num_duplicates = num_repeats(id_hashes)
+                speed = stats.num_records / (reported - started)
+                report(f"{name}: {stats.num_records:,} records, {len(entries):,} shards, {speed:,.0f} records/s")
+    stats.num_duplicates = count_duplicates(id_hashes)
     if not entries and planned.part is None:
-        counts = {"bad": tally.num_quarantined, **tally.dropped}
-        told = ", ".join(f"{number:,} {what}" for what, number in counts.items())
-        raise ShardError(f"{name}: no record is left to build from ({told}); check that it is the right source")
+        counts = {"bad": stats.num_quarantined, **stats.dropped}
+        listed = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+        raise ShardError(f"{name}: no record is left to build from ({listed}). Check that it is the right source.")
     text = dump_index(entries)
     names = [(entry["zip_data"] or entry["raw_data"])["basename"] for entry in entries] + [MANIFEST_NAME]
-    (folder / MANIFEST_NAME).write_text(replace(planned, tally=tally, index_sha256=digest(text)).to_text(), "utf-8")
+    manifest = replace(planned, stats=stats, index_sha256=index_digest(text))
+    (folder / MANIFEST_NAME).write_text(manifest.to_text(), encoding="utf-8")
     (folder / WORKING_INDEX_NAME).write_text(text, encoding="utf-8")
-    if tally.num_quarantined:
+    if stats.num_quarantined:
         names.append(QUARANTINE_NAME)
     if planned.part is not None:
         (folder / IDS_NAME).write_bytes(id_hashes.tobytes())
         names.append(IDS_NAME)
-    speed = tally.num_records / (time.monotonic() - started)
-    report(f"{name}: {tally.num_records:,} records in {len(entries):,} shards, {speed:,.0f} records/s")
+    speed = stats.num_records / (time.monotonic() - started)
+    report(f"{name}: {stats.num_records:,} records in {len(entries):,} shards, {speed:,.0f} records/s")
     for number, what in (
-        (tally.num_quarantined, f"bad records, written to {QUARANTINE_NAME}"),
-        (tally.num_duplicates, "records whose id came before; they are kept (shards verify --records names them)"),
+        (stats.num_quarantined, f"bad records, written to {QUARANTINE_NAME}"),
+        (stats.num_duplicates, "records with a duplicate id; they are kept (shards verify --records lists them)"),
         (
-            tally.num_other_wordings,
-            "prompts in another wording than the client's; they train as they stand, the client will ask otherwise",
+            stats.num_nonstandard_prompts,
+            "nonstandard prompts, which the inference client would write differently; they are kept unchanged",
         ),
-        *((number, f"dropped: {reason}") for reason, number in sorted(tally.dropped.items())),
+        *((number, f"dropped: {reason}") for reason, number in sorted(stats.dropped.items())),
     ):
         if number:
             report(f"{name}: {number:,} {what}")
-    return names, parse_index(text, INDEX_NAME), tally
+    return names, parse_index(text, INDEX_NAME), stats

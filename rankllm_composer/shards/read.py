@@ -1,4 +1,4 @@
-"""Records by their place in a split, outside of training: from its shards, or from what they would be built from."""
+"""Records by their position in a split, outside training: from its shards, or from the source they are built from."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rankllm_composer.errors import ShardError
 from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, record_from_sample
+from rankllm_composer.sources.records import open_source, read_records
 from rankllm_composer.storage.object_store import Folder, open_folder
-
-if TYPE_CHECKING:
-    from rankllm_composer.prompts.record import Record
-    from rankllm_composer.sources.conversations import RecordSource
-
-
-class RecordLookupError(ValueError):
-    """There is no such record, or nothing to look it up in."""
 
 
 class SplitRecords:
@@ -31,33 +25,38 @@ class SplitRecords:
         sets: (local, remote) of each set of shards, in order; remote None = all of it is in `local`.
         source: read if there are no shards; None = only shards.
     Raises:
-        RecordLookupError: no shards, and no source on this machine.
-        ShardError, StoreError: an index is damaged or cannot be reached.
+        ShardError: there are no shards, and no source on this machine; or an index is damaged.
+        StoreError: an object store cannot be reached.
     """
 
     def __init__(self, sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None) -> None:
-        found = [(Path(local), open_folder(remote or local)) for local, remote in sets]
-        texts = [folder.read(INDEX_NAME) for _, folder in found]
-        self._source: RecordSource | None = None
+        folders = [(Path(local), open_folder(remote or local)) for local, remote in sets]
+        texts = [folder.read(INDEX_NAME) for _, folder in folders]
+        self._source = source
         self._shards: list[tuple[Path, Folder, Shard]] = []
-        if all(text is not None for text in texts):
-            for (local, folder), text in zip(found, texts):
+        missing = ", ".join(folder.name for (_, folder), text in zip(folders, texts) if text is None)
+        if not missing:
+            self._source = None
+            for (local, folder), text in zip(folders, texts):
                 shards = parse_index(text or b"", f"{folder.name}/{INDEX_NAME}")
                 self._shards += [(local, folder, shard) for shard in shards]
-            self.place = ", ".join(folder.name for _, folder in found)
+            self.place = ", ".join(folder.name for _, folder in folders)
             return
-        missing = ", ".join(folder.name for (_, folder), text in zip(found, texts) if text is None)
         if source is None:
-            raise RecordLookupError(
-                f"data.train: found no shards in {missing} and no source; build them with `rankllm-composer shards "
-                "build`, or name data.train.source"
+            raise _AbsentError(
+                f"data.train: there are no shards in {missing} and no source. Build them with rankllm-composer shards "
+                "build, or set data.train.source."
             )
-        self._source = _open(source, missing)
-        self._skips_bad = source.on_error == "quarantine"
+        if source.input is not None and not Path(source.input).exists():
+            raise _AbsentError(
+                f"data.train.source.input: {source.input} is not on this machine, and there are no shards in "
+                f"{missing}. Build them with rankllm-composer shards build, or name a local file (.json, .jsonl)."
+            )
+        self._records = open_source(source)
         self.place = f"{source.input or source.run} (no shards in {missing} yet)"
 
     def __len__(self) -> int:
-        """How many there are; of a source they are counted by reading it."""
+        """Number of records; those of a source are counted by reading it."""
         if self._source is not None:
             return sum(1 for _ in self)
         return sum(shard.num_samples for _, _, shard in self._shards)
@@ -66,54 +65,46 @@ class SplitRecords:
         """Record `number`, counted from 0.
 
         Raises:
-            RecordLookupError: there are fewer.
-            RecordError, ShardError: it, or one before it in a source, is damaged.
+            ShardError: there are fewer records, or its shard is damaged.
+            RecordError: it, or one before it in a source, is bad.
         """
         skipped = 0
         if self._source is None and number >= 0:
-            for place in self._shards:
-                num_samples = place[2].num_samples
-                if number < skipped + num_samples:
-                    return next(_read_shard(*place, first=number - skipped))
-                skipped += num_samples
+            for local, folder, shard in self._shards:
+                if number < skipped + shard.num_samples:
+                    return next(_read_shard(local, folder, shard, first=number - skipped))
+                skipped += shard.num_samples
         elif number >= 0:
             for record in islice(self, number, None):
                 return record
-        raise RecordLookupError(f"record: found {number}, allowed is 0 to {len(self) - 1} in {self.place}")
+        raise ShardError(f"record is {number}; expected 0 to {len(self) - 1} in {self.place}.")
 
     def __iter__(self) -> Iterator[Record]:
         if self._source is None:
-            for place in self._shards:
-                yield from _read_shard(*place, first=0)
-            return
-        from rankllm_composer.errors import RecordError
-        from rankllm_composer.prompts.record import Record
-
-        with tempfile.TemporaryDirectory() as scratch:
-            source = self._source.prepare(Path(scratch))
-            for item in source.items():
-                try:
-                    records = source.records(item)
-                except RecordError:
-                    if not self._skips_bad:
-                        raise
-                    continue
-                yield from (record for _, record in records if isinstance(record, Record))
+            for local, folder, shard in self._shards:
+                yield from _read_shard(local, folder, shard, first=0)
+        else:
+            skip_bad = self._source.on_error == "quarantine"
+            yield from (record for _, record in read_records(self._records, skip_bad=skip_bad))
 
 
-def _open(source: SourceOptions, missing: str) -> RecordSource:
-    from rankllm_composer.sources.conversations import open_records
+def find_split(sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None) -> SplitRecords | None:
+    """The records of a split; None if there are no shards, and no source on this machine.
 
-    if source.input is not None and not Path(source.input).exists():
-        raise RecordLookupError(
-            f"data.train.source.input: found {source.input}, which is not on this machine, and no shards in {missing}; "
-            "build them with `rankllm-composer shards build`, or name a local file (.json, .jsonl)"
-        )
-    return open_records(source)
+    Args and Raises: see `SplitRecords`.
+    """
+    try:
+        return SplitRecords(sets, source)
+    except _AbsentError:
+        return None
+
+
+class _AbsentError(ShardError):
+    """There is neither a set of shards nor a source on this machine."""
 
 
 def _read_shard(local: Path, folder: Folder, shard: Shard, *, first: int) -> Iterator[Record]:
-    """Records of a shard from the sample `first` on; an unpacked file in `local` is taken before a download."""
+    """Records of a shard from sample `first` on; an uncompressed file in `local` is read instead of a download."""
     from streaming.base.compression import decompress
     from streaming.base.format import reader_from_json
 
@@ -127,8 +118,8 @@ def _read_shard(local: Path, folder: Folder, shard: Shard, *, first: int) -> Ite
             data = decompress(shard.compression, data)
     if len(data) != shard.raw.num_bytes:
         raise ShardError(
-            f"{folder.name}/{shard.raw.basename}: has {len(data):,} bytes, the index says {shard.raw.num_bytes:,}; "
-            "`rankllm-composer shards verify` says more"
+            f"{folder.name}/{shard.raw.basename}: size is {len(data):,} bytes; expected {shard.raw.num_bytes:,}. "
+            "Run rankllm-composer shards verify for details."
         )
     reader: Any = reader_from_json("", None, shard.entry)
     bounds = np.frombuffer(data, np.uint32, shard.num_samples + 1, offset=4)

@@ -1,8 +1,7 @@
-"""Looking at a set of shards: is every file there and what the index says it is, and what does the set hold."""
+"""Verification and summary of a set of shards."""
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,23 +13,25 @@ from typing import Any
 import numpy as np
 
 from rankllm_composer.errors import RecordError, ShardError
-from rankllm_composer.prompts.record import validate_record
+from rankllm_composer.prompts.record import id_digest, validate_record
 from rankllm_composer.shards.index import (
     COLUMNS,
     INDEX_NAME,
-    MANIFEST_NAME,
-    Manifest,
     Shard,
     ShardFile,
-    digest,
+    index_digest,
+    missing_index,
     parse_index,
-    parse_manifest,
-    read_index,
     record_from_sample,
 )
+from rankllm_composer.shards.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from rankllm_composer.storage.object_store import Folder, open_folder
 
-MAX_NAMED = 5
+MAX_LISTED = 5
+
+_REFETCH = "Fetch or build it again."
+
+_REBUILD = "Build the set again."
 
 
 @dataclass
@@ -39,9 +40,9 @@ class VerifyReport:
 
     Attributes:
         target: the set, without credentials.
-        problems: what is wrong, one a line; empty = all is well.
-        num_shards, num_records: what was looked at.
-        num_duplicates: records whose id came before (counted with `records` only; no problem by itself).
+        problems: what is wrong, one per line; empty if the set is intact.
+        num_shards, num_records: what was checked.
+        num_duplicates: records with an id that occurred before (counted with `records` only; not a problem).
         duplicate_ids: the first few of them.
     """
 
@@ -55,12 +56,12 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class ShardsInfo:
-    """What a set says about itself, without reading its shards.
+    """Summary of a set, from its index and manifest.
 
     Attributes:
         target: the set, without credentials.
         num_records, num_shards: counts of the index.
-        num_bytes, num_raw_bytes: bytes stored, and unpacked.
+        num_bytes, num_raw_bytes: bytes stored, and uncompressed.
         columns: encoding of each column.
         compression, hashes: how the shards were written.
         manifest: content of `build.json`; None if there is none.
@@ -77,31 +78,31 @@ class ShardsInfo:
     manifest: Manifest | None
 
     def lines(self) -> Iterator[str]:
-        """The same for people."""
+        """Yield the summary as text."""
         yield f"{self.target}"
         yield f"records       {self.num_records:,} in {self.num_shards:,} shards"
-        unpacked = f" ({self.num_raw_bytes / 2**20:,.1f} MiB unpacked)"
+        unpacked = f" ({self.num_raw_bytes / 2**20:,.1f} MiB uncompressed)"
         yield f"bytes         {self.num_bytes / 2**20:,.1f} MiB{unpacked}"
         yield f"compression   {self.compression or 'none'}; hashes {', '.join(self.hashes) or 'none'}"
         yield "columns       " + ", ".join(f"{name} ({encoding})" for name, encoding in self.columns.items())
         if self.manifest is None:
-            yield f"source        not known: there is no {MANIFEST_NAME}"
+            yield f"source        unknown: there is no {MANIFEST_NAME}"
             return
-        source, tally = self.manifest.source, self.manifest.tally
+        source, stats = self.manifest.source, self.manifest.stats
         files = ", ".join(str(file.get("name")) for file in source.get("files", ()) if isinstance(file, dict))
         yield f"source        {source.get('name') or files} ({source.get('kind')})"
         if self.manifest.part or self.manifest.num_parts:
             yield f"parts         {self.manifest.part or f'merged from {self.manifest.num_parts}'}"
-        yield f"left out      {tally.num_quarantined:,} bad, {sum(tally.dropped.values()):,} dropped"
-        yield f"repeated ids  {tally.num_duplicates:,}"
-        yield f"wording       {tally.num_other_wordings:,} prompts in another wording than the client's"
-        yield "candidates    " + ", ".join(f"{size}: {tally.candidates[size]:,}" for size in sorted(tally.candidates))
-        told = ", ".join(f"{share:.0%} ≤ {size:,}" for share, size in self.prompt_quantiles())
-        yield f"prompt chars  {told}"
+        yield f"left out      {stats.num_quarantined:,} bad, {sum(stats.dropped.values()):,} dropped"
+        yield f"duplicate ids {stats.num_duplicates:,}"
+        nonstandard = f"{stats.num_nonstandard_prompts:,} nonstandard"
+        yield f"prompts       {nonstandard}; the inference client would write them differently"
+        yield "candidates    " + ", ".join(f"{size}: {stats.candidates[size]:,}" for size in sorted(stats.candidates))
+        yield "prompt chars  " + ", ".join(f"{share:.0%} ≤ {size:,}" for share, size in self.prompt_quantiles())
 
     def prompt_quantiles(self) -> list[tuple[float, int]]:
-        """(share of lists, characters that their user turns stay within), to 1,000 characters."""
-        counts = self.manifest.tally.prompt_chars if self.manifest else Counter[int]()
+        """Quantiles of the length of user turns: (share of lists, most characters), rounded up to 1,000."""
+        counts = self.manifest.stats.prompt_chars if self.manifest else Counter[int]()
         total, quantiles = sum(counts.values()), []
         for share in (0.5, 0.95, 1.0):
             seen = 0
@@ -114,7 +115,7 @@ class ShardsInfo:
 
 
 def shards_info(target: str | Path) -> ShardsInfo:
-    """What a set says about itself: counts, bytes, columns, source, histograms.
+    """Summarize a set from its index and manifest: counts, bytes, columns, source, histograms.
 
     Args:
         target: folder or object-store URL of the set.
@@ -143,13 +144,13 @@ def verify_shards(target: str | Path, *, records: bool = False, report: Callable
     """Check every shard of a set against its index: presence, size, hashes, layout; with `records`, every record too.
 
     Args:
-        target: folder or object-store URL of the set; of a URL one shard at a time is fetched.
-        records: decode and validate every record, and look for repeated ids.
-        report: takes a line for every problem.
+        target: folder or object-store URL of the set; shards at a URL are fetched one at a time.
+        records: decode and validate every record, and look for duplicate ids.
+        report: called with each problem.
     Returns:
-        VerifyReport; its `problems` are empty if all is well.
+        VerifyReport, with no `problems` if the set is intact.
     Raises:
-        ShardError: there is no index, or it is damaged or points out of the set.
+        ShardError: there is no index, or it is damaged or names a path outside the set.
         StoreError: the object store cannot be reached.
     """
     folder = open_folder(target)
@@ -161,7 +162,7 @@ def verify_shards(target: str | Path, *, records: bool = False, report: Callable
         report(outcome.problems[-1])
 
     _check_manifest(folder, shards, index_text, problem)
-    seen: set[int] = set()
+    seen: set[bytes] = set()
     for shard in shards:
         outcome.num_shards += 1
         with tempfile.TemporaryDirectory() as scratch:
@@ -178,7 +179,7 @@ def verify_shards(target: str | Path, *, records: bool = False, report: Callable
 def _index(folder: Folder) -> tuple[tuple[Shard, ...], bytes]:
     text = folder.read(INDEX_NAME)
     if text is None:
-        return read_index(Path(folder.name, INDEX_NAME)), b""  # raises: says what a missing index means
+        raise missing_index(f"{folder.name}/{INDEX_NAME}")
     return parse_index(text, f"{folder.name}/{INDEX_NAME}"), text
 
 
@@ -187,7 +188,7 @@ def _check_manifest(
 ) -> None:
     text = folder.read(MANIFEST_NAME)
     if not shards:
-        problem(f"{INDEX_NAME}: lists no shard; build the set again")
+        problem(f"{INDEX_NAME}: lists no shards. {_REBUILD}")
     if text is None:
         return
     try:
@@ -196,47 +197,41 @@ def _check_manifest(
         problem(str(error))
         return
     num_records = sum(shard.num_samples for shard in shards)
-    if manifest.tally.num_records != num_records:
-        told = f"says {manifest.tally.num_records:,} records, {INDEX_NAME} says {num_records:,}"
-        problem(f"{MANIFEST_NAME}: {told}; build the set again")
-    elif manifest.index_sha256 != digest(index_text):
-        problem(f"{MANIFEST_NAME}: belongs to another {INDEX_NAME}; build the set again")
+    if manifest.stats.num_records != num_records:
+        found = f"counts {manifest.stats.num_records:,} records, but {INDEX_NAME} {num_records:,}"
+        problem(f"{MANIFEST_NAME}: {found}. {_REBUILD}")
+    elif manifest.index_sha256 != index_digest(index_text):
+        problem(f"{MANIFEST_NAME}: belongs to another {INDEX_NAME}. {_REBUILD}")
 
 
 def _unpack(folder: Folder, shard: Shard, scratch: Path, problem: Callable[[str], None]) -> bytes | None:
-    """Unpacked content of a shard whose files are what the index says; None if they are not."""
+    """Uncompressed content of a shard; None if its files do not match the index."""
     from streaming.base.compression import decompress
 
     path = folder.fetch(shard.published.basename, scratch)
-    data = _checked(path, shard.published, problem)
-    if data is None:
-        return None
-    if shard.packed is None:
+    data = _read(path, shard.published, problem)
+    if data is None or shard.packed is None:
         return data
-    # Streaming unpacks a local set in place, and from then on reads the unpacked file and no other.
+    # Streaming unpacks a local set in place, and from then on reads only the uncompressed file.
     unpacked = path.with_name(Path(shard.raw.basename).name)
-    if unpacked.exists() and _checked(unpacked, shard.raw, problem) is None:
+    if unpacked.exists() and _read(unpacked, shard.raw, problem) is None:
         return None
     try:
         raw = decompress(shard.compression, data)
     except Exception as error:  # every codec has its own errors
-        problem(f"{shard.packed.basename}: cannot be unpacked: {error}; fetch or build it again")
+        problem(f"{shard.packed.basename}: cannot be decompressed: {error}. {_REFETCH}")
         return None
     return raw if _matches(raw, shard.raw, problem) else None
 
 
-def _checked(path: Path, file: ShardFile, problem: Callable[[str], None]) -> bytes | None:
+def _read(path: Path, file: ShardFile, problem: Callable[[str], None]) -> bytes | None:
     try:
-        size = path.stat().st_size
-        if size != file.num_bytes:
-            problem(f"{file.basename}: has {size:,} bytes, the index says {file.num_bytes:,}; fetch or build it again")
-            return None
         data = path.read_bytes()
     except FileNotFoundError:
-        problem(f"{file.basename}: is missing; fetch or build it again")
+        problem(f"{file.basename}: is missing. {_REFETCH}")
         return None
     except OSError as error:
-        problem(f"{file.basename}: cannot be read: {error.strerror}; check the rights")
+        problem(f"{file.basename}: cannot be read ({error.strerror}). Check its permissions.")
         return None
     return data if _matches(data, file, problem) else None
 
@@ -245,35 +240,35 @@ def _matches(data: bytes, file: ShardFile, problem: Callable[[str], None]) -> bo
     from streaming.base.hashing import get_hash, is_hash
 
     if len(data) != file.num_bytes:
-        problem(f"{file.basename}: has {len(data):,} bytes, the index says {file.num_bytes:,}; fetch or build it again")
+        problem(f"{file.basename}: size is {len(data):,} bytes; expected {file.num_bytes:,}. {_REFETCH}")
         return False
     known = [algorithm for algorithm in file.hashes if is_hash(algorithm)]
     if not known:
-        problem(f"{file.basename}: the index has no hash of it that is known here; build the set again")
+        problem(f"{file.basename}: the index has no hash of it with a known algorithm. {_REBUILD}")
         return False
     for algorithm in known:
         if get_hash(algorithm, data) != file.hashes[algorithm]:
-            problem(f"{file.basename}: is corrupt, its {algorithm} is not that of the index; fetch or build it again")
+            problem(f"{file.basename}: is corrupt, its {algorithm} differs from the index. {_REFETCH}")
             return False
     return True
 
 
 def _samples(raw: bytes, shard: Shard, problem: Callable[[str], None]) -> list[bytes]:
-    """Encoded samples of a shard, by the table at its head: how many, then where each begins and the last ends."""
+    """Encoded samples of a shard, by the table at its start: their number, all starts, the last end."""
     name = shard.raw.basename
-    found = int(np.frombuffer(raw[:4], np.uint32)[0]) if len(raw) >= 4 else 0
-    if found != shard.num_samples or len(raw) < 4 * (shard.num_samples + 2):
-        problem(f"{name}: holds {found:,} samples, the index says {shard.num_samples:,}; build the set again")
+    num_samples = int(np.frombuffer(raw[:4], np.uint32)[0]) if len(raw) >= 4 else 0
+    if num_samples != shard.num_samples or len(raw) < 4 * (shard.num_samples + 2):
+        problem(f"{name}: contains {num_samples:,} samples; expected {shard.num_samples:,}. {_REBUILD}")
         return []
     bounds = np.frombuffer(raw, np.uint32, shard.num_samples + 1, offset=4).astype(np.int64)
     if bounds[0] < 4 * (shard.num_samples + 2) or bounds[-1] != len(raw) or (np.diff(bounds) <= 0).any():
-        problem(f"{name}: its table of samples is damaged; build the set again")
+        problem(f"{name}: its table of samples is damaged. {_REBUILD}")
         return []
     return [raw[begin:end] for begin, end in pairwise(bounds)]
 
 
 def _check_records(
-    samples: list[bytes], shard: Shard, problem: Callable[[str], None], seen: set[int], outcome: VerifyReport
+    samples: list[bytes], shard: Shard, problem: Callable[[str], None], seen: set[bytes], outcome: VerifyReport
 ) -> None:
     from streaming.base.format import reader_from_json
 
@@ -287,11 +282,11 @@ def _check_records(
             problem(str(error) if isinstance(error, RecordError) else f"{place}: {error}")
             continue
         except (ValueError, IndexError, KeyError, RecursionError) as error:
-            problem(f"{place}: cannot be decoded: {error}; build the set again")
+            problem(f"{place}: cannot be decoded: {error}. {_REBUILD}")
             continue
-        key = int.from_bytes(hashlib.blake2b(record.id.encode("utf-8"), digest_size=8).digest(), "little")
+        key = id_digest(record.id)
         if key in seen:
             outcome.num_duplicates += 1
-            if len(outcome.duplicate_ids) < MAX_NAMED:
+            if len(outcome.duplicate_ids) < MAX_LISTED:
                 outcome.duplicate_ids.append(record.id)
         seen.add(key)

@@ -1,252 +1,37 @@
-"""Training records from outside: where they come from, read one by one in constant memory, and what makes one bad.
-
-A source is read in two halves, so that several processes can share the work: `items()` finds where each record
-starts and ends and is run once, by one process; `records(item)` parses and validates and is run by any.
-"""
+"""Records in the published conversation layout: from JSON and JSON Lines files, or a Hugging Face data set."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
-import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
+from typing import Any, BinaryIO
 
-from rankllm_composer.errors import RecordError, SourceError
-from rankllm_composer.options import SourceOptions
+from rankllm_composer.errors import RecordError
 from rankllm_composer.prompts.record import Record, validate_record
-
-MAX_ELEMENT_CHARS = 1 << 26
-
-
-_CHUNK_CHARS = 1 << 20
-
-
-# A value that the end of the buffer cuts off fails there, or at most one escape or literal before it.
-_CUT_OFF_CHARS = 16
-
-
-class JsonArrayError(SourceError):
-    """A text that is no JSON array, or not to its end.
-
-    Attributes:
-        index: element at which it goes wrong, counted from 0; None outside the elements.
-    """
-
-    def __init__(self, index: int | None, reason: str) -> None:
-        super().__init__(index, reason)
-        self.index, self.reason = index, reason
-
-    def __str__(self) -> str:
-        return self.reason
-
-
-def iterate_array(file: TextIO) -> Iterator[tuple[Any, int]]:
-    """Elements of the one JSON array that `file` holds.
-
-    Args:
-        file: text, read from where it stands to its end.
-    Yields:
-        (element, its length in characters).
-    Raises:
-        JsonArrayError: what was found instead, what is allowed, what to do. OSError and UnicodeDecodeError of the file
-            go through.
-    """
-    text = _SlidingText(file)
-    if text.peek() != "[":
-        found = repr(text.peek()) if text.peek() else "nothing"
-        raise JsonArrayError(
-            None,
-            f"found {found} at the start, allowed in a .json file is one array of records; "
-            "a file with one record a line is named .jsonl",
-        )
-    text.step()
-    index = 0
-    while index > 0 or text.peek() != "]":
-        if text.peek() == "":
-            raise JsonArrayError(index, "the file ends before the array does; it is cut off, fetch it again")
-        yield text.decode(index)
-        after = text.peek()
-        if after == "]":
-            break
-        if after != ",":
-            found = repr(after) if after else "the end of the file"
-            raise JsonArrayError(
-                index, f"found {found} after it, allowed is ',' or ']'; correct the file or fetch it again"
-            )
-        text.step()
-        index += 1
-    text.step()
-    if text.peek():
-        raise JsonArrayError(None, f"found {text.peek()!r} after the array; remove what follows it")
-
-
-class _SlidingText:
-    """The unread part of a file, as much of it as the value being decoded needs."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._buffer, self._position, self._at_end = "", 0, False
-        self._decode = json.JSONDecoder().raw_decode
-
-    def peek(self) -> str:
-        """Next character that is no white space; "" at the end of the file."""
-        while True:
-            while self._position < len(self._buffer):
-                char = self._buffer[self._position]
-                if char not in " \t\n\r":
-                    return char
-                self._position += 1
-            if self._at_end:
-                return ""
-            self._refill(_CHUNK_CHARS)
-
-    def step(self) -> None:
-        """Pass over the character that `peek` showed."""
-        self._position += 1
-
-    def decode(self, index: int) -> tuple[Any, int]:
-        """The value that starts here, and its length in characters."""
-        while True:
-            try:
-                value, end = self._decode(self._buffer, self._position)
-            except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated string")
-                cut_off = cut_off or error.pos >= len(self._buffer) - _CUT_OFF_CHARS
-                if self._at_end or not cut_off:
-                    found = self._buffer[error.pos : error.pos + 40]
-                    reason = f"no valid JSON: {error.msg} at {found!r}; correct the file or fetch it again"
-                    raise JsonArrayError(index, reason) from error
-            except (RecursionError, ValueError) as error:  # nested too deep, a number of thousands of digits
-                raise JsonArrayError(index, f"cannot be decoded: {error}; correct the file") from error
-            else:
-                if end < len(self._buffer) - _CUT_OFF_CHARS or self._at_end:  # else a number may go on
-                    num_chars, self._position = end - self._position, end
-                    return value, num_chars
-            num_pending = len(self._buffer) - self._position
-            if num_pending > MAX_ELEMENT_CHARS:
-                reason = (
-                    f"does not end within {MAX_ELEMENT_CHARS >> 20} Mi characters; a quote is missing, correct the file"
-                )
-                raise JsonArrayError(index, reason)
-            self._refill(max(_CHUNK_CHARS, num_pending))
-
-    def _refill(self, num_chars: int) -> None:
-        chunk = self._file.read(num_chars)
-        self._at_end = not chunk
-        self._buffer, self._position = self._buffer[self._position :] + chunk, 0
-
+from rankllm_composer.sources.json_array import JsonArrayError, iterate_array
+from rankllm_composer.sources.records import Dropped, Item, RecordSource, describe_file
 
 FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-
 
 MAX_LINE_BYTES = 1 << 26
 
 
-_UNREADABLE = "the file cannot be read on; write or fetch it again"
-
-
-class Dropped(NamedTuple):
-    """A list that a source leaves out by its own rules. `reason` is the name under which it is counted."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """What one step of a source hands to whoever parses it.
-
-    Attributes:
-        index: 0-based place in the source.
-        place: the same for people.
-        raw: the unparsed record; can be pickled.
-        num_bytes: about what its records will occupy, unpacked.
-    """
-
-    index: int
-    place: str
-    raw: Any
-    num_bytes: int
-
-
-class RecordSource(Protocol):
-    """Where records come from. Sources can be pickled; `records` does not depend on the process it runs in."""
-
-    @property
-    def name(self) -> str:
-        """The source for people: a file or data set name."""
-
-    def prepare(self, folder: Path) -> RecordSource:
-        """The source, ready to be read; what it leaves in `folder` must stay until all records are read."""
-
-    def describe(self) -> dict[str, Any]:
-        """What makes this source the same on another machine: names, sizes, hashes, options; no paths, no secrets."""
-
-    def items(self) -> Iterator[Item]:
-        """Every item in order. Raises ValueError where the source itself cannot be read on."""
-
-    def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
-        """Valid records of one item with their places. Raises RecordError, and then none of the item counts."""
-
-
-def read_records(
-    source: RecordSource | str | Path,
-    *,
-    split: str = "train",
-    dropped: Counter[str] | None = None,
-) -> Iterator[tuple[str, Record]]:
-    """Valid records of a source, one at a time, in its order.
-
-    Args:
-        source: a source, or what `open_source` takes.
-        split: split of a data set; has no meaning for files.
-        dropped: counts what the source leaves out, by reason.
-    Yields:
-        (place, record), the place as in `train.json:record 17`.
-    Raises:
-        RecordError: a record is bad, or the file cannot be read on.
-    """
-    opened = open_source(source, split=split) if isinstance(source, (str, Path)) else source
-    with tempfile.TemporaryDirectory() as folder:
-        opened = opened.prepare(Path(folder))
-        for item in opened.items():
-            for place, record in opened.records(item):
-                if isinstance(record, Record):
-                    yield place, record
-                elif dropped is not None:
-                    dropped[record.reason] += 1
-
-
-def open_records(options: SourceOptions) -> RecordSource:
-    """Source of the records that these options describe: conversations (`input`), or retrieval files (`run`, …).
-
-    Raises:
-        SourceError: the options contradict each other.
-        RecordError: `input` is no file or folder, or a file of another kind.
-    """
-    from rankllm_composer.sources.trec import TrecSource
-
-    options.check()
-    return TrecSource(options) if options.input is None else open_source(options.input, split=options.split)
-
-
-def open_source(source: str | Path, *, split: str = "train") -> RecordSource:
-    """Source of records in the published conversation layout.
+def open_conversations(source: str | Path, split: str = "train") -> RecordSource:
+    """Open a source of conversations.
 
     Args:
         source: a file `.json` (one array) or `.jsonl`, either with `.gz`; or a folder or HF id that
             `datasets.load_dataset` can stream.
-        split: split of the data set; has no meaning for files.
+        split: split of the data set; ignored for files.
     Raises:
-        RecordError: no such file or folder, or a file of another kind.
+        RecordError: there is no such file or folder, or the file is of another kind.
     """
-    path = Path(source)
-    name = str(source)
+    path, name = Path(source), str(source)
+    endings = ", ".join(FILE_ENDINGS)
     if name and path.is_dir():
         return DatasetSource(name, split)
     if path.is_file():
@@ -254,20 +39,20 @@ def open_source(source: str | Path, *, split: str = "train") -> RecordSource:
             return JsonLinesSource(name)
         if name.endswith((".json", ".json.gz")):
             return JsonArraySource(name)
-        raise RecordError(path.name, None, f"found a file of another kind, allowed are {', '.join(FILE_ENDINGS)}")
+        raise RecordError(path.name, None, f"the file name must end in one of {endings}. Convert or rename the file.")
     if name.endswith(FILE_ENDINGS) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         raise RecordError(
             name,
             None,
-            f"no such file or folder; allowed are files ({', '.join(FILE_ENDINGS)}), a folder that holds a data set, "
-            "or a HF data set id such as owner/name; correct the path",
+            f"no such file or folder; expected a file ({endings}), a folder with a data set, or a HF data set id such "
+            "as owner/name. Correct the path.",
         )
     return DatasetSource(name, split)
 
 
 @dataclass(frozen=True)
 class _ConversationSource:
-    """The half that all sources in the published layout share: raw record → valid Record."""
+    """The half that these sources share: raw record → validated Record."""
 
     path: str
 
@@ -290,29 +75,26 @@ class _ConversationSource:
 
 
 class JsonLinesSource(_ConversationSource):
-    """`.jsonl`: a record a line. Empty lines are passed over."""
+    """`.jsonl`: one record per line. Empty lines are skipped."""
 
     def items(self) -> Iterator[Item]:
-        index = 0
+        index = number = 0
         try:
             with _open_binary(self.path) as file:
-                number = 0
                 while line := file.readline(MAX_LINE_BYTES + 1):
                     number += 1
                     place = f"{self.name}:record {index} (line {number})"
                     if len(line) > MAX_LINE_BYTES:
-                        reason = (
-                            f"found a line of over {MAX_LINE_BYTES >> 20} MiB; a .jsonl file holds one record a line"
-                        )
-                        raise RecordError(place, None, reason)
+                        limit = MAX_LINE_BYTES >> 20
+                        raise RecordError(place, None, f"longer than {limit} MiB. Write one record per line.")
                     if line.strip():
                         if index == 0 and line.lstrip().startswith(b"["):
-                            reason = "found an array; name the file .json, or write one record a line"
+                            reason = "the file holds an array. Name it .json, or write one record per line."
                             raise RecordError(place, None, reason)
                         yield Item(index, place, line, len(line))
                         index += 1
         except (OSError, EOFError) as error:
-            raise RecordError(f"{self.name}:record {index}", None, f"{error}; {_UNREADABLE}") from error
+            raise _unreadable(f"{self.name}:record {index}", error) from error
 
 
 class JsonArraySource(_ConversationSource):
@@ -328,7 +110,7 @@ class JsonArraySource(_ConversationSource):
             place = self.name if error.index is None else f"{self.name}:record {error.index}"
             raise RecordError(place, None, str(error)) from error
         except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise RecordError(f"{self.name}:after record {index}", None, f"{error}; {_UNREADABLE}") from error
+            raise _unreadable(f"{self.name}:after record {index}", error) from error
 
 
 @dataclass(frozen=True)
@@ -347,39 +129,38 @@ class DatasetSource(_ConversationSource):
         return {"kind": "dataset", "name": self.name, "files": [describe_file(path) for path in files]}
 
     def items(self) -> Iterator[Item]:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
 
-        remedy = "check the id, the split and HF_TOKEN; a file is given by its path"
+        remedy = "Check the id, the split and HF_TOKEN; give a file by its path."
         try:
             stream = iter(datasets.load_dataset(self.path, split=self.split, streaming=True))
-        except Exception as error:  # the library raises its own, its hub client's and plain errors here
-            raise RecordError(self.name, None, f"the data set does not open: {error}; {remedy}") from error
+        except Exception as error:  # the library raises its own, its hub client's and builtin errors
+            raise RecordError(self.name, None, f"cannot open the data set: {error}. {remedy}") from error
         index = 0
         while True:
             place = f"{self.name}:record {index}"
             try:
                 row = next(stream, None)
             except Exception as error:  # as above: a broken file shows only when its first row is read
-                raise RecordError(place, None, f"the data set cannot be read on: {error}; {remedy}") from error
+                raise RecordError(place, None, f"cannot read the data set: {error}. {remedy}") from error
             if row is None:
                 return
             turns = row.get("conversations")
-            if isinstance(turns, Mapping):  # the library may keep a list of turns as one list a field
+            if isinstance(turns, Mapping):  # the library may store a list of turns as one list per field
                 row = {**row, "conversations": [dict(zip(turns, turn)) for turn in zip(*turns.values())]}
             yield Item(index, place, dict(row), len(str(row.get("conversations"))))
             index += 1
 
 
 def record_from_layout(raw: Any, place: str) -> Record:
-    """Valid Record of one parsed entry of the published layout.
+    """Validated record of one parsed entry of the published layout.
 
     Raises:
-        RecordError: the entry is no record of that layout, or a bad one.
+        RecordError: the entry is not of that layout, or the record is bad.
     """
     if not isinstance(raw, Mapping):
-        raise RecordError(
-            place, None, f"found {type(raw).__name__}, allowed is an object with 'id' and 'conversations'; correct it"
-        )
+        kind = type(raw).__name__
+        raise RecordError(place, None, f"the record is {kind}; expected an object with 'id' and 'conversations'.")
     record_id = raw.get("id")
     try:
         record = Record.from_conversations(raw)
@@ -390,33 +171,20 @@ def record_from_layout(raw: Any, place: str) -> Record:
     return record
 
 
-def describe_file(path: str | Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file, which tell whether two machines read the same one.
-
-    Raises:
-        RecordError: the file cannot be read.
-    """
-    path = Path(path)
-    digest, num_bytes = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-                num_bytes += len(chunk)
-    except OSError as error:
-        raise RecordError(path.name, None, f"cannot be read: {error.strerror}; check the path and rights") from error
-    return {"name": path.name, "bytes": num_bytes, "sha256": digest.hexdigest()}
-
-
 def _decode_line(place: str, line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise RecordError(place, None, f"is no valid JSON: {error}; correct the line or leave it out") from error
+        raise RecordError(place, None, f"invalid JSON: {error}. Correct or remove the line.") from error
 
 
 def _open_binary(path: str) -> BinaryIO:
     try:
         return gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb")  # type: ignore[return-value]
     except OSError as error:
-        raise RecordError(Path(path).name, None, f"cannot be read: {error.strerror}; check path and rights") from error
+        reason = f"the file cannot be read ({error.strerror}). Check its path and permissions."
+        raise RecordError(Path(path).name, None, reason) from error
+
+
+def _unreadable(place: str, error: Exception) -> RecordError:
+    return RecordError(place, None, f"the file cannot be read from here on: {error}. Write or fetch it again.")

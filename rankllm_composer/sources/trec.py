@@ -1,7 +1,7 @@
 """Training lists from retrieval files: a TREC run, queries and documents, ordered by judgments or by a teacher's run.
 
-The files are read once into a small SQLite database on disk that holds ranks, grades and where each document starts, so
-memory stays flat however long they are, and any process can build the lists of any query.
+The files are read once into a SQLite database on disk with ranks, grades and the offset of each document, so that
+memory does not grow with the files and any process can build the lists of any query.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from rankllm_composer.errors import PromptError, RecordError, SourceError
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.permutations import format_permutation
-from rankllm_composer.prompts.record import Record, is_unicode, validate_record
+from rankllm_composer.prompts.record import Record, validate_record
 from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
     clean_query,
@@ -30,8 +30,15 @@ from rankllm_composer.prompts.user_turn import (
     render_user_turn,
     truncate_passage,
 )
-from rankllm_composer.sources.conversations import Dropped, Item, describe_file
-from rankllm_composer.sources.retrieval_files import Judgment, RunLine, read_json_lines, read_judgments, read_run
+from rankllm_composer.sources.records import Dropped, Item, describe_file
+from rankllm_composer.sources.retrieval_files import (
+    Judgment,
+    RunLine,
+    query_text,
+    read_json_lines,
+    read_judgments,
+    read_run,
+)
 
 _BATCH_ROWS = 10_000
 
@@ -51,20 +58,20 @@ _SCHEMA = """
 def candidate_lists(
     num_candidates: int, *, window: int, stride: int, num_lists: int, seed: int, qid: str
 ) -> list[tuple[int, ...]]:
-    """Which candidates each list of a query shows, in which order.
+    """Choose and order the candidates of each list of a query.
 
-    First come the windows over the first-stage order, from the top, `stride` apart, the last one ending at the last
-    candidate. Lists beyond those are random draws of `window` candidates in random order, each from its own generator
-    seeded with (seed, qid, number of the list).
+    The first lists are windows over the first-stage order, from the top, `stride` apart, the last one ending at the
+    last candidate. Further lists are random draws of `window` candidates in random order, each from a generator seeded
+    with (seed, qid, number of the list).
 
     Args:
         num_candidates: length of the first-stage list.
-        window: candidates a list; a shorter first-stage list is shown whole.
-        stride: places from the start of one window to the next.
-        num_lists: how many lists to make; 0 = one for each window.
+        window: candidates per list; a shorter first-stage list makes one list.
+        stride: positions from the start of one window to the next.
+        num_lists: number of lists to make; 0 = one per window.
         seed, qid: seed of the random draws.
     Returns:
-        Lists of 0-based first-stage places.
+        Lists of 0-based first-stage positions.
     """
     size = min(window, num_candidates)
     last = num_candidates - size
@@ -78,14 +85,18 @@ def candidate_lists(
 def teacher_order(
     docids: Sequence[str], grades: dict[str, int] | None, teacher: Sequence[str] | None
 ) -> tuple[int, ...]:
-    """Places of a list's candidates from best to worst, ties and unknowns in the order given.
+    """Order a list's candidates from best to worst; ties and unknown documents keep the given order.
 
-    By the teacher's run if there is one: first what it ranked, in its order, then the rest. Otherwise by grade,
-    highest first; what is not judged counts as grade 0.
+    Args:
+        docids: the candidates.
+        grades: grades by document; unjudged documents have grade 0.
+        teacher: documents as a teacher ranked them; replaces the grades. Documents it did not rank come last.
+    Returns:
+        0-based positions in `docids`.
     """
     if teacher is not None:
-        place = {docid: i for i, docid in enumerate(teacher)}
-        return tuple(sorted(range(len(docids)), key=lambda i: place.get(docids[i], len(place))))
+        rank = {docid: i for i, docid in enumerate(teacher)}
+        return tuple(sorted(range(len(docids)), key=lambda i: rank.get(docids[i], len(rank))))
     known = grades or {}
     return tuple(sorted(range(len(docids)), key=lambda i: -known.get(docids[i], 0)))
 
@@ -94,16 +105,16 @@ def teacher_order(
 class TrecSource:
     """Records made from retrieval files; a `RecordSource`.
 
-    The queries file decides which queries are built. Passages are prepared as the inference client does: title and
-    text joined, repaired, cut, `[12]` → `(12)`. Candidates are taken in the order of the run's rank column. Judgments
-    give the grades (those below 0 are kept as 0) and, without a teacher's run, the order. What the teacher's run does
-    not rank comes last, in first-stage order. A list's id is `qid-number`.
+    Lists are built for the queries in the queries file. Passages are prepared as the inference client does: title and
+    text joined, repaired, truncated, `[12]` → `(12)`. Candidates are in the order of the run's rank column. Judgments
+    give the grades (negative grades become 0) and, without a teacher's run, the order. The id of a list is
+    `qid-number`.
 
     Attributes:
-        options: the files and how lists are made from them.
+        options: the files, and how lists are made from them.
         database: set by `prepare`.
     Raises:
-        SourceError: options that make no lists or have no effect.
+        SourceError: the options contradict each other.
     """
 
     options: SourceOptions
@@ -130,8 +141,8 @@ class TrecSource:
         """Read the files into a database in `folder`.
 
         Raises:
-            SourceError: a malformed line, a query or document that comes twice, or a run that shares no query with the
-                queries file.
+            SourceError: a line is malformed, a query or document is repeated, or the run and the queries file have no
+                query in common.
         """
         handle, path = tempfile.mkstemp(suffix=".sqlite", dir=folder)
         os.close(handle)
@@ -146,14 +157,14 @@ class TrecSource:
             _import_docs(database, self._path("docs"))
             if database.execute("SELECT 1 FROM run LIMIT 1").fetchone() is None:
                 raise SourceError(
-                    f"{self.options.run}: holds no candidate for any query of {self.options.queries}; "
-                    "check that they match"
+                    f"{self.options.run}: the run has no candidates for any query in {self.options.queries}. "
+                    "Check that the two files belong together."
                 )
         database.close()
         return replace(self, database=path)
 
     def items(self) -> Iterator[Item]:
-        """Every query of the queries file in its order, then those that only the run has, which will be dropped."""
+        """Yield the queries of the queries file in its order, then those of the run alone, which are dropped later."""
         options = self.options
         size = options.window * min(options.max_passage_words or passage_word_limit(options.window), 100) * 6
         num_lists = options.lists_per_query or -(-max(0, options.depth - options.window) // options.stride) + 1
@@ -163,10 +174,10 @@ class TrecSource:
                 yield Item(index, f"{self.name}:query {qid!r}", (number, qid), size * num_lists)
 
     def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
-        """Lists of one query.
+        """Build the lists of one query.
 
         Raises:
-            RecordError: a candidate comes twice or is not in the docs file, a document has no text, judgments
+            RecordError: a candidate is repeated or missing from the docs file, a document has no text, or judgments
                 contradict each other.
         """
         with closing(_Files(self)) as files:
@@ -208,10 +219,10 @@ class TrecSource:
             best_first = [in_run[k] for k in teacher_order([docids[k] for k in in_run], grades, teacher)]
             words = options.max_passage_words or passage_word_limit(len(docids))
             for docid in docids:
-                if docid not in passages:  # windows overlap, and all lists of a query have one length
+                if docid not in passages:  # windows overlap, and all lists of a query have the same length
                     passages[docid] = truncate_passage(files.document(docid, place), words)
             shown = [passages[docid] for docid in docids]
-            user = render_user_turn(clean_query(query.strip()), shown, options.identifiers)
+            user = render_user_turn(clean_query(query), shown, options.identifiers)
             response = format_permutation(best_first, options.identifiers)
             record = Record(f"{qid}-{i}", SYSTEM_MESSAGE, user, response, qid, docids, record_grades)
             validate_record(record, place)
@@ -229,10 +240,10 @@ class TrecSource:
 
 
 class _Files:
-    """A prepared source, open for reading."""
+    """The database and the documents of a prepared source, open for reading."""
 
     def __init__(self, source: TrecSource) -> None:
-        assert source.database is not None, "prepare() comes first"
+        assert source.database is not None, "call prepare() first"
         self.database = sqlite3.connect(f"{Path(source.database).as_uri()}?mode=ro&immutable=1", uri=True)
         self._docs = Path(source._path("docs")).open("rb")  # noqa: SIM115 - closed by close()
         self._docs_name = Path(self._docs.name).name
@@ -242,16 +253,17 @@ class _Files:
         self._docs.close()
 
     def query(self, number: int) -> str | None:
-        return self.database.execute("SELECT text FROM queries WHERE number = ?", (number,)).fetchone()[0]
+        text: str | None = self.database.execute("SELECT text FROM queries WHERE number = ?", (number,)).fetchone()[0]
+        return text
 
     def order(self, table: str, number: int, name: str, depth: int | None) -> list[str]:
-        """Document ids of a run's list, best first."""
+        """Document ids of a query in a run, best first, at most `depth`."""
         order = f"SELECT docid, line FROM {table} WHERE query = ? ORDER BY rank, line"
         rows = self.database.execute(order, (number,)).fetchall()
         lines: dict[str, int] = {}
         for docid, line in rows:
             if docid in lines:
-                reason = f"document {docid!r} comes twice, also in line {lines[docid]}; remove one"
+                reason = f"document {docid!r} is repeated, also in line {lines[docid]}. Remove one."
                 raise RecordError(f"{name}:line {line}", None, reason)
             lines[docid] = line
         return [docid for docid, _ in rows[:depth]]
@@ -262,14 +274,14 @@ class _Files:
             "SELECT docid, grade, line FROM qrels WHERE query = ?", (number,)
         ):
             if grades.setdefault(docid, grade) != grade:
-                reason = f"document {docid!r} has grade {grade} here and {grades[docid]} before; remove one"
+                reason = f"document {docid!r} has grade {grade} here and {grades[docid]} before. Remove one."
                 raise RecordError(f"{name}:line {line}", None, reason)
         return grades
 
     def document(self, docid: str, place: str) -> str:
         row = self.database.execute("SELECT start FROM docs WHERE docid = ?", (docid,)).fetchone()
         if row is None:
-            reason = f"document {docid!r} of the run is not in {self._docs_name}; add it, or take it out of the run"
+            reason = f"document {docid!r} of the run is not in {self._docs_name}. Add it, or remove it from the run."
             raise RecordError(place, None, reason)
         self._docs.seek(row[0])
         try:
@@ -281,17 +293,15 @@ class _Files:
 def _import_queries(database: sqlite3.Connection, path: str) -> None:
     for number, _, query in read_json_lines(path, "qid"):
         place = f"{Path(path).name}:line {number}"
-        text = query.get("text")
-        if not isinstance(text, str) or not text.strip() or not is_unicode(text):
-            raise SourceError(f"{place}: query {query['qid']!r} has no text under 'text'; correct it or leave it out")
         try:
-            database.execute("INSERT INTO queries (qid, text) VALUES (?, ?)", (query["qid"], text))
+            row = (query["qid"], query_text(query, query["qid"], place))
+            database.execute("INSERT INTO queries (qid, text) VALUES (?, ?)", row)
         except sqlite3.IntegrityError as error:
-            raise SourceError(f"{place}: query {query['qid']!r} comes twice; remove one") from error
+            raise SourceError(f"{place}: query {query['qid']!r} is repeated. Remove one.") from error
 
 
 def _import_lines(database: sqlite3.Connection, table: str, lines: Iterable[RunLine | Judgment]) -> None:
-    """Keep the lines whose query has a text; of the others of the run keep the query, to be counted."""
+    """Store the lines whose query has a text; store the run's other queries without lines, to be counted."""
     qid, number, has_text = None, 0, False
     source = iter(lines)
     while batch := list(islice(source, _BATCH_ROWS)):
@@ -315,5 +325,5 @@ def _import_docs(database: sqlite3.Connection, path: str) -> None:
             database.executemany("INSERT INTO docs VALUES (?, ?)", [(docid, start) for _, start, docid in batch])
         except sqlite3.IntegrityError as error:
             raise SourceError(
-                f"{Path(path).name}:lines {batch[0][0]} to {batch[-1][0]}: a document comes twice; remove one"
+                f"{Path(path).name}:lines {batch[0][0]} to {batch[-1][0]}: a document is repeated. Remove one."
             ) from error

@@ -44,7 +44,7 @@ def test_what_a_complete_set_holds(shards, tmp_path):
 
 FAULTS = {
     "no index": (lambda s: (s / "index.json").unlink(), r"index", r"rankllm-composer shards build"),
-    "damaged index": (lambda s: (s / "index.json").write_text('{"ver'), r"damaged, no valid JSON", "fetch the index"),
+    "damaged index": (lambda s: (s / "index.json").write_text('{"ver'), r"damaged, invalid JSON", "Fetch it again"),
     "missing shard": (
         lambda s: packed(s, 1).unlink(),
         r"1 of 3 shards .* 01/shard\.00000\.mds\.zstd is missing",
@@ -53,8 +53,8 @@ FAULTS = {
     "short shard": (lambda s: packed(s, 2).write_bytes(b"abc"), r"02/shard\.00000\.mds\.zstd has 3 bytes of", "verify"),
     "path outside": (
         lambda s: (s / "index.json").write_text((s / "index.json").read_text().replace("02/shard", "../shard")),
-        r"found the path '\.\./shard\.00000\.mds",
-        "do not use this index",
+        r"the path '\.\./shard\.00000\.mds",
+        "Do not use this index",
     ),
     "no shards": (lambda s: (s / "index.json").write_text('{"version": 2, "shards": []}'), "lists no shards", "build"),
 }

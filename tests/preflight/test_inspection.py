@@ -16,6 +16,7 @@ from support.synthetic_records import conversation, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from rankllm_composer.cli import main
+from rankllm_composer.errors import ShardError
 from rankllm_composer.export.serving_check import diff_request, inspect_folder, serving_differences
 from rankllm_composer.model.losses import ranknet_loss
 from rankllm_composer.options import BuildOptions, SourceOptions
@@ -25,7 +26,7 @@ from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.shards.build import build_shards
-from rankllm_composer.shards.read import RecordLookupError, SplitRecords
+from rankllm_composer.shards.read import SplitRecords, find_split
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
 ZEPHYR = REPOSITORY / "yamls" / "rank_zephyr.yaml"
@@ -149,14 +150,21 @@ def test_records_of_shards_and_of_their_source_are_the_same(material, tmp_path):
         assert len(records) == len(before) == 7 and list(records) == list(before)
         for number, line in enumerate(lines):
             assert records[number] == before[number] == Record.from_conversations(json.loads(line))
-        with pytest.raises(RecordLookupError, match=r"found 7, allowed is 0 to 6"):
+        with pytest.raises(ShardError, match=r"record is 7; expected 0 to 6"):
             records[7]
-    with pytest.raises(RecordLookupError, match="allowed is 0 to 6"):
+    with pytest.raises(ShardError, match="expected 0 to 6"):
         before[7]
-    with pytest.raises(RecordLookupError, match=r"no shards in .*absent and no source"):
+    with pytest.raises(ShardError, match=r"no shards in .*absent and no source"):
         SplitRecords([("absent", None)])
-    with pytest.raises(RecordLookupError, match="owner/name, which is not on this machine"):
+    with pytest.raises(ShardError, match="owner/name is not on this machine"):
         SplitRecords([("absent", None)], SourceOptions(input="owner/name"))
+
+
+def test_only_absent_shards_count_as_absent(tmp_path):
+    assert find_split([("absent", None)]) is None
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(ShardError, match="damaged"):
+        find_split([(str(tmp_path), None)])
 
 
 def test_loss_parts_are_those_of_the_plain_model(material):

@@ -427,18 +427,18 @@ def test_ir_datasets_ids(stored):
     assert load_run(source) == {"1": ["a", "b"], "2": ["c"]}  # by score, not as the lines stand
     assert load_queries("irds:rankllm-pages") == {"t": "a title"}
     assert load_documents("irds:rankllm-pages", ["p"]) == {"p": "http://x body"}
-    with pytest.raises(SourceError, match="irds:rankllm-local: 1 documents of the run are not in it, such as z"):
+    with pytest.raises(SourceError, match="irds:rankllm-local: 1 documents of the run are missing, such as z"):
         load_documents(source, ["a", "z"])
-    with pytest.raises(SourceError, match="irds:nowhere: ir_datasets knows no 'nowhere'"):
+    with pytest.raises(SourceError, match="irds:nowhere: ir_datasets has no dataset 'nowhere'"):
         load_queries("irds:nowhere")
     for load, part in ((load_judgments, "qrels"), (load_run, "scoreddocs")):
-        with pytest.raises(SourceError, match=f"irds:rankllm-pages: found no {part} in this dataset"):
+        with pytest.raises(SourceError, match=f"irds:rankllm-pages: the dataset has no {part}"):
             load("irds:rankllm-pages")
 
 
 def test_ir_datasets_where_the_package_is_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_datasets", None)
-    with pytest.raises(SourceError, match="irds:vaswani: needs the package ir_datasets"):
+    with pytest.raises(SourceError, match="irds:vaswani: the package ir_datasets is not installed"):
         load_queries("irds:vaswani")
 
 
@@ -462,12 +462,12 @@ def test_the_command_takes_ids_and_folders(exported, stored, tmp_path, capsys):
 
 
 BAD_FILES = {
-    "query twice": (load_queries, '{"qid": "1", "text": "x"}\n' * 2, r"f:line 2: query '1' comes twice"),
+    "query twice": (load_queries, '{"qid": "1", "text": "x"}\n' * 2, r"f:line 2: query '1' is repeated"),
     "query without text": (load_queries, '{"qid": "1"}\n', r"f:line 1: query '1' has no text"),
     "document twice": (
         lambda path: load_documents(path, ["1"]),
         '{"docid": "1", "text": "x"}\n' * 2,
-        r"f:line 2: document '1' comes twice",
+        r"f:line 2: document '1' is repeated",
     ),
     "document without text": (
         lambda path: load_documents(path, ["1"]),
@@ -477,11 +477,11 @@ BAD_FILES = {
     "document missing": (
         lambda path: load_documents(path, ["1", "2"]),
         '{"docid": "1", "text": "x"}\n',
-        r"1 documents of the run are not in it, such as 2",
+        r"1 documents of the run are missing, such as 2",
     ),
-    "run with a document twice": (load_run, "1 Q0 a 1 2 t\n1 Q0 a 2 1 t\n", r"f:line 2: document 'a' comes twice"),
-    "empty run": (load_run, "", "holds no candidates"),
-    "run with a bad line": (load_run, "1 Q0 a 1\n", r"f:line 1: found 4 fields"),
+    "run with a document twice": (load_run, "1 Q0 a 1 2 t\n1 Q0 a 2 1 t\n", r"f:line 2: document 'a' is repeated"),
+    "empty run": (load_run, "", "contains no candidates"),
+    "run with a bad line": (load_run, "1 Q0 a 1\n", r"f:line 1: '1 Q0 a 1' has 4 fields"),
     "contradiction": (load_judgments, "1 0 a 1\n1 0 a 2\n", r"f:line 2: document 'a' has grade 2 here and 1 before"),
 }
 

@@ -1,4 +1,4 @@
-"""A set of shards holds what the source holds, the same to the byte however it is built, and appears whole or not."""
+"""Builds of shard sets: complete, the same to the byte in any number of processes, and atomic."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from support.synthetic_records import conversation, write_jsonl
 
 from rankllm_composer.errors import RecordError, ShardError, SourceError
 from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts import user_turn
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.blocks import Block, BlockWriter, write_blocks
 from rankllm_composer.shards.build import build_shards, index_exists
@@ -73,7 +75,7 @@ def expected_records(source: Path) -> list[Record]:
     return [Record.from_conversations(json.loads(line)) for line in source.read_text().splitlines()]
 
 
-def test_streaming_reads_back_what_went_in(source, whole, tmp_path):
+def test_streaming_reads_the_same_records(source, whole, tmp_path):
     from streaming import StreamingDataset
 
     folder = shutil.copytree(whole, tmp_path / "set")  # streaming unpacks a local set in place
@@ -84,12 +86,12 @@ def test_streaming_reads_back_what_went_in(source, whole, tmp_path):
     assert len(verify_shards(folder, report=report_nothing).problems) == 1
 
 
-def test_a_set_is_what_its_report_and_manifest_say(source, whole):
+def test_info_and_manifest_describe_the_set(source, whole):
     info = shards_info(whole)
     assert (info.num_records, info.compression, info.hashes) == (NUM_RECORDS, "zstd", ("xxh64",))
     assert info.num_shards == len(list(whole.glob("shard.*.mds.zstd"))) > 4
     assert info.columns == COLUMNS
-    assert info.manifest.tally.candidates == dict.fromkeys(range(2, 7), NUM_RECORDS // 5)
+    assert info.manifest.stats.candidates == dict.fromkeys(range(2, 7), NUM_RECORDS // 5)
     assert info.manifest.source["files"][0]["name"] == "train.jsonl"
     lines = "\n".join(info.lines())
     assert "60 in" in lines and "2: 12, 3: 12" in lines and "100% ≤" in lines
@@ -98,42 +100,42 @@ def test_a_set_is_what_its_report_and_manifest_say(source, whole):
 
 
 @pytest.mark.parametrize("known", [{}, {"qid": "1"}, {"docids": ("a", "b"), "grades": (2, 0)}])
-def test_a_record_survives_its_columns(known):
+def test_a_record_equals_itself_after_a_round_trip_through_columns(known):
     record = Record("q", "", "user", "response", **known)
     assert record_from_sample(sample_from_record(record)) == record
 
 
 @pytest.mark.parametrize("options", [{"compression": None}, {"compression": "gz:1"}, {"hashes": ("sha1", "xxh64")}])
-def test_compression_and_hashes_are_a_choice(source, whole, tmp_path, options):
+def test_compression_and_hashes_can_be_chosen(source, whole, tmp_path, options):
     build_from_file(tmp_path / "set", source, **(SMALL | options))
     assert records_of(tmp_path / "set") == records_of(whole)
     assert verify_shards(tmp_path / "set").problems == []
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message_part"),
     [
-        ({"compression": "rar"}, "compression 'rar'"),
-        ({"hashes": ("crc7",)}, "Allowed are zstd, gz"),
+        ({"compression": "rar"}, "compression is 'rar'"),
+        ({"hashes": ("crc7",)}, "Expected zstd, gz"),
         ({"hashes": ()}, "hashes\n"),
         ({"shard_bytes": 0}, "shard_bytes\n"),
         ({"shard_bytes": 1 << 30}, "shard_bytes\n"),
         ({"num_processes": 0}, "num_processes\n"),
         ({"on_error": "ignore"}, "on_error\n"),
         ({"part": "0/2"}, "part\n"),
-        ({"part": "3/2"}, "part: found '3/2', allowed is I/N with I from 1 to N"),
+        ({"part": "3/2"}, "part is '3/2'; expected I/N with I from 1 to N"),
         ({"part": "half"}, "part\n"),
     ],
 )
-def test_settings_that_cannot_be_stop_before_anything_is_written(source, tmp_path, options, told):
+def test_invalid_build_options_are_errors_before_anything_is_written(source, tmp_path, options, message_part):
     with pytest.raises(ValueError) as caught:
         build_from_file(tmp_path / "set", source, **(SMALL | options))
-    assert told in str(caught.value)
+    assert message_part in str(caught.value)
     assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message_part"),
     [
         ({"input": None}, "input is null, as is run"),
         ({"run": "a.trec"}, "input is set, and so is run"),
@@ -141,14 +143,14 @@ def test_settings_that_cannot_be_stop_before_anything_is_written(source, tmp_pat
         ({"input": None, "run": "a.trec", "judgments": "q.trec"}, "docs is null"),
     ],
 )
-def test_sources_that_contradict_themselves_stop_before_anything_is_written(source, tmp_path, options, told):
+def test_contradictory_source_options_are_errors_before_anything_is_written(source, tmp_path, options, message_part):
     with pytest.raises(SourceError) as caught:
         build_shards(tmp_path / "set", SourceOptions(**({"input": source} | options)))
-    assert told in str(caught.value)
+    assert message_part in str(caught.value)
     assert not (tmp_path / "set").exists()
 
 
-# ---- built by several, killed, built again
+# ---- several processes, killed builds, reruns
 
 
 SLOW_BUILD = """
@@ -181,7 +183,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_build_leaves_no_index_and_no_process_and_the_next_one_makes_the_same_bytes(source, whole, tmp_path):
+def test_a_killed_build_leaves_no_index_and_no_process_and_a_rerun_gives_the_same_bytes(source, whole, tmp_path):
     output = tmp_path / "set"
     script = tmp_path / "slow_build.py"
     script.write_text(SLOW_BUILD.format(stall=40, source=str(source), output=str(output)))
@@ -203,8 +205,8 @@ def test_a_killed_build_leaves_no_index_and_no_process_and_the_next_one_makes_th
     assert content(output) == content(whole)
 
 
-def test_a_worker_that_is_ended_from_outside_is_an_error_with_a_remedy():
-    with pytest.raises(ShardError, match="run the same command again with fewer processes"):
+def test_a_killed_worker_is_an_error_with_a_remedy():
+    with pytest.raises(ShardError, match="Rerun the same command with fewer processes"):
         list(write_blocks([Block(0, []), Block(1, [])], DyingWriter(), num_processes=2))
 
 
@@ -216,36 +218,36 @@ def test_processes_are_started_for_large_sources_only(num_blocks, num_alone, num
 
 
 class NamingWriter:
-    """A block writer that tells block and process."""
+    """A block writer that returns block number and process id."""
 
     def write(self, block):
         return block.number, os.getpid()
 
 
 class DyingWriter:
-    """A block writer whose process does not live to see the end."""
+    """A block writer that kills its process."""
 
     def write(self, block):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_the_same_build_again_does_nothing_and_repairs_what_is_missing(source, tmp_path):
+def test_a_rerun_does_nothing_if_the_set_is_complete_and_repairs_it_if_not(source, tmp_path):
     output = tmp_path / "set"
-    assert not build_from_file(output, source, **SMALL).was_there
+    assert not build_from_file(output, source, **SMALL).existed
     before = content(output)
-    assert build_from_file(output, source, **SMALL).was_there
+    assert build_from_file(output, source, **SMALL).existed
     next(iter(output.glob("shard.*"))).unlink()
-    assert not build_from_file(output, source, **SMALL).was_there
+    assert not build_from_file(output, source, **SMALL).existed
     (output / "index.json").write_text("{")
-    assert not build_from_file(output, source, **SMALL).was_there
+    assert not build_from_file(output, source, **SMALL).existed
     assert content(output) == before
 
 
-def test_another_set_is_not_replaced_unless_told(source, tmp_path):
+def test_another_set_is_replaced_only_with_overwrite(source, tmp_path):
     output = tmp_path / "set"
     build_from_file(output, source, **SMALL)
     before = content(output)
-    with pytest.raises(ShardError, match=r"holds another set.*choose another output, or build with --overwrite"):
+    with pytest.raises(ShardError, match=r"contains another set.*Choose another output, or build with --overwrite"):
         build_from_file(output, source, **(SMALL | {"shard_bytes": 20_000}))
     assert content(output) == before
     build_from_file(output, source, overwrite=True, **(SMALL | {"shard_bytes": 20_000}))
@@ -266,7 +268,7 @@ def test_a_full_disk_is_a_readable_error_and_leaves_nothing(source, tmp_path, mo
     assert not (tmp_path / "set").exists()
 
 
-def test_a_build_ended_while_it_is_published_leaves_no_index_and_the_next_one_cleans_up(source, tmp_path, monkeypatch):
+def test_a_build_interrupted_during_publication_leaves_no_index_and_a_rerun_cleans_up(source, tmp_path, monkeypatch):
     output = tmp_path / "set"
 
     def end_before_the_index(self, folder, names, report, put=LocalFolder.put):
@@ -310,50 +312,65 @@ def test_a_bad_record_stops_the_build_and_names_the_first(tmp_path, num_processe
     assert not (tmp_path / "set").exists()
 
 
-def test_quarantine_writes_bad_records_aside_and_counts_them(tmp_path):
+def test_bad_records_are_quarantined_and_counted(tmp_path):
     output, lines = tmp_path / "set", []
     options = SMALL | {"report": lines.append, "on_error": "quarantine"}
     built = build_from_file(output, with_bad_records(tmp_path), **options)
-    assert (built.tally.num_records, built.tally.num_quarantined, built.tally.num_duplicates) == (18, 2, 1)
+    assert (built.stats.num_records, built.stats.num_quarantined, built.stats.num_duplicates) == (18, 2, 1)
     refused = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["place"] for entry in refused] == ["train.jsonl:record 5 (line 6)", "train.jsonl:record 11 (line 12)"]
     assert "repeated: 'A'" in refused[0]["reason"]
     assert refused[0]["record"] == conversation(5, gpt="[A] > [A]")
     assert refused[1]["record"] == "{not json"
     assert any("2 bad records, written to quarantine.jsonl" in line for line in lines)
-    assert any("1 records whose id came before" in line for line in lines)
+    assert any("1 records with a duplicate id" in line for line in lines)
     checked = verify_shards(output, records=True)
     assert (checked.problems, checked.num_duplicates, checked.duplicate_ids) == ([], 1, ["q2"])
 
 
-def test_prompts_in_another_wording_are_kept_as_they_are_and_counted(tmp_path):
+def test_nonstandard_prompts_are_kept_unchanged_and_counted(tmp_path):
     layouts = [conversation(i) for i in range(8)]
     for i in (2, 5, 6):
         layouts[i]["conversations"][1]["value"] = layouts[i]["conversations"][1]["value"].replace("\n", "\n\n")
     path, output, lines = write_jsonl(tmp_path / "train.jsonl", layouts), tmp_path / "set", []
     built = build_from_file(output, path, **(SMALL | {"report": lines.append}))
     assert records_of(output) == expected_records(path)
-    assert (built.tally.num_records, built.tally.num_other_wordings, built.tally.num_quarantined) == (8, 3, 0)
-    assert any("3 prompts in another wording than the client's" in line for line in lines)
+    assert (built.stats.num_records, built.stats.num_nonstandard_prompts, built.stats.num_quarantined) == (8, 3, 0)
+    assert any("3 nonstandard prompts" in line for line in lines)
     assert json.loads((output / "build.json").read_text())["counts"]["other_wordings"] == 3
-    assert any("3 prompts in another wording than the client's" in line for line in shards_info(output).lines())
+    assert any("3 nonstandard" in line for line in shards_info(output).lines())
     assert verify_shards(output, records=True).problems == []
     build_parts(tmp_path / "parts", path, 2)
-    assert merge_shards(tmp_path / "parts", report=report_nothing).tally == built.tally
+    assert merge_shards(tmp_path / "parts", report=report_nothing).stats == built.stats
 
 
-def test_a_set_from_before_wordings_were_counted_has_none(whole, tmp_path):
+def test_each_user_turn_is_parsed_once(tmp_path, monkeypatch):
+    parsed = Counter()
+
+    def count(text, parse=user_turn.parse_user_turn):
+        parsed[text] += 1
+        return parse(text)
+
+    monkeypatch.setattr(user_turn, "parse_user_turn", count)
+    layouts = [conversation(i) for i in range(8)]
+    human = layouts[5]["conversations"][1]
+    human["value"] = human["value"].replace("\n", "\n\n")
+    build_from_file(tmp_path / "set", write_jsonl(tmp_path / "train.jsonl", layouts), **SMALL)
+    assert parsed == {layout["conversations"][1]["value"]: 1 for layout in layouts}
+
+
+def test_an_older_manifest_without_nonstandard_prompts_can_be_read(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "set")
     manifest = json.loads((folder / "build.json").read_text())
     assert manifest["counts"].pop("other_wordings") == 0
     (folder / "build.json").write_text(json.dumps(manifest))
-    assert shards_info(folder).manifest.tally == shards_info(whole).manifest.tally
+    assert shards_info(folder).manifest.stats == shards_info(whole).manifest.stats
 
 
-@pytest.mark.parametrize(("layouts", "told"), [([], "0 bad"), (["{", "{"], "2 bad")])
-def test_a_source_that_leaves_no_record_is_an_error(tmp_path, layouts, told):
+@pytest.mark.parametrize(("layouts", "message_part"), [([], "0 bad"), (["{", "{"], "2 bad")])
+def test_a_source_without_valid_records_is_an_error(tmp_path, layouts, message_part):
     path = write_jsonl(tmp_path / "train.jsonl", layouts)
-    with pytest.raises(ShardError, match=f"no record is left to build from .{told}"):
+    with pytest.raises(ShardError, match=f"no record is left to build from .{message_part}"):
         build_from_file(tmp_path / "set", path, **(SMALL | {"on_error": "quarantine"}))
     assert not (tmp_path / "set").exists()
 
@@ -366,12 +383,12 @@ def build_parts(output: Path, source: Path, num_parts: int, **options) -> None:
         build_from_file(output, source, part=f"{i}/{num_parts}", **(SMALL | options))
 
 
-def test_parts_merge_into_the_set_that_one_build_makes(source, whole, tmp_path):
+def test_merged_parts_equal_a_set_built_at_once(source, whole, tmp_path):
     output = tmp_path / "set"
     build_parts(output, source, 3)
     assert not index_exists(output)
     merged = merge_shards(output, report=report_nothing)
-    assert (merged.tally, merged.tally.num_records) == (shards_info(whole).manifest.tally, NUM_RECORDS)
+    assert (merged.stats, merged.stats.num_records) == (shards_info(whole).manifest.stats, NUM_RECORDS)
     assert sorted(records_of(output), key=repr) == sorted(records_of(whole), key=repr)
     assert [record.id for record in records_of(output)][:2] == ["q0", "q3"]  # every third, from the first on
     assert verify_shards(output, records=True).problems == []
@@ -381,17 +398,17 @@ def test_parts_merge_into_the_set_that_one_build_makes(source, whole, tmp_path):
     assert len(StreamingDataset(local=str(output), batch_size=1)) == NUM_RECORDS
 
 
-def test_repeated_ids_are_counted_across_parts(tmp_path):
+def test_duplicate_ids_are_counted_across_parts(tmp_path):
     source = write_jsonl(tmp_path / "train.jsonl", [conversation(i % 5) for i in range(10)])
     build_parts(tmp_path / "set", source, 2)
-    assert shards_info(tmp_path / "set" / "part-1-of-2").manifest.tally.num_duplicates == 0
-    assert merge_shards(tmp_path / "set", report=report_nothing).tally.num_duplicates == 5
+    assert shards_info(tmp_path / "set" / "part-1-of-2").manifest.stats.num_duplicates == 0
+    assert merge_shards(tmp_path / "set", report=report_nothing).stats.num_duplicates == 5
 
 
 def test_more_parts_than_records_leave_some_empty(tmp_path):
     source = write_jsonl(tmp_path / "train.jsonl", [conversation(0), conversation(1)])
     build_parts(tmp_path / "set", source, 3)
-    assert merge_shards(tmp_path / "set", report=report_nothing).tally.num_records == 2
+    assert merge_shards(tmp_path / "set", report=report_nothing).stats.num_records == 2
 
 
 def lose_a_part(output: Path, source: Path) -> None:
@@ -402,7 +419,7 @@ def lose_a_shard(output: Path, source: Path) -> None:
     next((output / "part-2-of-3").glob("shard.*")).unlink()
 
 
-def build_a_part_otherwise(output: Path, source: Path) -> None:
+def build_a_part_with_other_options(output: Path, source: Path) -> None:
     build_from_file(output, source, part="2/3", overwrite=True, **(SMALL | {"shard_bytes": 5_000}))
 
 
@@ -411,7 +428,7 @@ def build_a_part_of_another_file(output: Path, source: Path) -> None:
     build_from_file(output, other, part="2/3", overwrite=True, **SMALL)
 
 
-def add_a_part_of_another_number(output: Path, source: Path) -> None:
+def add_a_part_of_another_split(output: Path, source: Path) -> None:
     build_from_file(output, source, part="1/2", **SMALL)
 
 
@@ -420,27 +437,27 @@ def swap_an_index(output: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message_part"),
     [
-        (lose_a_part, r"part-2-of-3: this part is missing or not complete; build it with --part 2/3"),
-        (lose_a_shard, r"part-2-of-3: shard.* is missing or not whole"),
-        (build_a_part_otherwise, r"part-2-of-3: its options is"),
-        (build_a_part_of_another_file, r"part-2-of-3: its source is"),
-        (add_a_part_of_another_number, r"found part-1-of-2, part-1-of-3"),
-        (swap_an_index, r"part-2-of-3: its files are not of one build"),
+        (lose_a_part, r"part-2-of-3: this part is missing or incomplete. Build it with --part 2/3"),
+        (lose_a_shard, r"part-2-of-3: shard.* is missing or incomplete"),
+        (build_a_part_with_other_options, r"part-2-of-3: options is"),
+        (build_a_part_of_another_file, r"part-2-of-3: source is"),
+        (add_a_part_of_another_split, r"contains part-1-of-2, part-1-of-3"),
+        (swap_an_index, r"part-2-of-3: its files belong to different builds"),
     ],
 )
-def test_parts_that_do_not_make_a_set_are_not_merged(source, tmp_path, damage, told):
+def test_parts_that_do_not_make_a_set_are_not_merged(source, tmp_path, damage, message_part):
     output = tmp_path / "set"
     build_parts(output, source, 3)
     damage(output, source)
-    with pytest.raises(ShardError, match=told):
+    with pytest.raises(ShardError, match=message_part):
         merge_shards(output)
     assert not (output / "index.json").exists()
 
 
-def test_there_is_nothing_to_merge_in_a_set_or_nowhere(source, whole, tmp_path):
-    with pytest.raises(ShardError, match="found no part"):
+def test_a_merge_without_parts_is_an_error(source, whole, tmp_path):
+    with pytest.raises(ShardError, match="contains no part"):
         merge_shards(whole)
-    with pytest.raises(ShardError, match="found no part"):
+    with pytest.raises(ShardError, match="contains no part"):
         merge_shards(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""Sets of shards in an object store: all shards first, the index last, and what a dead upload left is used again."""
+"""Sets of shards in an object store: the index is uploaded last, and an interrupted upload resumes."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def test_a_set_in_the_store_is_the_set_on_disk(server, source, local, tmp_path):
     built = build_from_file(url, source, **SMALL)
     assert {key.removeprefix("deep/set/"): size for key, size in server.keys(server.bucket).items()} == names_of(local)
     assert server.puts[-1] == "deep/set/index.json"
-    assert built.tally.num_records == NUM_RECORDS
+    assert built.stats.num_records == NUM_RECORDS
     assert index_exists(url)
     assert list(tmp_path.iterdir()) == []  # what was built before the upload is gone
     assert verify_shards(url, records=True).problems == []
     assert shards_info(url).num_records == NUM_RECORDS
     num_puts = len(server.puts)
-    assert build_from_file(url, source, **SMALL).was_there
+    assert build_from_file(url, source, **SMALL).existed
     assert len(server.puts) == num_puts
 
 
@@ -93,7 +93,7 @@ build_shards({url!r}, SourceOptions(input={source!r}), BuildOptions(shard_bytes=
 """
 
 
-def test_an_upload_killed_in_the_middle_leaves_no_index_and_is_gone_on_with(server, source, local):
+def test_a_killed_upload_leaves_no_index_and_resumes(server, source, local):
     url = f"s3://{server.bucket}/set"
     stalled = threading.Event()
     release = threading.Event()
@@ -153,10 +153,10 @@ def test_a_shard_spoilt_in_the_store_is_found_and_uploaded_again(server, source,
     assert verify_shards(url, records=True).problems == []
 
 
-def test_another_set_in_the_store_is_not_replaced_unless_told(server, source):
+def test_another_set_in_the_store_is_replaced_only_with_overwrite(server, source):
     url = f"s3://{server.bucket}/set"
     build_from_file(url, source, **SMALL)
-    with pytest.raises(ShardError, match="holds another set"):
+    with pytest.raises(ShardError, match="contains another set"):
         build_from_file(url, source, **(SMALL | {"shard_bytes": 9_000}))
     build_from_file(url, source, overwrite=True, **(SMALL | {"shard_bytes": 9_000}))
     assert verify_shards(url).problems == []
@@ -170,7 +170,7 @@ def test_parts_in_the_store_are_merged_there(server, source):
         merge_shards(url)
     build_from_file(url, source, part="2/2", **SMALL)
     assert not index_exists(url)
-    assert merge_shards(url, report=report_nothing).tally.num_records == NUM_RECORDS
+    assert merge_shards(url, report=report_nothing).stats.num_records == NUM_RECORDS
     assert server.puts[-1] == "set/index.json"
     assert verify_shards(url, records=True).problems == []
 
@@ -223,7 +223,7 @@ def test_the_entity_tag_of_an_upload_is_foreseen(server, tmp_path, num_bytes):
         ("a/b:c", False),
     ],
 )
-def test_a_url_is_told_from_a_path(target, remote):
+def test_a_url_is_message_part_from_a_path(target, remote):
     assert is_remote(target) is remote
     assert not is_remote(Path(target))
 

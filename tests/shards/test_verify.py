@@ -1,4 +1,4 @@
-"""Whatever happens to a set of shards after it was built is found and named, and no index is believed unchecked."""
+"""Verification finds every kind of damage, and every index entry is checked before it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from support.list_shards import build_from_file, report_nothing
 from support.synthetic_records import conversation, write_jsonl
 
 from rankllm_composer.errors import ShardError
-from rankllm_composer.shards.index import digest, parse_index, parse_manifest
+from rankllm_composer.shards.index import index_digest, parse_index
+from rankllm_composer.shards.manifest import parse_manifest
 from rankllm_composer.shards.verify import shards_info, verify_shards
 
 
@@ -46,7 +47,7 @@ def edit_index(folder: Path, edit) -> None:
     edit(index["shards"])
     (folder / "index.json").write_text(json.dumps(index))
     manifest = json.loads((folder / "build.json").read_text())
-    manifest["index_sha256"] = digest((folder / "index.json").read_bytes())
+    manifest["index_sha256"] = index_digest((folder / "index.json").read_bytes())
     (folder / "build.json").write_text(json.dumps(manifest))
 
 
@@ -68,13 +69,13 @@ def forge_samples(folder: Path) -> None:
 
 
 DAMAGE = {
-    "missing": (lambda folder: first_shard(folder).unlink(), "is missing; fetch or build it again"),
-    "cut off": (lambda folder: os.truncate(first_shard(folder), 100), "has 100 bytes, the index says"),
-    "one bit": (flip_a_byte, "is corrupt, its xxh64 is not that of the index"),
+    "missing": (lambda folder: first_shard(folder).unlink(), "is missing. Fetch or build it again"),
+    "cut off": (lambda folder: os.truncate(first_shard(folder), 100), "size is 100 bytes; expected"),
+    "one bit": (flip_a_byte, "is corrupt, its xxh64 differs from the index"),
     "no hash": (lambda folder: edit_index(folder, lambda s: s[0]["raw_data"].update(hashes={})), "no hash of it"),
     "number of samples": (
         lambda folder: edit_index(folder, lambda shards: shards[0].update(samples=3)),
-        "the index says 3",
+        "; expected 3.",
     ),
     "records": (forge_samples, "sample 0: id 'q0': "),
     "manifest": (lambda folder: (folder / "build.json").write_text("{}"), "build.json: damaged"),
@@ -86,67 +87,67 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_verify_names_the_shard_and_what_is_wrong(source, tmp_path, damage):
+def test_verify_reports_the_shard_and_the_problem(source, tmp_path, damage):
     folder, lines = build(tmp_path / "set", source, compression=None), []
-    apply, told = DAMAGE[damage]
+    apply, message_part = DAMAGE[damage]
     apply(folder)
     problems = verify_shards(folder, records=True, report=lines.append).problems
     assert problems == lines != []
-    assert told in "\n".join(problems)
+    assert message_part in "\n".join(problems)
     assert all(problem.startswith(f"{folder}/") for problem in problems)
 
 
-def test_verify_of_compressed_shards_names_the_packed_file(whole, tmp_path):
+def test_verify_of_compressed_shards_reports_the_compressed_file(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "set")
     flip_a_byte(folder)
     problems = verify_shards(folder, report=report_nothing).problems
     assert [first_shard(folder).name in problem for problem in problems] == [True]
 
 
-# What an index may not be → what the error says.
+# Damage → (content, part of the error).
 DAMAGED_INDEXES = {
-    "empty": ("", "no valid JSON"),
-    "cut off": ('{"version": 2, "shards": [{"col', "no valid JSON"),
-    "a list": ("[]", "holds no list under 'shards'"),
-    "another version": ('{"version": 3, "shards": []}', "version is 3, allowed is 2"),
-    "no object": ('{"version": 2, "shards": [1]}', "shards[0]: found int"),
+    "empty": ("", "invalid JSON"),
+    "cut off": ('{"version": 2, "shards": [{"col', "invalid JSON"),
+    "a list": ("[]", "there is no list under 'shards'"),
+    "another version": ('{"version": 3, "shards": []}', "version is 3; expected 2"),
+    "no object": ('{"version": 2, "shards": [1]}', "shards[0]: the entry is int"),
 }
 DAMAGED_ENTRIES = {
-    "up and out": (("zip_data", "basename"), "../../etc/passwd", "allowed is one inside the set"),
-    "from the root": (("zip_data", "basename"), "/etc/passwd", "allowed is one inside the set"),
-    "of Windows": (("raw_data", "basename"), "..\\x.mds", "allowed is one inside the set"),
-    "a drive": (("raw_data", "basename"), "c:x.mds", "allowed is one inside the set"),
-    "hidden steps": (("raw_data", "basename"), "a/../../x", "allowed is one inside the set"),
-    "no name": (("raw_data", "basename"), "", "allowed is one inside the set"),
-    "no text": (("raw_data", "basename"), 7, "allowed is one inside the set"),
-    "negative size": (("raw_data", "bytes"), -1, "raw_data.bytes: found -1"),
-    "size as text": (("zip_data", "bytes"), "9", "zip_data.bytes: found '9'"),
-    "true samples": (("samples",), True, "samples: found True"),
-    "no samples": (("samples",), None, "samples: found None"),
-    "pickled columns": (("column_encodings",), ["pkl"] * 7, "found the columns"),
+    "up and out": (("zip_data", "basename"), "../../etc/passwd", "is not inside the set"),
+    "from the root": (("zip_data", "basename"), "/etc/passwd", "is not inside the set"),
+    "of Windows": (("raw_data", "basename"), "..\\x.mds", "is not inside the set"),
+    "a drive": (("raw_data", "basename"), "c:x.mds", "is not inside the set"),
+    "hidden steps": (("raw_data", "basename"), "a/../../x", "is not inside the set"),
+    "no name": (("raw_data", "basename"), "", "is not inside the set"),
+    "no text": (("raw_data", "basename"), 7, "is not inside the set"),
+    "negative size": (("raw_data", "bytes"), -1, "raw_data.bytes: is -1"),
+    "size as text": (("zip_data", "bytes"), "9", "zip_data.bytes: is '9'"),
+    "true samples": (("samples",), True, "samples: is True"),
+    "no samples": (("samples",), None, "samples: is None"),
+    "pickled columns": (("column_encodings",), ["pkl"] * 7, "columns are"),
     "fixed sizes": (("column_sizes",), [8] * 7, "column sizes"),
-    "other columns": (("column_names",), ["x"], "allowed are docids (json)"),
-    "json shards": (("format",), "json", "allowed is version 2, format 'mds'"),
-    "hashes": (("raw_data", "hashes"), {"xxh64": 1}, "hashes: found 1 as xxh64"),
-    "compression": (("compression",), None, "do not go together"),
+    "other columns": (("column_names",), ["x"], "expected docids (json)"),
+    "json shards": (("format",), "json", "expected version 2 and format 'mds'"),
+    "hashes": (("raw_data", "hashes"), {"xxh64": 1}, "hashes: xxh64 is 1"),
+    "compression": (("compression",), None, "does not match its file"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED_INDEXES)
-def test_a_damaged_index_is_named_with_a_remedy(whole, tmp_path, damage):
-    text, told = DAMAGED_INDEXES[damage]
+def test_a_damaged_index_is_an_error_with_a_remedy(whole, tmp_path, damage):
+    text, message_part = DAMAGED_INDEXES[damage]
     folder = shutil.copytree(whole, tmp_path / "set")
     (folder / "index.json").write_text(text)
     for look in (verify_shards, shards_info):
         with pytest.raises(ShardError) as caught:
             look(folder)
         assert str(caught.value).startswith(f"{folder}/index.json")
-        assert told in str(caught.value) and "build the set again" in str(caught.value)
+        assert message_part in str(caught.value) and "rebuild the set" in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGED_ENTRIES)
-def test_an_index_entry_that_cannot_be_is_refused(whole, damage):
-    keys, value, told = DAMAGED_ENTRIES[damage]
+def test_an_invalid_index_entry_is_refused(whole, damage):
+    keys, value, message_part = DAMAGED_ENTRIES[damage]
     index = json.loads((whole / "index.json").read_text())
     entry = index["shards"][1]
     for key in keys[:-1]:
@@ -155,7 +156,7 @@ def test_an_index_entry_that_cannot_be_is_refused(whole, damage):
     with pytest.raises(ShardError) as caught:
         parse_index(json.dumps(index), "somewhere")
     assert str(caught.value).startswith("somewhere:shards[1]")
-    assert told in str(caught.value)
+    assert message_part in str(caught.value)
 
 
 def test_a_file_listed_twice_is_refused(whole):
@@ -165,7 +166,7 @@ def test_a_file_listed_twice_is_refused(whole):
         parse_index(json.dumps(index), "somewhere")
 
 
-def test_a_set_without_index_says_how_to_get_one(tmp_path):
+def test_a_set_without_an_index_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(ShardError, match=r"there is no index.*shards build.*shards merge"):
         verify_shards(tmp_path)
 
@@ -176,7 +177,7 @@ ANYTHING = (
 
 
 @given(data=st.data(), anything=ANYTHING)
-def test_whatever_an_index_holds_the_outcome_is_shards_or_a_shard_error(whole, data, anything):
+def test_any_index_gives_shards_or_a_shard_error(whole, data, anything):
     index = json.loads((whole / "index.json").read_text())
     node, key = index, "shards"
     for _ in range(data.draw(st.integers(0, 4))):  # walk down to some place and put something else there
@@ -195,6 +196,6 @@ def test_whatever_an_index_holds_the_outcome_is_shards_or_a_shard_error(whole, d
 
 
 @given(text=st.text() | st.binary())
-def test_whatever_a_manifest_holds_the_outcome_is_a_manifest_or_a_shard_error(text):
+def test_any_manifest_gives_a_manifest_or_a_shard_error(text):
     with pytest.raises(ShardError, match="somewhere"):
         parse_manifest(text, "somewhere")

@@ -1,10 +1,11 @@
-"""Records are read from every kind of source one by one, and a bad one is named by file, index, id and fault."""
+"""Conversations: every kind of file gives the same records, one at a time; a bad one is reported by place and id."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,14 @@ from support.synthetic_records import conversation, write_jsonl
 from rankllm_composer.errors import PromptError, RecordError
 from rankllm_composer.prompts.record import Record, augment_record, validate_record
 from rankllm_composer.prompts.windows import record_window
-from rankllm_composer.sources.conversations import open_source, read_records
+from rankllm_composer.sources.conversations import open_conversations
+from rankllm_composer.sources.records import read_records
 
 HUMAN = conversation(3)["conversations"][1]["value"]
+
+
+def read(path: Path) -> Iterator[tuple[str, Record]]:
+    return read_records(open_conversations(path))
 
 
 def write(folder: Path, ending: str, records: list[object]) -> Path:
@@ -33,9 +39,9 @@ def write(folder: Path, ending: str, records: list[object]) -> Path:
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz", "folder"])
-def test_every_kind_of_source_gives_the_same_records(tmp_path, ending):
+def test_every_kind_of_file_gives_the_same_records(tmp_path, ending):
     layouts = [conversation(i, num_candidates=2 + i) for i in range(4)]
-    found = list(read_records(write(tmp_path, ending, layouts)))
+    found = list(read(write(tmp_path, ending, layouts)))
     assert [record for _, record in found] == [Record.from_conversations(layout) for layout in layouts]
     place = found[2][0]
     assert place.startswith({"folder": "trainfolder[train]"}.get(ending, f"train{ending}") + ":record 2")
@@ -43,19 +49,19 @@ def test_every_kind_of_source_gives_the_same_records(tmp_path, ending):
 
 
 def test_golden_records_are_valid(golden):
-    assert [len(validate_record(record).passages) for _, record in read_records(golden / "records.json")] == [
+    assert [len(validate_record(record).passages) for _, record in read(golden / "records.json")] == [
         record["conversations"][2]["value"].count("[") for record in json.loads((golden / "records.json").read_text())
     ]
 
 
-def test_what_is_known_of_the_candidates_is_kept(tmp_path):
+def test_docids_and_grades_are_kept(tmp_path):
     layout = conversation(0, num_candidates=3, qid="7", docids=["a", "b", "c"], grades=[0, 2, 1])
-    (_, record), *_ = read_records(write_jsonl(tmp_path / "a.jsonl", [layout]))
+    (_, record), *_ = read(write_jsonl(tmp_path / "a.jsonl", [layout]))
     assert (record.qid, record.docids, record.grades) == ("7", ("a", "b", "c"), (0, 2, 1))
 
 
-# Prompts of other versions, and such as only the tolerant reading takes: what they change in the client's.
-OTHER_WORDINGS = {
+# Nonstandard prompts: the replacement that turns the client's prompt into them.
+NONSTANDARD = {
     "blank lines": ("\n", "\n\n"),
     "other last words": ("Answer concisely and directly and only respond", "Only respond"),
     "another example": ("e.g., [B] > [A]", "e.g., [D] > [B]"),
@@ -65,11 +71,11 @@ OTHER_WORDINGS = {
 }
 
 
-@pytest.mark.parametrize("wording", OTHER_WORDINGS)
-def test_a_prompt_in_another_wording_is_taken_as_it_stands_but_not_laid_out_anew(tmp_path, wording):
-    human = HUMAN.replace(*OTHER_WORDINGS[wording])
+@pytest.mark.parametrize("wording", NONSTANDARD)
+def test_a_nonstandard_prompt_is_kept_but_not_augmented(tmp_path, wording):
+    human = HUMAN.replace(*NONSTANDARD[wording])
     assert human != HUMAN
-    ((_, record),) = read_records(write_jsonl(tmp_path / "a.jsonl", [conversation(3, human=human)]))
+    ((_, record),) = read(write_jsonl(tmp_path / "a.jsonl", [conversation(3, human=human)]))
     assert record.user == human
     turn = validate_record(record)
     assert (turn.query, turn.style, len(turn.passages)) == ("where is oar number 3", "letters", 4)
@@ -80,7 +86,7 @@ def test_a_prompt_in_another_wording_is_taken_as_it_stands_but_not_laid_out_anew
         record_window(record, None, order=[1, 0, 2, 3])
 
 
-# What is wrong with a record → what the error must say. Record 3 has 4 passages.
+# Fault → (record, part of the error). Record 3 has 4 passages.
 BAD_RECORDS = {
     "a permutation that repeats": (conversation(3, gpt="[B] > [A] > [B] > [D]"), "repeated: 'B'"),
     "a permutation that misses": (conversation(3, gpt="[B] > [A] > [D]"), "missing: 'C'"),
@@ -98,7 +104,7 @@ BAD_RECORDS = {
     "another template": (conversation(3, human="Rank these."), "user turn"),
     "an empty user turn": (conversation(3, human="  "), "user turn: found nothing"),
     "a turn that is no text": (conversation(3, gpt=["B", "A"]), "gpt turn"),
-    "a number for a record": (17, "found int"),
+    "a number for a record": (17, "the record is int"),
     "no id": ({"conversations": conversation(3)["conversations"]}, "id is None"),
     "an empty id": (conversation(3, id=" "), "id: found nothing"),
     "half a surrogate pair": (conversation(3, human=HUMAN + "\ud800"), "surrogate"),
@@ -108,8 +114,8 @@ BAD_RECORDS = {
 }
 
 
-# The faults that another wording must not hide.
-FAULTS_OF_LISTS = [
+# Faults that must be found in nonstandard prompts, too.
+LIST_FAULTS = [
     "a permutation that repeats",
     "a permutation that misses",
     "a permutation that exceeds",
@@ -124,74 +130,78 @@ FAULTS_OF_LISTS = [
 ]
 
 
-@pytest.mark.parametrize("wording", OTHER_WORDINGS)
-@pytest.mark.parametrize("fault", FAULTS_OF_LISTS)
-def test_a_bad_record_is_refused_in_any_wording(tmp_path, fault, wording):
-    bad, told = BAD_RECORDS[fault]
+@pytest.mark.parametrize("wording", NONSTANDARD)
+@pytest.mark.parametrize("fault", LIST_FAULTS)
+def test_a_bad_record_is_refused_with_any_prompt(tmp_path, fault, wording):
+    bad, message_part = BAD_RECORDS[fault]
     system, human, gpt = bad["conversations"]
-    human = human | {"value": human["value"].replace(*OTHER_WORDINGS[wording])}
+    human = human | {"value": human["value"].replace(*NONSTANDARD[wording])}
     path = write_jsonl(tmp_path / "a.jsonl", [bad | {"conversations": [system, human, gpt]}])
     with pytest.raises(RecordError) as caught:
-        list(read_records(path))
-    assert told in str(caught.value) and "q3" in str(caught.value)
+        list(read(path))
+    assert message_part in str(caught.value) and "q3" in str(caught.value)
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
 @pytest.mark.parametrize("fault", BAD_RECORDS)
-def test_a_bad_record_is_named_by_file_index_id_and_fault(tmp_path, ending, fault):
-    bad, told = BAD_RECORDS[fault]
+def test_a_bad_record_is_reported_with_file_index_id_and_reason(tmp_path, ending, fault):
+    bad, message_part = BAD_RECORDS[fault]
     path = write(tmp_path, ending, [conversation(0), conversation(1), bad, conversation(4)])
-    records = read_records(path)
+    records = read(path)
     assert [record.id for _, record in (next(records), next(records))] == ["q0", "q1"]
     with pytest.raises(RecordError) as caught:
         next(records)
     message = str(caught.value)
     assert message.startswith(f"train{ending}:record 2")
-    assert told in message
+    assert message_part in message
     if isinstance(bad, dict) and str(bad.get("id", " ")).strip():
         assert "q3" in message
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message_part"),
     [
-        ("cut.json", json.dumps([conversation(0), conversation(1)])[:-40], "cut.json:record 1: no valid JSON"),
+        ("cut.json", json.dumps([conversation(0), conversation(1)])[:-40], "cut.json:record 1: invalid JSON"),
         (
             "lines.json",
             json.dumps(conversation(0)),
-            "one array of records; a file with one record a line is named .jsonl",
+            "one array of records. Name a file with one record per line .jsonl",
         ),
-        ("array.jsonl", json.dumps([conversation(0)]), "name the file .json"),
-        ("broken.jsonl", '{"id": \n', "broken.jsonl:record 0 (line 1): is no valid JSON"),
+        ("array.jsonl", json.dumps([conversation(0)]), "Name it .json"),
+        ("broken.jsonl", '{"id": \n', "broken.jsonl:record 0 (line 1): invalid JSON"),
         ("deep.jsonl", "[" * 100_000, "deep.jsonl:record 0"),
-        ("latin.json", '[{"id": "\xe9"}]'.encode("latin-1"), "latin.json:after record 0: 'utf-8' codec can't decode"),
-        ("latin.jsonl", '{"id": "\xe9"}'.encode("latin-1"), "latin.jsonl:record 0 (line 1): is no valid JSON"),
-        ("cut.jsonl.gz", gzip.compress(b"\n" * 9)[:-12], "cannot be read on"),
-        ("plain.jsonl.gz", b'{"id": 1}', "cannot be read on"),
-        ("train.csv", "id,text", "found a file of another kind, allowed are .json, .jsonl"),
+        (
+            "latin.json",
+            '[{"id": "\xe9"}]'.encode("latin-1"),
+            "latin.json:after record 0: the file cannot be read",
+        ),
+        ("latin.jsonl", '{"id": "\xe9"}'.encode("latin-1"), "latin.jsonl:record 0 (line 1): invalid JSON"),
+        ("cut.jsonl.gz", gzip.compress(b"\n" * 9)[:-12], "cannot be read from here on"),
+        ("plain.jsonl.gz", b'{"id": 1}', "cannot be read from here on"),
+        ("train.csv", "id,text", "the file name must end in one of .json, .jsonl"),
     ],
 )
-def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, told):
+def test_a_file_that_does_not_match_its_name_is_an_error(tmp_path, name, content, message_part):
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(RecordError) as caught:
-        list(read_records(path))
-    assert told in str(caught.value)
+        list(read(path))
+    assert message_part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "/no/such/folder", "a/b/c", ""])
-def test_a_path_that_does_not_exist_is_no_data_set_id(name):
+def test_a_missing_path_is_not_taken_for_a_data_set_id(name):
     with pytest.raises(RecordError, match="no such file or folder"):
-        open_source(name)
+        open_conversations(name)
 
 
-def test_a_data_set_that_does_not_open_says_what_to_check(tmp_path):
+def test_a_data_set_that_cannot_be_opened_is_an_error(tmp_path):
     (tmp_path / "set").mkdir()
-    with pytest.raises(RecordError, match=r"does not open.*check the id"):
-        list(read_records(tmp_path / "set"))
+    with pytest.raises(RecordError, match=r"cannot open the data set.*Check the id"):
+        list(read(tmp_path / "set"))
 
 
-def test_a_data_set_may_hold_a_list_a_field(tmp_path):
+def test_turns_may_be_stored_as_one_list_per_field(tmp_path):
     pyarrow = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
 
@@ -199,14 +209,14 @@ def test_a_data_set_may_hold_a_list_a_field(tmp_path):
     fields = {name: [turn[name] for turn in layout["conversations"]] for name in ("from", "value")}
     (tmp_path / "set").mkdir()
     pyarrow.write_table(pa.Table.from_pylist([{"id": "q1", "conversations": fields}]), tmp_path / "set" / "a.parquet")
-    assert [record for _, record in read_records(tmp_path / "set")] == [Record.from_conversations(layout)]
+    assert [record for _, record in read(tmp_path / "set")] == [Record.from_conversations(layout)]
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
 def test_memory_does_not_grow_with_the_file(tmp_path, ending):
     layouts = [conversation(i, num_words=400) for i in range(40)]
     path = write(tmp_path, ending, layouts * 50)
-    records = read_records(path)
+    records = read(path)
     next(records)
     tracemalloc.start()
     assert sum(1 for _ in records) == 1999
@@ -229,20 +239,20 @@ LAYOUTS = JSON_LIKE | st.fixed_dictionaries(
 
 
 @given(layout=LAYOUTS)
-def test_whatever_a_line_holds_the_outcome_is_a_record_or_a_record_error(tmp_path_factory, layout):
+def test_any_line_gives_a_record_or_a_record_error(tmp_path_factory, layout):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_text(json.dumps(layout) + "\n", encoding="utf-8")
     try:
-        assert all(isinstance(record, Record) for _, record in read_records(path))
+        assert all(isinstance(record, Record) for _, record in read(path))
     except RecordError as error:
         assert str(error).startswith("any.jsonl:record 0 (line 1)")
 
 
 @given(content=st.binary(max_size=60), ending=st.sampled_from([".json", ".jsonl", ".jsonl.gz"]))
-def test_whatever_a_file_holds_the_outcome_is_records_or_a_record_error(tmp_path_factory, content, ending):
+def test_any_file_gives_records_or_a_record_error(tmp_path_factory, content, ending):
     path = tmp_path_factory.getbasetemp() / f"bytes{ending}"
     path.write_bytes(content)
     try:
-        assert list(read_records(path)) == []
+        assert list(read(path)) == []
     except RecordError as error:
         assert str(error).startswith(f"bytes{ending}")

@@ -1,4 +1,4 @@
-"""A JSON array decoded element by element equals the array decoded whole, in little memory, and fails readably."""
+"""A JSON array decoded element by element equals the array decoded at once, in little memory, with readable errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankllm_composer.errors import SourceError
-from rankllm_composer.sources import conversations as json_array
-from rankllm_composer.sources.conversations import iterate_array
+from rankllm_composer.sources import json_array
+from rankllm_composer.sources.json_array import iterate_array
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -24,46 +24,46 @@ VALUES = st.recursive(
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @settings(max_examples=60, deadline=None)
 @given(values=st.lists(VALUES, max_size=6), indent=st.sampled_from([None, 2]), ascii_only=st.booleans())
-def test_elements_are_those_of_the_array_decoded_whole(chunk, values, indent, ascii_only):
+def test_elements_equal_those_of_the_array_decoded_at_once(chunk, values, indent, ascii_only):
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only) + "\n"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_array, "_CHUNK_CHARS", chunk)
         assert [value for value, _ in iterate_array(io.StringIO(text))] == values
 
 
-def test_length_of_an_element_is_that_of_its_text():
+def test_elements_come_with_their_length_in_characters():
     assert list(iterate_array(io.StringIO('[ {"a": 1} ,"bc"]'))) == [({"a": 1}, 8), ("bc", 4)]
 
 
 @pytest.mark.parametrize(
     ("text", "index", "reason"),
     [
-        ("", None, "found nothing at the start"),
-        ('{"id": 1}', None, "found '{' at the start"),
+        ("", None, "the start is empty"),
+        ('{"id": 1}', None, "the start is '{'"),
         ('{"id": 1}\n{"id": 2}', None, ".jsonl"),
-        ("[", 0, "cut off"),
-        ("[1, 2", 1, "the end of the file after it"),
-        ("[1, ", 1, "cut off"),
-        ("[1 2]", 0, "found '2' after it"),
-        ('[{"a": 1}, {"a": }]', 1, "no valid JSON: Expecting value"),
+        ("[", 0, "the file ends before the array does"),
+        ("[1, 2", 1, "followed by the end of the file"),
+        ("[1, ", 1, "the file ends before the array does"),
+        ("[1 2]", 0, "followed by '2'; expected ',' or ']'"),
+        ('[{"a": 1}, {"a": }]', 1, "invalid JSON: Expecting value"),
         ('[{"a": "never ends}]', 0, "Unterminated string"),
-        ("[1] 2", None, "found '2' after the array"),
-        ("[1,]", 1, "no valid JSON"),
+        ("[1] 2", None, "the array is followed by '2'"),
+        ("[1,]", 1, "invalid JSON"),
         ("[" * 100_000, 0, "cannot be decoded"),
         ("[" + "9" * 5000 + "]", 0, "cannot be decoded"),
     ],
 )
-def test_what_is_no_array_is_named(text, index, reason):
+def test_text_that_is_not_an_array_is_an_error(text, index, reason):
     with pytest.raises(SourceError) as caught:
         list(iterate_array(io.StringIO(text)))
     assert caught.value.index == index
     assert reason in str(caught.value)
 
 
-def test_a_missing_quote_does_not_swallow_the_file(monkeypatch):
+def test_a_missing_quote_does_not_read_the_rest_of_the_file(monkeypatch):
     monkeypatch.setattr(json_array, "MAX_ELEMENT_CHARS", 1 << 21)
     file = Endless('[{"a": "', "x" * 1000)
-    with pytest.raises(SourceError, match="does not end within 2 Mi characters"):
+    with pytest.raises(SourceError, match="longer than 2 Mi characters"):
         next(iterate_array(file))
     assert file.num_read < 1 << 23
 
@@ -82,7 +82,7 @@ def test_memory_does_not_grow_with_the_array():
 
 
 class Endless:
-    """A text file of a head and one piece without end."""
+    """A text file with a beginning and an endlessly repeated piece."""
 
     def __init__(self, head: str, piece: str) -> None:
         self.pending, self.piece, self.num_read = head, piece, 0

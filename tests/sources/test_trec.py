@@ -1,4 +1,4 @@
-"""Retrieval files become training lists: which candidates, in which order, with which target, and what is left out."""
+"""Training lists from retrieval files: their candidates, order, target and grades, and what is left out."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts import user_turn
 from rankllm_composer.prompts.permutations import parse_permutation
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, parse_user_turn
-from rankllm_composer.sources.conversations import read_records
+from rankllm_composer.sources.records import read_records
 from rankllm_composer.sources.retrieval_files import Judgment, RunLine, read_judgments, read_run
 from rankllm_composer.sources.trec import TrecSource, candidate_lists, teacher_order
 
@@ -61,7 +62,7 @@ def build(folder: Path, *, files=None, **options) -> tuple[list, Counter]:
     return list(read_records(TrecSource(SourceOptions(**files, **options)), dropped=dropped)), dropped
 
 
-def test_a_list_holds_what_the_client_would_show_and_the_order_of_the_judgments(tmp_path):
+def test_a_list_has_the_prompt_of_the_client_and_the_order_of_the_judgments(tmp_path):
     (place, record), _ = build(tmp_path)[0]
     assert place == "first.trec:query 'q1' list 0"
     assert (record.id, record.qid, record.system) == ("q1-0", "q1", SYSTEM_MESSAGE)
@@ -74,7 +75,7 @@ def test_a_list_holds_what_the_client_would_show_and_the_order_of_the_judgments(
     assert record.response == "[C] > [B] > [A] > [D]"
 
 
-def test_a_teachers_run_gives_the_order_and_judgments_the_grades(tmp_path):
+def test_a_teacher_run_gives_the_order_and_judgments_the_grades(tmp_path):
     files = write_files(tmp_path, teacher={"q1": ["d5", "d9", "d2"], "q2": ["d1", "d4", "d5"]})
     records, dropped = build(tmp_path, files=files)
     # d1 and d3 are unknown to the teacher: last, in first-stage order. d9 is not in the list.
@@ -108,7 +109,7 @@ def test_windows_cover_the_first_stage_from_the_top(num_candidates, window, stri
     assert lists == expected
 
 
-def test_lists_beyond_the_windows_are_random_draws_that_hang_on_seed_query_and_number_alone():
+def test_further_lists_are_random_draws_that_depend_on_seed_query_and_number_only():
     def lists(num_lists, seed=1, qid="q"):
         return candidate_lists(30, window=5, stride=5, num_lists=num_lists, seed=seed, qid=qid)
 
@@ -119,14 +120,14 @@ def test_lists_beyond_the_windows_are_random_draws_that_hang_on_seed_query_and_n
     assert any(list(drawn) != sorted(drawn) for drawn in lists(12)[6:])
     assert lists(9)[6:] != lists(9, seed=2)[6:]
     assert lists(9)[6:] != lists(9, qid="p")[6:]
-    # Written down once: a set built elsewhere, or years later, is the same.
+    # Pinned: a set built on another machine, or years later, must be the same.
     assert lists(7)[6] == PINNED_DRAW
 
 
 PINNED_DRAW = (26, 20, 4, 2, 28)
 
 
-def test_a_random_list_keeps_target_grades_and_documents_together(tmp_path):
+def test_random_lists_keep_target_grades_and_documents_consistent(tmp_path):
     records, _ = build(tmp_path, lists_per_query=12, window=4, require_relevant=False)
     shown = {record.docids for _, record in records if record.qid == "q1"}
     assert len(shown) > 1
@@ -177,7 +178,7 @@ def test_passages_are_cut_to_the_word_limit(tmp_path, words, expected):
     assert parse_user_turn(record.user).passages[2] == expected
 
 
-def test_without_a_limit_the_clients_rule_holds(tmp_path):
+def test_without_a_limit_the_rule_of_the_client_applies(tmp_path):
     files = write_files(tmp_path, docs=dict.fromkeys(DOCS, "word " * 5000))
     num_words = [len(text.split()) for text in parse_user_turn(build(tmp_path, files=files)[0][1][1].user).passages]
     assert num_words == [300 * 20 // 3] * 3
@@ -199,23 +200,23 @@ def test_negative_grades_are_worst_and_count_as_zero(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "number", "line", "told"),
+    ("file", "number", "line", "message_part"),
     [
-        ("run", 2, "q1 Q0 d1 2 5.0", "found 5 fields"),
+        ("run", 2, "q1 Q0 d1 2 5.0", "has 5 fields"),
         ("run", 2, "q1 Q0 d1 second 5.0 tag", "invalid literal"),
         ("run", 2, "q1 Q0 d1 2 high tag", "could not convert"),
         ("run", 2, "q1 Q0 d1 2 nan tag", "nan"),
-        ("judgments", 3, "q1 0 d5", "found 3 fields"),
+        ("judgments", 3, "q1 0 d5", "has 3 fields"),
         ("judgments", 3, "q1 0 d5 good", "invalid literal"),
-        ("queries", 1, '{"qid": "q1"', "no valid JSON"),
+        ("queries", 1, '{"qid": "q1"', "invalid JSON"),
         ("queries", 1, '{"qid": 1, "text": "a"}', "no text under 'qid'"),
         ("queries", 1, '{"qid": "q1"}', "has no text"),
-        ("queries", 2, '{"qid": "q1", "text": "again"}', "comes twice"),
+        ("queries", 2, '{"qid": "q1", "text": "again"}', "is repeated"),
         ("docs", 4, '["d4", "text"]', "no text under 'docid'"),
         ("docs", 4, '{"docid": "d\\ud800", "text": "a"}', "surrogate"),
     ],
 )
-def test_a_malformed_line_is_named_by_file_and_line(tmp_path, file, number, line, told):
+def test_a_malformed_line_is_reported_with_file_and_line(tmp_path, file, number, line, message_part):
     files = write_files(tmp_path)
     path = Path(files[file])
     lines = path.read_text().splitlines()
@@ -224,20 +225,20 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path, file, number, line
     with pytest.raises(SourceError) as caught:
         build(tmp_path, files=files)
     assert str(caught.value).startswith(f"{path.name}:line {number}: ")
-    assert told in str(caught.value)
+    assert message_part in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message_part"),
     [
         ({"docs": {"d1": "a", "d2": "b", "d3": "c", "d4": "d"}}, "document 'd5' of the run is not in docs.jsonl"),
-        ({"run": {"q1": ["d1", "d2", "d1"]}}, "first.trec:line 3: document 'd1' comes twice, also in line 1"),
+        ({"run": {"q1": ["d1", "d2", "d1"]}}, "first.trec:line 3: document 'd1' is repeated, also in line 1"),
     ],
 )
-def test_files_that_contradict_each_other_are_an_error_of_the_query(tmp_path, change, told):
+def test_files_that_contradict_each_other_are_an_error(tmp_path, change, message_part):
     with pytest.raises(RecordError) as caught:
         build(tmp_path, files=write_files(tmp_path, **change))
-    assert told in str(caught.value)
+    assert message_part in str(caught.value)
 
 
 def test_two_grades_for_one_document_are_an_error(tmp_path):
@@ -248,16 +249,16 @@ def test_two_grades_for_one_document_are_an_error(tmp_path):
         build(tmp_path, files=files)
 
 
-def test_a_document_twice_names_the_lines_to_look_at(tmp_path):
+def test_a_repeated_document_is_reported_with_a_range_of_lines(tmp_path):
     files = write_files(tmp_path)
     with Path(files["docs"]).open("a") as file:
         file.write(json.dumps({"docid": "d2", "text": "again"}) + "\n")
-    with pytest.raises(SourceError, match=r"docs.jsonl:lines 1 to 6: a document comes twice"):
+    with pytest.raises(SourceError, match=r"docs.jsonl:lines 1 to 6: a document is repeated"):
         build(tmp_path, files=files)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message_part"),
     [
         ({"window": 27}, "window is 27 with identifiers: letters; expected at most 26"),
         ({"window": 100, "identifiers": "numbers"}, "at most 99"),
@@ -274,21 +275,34 @@ def test_a_document_twice_names_the_lines_to_look_at(tmp_path):
         ),
     ],
 )
-def test_settings_that_make_no_lists_stop(tmp_path, options, told):
+def test_invalid_options_are_errors(tmp_path, options, message_part):
     with pytest.raises(ValueError) as caught:
         TrecSource(SourceOptions(**(write_files(tmp_path) | options)))
-    assert told in str(caught.value)
+    assert message_part in str(caught.value)
 
 
-def test_files_of_different_collections_stop(tmp_path):
+def test_each_user_turn_is_parsed_once(tmp_path, monkeypatch):
+    parsed = Counter()
+
+    def count(text, parse=user_turn.parse_user_turn):
+        parsed[text] += 1
+        return parse(text)
+
+    monkeypatch.setattr(user_turn, "parse_user_turn", count)
+    records, _ = build(tmp_path, lists_per_query=3, window=3)
+    assert all(record.has_standard_prompt for _, record in records)
+    assert parsed == {record.user: 1 for _, record in records}
+
+
+def test_files_of_different_collections_are_an_error(tmp_path):
     files = write_files(tmp_path, queries={"x1": "another"})
-    with pytest.raises(SourceError, match="holds no candidate for any query"):
+    with pytest.raises(SourceError, match="has no candidates for any query"):
         build(tmp_path, files=files)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     files = write_files(tmp_path) | {"run": str(tmp_path / "absent.trec")}
-    with pytest.raises(SourceError, match=r"absent.trec: cannot be read: No such file"):
+    with pytest.raises(SourceError, match=r"absent.trec: the file cannot be read .No such file"):
         build(tmp_path, files=files)
 
 
@@ -299,14 +313,14 @@ def test_any_process_builds_the_same_lists_of_a_query(tmp_path):
     assert [copy.records(item) for item in reversed(items)] == [source.records(item) for item in reversed(items)]
 
 
-def test_the_description_holds_names_and_settings_but_no_paths(tmp_path):
+def test_the_description_has_names_and_options_but_no_paths(tmp_path):
     text = json.dumps(TrecSource(SourceOptions(**write_files(tmp_path), seed=7)).describe())
     assert str(tmp_path) not in text
     assert '"seed": 7' in text
     assert "docs.jsonl" in text
 
 
-def test_readers_give_fields_by_name(tmp_path):
+def test_lines_have_named_fields(tmp_path):
     files = write_files(tmp_path)
     assert next(read_run(files["run"])) == RunLine(line=1, qid="q1", docid="d2", rank=1, score=10.0)
     assert next(read_judgments(files["judgments"])) == Judgment(line=1, qid="q1", docid="d1", grade=1)
@@ -317,7 +331,7 @@ def test_readers_give_fields_by_name(tmp_path):
     st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(-1, 3)),
     st.none() | st.lists(st.text("abcdef", min_size=1, max_size=2), unique=True),
 )
-def test_the_order_is_a_permutation_that_no_pair_contradicts(docids, grades, teacher):
+def test_the_order_is_a_permutation_consistent_with_every_pair(docids, grades, teacher):
     order = teacher_order(docids, grades, teacher)
     assert sorted(order) == list(range(len(docids)))
     for better, worse in pairwise(order):
@@ -329,7 +343,7 @@ def test_the_order_is_a_permutation_that_no_pair_contradicts(docids, grades, tea
             assert (places[0], better) < (places[1], worse)
 
 
-def test_cranfield_makes_lists_whose_target_beats_the_first_stage(shared):
+def test_cranfield_lists_are_ordered_by_grade(shared):
     folder = shared / "data" / "cranfield"
     dropped: Counter[str] = Counter()
     options = SourceOptions(

@@ -11,7 +11,8 @@ from streaming import MDSWriter
 from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.build import build_shards
-from rankllm_composer.shards.index import COLUMNS, BuildReport, dump_index, sample_from_record
+from rankllm_composer.shards.index import COLUMNS, dump_index, sample_from_record
+from rankllm_composer.shards.manifest import BuildReport
 from support.synthetic_records import conversation
 
 

@@ -1,0 +1,122 @@
+"""The interface of record sources, and the source that options describe.
+
+A source is read in two halves, so that several processes can share the work: `items()` finds where each record starts
+and ends, and runs once, in one process; `records(item)` parses and validates, and runs in any process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from rankllm_composer.errors import RecordError
+from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.record import Record
+
+
+class Dropped(NamedTuple):
+    """A list that a source leaves out by its own rules; `reason` is the name it is counted under."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One unparsed entry of a source.
+
+    Attributes:
+        index: 0-based position in the source.
+        place: the position in words, for messages.
+        raw: the unparsed record; can be pickled.
+        num_bytes: approximate uncompressed size of its records.
+    """
+
+    index: int
+    place: str
+    raw: Any
+    num_bytes: int
+
+
+class RecordSource(Protocol):
+    """A source of records. Sources can be pickled; `records` returns the same in any process."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file or data set, for messages."""
+
+    def prepare(self, folder: Path) -> RecordSource:
+        """Return the source, ready to be read; its files in `folder` must stay until all records are read."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the source on any machine: names, sizes, hashes, options; no paths, no secrets."""
+
+    def items(self) -> Iterator[Item]:
+        """Yield every item in order; raise RecordError or SourceError if the source itself cannot be read."""
+
+    def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
+        """Return the valid records of one item, each with its place; raise RecordError if one of them is bad."""
+
+
+def open_source(options: SourceOptions) -> RecordSource:
+    """Open the conversations (`input`) or the retrieval files (`run`, …) that options describe.
+
+    Raises:
+        SourceError: the options contradict each other.
+        RecordError: `input` is neither a file of a known kind, nor a folder, nor a data set id.
+    """
+    from rankllm_composer.sources.conversations import open_conversations
+    from rankllm_composer.sources.trec import TrecSource
+
+    options.check()
+    return TrecSource(options) if options.input is None else open_conversations(options.input, options.split)
+
+
+def read_records(
+    source: RecordSource, *, skip_bad: bool = False, dropped: Counter[str] | None = None
+) -> Iterator[tuple[str, Record]]:
+    """Valid records of a source in its order, one at a time.
+
+    Args:
+        source: where they come from.
+        skip_bad: skip bad records instead of raising.
+        dropped: counts the lists that the source leaves out, by reason.
+    Yields:
+        (place, record), with a place such as `train.json:record 17`.
+    Raises:
+        RecordError: a record is bad, or the source cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = source.prepare(Path(folder))
+        for item in prepared.items():
+            try:
+                records = prepared.records(item)
+            except RecordError:
+                if not skip_bad:
+                    raise
+                continue
+            for place, record in records:
+                if isinstance(record, Record):
+                    yield place, record
+                elif dropped is not None:
+                    dropped[record.reason] += 1
+
+
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file, which identify it on any machine.
+
+    Raises:
+        RecordError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"name": path.name, "bytes": file.tell(), "sha256": digest}
+    except OSError as error:
+        reason = f"the file cannot be read ({error.strerror}). Check its path and permissions."
+        raise RecordError(path.name, None, reason) from error
