@@ -124,7 +124,7 @@ def shards_verify(
         counts += f", {outcome.num_duplicates:,} duplicate ids ({', '.join(outcome.duplicate_ids)})"
     if outcome.problems:
         raise ValueError(f"{outcome.target}: {len(outcome.problems)} problems, see above ({counts})")
-    typer.echo(f"{outcome.target}: all is well, {counts}")
+    typer.echo(f"{outcome.target}: no problems, {counts}")
 
 
 @shards_app.command("info")

@@ -60,8 +60,10 @@ def time(meaning: str, default: str, *units: str, nonzero: bool = True) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Run:
+    """Name, folder and length of a run."""
+
     name: Text = option(
-        "Name of the run; checkpoints and logs carry it.", unit="name", pattern=r"^[\w.-]+$", examples=["first_mistral"]
+        "Name of the run, used in checkpoints and logs.", unit="name", pattern=r"^[\w.-]+$", examples=["first_mistral"]
     )
     folder: Text | None = option("Folder of the files that the run writes; null = runs/<name>.", None, unit="path")
     seed: Whole = option("Seed of weights, data order and noise.", 42, ge=0)
@@ -71,6 +73,8 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Lora:
+    """Low-rank adapters."""
+
     rank: Whole = option("Rank of the adapters.", 16, unit="dimensions", ge=1)
     alpha: Number = option("Scale of the adapters: alpha / rank.", 32.0, gt=0)
     dropout: Number = option("Dropout before the adapters.", 0.05, unit="fraction", ge=0, lt=1)
@@ -86,11 +90,15 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Model(ModelOptions):
+    """The model to train."""
+
     lora: Lora | None = option("Train low-rank adapters only; null = train all weights.", None)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Stream:
+    """One of several sets of shards that are mixed."""
+
     remote: Text | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
     local: Text = option("Where the shards are read or cached.", unit="path")
     proportion: Number | None = option(
@@ -104,6 +112,8 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Sets:
+    """Where the shards of a split are, and what they are built from."""
+
     remote: Text | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
     local: PathText | None = option("Where the shards are read or cached; null with `streams`.", None, unit="path")
     source: SourceOptions | None = option("What absent shards are built from; null = they are never built.", None)
@@ -112,12 +122,16 @@ class Sets:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Split(StreamOptions, Sets):  # the keys of Sets come first
+    """Lists to train or to evaluate on."""
+
     shuffle_passages: Flag = option("Permute the passages of each list and reassign the identifiers.", False)
     identifiers: IdentifierStyle | None = option("Identifiers in the prompt; null = those of the shards.", None)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Data:
+    """The lists, and how they are read."""
+
     max_length_tokens: Whole = option("Most tokens in prompt and response together.", 4096, unit="tokens", ge=2)
     too_long: Literal["drop", "refuse"] = option("Longer records: drop and count them, or stop.", "drop")
     num_workers: Whole = option("Processes per rank that read and tokenize.", 2, unit="processes", ge=0)
@@ -131,6 +145,8 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Objective:
+    """What the model is trained for."""
+
     name: ObjectiveName = option(
         "generation = language modeling of the permutation; ranking = a ranking loss on the identifier scores; "
         "combined = both.",
@@ -144,11 +160,15 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Neftune:
+    """Noise on the embeddings while training."""
+
     alpha: Number = option("Noise on the embeddings: uniform in ±alpha / sqrt(tokens * hidden size).", 5.0, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Batch:
+    """Lists per update and per forward pass."""
+
     global_lists: Whole = option("Lists per optimizer step, over all ranks.", 128, unit="lists", ge=1)
     microbatch_lists: Whole | None = option(
         "Lists per forward pass of one rank; set this or microbatch_tokens.", None, unit="lists", ge=1
@@ -160,6 +180,8 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Optimizer:
+    """The optimizer and its settings."""
+
     name: Literal["adamw", "adamw_8bit"] = option("AdamW: of torch, or of bitsandbytes with 8-bit state.", "adamw")
     lr: Number = option("Highest learning rate.", gt=0)
     betas: tuple[Share, Share] = option("Decay of the averages of gradient and squared gradient.", (0.9, 0.999))
@@ -178,6 +200,8 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Schedule:
+    """The learning rate over the run."""
+
     name: Literal["cosine", "linear", "constant"] = option("Learning rate after the warmup.", "cosine")
     warmup: Text = time(
         "Linear rise from 0; batches are optimizer updates.", "50ba", "ep", "ba", "sp", "dur", nonzero=False
@@ -189,6 +213,8 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Parallelism:
+    """How a run is distributed over ranks, and its precision."""
+
     fsdp: Flag = option("Shard weights, gradients and optimizer over the ranks (FSDP2); false = copies (DDP).", True)
     reshard_after_forward: Flag = option("Free gathered weights between the forward and the backward pass.", True)
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = option(
@@ -204,6 +230,8 @@ class Parallelism:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Export:
+    """HF folders that are written while training."""
+
     interval: Text = time("How often an HF folder is written.", "1ep", "ep", "ba", "sp", "tok", "dur")
     folder: Text | None = option("Where the HF folders go; null = <run folder>/hf.", None, unit="path")
     merge_lora: Flag = option("Merge the adapters into the weights; false = export them separately.", True)
@@ -211,6 +239,8 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Checkpoint:
+    """What is saved, to resume from and to serve."""
+
     interval: Text = time("How often a checkpoint is written.", "1ep", "ep", "ba", "sp", "tok", "dur")
     keep: Whole = option("Number of newest checkpoints kept on local disk; -1 = all.", 3, unit="checkpoints", ge=-1)
     folder: Text | None = option("Where checkpoints go; null = <run folder>/checkpoints.", None, unit="path or URL")
@@ -219,6 +249,8 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Evaluation:
+    """Rankings measured while training."""
+
     interval: Text = time("How often data.eval is ranked.", "1ep", "ep", "ba", "dur")
     decodings: tuple[Decoding, ...] = option(
         "How rankings are decoded: from one forward pass, from generated text, or both.", ("first_token", "generation")
@@ -239,6 +271,8 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Logging:
+    """What is printed and logged."""
+
     progress: Flag = option("Print a progress line on rank 0.", True)
     metrics_file: Flag = option("Write metrics.jsonl in the run folder, one line per batch.", True)
     loggers: dict[LoggerName, Arguments] = option("Composer loggers by name, with their arguments.", {})

@@ -187,7 +187,7 @@ def test_keys_without_effect() -> None:
 def test_recipe_explains_itself(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     header = text[: text.index("\nrun:")]
-    for word in ("Launch", "Hardware", "Numbers", "Run here"):
+    for word in ("Launch", "Hardware", "Numbers", "Tested"):
         assert f"# {word}" in header, word
     for line in text[len(header) :].splitlines():
         is_section = line.rstrip().endswith(":")
