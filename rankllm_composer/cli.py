@@ -234,6 +234,28 @@ def rerank(
         typer.echo(f"{model / 'README.md'}: results of {report.result.name} added")
 
 
+@app.command("export")
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, with recipe.yaml and checkpoints/.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Name such as ep1-ba200; default: the newest complete checkpoint.")
+    ] = None,
+    merge_lora: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge-lora/--adapter-only",
+            help="Merge a LoRA adapter into the model or not; default: the recipe's.",
+        ),
+    ] = None,
+) -> None:
+    """Export a checkpoint as a Hugging Face folder."""
+    from rankllm_composer.training.export_run import export_run
+
+    name = export_run(run, output, checkpoint, merge_lora)
+    typer.echo(f"{output}: exported checkpoint {name} of {run}")
+
+
 @app.command("report")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of training runs to compare.")],

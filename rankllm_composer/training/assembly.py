@@ -302,7 +302,7 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
     )
 
 
-def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int) -> Any:
+def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int | None) -> Any:
     """What the model card tells of a run."""
     from rankllm_composer.export.model_card import CardFacts, published_figures
 
