@@ -30,7 +30,7 @@ from support.killing import Run, checkpoint_content, comparable_metrics, differe
 from support.s3_server import s3_server
 from support.small_run import RECIPE, small_run
 
-from rankllm_composer.checkpoints.folder import whole_checkpoints
+from rankllm_composer.checkpoints.folder import complete_checkpoints
 
 LAYOUTS = {
     "FSDP2": [],
@@ -78,7 +78,7 @@ def equals(folder: Path, reference: Path) -> list[str]:
     """What differs between two finished runs."""
     ours, theirs = comparable_metrics(folder), comparable_metrics(reference)
     found = [] if ours == theirs[len(theirs) - len(ours) :] else ["metrics.jsonl"]
-    ends = [whole_checkpoints(place / "run" / "checkpoints")[-1][0] for place in (folder, reference)]
+    ends = [complete_checkpoints(place / "run" / "checkpoints")[-1][0] for place in (folder, reference)]
     return found + differences(*(checkpoint_content(end) for end in ends))
 
 

@@ -136,8 +136,8 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "parallelism.device": no_gpu,
     "holds a run of another recipe": another_recipe,
     "another process is training in": another_process,
-    "found a loss that is not finite": bad_loss,
-    "evaluation.best_by: found …": no_relevant_window,
+    "the loss is not finite": bad_loss,
+    "evaluation.best_by is …": no_relevant_window,
     "logits contain NaN": logits_that_are_nan,
     "evaluation.best_by is set": exports_at_other_times,
 }

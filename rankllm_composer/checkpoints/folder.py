@@ -1,8 +1,8 @@
-"""Checkpoints of a run: whole or not there, the newest whole one found again, the older ones removed.
+"""Checkpoints on disk: written completely or not at all, found by batch number, pruned to the newest.
 
-A checkpoint is a folder `ep1-ba200` with what Composer writes (a file a rank, or one file) and a `checkpoint.json` that
-is written last and lists the files with their sizes. A folder without it, or in which a file is missing or short, is
-what a kill left: it is never read.
+A checkpoint is a folder such as `ep1-ba200` with the files that Composer writes (one per rank, or one) and a
+`checkpoint.json`, written last, that lists them with their sizes. A folder without it, or in which a file is missing or
+short, is incomplete and never read.
 """
 
 from __future__ import annotations
@@ -24,29 +24,25 @@ log = logging.getLogger(__name__)
 
 
 MANIFEST = "checkpoint.json"
-
-
 FORMAT = 1
 
-
 _NAME = re.compile(r"ep(\d{1,18})-ba(\d{1,18})", re.ASCII)
-
-
 _STAGE = ".partial"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `checkpoint.json` holds.
+    """Content of `checkpoint.json`.
 
     Args:
-        batch: optimizer updates behind it.
-        epoch: epochs behind it.
-        num_ranks: ranks that wrote it.
-        is_sharded: a file a rank (FSDP2), or one file.
+        batch: number of finished optimizer steps.
+        epoch: number of finished epochs.
+        num_ranks: number of ranks that wrote the checkpoint.
+        is_sharded: one file per rank (FSDP2) instead of one file.
         weights: shape of each weight, by name.
-        callbacks: names of the Composer callbacks whose state is in it.
-        files: bytes of each file, by name.
+        callbacks: names of the Composer callbacks with a state in the checkpoint.
+        files: size of each file in bytes, by name.
+        format: version of this layout.
     """
 
     batch: int
@@ -67,12 +63,12 @@ class Manifest:
 
 
 def parse_manifest(text: str | bytes) -> Manifest | None:
-    """The manifest in a `checkpoint.json`; None if it is torn, or of another format."""
+    """Parse a `checkpoint.json`; None if it is damaged or of another format."""
     try:
         manifest = Manifest(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
         return None
-    whole = (
+    is_valid = (
         _NAME.fullmatch(manifest.name) is not None
         and all(_is_count(number) for number in (manifest.batch, manifest.epoch, manifest.num_ranks, manifest.format))
         and isinstance(manifest.is_sharded, bool)
@@ -81,7 +77,7 @@ def parse_manifest(text: str | bytes) -> Manifest | None:
         and all(isinstance(name, str) for name in manifest.callbacks)
         and all(_is_count(size) and _is_file_name(name) for name, size in manifest.files.items())
     )
-    return manifest if whole and manifest.format == FORMAT and manifest.files else None
+    return manifest if is_valid and manifest.format == FORMAT and manifest.files else None
 
 
 def _is_count(value: object) -> bool:
@@ -89,12 +85,12 @@ def _is_count(value: object) -> bool:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether it names a file of the checkpoint's own folder, and nothing outside."""
+    """Whether a name is that of a file directly in the checkpoint's folder."""
     return name not in ("", ".", "..", MANIFEST) and not any(char in name for char in "/\\:\0")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint on disk; None if the checkpoint is not whole."""
+    """Read the manifest of a checkpoint on disk; None if the checkpoint is incomplete."""
     try:
         manifest = parse_manifest((folder / MANIFEST).read_bytes())
         if manifest is None or manifest.name != folder.name:
@@ -105,31 +101,31 @@ def read_manifest(folder: Path) -> Manifest | None:
     return manifest if sizes == manifest.files else None
 
 
-def whole_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
-    """Every whole checkpoint in a folder, oldest first."""
+def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
+    """List the complete checkpoints in a folder, oldest first."""
     found = [(path, manifest) for path in _checkpoint_folders(folder) if (manifest := read_manifest(path)) is not None]
     return sorted(found, key=lambda pair: (pair[1].batch, pair[1].epoch))
 
 
 def stage_folder(folder: Path) -> Path:
-    """Where the ranks write a checkpoint of `folder` until it is whole."""
+    """Return the folder in which the ranks write a checkpoint of `folder` until it is complete."""
     return folder / _STAGE
 
 
 def clear_stage(folder: Path) -> None:
-    """Make room for a new checkpoint: what a kill left of one is removed. For one process."""
+    """Remove what a killed run left of an unfinished checkpoint. Call it in one process."""
     shutil.rmtree(stage_folder(folder), ignore_errors=True)
     stage_folder(folder).mkdir(parents=True)
 
 
 def publish(folder: Path, manifest: Manifest) -> Path:
-    """Give the staged checkpoint its manifest and its place, in one step. For one process.
+    """Add the manifest to the staged checkpoint and move it into place, atomically. Call it in one process.
 
     Args:
-        folder: of the checkpoints; the staged files are in `stage_folder(folder) / manifest.name`.
-        manifest: what belongs to it.
+        folder: folder of the checkpoints; the staged files are in `stage_folder(folder) / manifest.name`.
+        manifest: manifest of the staged checkpoint.
     Returns:
-        The checkpoint.
+        Folder of the checkpoint.
     """
     staged, target = stage_folder(folder) / manifest.name, folder / manifest.name
     if target.exists():
@@ -140,22 +136,22 @@ def publish(folder: Path, manifest: Manifest) -> Path:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, the manifest first: a kill leaves what is never read."""
+    """Remove a checkpoint, its manifest first, so that what a killed process leaves is never read."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int) -> list[str]:
-    """Remove all but the newest `keep` whole checkpoints (-1 = none), and what is older than those and not whole.
+    """Keep the newest `keep` complete checkpoints (-1 = all); remove everything older.
 
     Returns:
-        Names of the removed.
+        Names of the removed checkpoints.
     """
-    whole = whole_checkpoints(folder)
-    if keep < 0 or len(whole) < keep:
+    complete = complete_checkpoints(folder)
+    if keep < 0 or len(complete) < keep:
         return []
-    kept = {path for path, _ in whole[-keep:]}
-    oldest = whole[-keep][1].batch
+    kept = {path for path, _ in complete[-keep:]}
+    oldest = complete[-keep][1].batch
     removed = [path for path in _checkpoint_folders(folder) if path not in kept and batch_of(path.name) <= oldest]
     for path in removed:
         remove(path)
@@ -166,31 +162,29 @@ def check_same_model(manifest: Manifest, weights: Mapping[str, list[int]], is_sh
     """Refuse a checkpoint of another model.
 
     Args:
-        manifest: of the checkpoint.
-        weights: shape of each weight of the model to continue with, by name.
+        manifest: manifest of the checkpoint.
+        weights: shape of each weight of the model that is to resume, by name.
         is_sharded: whether this run shards its checkpoints.
-        place: of the checkpoint, for messages.
+        place: path of the checkpoint, for messages.
     Raises:
         CheckpointError: names, shapes or layout differ.
     """
-    remedy = "continue with the model that wrote it, or give this run its own run.name, run.folder or checkpoint.folder"
-    there = manifest.weights
-    for name in sorted(there.keys() | weights.keys()):
-        if there.get(name) != weights.get(name):
-            found, here = (shapes.get(name, "no such weight") for shapes in (there, weights))
+    remedy = "Resume with the model that wrote it, or choose another run.name, run.folder or checkpoint.folder."
+    for name in sorted(manifest.weights.keys() | weights.keys()):
+        saved, expected = (shapes.get(name, "absent") for shapes in (manifest.weights, weights))
+        if saved != expected:
             raise CheckpointError(
-                f"{place}: found a checkpoint of another model ({name}: {found} there, {here} in this model); {remedy}"
+                f"{place} is a checkpoint of another model ({name} is {saved}; expected {expected}). {remedy}"
             )
     if manifest.is_sharded != is_sharded:
-        kinds = {True: "sharded over its ranks", False: "in one file"}
+        layouts = {True: "sharded over ranks", False: "a single file"}
         raise CheckpointError(
-            f"{place}: found a checkpoint {kinds[manifest.is_sharded]}, this run writes and reads those "
-            f"{kinds[is_sharded]} (parallelism.fsdp); {remedy}"
+            f"{place} is {layouts[manifest.is_sharded]}; expected {layouts[is_sharded]} (parallelism.fsdp). {remedy}"
         )
 
 
 def weight_shapes(model: Any) -> dict[str, list[int]]:
-    """Shape of each weight of a model, by its name without what DDP, checkpointing and compiling add to it."""
+    """Return the shape of each weight, by its name without the prefixes of DDP, checkpointing and compiling."""
     wrappers = re.compile(r"(^|\.)(module|_checkpoint_wrapped_module|_orig_mod)(?=\.)")
     return {wrappers.sub("", name).lstrip("."): list(weight.shape) for name, weight in model.named_parameters()}
 
@@ -201,6 +195,6 @@ def _checkpoint_folders(folder: Path) -> Iterator[Path]:
 
 
 def batch_of(name: str) -> int:
-    """The batch in a checkpoint's name; -1 for any other name."""
+    """Return the batch number in a checkpoint's name; -1 for any other name."""
     match = _NAME.fullmatch(name)
     return -1 if match is None else int(match[2])

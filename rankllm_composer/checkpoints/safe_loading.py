@@ -1,4 +1,4 @@
-"""Checkpoints are read as data: a pickle in one that asks for anything else is refused before it is obeyed."""
+"""Load checkpoints as data only: a pickle that references anything else is refused before it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from rankllm_composer.errors import CheckpointError, first_line
 
-# What the index of a sharded checkpoint holds besides plain containers.
+# Types in the index of a sharded checkpoint besides plain containers.
 _INDEX_TYPES = {
     "pathlib": {"PosixPath", "PurePosixPath"},
     "torch": {"Size", "bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8"},
@@ -30,13 +30,14 @@ _INDEX_TYPES = {
     "torch.serialization": {"_get_layout"},
 }
 
-
 INDEX_NAME = ".metadata"
 
 
 def data_types() -> list[Any]:
-    """What a checkpoint's tensors come with, besides what `torch.load(weights_only=True)` knows: arrays of the random
-    states (how numpy pickles one, and the types they have), durations, torch's version."""
+    """List the types in a checkpoint that `torch.load(weights_only=True)` does not allow by default.
+
+    They are numpy arrays of random states, durations and torch's version.
+    """
     import datetime
 
     import numpy as np
@@ -48,7 +49,7 @@ def data_types() -> list[Any]:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds nothing but the types a checkpoint's index is made of."""
+    """An unpickler limited to the types in a checkpoint's index."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _INDEX_TYPES.get(module, ()):
@@ -57,13 +58,13 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_index(stream: BinaryIO, name: str) -> Any:
-    """The index of a sharded checkpoint.
+    """Read the index of a sharded checkpoint.
 
     Args:
-        stream: its bytes.
-        name: of the file, for messages.
+        stream: content of the file.
+        name: name of the file, for messages.
     Raises:
-        CheckpointError: it is damaged, or no index.
+        CheckpointError: it is damaged, or not an index.
     """
     try:
         return _IndexUnpickler(stream).load()
@@ -72,8 +73,7 @@ def read_index(stream: BinaryIO, name: str) -> Any:
 
 
 def holds_only_data(path: str | Path, specs: object = None) -> bool:
-    """What Composer asks before it reads a file of a checkpoint. Only an index is looked at: torch itself loads the
-    others with `weights_only`.
+    """Check a file before Composer reads it. Only an index is read: torch loads the others with `weights_only`.
 
     Raises:
         CheckpointError: see `read_index`.
@@ -87,7 +87,7 @@ def holds_only_data(path: str | Path, specs: object = None) -> bool:
 
 @contextlib.contextmanager
 def safe_loading() -> Iterator[None]:
-    """Within, Composer and torch load checkpoints as data alone, though Composer asks torch for anything."""
+    """Make Composer and torch load checkpoints as data only, although Composer requests arbitrary pickles."""
     import torch
 
     settings = {
@@ -108,14 +108,14 @@ def safe_loading() -> Iterator[None]:
 
 
 def explain_unreadable(name: object, error: BaseException) -> str:
-    """A readable text for an error that came up while a checkpoint was loaded."""
-    asked = re.search(r"(?:GLOBAL|global|function) ([\w.]+\.\w+)", str(error)) if _is_refusal(error) else None
-    if asked:
+    """Describe an error from loading a checkpoint."""
+    match = re.search(r"(?:GLOBAL|global|function) ([\w.]+\.\w+)", str(error)) if _is_refusal(error) else None
+    if match:
         return (
-            f"{name}: found a pickle that asks for {asked[1]}, allowed is data alone, as loading it could run any "
-            "code; use a checkpoint from a run you trust"
+            f"{name} contains a pickle that references {match[1]}; expected data only, because loading it could run "
+            "arbitrary code. Use a checkpoint from a run you trust."
         )
-    return f"{name}: found a damaged checkpoint ({first_line(error)}); use an earlier one"
+    return f"{name} is damaged ({first_line(error)}). Use an earlier checkpoint."
 
 
 def _is_refusal(error: BaseException) -> bool:

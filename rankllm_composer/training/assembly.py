@@ -1,4 +1,4 @@
-"""The parts of a run, each made from what a recipe says of it."""
+"""Build the parts of a run from the sections of a recipe."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 
 def choose_device(name: str) -> str:
-    """ "gpu" or "cpu".
+    """Resolve "auto", "gpu" or "cpu" to "gpu" or "cpu".
 
     Raises:
-        RunError: a GPU is asked for and there is none.
+        RunError: "gpu" without a CUDA device.
     """
     import torch
 
     if name == "gpu" and not torch.cuda.is_available():
-        raise RunError("parallelism.device: found gpu, but this machine shows no CUDA device; use cpu or auto")
+        raise RunError("parallelism.device is gpu, but this machine has no CUDA device. Use cpu or auto.")
     if name == "auto":
         return "gpu" if torch.cuda.is_available() else "cpu"
     return name
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer, refused before any data is read where it cannot carry the objective."""
+    """Load the recipe's tokenizer and check that it supports the objective."""
     from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.chat import check_tokenizer
 
@@ -48,7 +48,7 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> ListDataset:
-    """The lists of a split, streamed and tokenised."""
+    """Build the streamed and tokenized lists of a split."""
     from rankllm_composer.data.dataset import ListDataset, ListEncoding, lists_per_rank
     from rankllm_composer.data.streams import Stream
 
@@ -72,7 +72,7 @@ def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBa
 def build_model(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str, bf16_on_cpu: bool = False
 ) -> ListwiseReranker:
-    """The model of a recipe. Under FSDP2 rank 0 loads the weights; the others start on the meta device."""
+    """Build the model. Under FSDP2 rank 0 loads the weights; the other ranks start on the meta device."""
     import torch
     from composer.utils import dist, reproducibility
 
@@ -109,7 +109,7 @@ def build_model(
 
 
 def build_peft_config(recipe: Recipe) -> Any:
-    """PEFT's LoRA configuration; None where all weights are trained."""
+    """Build PEFT's LoRA configuration; None if all weights are trained."""
     lora = recipe.model.lora
     if lora is None:
         return None
@@ -125,7 +125,7 @@ def build_peft_config(recipe: Recipe) -> Any:
 
 
 def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Optimizer:
-    """AdamW over the weights that are trained.
+    """Build AdamW over the trained weights.
 
     Raises:
         RunError: adamw_8bit without bitsandbytes.
@@ -146,13 +146,13 @@ def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Opti
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise RunError(
-            "optimizer.name: adamw_8bit needs bitsandbytes; install the `bitsandbytes` extra, or use adamw"
+            "optimizer.name: adamw_8bit needs bitsandbytes. Install the `bitsandbytes` extra, or use adamw."
         ) from error
     return AdamW8bit(weights, **options)
 
 
 def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
-    """metrics.jsonl, the progress line, and the Composer loggers a recipe names."""
+    """Build the metrics file, the progress line, and the Composer loggers of the recipe."""
     from composer import loggers
 
     from rankllm_composer.training.progress import MetricsFile, ProgressLine
@@ -167,33 +167,31 @@ def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
 
 
 def _named(section: str, name: str, kind: type, options: dict[str, Any]) -> Any:
-    """Composer's logger or callback of this name.
+    """Build a Composer logger or callback with the options of the recipe.
 
     Raises:
-        RunError: its library is not installed, or it knows no such argument.
+        RunError: its library is not installed, or an option is not among its arguments.
     """
     key, allowed = f"logging.{section}.{name}", inspect.signature(kind).parameters
     unknown = [option for option in options if option not in allowed]
     if unknown:
         raise RunError(
-            f"{key}: found {', '.join(unknown)}, allowed are {', '.join(allowed)}; these are the arguments of "
-            f"Composer's {kind.__name__}"
+            f"{key} has unknown options ({', '.join(unknown)}); expected arguments of Composer's {kind.__name__}: "
+            f"{', '.join(allowed)}."
         )
     try:
         return kind(**options)
     except ImportError as error:
-        raise RunError(
-            f"{key}: found that its library is not installed; install the `loggers` extra, or remove {key}"
-        ) from error
+        raise RunError(f"{key}: its library is not installed. Install the `loggers` extra, or remove {key}.") from error
 
 
 def build_validation(
     recipe: Recipe, contract: DecodingContract, tokenizer: PreTrainedTokenizerBase
 ) -> Validation | None:
-    """Ranking of `data.eval` while training; every n-th window is this rank's. None where the recipe asks for none.
+    """Build the evaluation on `data.eval` while training, with every n-th window on this rank; None if there is none.
 
     Raises:
-        RunError: the best export is to be told by a figure that these windows cannot have.
+        RunError: `best_by` is a figure that these windows cannot have.
     """
     from composer.utils import dist
 
@@ -205,14 +203,14 @@ def build_validation(
     windows = build_dataset(recipe, recipe.data.eval, tokenizer)
     best_by = recipe.evaluation.best_by
     grades = (windows.record(number).grades for number in range(windows.num_samples))
-    if best_by is not None and not best_by.endswith("/tau") and not any(max(own or (0,)) >= 1 for own in grades):
+    if best_by is not None and not best_by.endswith("/tau") and not any(max(window or (0,)) >= 1 for window in grades):
         raise RunError(
-            f"evaluation.best_by: found {best_by}, but no window of data.eval has a relevant candidate (grade 1 or "
-            f"more); build data.eval with judgments, or use {best_by.partition('/')[0]}/tau"
+            f"evaluation.best_by is {best_by}, but no window of data.eval has a relevant candidate (grade 1 or more). "
+            f"Build data.eval with judgments, or use {best_by.partition('/')[0]}/tau."
         )
-    own = range(dist.get_global_rank(), windows.num_samples, dist.get_world_size())
+    share = range(dist.get_global_rank(), windows.num_samples, dist.get_world_size())
     return Validation(
-        [windows.record(number) for number in own],
+        [windows.record(number) for number in share],
         tokenizer=tokenizer,
         contract=contract,
         interval=recipe.evaluation.interval,
@@ -233,7 +231,7 @@ def build_callbacks(
     num_lists: int,
     validation: Validation | None,
 ) -> list[Callback]:
-    """The guards, the export, the Composer callbacks a recipe names, and after all these what writes checkpoints."""
+    """Build all callbacks, in order: guards, evaluation, export, those of the recipe, checkpoints, stop on request."""
     from composer import callbacks
 
     from rankllm_composer.export.model_folder import ServedModel
@@ -303,7 +301,7 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
 
 
 def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int | None) -> Any:
-    """What the model card tells of a run."""
+    """Collect the facts of a run for its model card."""
     from rankllm_composer.export.model_card import CardFacts, published_figures
 
     train, source = recipe.data.train, recipe.data.train.source

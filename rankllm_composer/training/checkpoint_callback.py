@@ -1,4 +1,4 @@
-"""A run goes on where its newest whole checkpoint stands, as if it had never stopped."""
+"""Checkpoints while training, and exact resumption from the newest one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rankllm_composer.checkpoints.folder import (
     Manifest,
     check_same_model,
     clear_stage,
+    complete_checkpoints,
     prune,
     publish,
     stage_folder,
     weight_shapes,
-    whole_checkpoints,
 )
 from rankllm_composer.checkpoints.safe_loading import INDEX_NAME, explain_unreadable, holds_only_data, safe_loading
 from rankllm_composer.checkpoints.store import CheckpointStore
@@ -36,33 +36,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-WHOLE_FILE = "rank0.pt"
+UNSHARDED_FILE = "rank0.pt"
 
 
 class CheckpointFolder(Callback):
-    """Writes checkpoints every so often and at the end, and continues from the newest; stands last among callbacks.
+    """Write checkpoints at an interval and at the end; resume from the newest. Place it last among the callbacks.
 
-    Composer's own saver writes in place, moves a link in two steps, forgets after a restart what it wrote before, and
-    its Trainer does not restore random numbers in the middle of an epoch; hence this one. Weights, optimizer,
-    schedule, the state of data and callbacks, and the random numbers of every rank are as they were; ranks that the
-    run did not have before start with random numbers of their own.
+    Composer's CheckpointSaver writes in place, moves a link in two steps and forgets after a restart what it wrote, and
+    its Trainer does not restore random numbers in the middle of an epoch. This callback restores weights, optimizer,
+    schedule, the state of data and callbacks, and the random numbers of every rank; ranks that the checkpoint does not
+    have start with fresh random numbers.
 
-    At the last batch of an epoch the checkpoint is written after what the end of the epoch does.
+    After the last batch of an epoch, the checkpoint is written once the callbacks of the end of the epoch have run.
 
     Args:
         folder: on a disk that all ranks share.
         interval: Composer time string.
-        keep: newest checkpoints that are kept; -1 = all.
-        resume: False = start anew; only where there is no checkpoint.
-        url: of copies in an object store, such as s3://bucket/run; they are made while training goes on, and a newer
-            one than those in `folder` is fetched. None = no copies.
-        recipe_yaml: the resolved recipe; kept beside the checkpoints, so that no run of another one goes on from them.
-            None = not kept.
+        keep: number of newest checkpoints to keep; -1 = all.
+        resume: False = refuse to start if there is a checkpoint.
+        url: object store for copies, such as s3://bucket/run. They are uploaded while training continues; one newer
+            than those in `folder` is downloaded. None = no copies.
+        recipe_yaml: the resolved recipe, stored beside the checkpoints so that no other recipe resumes from them. None
+            = not stored.
     Raises:
-        RunError: on rank 0: the checkpoints are of another recipe.
-        CheckpointError: on every rank: the newest checkpoint is of another model, damaged or no data alone; there are
-            checkpoints but `resume` is False; or one could not be written.
+        RunError: on rank 0: the checkpoints belong to another recipe.
+        CheckpointError: on every rank: the newest checkpoint is of another model, damaged or unsafe to load; there is
+            one but `resume` is False; or a checkpoint could not be written.
+        StoreError: on rank 0: the object store cannot be read or written.
     """
 
     def __init__(
@@ -92,21 +92,22 @@ class CheckpointFolder(Callback):
         run_on_rank_zero(self._keep_recipe, "recipe beside the checkpoints")
         if self.store is not None:
             run_on_rank_zero(self._fetch_newer, "fetch of the newest checkpoint")
-        found = _agreed(lambda: self._choose(state))
-        if found is None:
+        newest = _on_every_rank(lambda: self._newest(state))
+        if newest is None:
             return
-        path, manifest = found
+        path, manifest = newest
         run_name = state.run_name
-        source = path if manifest.is_sharded else path / WHOLE_FILE
-        # Under PEFT a checkpoint holds the adapters alone; torch would miss the weights that they change.
+        source = path if manifest.is_sharded else path / UNSHARDED_FILE
+        # Under PEFT a checkpoint contains only the adapters; torch would report the base weights as missing.
         are_adapters = bool(getattr(state.model, "using_peft", False))
-        own = state.model.state_dict().keys() if are_adapters else set()
+        expected = state.model.state_dict().keys() if are_adapters else set()
 
         def keep_known(state_dict: dict[str, Any]) -> None:
-            if absent := own - state_dict["state"]["model"].keys():
-                raise CheckpointError(f"{path}: found no weights {', '.join(sorted(absent)[:5])}; use an earlier one")
-            _drop_texts(state_dict)
-            # Callbacks that are new in this run have no state there, and a sharded load would ask for it.
+            if absent := expected - state_dict["state"]["model"].keys():
+                names = ", ".join(sorted(absent)[:5])
+                raise CheckpointError(f"{path} lacks the weights {names}. Use an earlier checkpoint.")
+            _drop_unused(state_dict)
+            # New callbacks have no state in the checkpoint, but a sharded load would request it.
             callbacks = state_dict["state"].get("callbacks", {})
             for name in callbacks.keys() - set(manifest.callbacks):
                 del callbacks[name]
@@ -120,19 +121,19 @@ class CheckpointFolder(Callback):
                     progress_bar=False,
                     strict_model_weights=not are_adapters,
                     ignore_keys=keep_known,
-                    # Composer would evaluate the text it finds for these.
+                    # Composer would evaluate text from the checkpoint for these.
                     exclude_algorithms=dir(composer.algorithms),
                 )
         except CheckpointError:
             raise
-        except Exception as error:  # torch and Composer raise what they come upon
+        except Exception as error:  # torch and Composer raise many kinds
             raise CheckpointError(explain_unreadable(path, error)) from error
         state.run_name = run_name
         self.resumed_from, self._last_batch = path, manifest.batch
-        log.info("continues from %s", path)
+        log.info("resumed from %s", path)
 
-    # A loader that starts may draw random numbers: the next epoch's did so in the unbroken run too, that of an epoch
-    # resumed in its middle did not.
+    # A loader may draw random numbers when it starts. In an uninterrupted run it does so before the first batch of an
+    # epoch, but not where a resumed run starts in the middle of one.
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         del state, logger
@@ -166,25 +167,25 @@ class CheckpointFolder(Callback):
             write_atomic(path, self.recipe_yaml)
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint.folder: {self.folder} cannot be written ({error.strerror}); free space or correct the "
-                "rights there, or name another folder"
+                f"checkpoint.folder: {self.folder} cannot be written ({error.strerror}). Free space, correct the "
+                "permissions, or choose another folder."
             ) from error
 
     def _fetch_newer(self) -> None:
         assert self.store is not None
-        here, there = whole_checkpoints(self.folder), self.store.newest()
-        if there is not None and (not here or there.batch > here[-1][1].batch):
-            self.store.fetch(there, self.folder)
+        local, remote = complete_checkpoints(self.folder), self.store.newest()
+        if remote is not None and (not local or remote.batch > local[-1][1].batch):
+            self.store.fetch(remote, self.folder)
 
-    def _choose(self, state: State) -> tuple[Path, Manifest] | None:
-        found = whole_checkpoints(self.folder)
-        if not found:
+    def _newest(self, state: State) -> tuple[Path, Manifest] | None:
+        checkpoints = complete_checkpoints(self.folder)
+        if not checkpoints:
             return None
-        path, manifest = found[-1]
+        path, manifest = checkpoints[-1]
         if not self.resume:
             raise CheckpointError(
-                f"run.autoresume: found false, but {path} is a checkpoint of this run; set it to true to go on from "
-                "there, or give this run its own run.name or run.folder"
+                f"run.autoresume is false, but {path} is a checkpoint of this run. Set it to true to resume, or choose "
+                "another run.name or run.folder."
             )
         check_same_model(manifest, weight_shapes(state.model), state.fsdp_sharded_state_dict_enabled, path)
         if manifest.is_sharded:
@@ -205,10 +206,11 @@ class CheckpointFolder(Callback):
             self.save(state)
 
     def save(self, state: State) -> None:
-        """Write a checkpoint of this moment, unless there is one. A collective.
+        """Write a checkpoint, unless there is one of this batch. A collective.
 
         Raises:
-            CheckpointError: it could not be written; earlier ones are as they were.
+            CheckpointError: it could not be written; earlier ones are intact.
+            StoreError: on rank 0: the previous upload failed.
         """
         self._is_due = False
         if state.timestamp.batch.value == self._last_batch:
@@ -218,23 +220,23 @@ class CheckpointFolder(Callback):
         stage = stage_folder(self.folder)
         name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
 
-        def make_room() -> None:
+        def clear() -> None:
             try:
                 clear_stage(self.folder)
             except OSError as error:
                 raise _write_error(self.folder / name, error) from error
 
-        _agreed(make_room)
+        _on_every_rank(clear)
         try:
-            # Composer adds the name itself where it writes a file a rank.
-            target = stage / WHOLE_FILE if is_sharded else stage / name / WHOLE_FILE
-            saved = save_checkpoint(state, str(target), ignore_keys=_drop_texts)
-        except Exception as error:  # torch gathers the errors of all ranks into one of its own
+            # Composer adds the name itself if it writes one file per rank.
+            target = stage / UNSHARDED_FILE if is_sharded else stage / name / UNSHARDED_FILE
+            saved = save_checkpoint(state, str(target), ignore_keys=_drop_unused)
+        except Exception as error:  # torch wraps the errors of all ranks
             raise _write_error(self.folder / name, error) from error
-        own = {} if saved is None else {Path(saved).name: Path(saved).stat().st_size}
+        sizes = {} if saved is None else {Path(saved).name: Path(saved).stat().st_size}
         if is_sharded and rank == 0:
-            own[INDEX_NAME] = (stage / name / INDEX_NAME).stat().st_size
-        files = {name: size for part in dist.all_gather_object(own) for name, size in part.items()}
+            sizes[INDEX_NAME] = (stage / name / INDEX_NAME).stat().st_size
+        files = {name: size for part in dist.all_gather_object(sizes) for name, size in part.items()}
         manifest = Manifest(
             batch=state.timestamp.batch.value,
             epoch=state.timestamp.epoch.value,
@@ -249,8 +251,8 @@ class CheckpointFolder(Callback):
             for file in files:
                 if not (stage / name / file).exists():
                     raise CheckpointError(
-                        f"{self.folder / name}: {file} of another rank is not here; all ranks have to see the same "
-                        "folder, so put run.folder on a disk that all machines share"
+                        f"{self.folder / name}: {file} of another rank is missing; all ranks must see the same folder. "
+                        "Put run.folder on a disk that all machines share."
                     )
             try:
                 checkpoint = publish(self.folder, manifest)
@@ -264,7 +266,7 @@ class CheckpointFolder(Callback):
         self._last_batch = manifest.batch
 
     def finish(self) -> None:
-        """Wait for the copy in the object store. A collective."""
+        """Wait for the upload to the object store. A collective."""
         if self.store is not None:
             run_on_rank_zero(self.store.finish, "upload of the newest checkpoint")
 
@@ -273,14 +275,14 @@ class CheckpointFolder(Callback):
         self.finish()
 
     def save_to_stop(self, state: State) -> None:
-        """Write a checkpoint of this moment and wait until all of it is where it belongs. A collective."""
+        """Write a checkpoint and wait until it is stored everywhere. A collective."""
         self.save(state)
         self.finish()
 
 
-def _drop_texts(state_dict: dict[str, Any]) -> None:
-    """Leave out the model's configuration and tokenizer, which a sharded checkpoint would hold as a file entry for
-    every token of the vocabulary, and the description of the machine: neither is read when a run goes on."""
+def _drop_unused(state_dict: dict[str, Any]) -> None:
+    """Drop what is never read on resumption: the description of the machine, and the model's config and tokenizer, for
+    which a sharded checkpoint would have one entry per token of the vocabulary."""
     for name in ("integrations", "metadata"):
         state_dict["state"].pop(name, None)
 
@@ -291,8 +293,8 @@ def ends_epoch(state: State) -> bool:
     return length is not None and state.timestamp.batch_in_epoch.value >= length.value
 
 
-def _agreed(task: Callable[[], Any]) -> Any:
-    """What rank 0 makes of a short task, on every rank: its result, or its error. A collective."""
+def _on_every_rank(task: Callable[[], Any]) -> Any:
+    """Run a short task on rank 0 and return its result, or raise its error, on every rank. A collective."""
     outcome: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
         try:
@@ -307,8 +309,8 @@ def _agreed(task: Callable[[], Any]) -> Any:
 
 
 def _write_error(checkpoint: Path, error: BaseException) -> CheckpointError:
-    told = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)
+    reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)
     return CheckpointError(
-        f"{checkpoint}: the checkpoint could not be written ({told.strip()[:200]}); earlier ones are as they were: "
-        "free space or correct the rights there, and start again with the same command"
+        f"{checkpoint} could not be written ({reason.strip()[:200]}); earlier checkpoints are intact. Free space or "
+        "correct the permissions, then rerun the same command to resume."
     )

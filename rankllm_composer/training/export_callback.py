@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 
 class ExportFolder(Callback):
-    """Exports the model every so many epochs or batches, and at the end of training.
+    """Export the model every few epochs or batches, and at the end of training.
 
     Folders are named `epoch_K`, K from 0, or `batch_N` in the middle of an epoch. All ranks gather the weights; rank 0
-    writes; what fails there is raised on every rank. It runs before Composer's checkpoint of the same moment, so a run
-    killed while it exports trains to that moment again and exports then.
+    writes them, and its errors are raised on every rank. Place it before the callback that writes checkpoints: a run
+    killed during an export then resumes before it and exports again.
 
     Args:
         folder: local folder of the exports.
@@ -75,7 +75,7 @@ class ExportFolder(Callback):
         self._best = -math.inf
         self._interval = Time.from_input(interval, TimeUnit.EPOCH)
         if self._interval.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or self._interval.value < 1:
-            raise ModelError(f"interval: found {interval!r}, allowed are at least 1ep (epochs) or 1ba (batches)")
+            raise ModelError(f"interval is {interval!r}; expected epochs or batches, such as 1ep or 100ba")
         self._last_batch = -1
 
     def init(self, state: State, logger: Logger) -> None:
@@ -86,7 +86,7 @@ class ExportFolder(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         del logger
         batch = state.timestamp.batch.value
-        # At the end of an epoch the epoch's own event follows, and names the folder.
+        # After the last batch of an epoch, `epoch_checkpoint` exports and names the folder.
         stops_here = _is_finished(state) and state.timestamp.batch_in_epoch.value != _num_batches(state)
         if stops_here or (self._interval.unit == TimeUnit.BATCH and batch % self._interval.value == 0):
             self._export(state, f"batch_{batch}")
@@ -106,7 +106,7 @@ class ExportFolder(Callback):
         figure = None if self.best_by is None else self._figures(state).get(f"eval/{self.best_by}")
         if self.best_by is not None and figure is None and dist.get_global_rank() == 0:
             warnings.warn(
-                f"best_by: found no figure {self.best_by} at {name}; {self.folder / BEST} stays as it is", stacklevel=2
+                f"best_by: no metric {self.best_by!r} at {name}; {self.folder / BEST} is unchanged", stacklevel=2
             )
         if figure is not None and figure > self._best:
             self._best = figure
@@ -141,7 +141,7 @@ class ExportFolder(Callback):
 
 
 def _link(link: Path, target: str) -> None:
-    """Make a link, or turn it, so that it is there at every moment."""
+    """Create or change a link atomically."""
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)

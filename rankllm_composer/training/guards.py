@@ -1,4 +1,4 @@
-"""A loss or gradient that is not a number never reaches the weights."""
+"""Stop a run on a loss or gradient that is not finite, and on an epoch that is not complete."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MAX_IDS_SHOWN = 20
 
 
 class LossGuard(Callback):
-    """Looks at loss and gradient after the backward pass, before the optimizer: what is not finite stops every rank.
+    """Check loss and gradient before the optimizer step; stop every rank if any is not finite.
 
-    Composer's NaNMonitor looks at the loss alone, does not know infinity, and stops one rank, after the update.
+    Composer's NaNMonitor checks only the loss, ignores infinity, and stops one rank after the step.
 
     Args:
-        max_skipped_updates: so many updates of a run are left out instead, and counted as
-            `loss/skipped_updates`; a resumed run goes on counting. The learning rate moves on as if they had been made.
+        max_skipped_updates: number of optimizer steps in a run that are skipped instead, and counted as
+            `loss/skipped_updates`, across resumptions. The learning rate advances as usual.
     Raises:
         RunError: on every rank.
     """
@@ -60,23 +60,23 @@ class LossGuard(Callback):
             logger.log_metrics({"loss/skipped_updates": self.num_skipped})
 
     def _refuse(self, state: State, finite: list[bool]) -> None:
-        own = [name for (ids, _), is_finite in zip(self._microbatches, finite) if not is_finite for name in ids]
-        everything = [name for ids, _ in self._microbatches for name in ids]
-        parts = dist.all_gather_object((own, everything))
+        bad_ids = [name for (ids, _), is_finite in zip(self._microbatches, finite) if not is_finite for name in ids]
+        all_ids = [name for ids, _ in self._microbatches for name in ids]
+        parts = dist.all_gather_object((bad_ids, all_ids))
         in_loss = {rank: bad for rank, (bad, _) in enumerate(parts) if bad}
         batch = state.timestamp.batch.value + 1
         if in_loss:
             where = "; ".join(f"rank {rank}: {_shown(ids)}" for rank, ids in in_loss.items())
-            found = f"a loss that is not finite ({where})"
+            problem = f"the loss is not finite ({where})"
         else:
-            ids = [name for _, every in parts for name in every]
-            found = f"a gradient that is not finite from finite losses (lists of the batch: {_shown(ids)})"
+            ids = [name for _, ids in parts for name in ids]
+            problem = f"the gradient is not finite although all losses are (lists of the batch: {_shown(ids)})"
         if self.num_skipped >= self.max_skipped_updates:
-            skipped = f", after {self.num_skipped} updates were left out" if self.num_skipped else ""
+            skipped = f", after {self.num_skipped} skipped updates" if self.num_skipped else ""
             raise RunError(
-                f"batch {batch}: found {found}{skipped}; the weights are those of before this batch. Look at these "
-                "lists, lower optimizer.lr, start again from the last checkpoint, or let the run leave out some "
-                "updates (optimizer.max_skipped_updates)"
+                f"batch {batch}: {problem}{skipped}; the weights are unchanged since the previous batch. Inspect these "
+                "lists, lower optimizer.lr, resume from the last checkpoint, or allow the run to skip updates "
+                "(optimizer.max_skipped_updates)."
             )
         self.num_skipped += 1
         for weight in state.model.parameters():
@@ -90,7 +90,7 @@ class LossGuard(Callback):
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor."""
+    """Return this rank's part of a sharded tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
@@ -100,13 +100,13 @@ def _shown(ids: list[str]) -> str:
 
 
 class EpochGuard(Callback):
-    """Counts what every epoch trains, logs it, and stops the run where an epoch was not complete.
+    """Count and log the lists of each epoch; stop the run if an epoch was incomplete.
 
-    Logs at the end of each batch, for the epoch so far and over all ranks: `data/lists_trained`, `data/lists_too_long`.
-    An epoch that the Trainer was told to cut short (`train_subset_num_batches`) is counted but not judged.
+    Logs after each batch, for the epoch so far and over all ranks: `data/lists_trained`, `data/lists_too_long`. An
+    epoch that the Trainer cuts short (`train_subset_num_batches`) is counted but not checked.
 
     Raises:
-        RunError: at the end of an epoch, on every rank: lists are missing, or not one of them could be trained.
+        RunError: at the end of an epoch, on every rank: lists are missing, or all of them were too long.
     """
 
     def __init__(self) -> None:
@@ -134,18 +134,18 @@ class EpochGuard(Callback):
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
         if state.dataloader_len is None or int(state.dataloader_len) < len(state.train_dataloader):  # type: ignore[arg-type]
             return
-        found, expected = counts["trained"] + counts["too_long"], _epoch_size(state)
+        num_read, expected = counts["trained"] + counts["too_long"], _epoch_size(state)
         epoch = state.timestamp.epoch.value - 1
-        if found != expected:
+        if num_read != expected:
             raise RunError(
-                f"epoch {epoch}: {found} lists were read ({counts['too_long']} of them too long), its data hold "
-                f"{expected}; the input ended early, so check the shards (rankllm-composer shards verify) and start "
-                "again from the last checkpoint"
+                f"epoch {epoch}: {num_read} lists were read ({counts['too_long']} of them too long); expected "
+                f"{expected}. The input ended early: check the shards (rankllm-composer shards verify), then resume "
+                "from the last checkpoint."
             )
         if not counts["trained"]:
             raise RunError(
-                f"epoch {epoch}: all {found} lists are longer than data.max_length_tokens, so nothing was trained; "
-                "raise it, or build shards with fewer words a passage"
+                f"epoch {epoch}: all {num_read} lists are longer than data.max_length_tokens, so nothing was trained. "
+                "Raise it, or build shards with fewer words per passage."
             )
 
     def state_dict(self) -> dict[str, Any]:

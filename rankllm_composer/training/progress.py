@@ -1,4 +1,4 @@
-"""What a run says while it trains: `metrics.jsonl`, a line a batch, and one line on the screen."""
+"""Progress of a run: `metrics.jsonl`, one line per batch, and a progress line on the terminal."""
 
 from __future__ import annotations
 
@@ -29,24 +29,23 @@ log = logging.getLogger(__name__)
 
 LOSS_PREFIX = "loss/train/"
 
-
 _OTHER_TIMES = "time/"
 
 
 class MetricsFile(LoggerDestination):
-    """Appends what is logged to a JSON Lines file, flushed line by line, on rank 0.
+    """Append logged metrics to a JSON Lines file on rank 0, flushed line by line.
 
     Lines, by `event`:
-    - "batch", one a batch: batch (1 = the first), epoch (0 = the first), samples and tokens so far, lr of this update,
-      batch_seconds, tokens_per_second of all ranks together, and every logged metric under its own name, such as
+    - "batch", one per batch: batch (1 = the first), epoch (0 = the first), samples and tokens so far, lr of this step,
+      batch_seconds, tokens_per_second of all ranks together, and every logged metric under its name, such as
       `loss/train/total`;
-    - "eval" and "epoch", where something was logged by an evaluation or at the end of an epoch: the metrics.
-    A value that is no number is null, and `not_finite` names it: nan, inf or -inf.
+    - "eval" and "epoch": metrics logged by an evaluation or at the end of an epoch, if any.
+    A value that is not finite is null, and `not_finite` holds it as text: nan, inf or -inf.
 
-    A resumed run drops the lines beyond the batch it resumes from, and a last line that a kill tore.
+    A resumed run drops lines after the batch that it resumes from, and an incomplete last line.
 
     Args:
-        path: of the file; its folder is made.
+        path: of the file; its folder is created.
     Raises:
         RunError: on rank 0: a line could not be written.
     """
@@ -66,7 +65,7 @@ class MetricsFile(LoggerDestination):
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._descriptor, kept)
         if dropped:
-            log.info("%s: dropped %d lines beyond batch %d", self.path, dropped, state.timestamp.batch.value)
+            log.info("%s: dropped %d lines after batch %d", self.path, dropped, state.timestamp.batch.value)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         del step
@@ -75,7 +74,7 @@ class MetricsFile(LoggerDestination):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         del logger
-        # By BATCH_END the schedule has already moved on to the next update.
+        # At BATCH_END the schedule has already advanced to the next step.
         self._lr = _learning_rate(state)
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -128,22 +127,21 @@ class MetricsFile(LoggerDestination):
         except OSError as error:
             raise RunError(
                 f"{self.path}: batch {state.timestamp.batch.value} could not be written ({error.strerror}); "
-                "checkpoints are as they were: free space or correct the rights there, and start again with the same "
-                "command"
+                "checkpoints are intact. Free space or correct the permissions, then rerun the same command to resume."
             ) from error
 
 
 class ProgressLine(LoggerDestination):
-    """Where training is, how it goes and when it ends, in one line; rank 0 alone speaks.
+    """Print epoch, batch, losses, speed and ETA in one line, on rank 0.
 
-    On a terminal the line is redrawn in place; elsewhere a plain line comes with the first and the last batch, the
-    last of every epoch, and every `interval_seconds` between.
+    On a terminal the line is redrawn in place. Elsewhere a plain line is printed for the first and the last batch, for
+    the last batch of every epoch, and every `interval_seconds` in between.
 
     Args:
-        stream: written to. None = standard error.
-        interval_seconds: between plain lines.
-        redraw_seconds: between two states of the line on a terminal.
-        clock: seconds that only ever grow.
+        stream: output; None = standard error.
+        interval_seconds: time between plain lines.
+        redraw_seconds: time between redraws on a terminal.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(
@@ -161,8 +159,8 @@ class ProgressLine(LoggerDestination):
         self._losses: dict[str, float] = {}
         self._quality: dict[str, float] = {}
         self._lr: float | None = None
-        self._speeds: deque[tuple[int, float]] = deque(maxlen=20)  # tokens, seconds of the last batches
-        self._start = (0.0, 0.0)  # clock and fraction done where this process began
+        self._speeds: deque[tuple[int, float]] = deque(maxlen=20)  # (tokens, seconds) of the last batches
+        self._start = (0.0, 0.0)  # clock and fraction done when this process started
         self._last_shown: float | None = None
         self._line_open = False
 
@@ -258,13 +256,13 @@ class ProgressLine(LoggerDestination):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file, without a last one that a kill tore."""
+    """Read the lines of a metrics file, without an incomplete last one."""
     with Path(path).open("rb") as file:
-        return [line for line, _ in _whole_lines(file)]
+        return [line for line, _ in _complete_lines(file)]
 
 
 def fraction_done(state: State) -> float:
-    """Share of training behind us, 0 to 1, batch by batch also where its length is given in epochs."""
+    """Return the finished fraction of training, 0 to 1, by batches even if the duration is in epochs."""
     longest = state.max_duration
     if longest is None:
         return 0.0
@@ -308,7 +306,7 @@ def _short(number: float) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A logged value as a Python number; None for what is no single number, such as a table."""
+    """Convert a logged value to a Python number; None for anything else, such as a table."""
     if isinstance(value, bool | int | float):
         return value
     try:
@@ -318,7 +316,7 @@ def _number(value: Any) -> float | None:
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for JSON, which has no name for what is not finite."""
+    """Prepare values for JSON, which has no NaN and no infinity."""
     line: dict[str, Any] = {}
     not_finite: dict[str, str] = {}
     for name, value in values.items():
@@ -335,25 +333,25 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lines_until(path: Path, batch: int, epoch: int) -> tuple[int, int]:
-    """Bytes of a metrics file up to a moment of training, and how many lines lie beyond it.
+    """Return the size in bytes of a metrics file up to (batch, epoch), and the number of lines after that.
 
-    An evaluation after the end of an epoch bears the next epoch's number, so that (batch, epoch) orders all lines. A
-    run at batch 0 is a new one: nothing of an older file is kept.
+    An evaluation at the end of an epoch has the number of the next epoch, so that (batch, epoch) orders all lines. A
+    run at batch 0 is new: nothing of an older file is kept.
     """
     if not path.exists():
         return 0, 0
     data = path.read_bytes()
     kept = 0
     if batch > 0:
-        for line, end in _whole_lines(data.splitlines(keepends=True)):
+        for line, end in _complete_lines(data.splitlines(keepends=True)):
             if (line["batch"], line["epoch"]) > (batch, epoch):
                 break
             kept = end
     return kept, len(data[kept:].splitlines())
 
 
-def _whole_lines(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Parsed lines with the bytes up to their end, as far as they are whole."""
+def _complete_lines(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield each parsed line with its end in bytes, up to the first incomplete line."""
     end = 0
     for raw in lines:
         try:

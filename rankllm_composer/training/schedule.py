@@ -1,4 +1,4 @@
-"""The learning rate of every update: a linear warmup, then a decay that ends with the run."""
+"""Learning rate schedule: linear warmup, then a decay until the end of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 def learning_rate_factor(
     update: int, *, name: str, num_updates: int, num_warmup: int, final_fraction: float = 0.0
 ) -> float:
-    """What the highest learning rate is multiplied by in one update.
+    """Return the factor of the highest learning rate in one optimizer step.
 
         warmup:   update / num_warmup
         cosine:   f + (1 - f) * (1 + cos(pi * p)) / 2,  p = (update - num_warmup) / (num_updates - num_warmup)
@@ -24,9 +24,9 @@ def learning_rate_factor(
     Args:
         update: 0 = the first.
         name: "cosine", "linear" or "constant".
-        num_updates: updates of the whole run; from there on the factor stays at its end.
-        num_warmup: updates of linear rise from 0.
-        final_fraction: f, what cosine and linear end at.
+        num_updates: steps of the run; later steps keep the last factor.
+        num_warmup: steps of the linear warmup from 0.
+        final_fraction: f, the last factor of cosine and linear.
     Source:
         `get_cosine_schedule_with_warmup` of transformers, which the published runs used; f = 0 there.
     """
@@ -40,13 +40,13 @@ def learning_rate_factor(
 
 
 def updates_in(time: str, *, updates_per_epoch: int, lists_per_update: int, num_updates: int = 0) -> int:
-    """A Composer time string in optimizer updates, rounded up.
+    """Convert a Composer time string to optimizer steps, rounded up.
 
     Args:
-        time: in epochs (ep), batches (ba), samples (sp) or shares of the run (dur).
+        time: in epochs (ep), batches (ba), samples (sp) or fractions of the run (dur).
         updates_per_epoch: batches of the loader.
         lists_per_update: the global batch.
-        num_updates: of the whole run, for shares of it.
+        num_updates: steps of the run, for fractions of it.
     Raises:
         ValueError: another unit.
     """
@@ -60,7 +60,9 @@ def updates_in(time: str, *, updates_per_epoch: int, lists_per_update: int, num_
             return math.ceil(int(parsed.value) / lists_per_update)
         case TimeUnit.DURATION:
             return math.ceil(float(parsed.value) * num_updates)
-    raise ValueError(f"found {time!r}, allowed are epochs (3ep), batches (50ba), samples (4000sp) or shares (0.1dur)")
+    raise ValueError(
+        f"time is {time!r}; expected epochs (3ep), batches (50ba), samples (4000sp) or a fraction of the run (0.1dur)"
+    )
 
 
 def build_schedule(
@@ -73,16 +75,16 @@ def build_schedule(
     updates_per_epoch: int,
     lists_per_update: int,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A scheduler that counts updates itself; the Trainer steps it after every batch.
+    """Build a scheduler that counts optimizer steps itself; the Trainer steps it after every batch.
 
-    Composer's own schedulers are asked for the next rate before the batch is counted, so their first two updates have
-    the same rate and the last value is never reached.
+    Composer's schedulers compute the next rate before the batch is counted, so that their first two steps have the same
+    rate and the last value is never reached.
 
     Raises:
         ValueError: unknown name, or a time in a unit that cannot be counted in updates.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"schedule.name: found {name!r}, allowed are {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedule.name is {name!r}; expected one of {', '.join(SCHEDULES)}")
     in_updates = partial(updates_in, updates_per_epoch=updates_per_epoch, lists_per_update=lists_per_update)
     num_updates = in_updates(max_duration)
     factor = partial(
@@ -96,7 +98,7 @@ def build_schedule(
 
 
 def apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Set the rate of the next update anew; a checkpoint restores the one its run had planned."""
+    """Set the rate of the next step by this schedule; a checkpoint restores that of the previous run."""
     factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, factors):
         group["lr"] = base * factor

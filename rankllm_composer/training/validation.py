@@ -65,16 +65,16 @@ class Validation(Callback):
         self._options = options
         self._details = details
         self._last_batch = -1
-        ends = {Event.BATCH_END, Event.EPOCH_END}  # of training: the one or the other, by the unit of its duration
+        ends = {Event.BATCH_END, Event.EPOCH_END}  # of training, depending on the unit of its duration
         self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         batch = state.timestamp.batch.value
-        # At the end of training the end of a batch and that of an epoch both fall due.
+        # At the end of training, both the batch and the epoch are due.
         if event in (Event.BATCH_END, Event.EPOCH_END) and self._is_due(state, event) and batch != self._last_batch:
             self._last_batch = batch
             model: Any = hf_module(state.model)
-            own = evaluate_windows(
+            results = evaluate_windows(
                 model,
                 self._tokenizer,
                 self._records,
@@ -82,15 +82,15 @@ class Validation(Callback):
                 self._options,
                 lockstep=dist.get_world_size() > 1,
             )
-            every = [result for share in dist.all_gather_object(own) for result in share]
-            self.figures = {PREFIX + name: value for name, value in summarize(every).items()}
+            results = [result for part in dist.all_gather_object(results) for result in part]
+            self.figures = {PREFIX + name: value for name, value in summarize(results).items()}
             logger.log_metrics(self.figures)
             if self._details is not None and dist.get_global_rank() == 0:
                 with self._details.open("a") as file:
-                    file.write(json.dumps(_details(state, every)) + "\n")
+                    file.write(json.dumps(_details(state, results)) + "\n")
 
     def figures_after(self, num_batches: int) -> dict[str, float]:
-        """The figures, if they are of the model after so many batches; empty where it was not ranked then."""
+        """Return the figures of the model after `num_batches`; empty if it was not evaluated then."""
         return self.figures if num_batches == self._last_batch else {}
 
 
@@ -104,17 +104,17 @@ def _details(state: State, results: Sequence[WindowResult]) -> dict[str, Any]:
 
 
 def read_details(path: Path) -> Iterator[dict[str, Any]]:
-    """What evaluations found, by batch, each once, also where a resumed run came by it again.
+    """Read the results of evaluations, by batch; of a batch evaluated again after resuming, the last one.
 
     Yields:
         batch, epoch; "ndcg@10": window → "presented" or decoding → figure, of windows with a relevant candidate;
         "positions": decoding → counts, see `position_matrix`.
     """
-    found = {}
+    results = {}
     for line in path.read_text().splitlines():
         try:
             details = json.loads(line)
-            found[details["batch"]] = details
-        except (ValueError, KeyError, TypeError):  # torn by a kill; written anew after it
+            results[details["batch"]] = details
+        except (ValueError, KeyError, TypeError):  # incomplete line of a killed run, which is written again
             continue
-    yield from (found[batch] for batch in sorted(found))
+    yield from (results[batch] for batch in sorted(results))

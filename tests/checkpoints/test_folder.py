@@ -1,4 +1,4 @@
-"""Which checkpoint is whole, which is the newest, what is kept, and what is refused."""
+"""Complete and incomplete checkpoints, the newest one, pruning, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rankllm_composer.checkpoints.folder import (
     batch_of,
     check_same_model,
     clear_stage,
+    complete_checkpoints,
     parse_manifest,
     prune,
     publish,
     read_manifest,
     stage_folder,
     weight_shapes,
-    whole_checkpoints,
 )
 from rankllm_composer.checkpoints.safe_loading import holds_only_data, read_index, safe_loading
 from rankllm_composer.errors import CheckpointError
@@ -36,7 +36,7 @@ WEIGHTS = {"model.embed": [8, 4], "model.head": [4, 8]}
 
 
 def write(folder: Path, epoch: int, batch: int, contents: tuple[bytes, ...] = (b"first", b"second")) -> Path:
-    """A checkpoint of two files, as a run writes it."""
+    """Write a checkpoint of two files, as a run does."""
     files = {f"__{rank}_0.distcp": content for rank, content in enumerate(contents)}
     manifest = Manifest(batch, epoch, 2, True, WEIGHTS, [], {name: len(content) for name, content in files.items()})
     clear_stage(folder)
@@ -48,15 +48,15 @@ def write(folder: Path, epoch: int, batch: int, contents: tuple[bytes, ...] = (b
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path, _ in whole_checkpoints(folder)]
+    return [path.name for path, _ in complete_checkpoints(folder)]
 
 
-def test_the_newest_by_batch(tmp_path):
-    assert whole_checkpoints(tmp_path / "absent") == []
+def test_the_newest_is_the_one_of_the_last_batch(tmp_path):
+    assert complete_checkpoints(tmp_path / "absent") == []
     for epoch, batch in ((0, 9), (1, 100), (0, 20)):
         write(tmp_path, epoch, batch)
     assert names(tmp_path) == ["ep0-ba9", "ep0-ba20", "ep1-ba100"]
-    assert whole_checkpoints(tmp_path)[-1][1].files == {"__0_0.distcp": 5, "__1_0.distcp": 6}
+    assert complete_checkpoints(tmp_path)[-1][1].files == {"__0_0.distcp": 5, "__1_0.distcp": 6}
 
 
 def unfinished(path: Path) -> None:
@@ -81,7 +81,7 @@ def renamed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [unfinished, torn, short, missing, renamed], ids=lambda damage: damage.__name__)
-def test_what_a_kill_leaves_is_ignored(tmp_path, damage):
+def test_incomplete_checkpoints_are_ignored(tmp_path, damage):
     write(tmp_path, 0, 2)
     damage(write(tmp_path, 0, 4))
     (tmp_path / ".partial" / "ep0-ba6").mkdir()
@@ -103,7 +103,7 @@ def test_what_a_kill_leaves_is_ignored(tmp_path, damage):
         '{"batch": 1, "epoch": 0, "num_ranks": 1, "is_sharded": true, "weights": {}, "callbacks": [], "files": 7}',
     ],
 )
-def test_what_is_no_manifest(text):
+def test_invalid_manifests(text):
     assert parse_manifest(text) is None
 
 
@@ -114,7 +114,7 @@ def test_a_manifest_round_trips():
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "a\\b", "/etc", "c:x", MANIFEST])
-def test_a_manifest_names_files_of_its_own_folder_alone(name):
+def test_a_manifest_cannot_name_files_outside_its_folder(name):
     assert parse_manifest(Manifest(1, 0, 1, False, WEIGHTS, [], {name: 3}).to_json()) is None
 
 
@@ -126,7 +126,7 @@ ANYTHING = st.recursive(
 
 
 @given(changed=st.dictionaries(st.sampled_from([*Manifest.__dataclass_fields__, "other"]), ANYTHING, max_size=3))
-def test_whatever_a_manifest_holds_it_is_one_or_none(changed):
+def test_a_manifest_with_arbitrary_values_is_valid_or_none(changed):
     whole = dataclasses.asdict(Manifest(12, 2, 2, True, WEIGHTS, ["EpochGuard"], {"a": 3}))
     manifest = parse_manifest(json.dumps({**whole, **changed}))
     if manifest is not None:
@@ -135,12 +135,12 @@ def test_whatever_a_manifest_holds_it_is_one_or_none(changed):
 
 
 @given(text=st.text() | st.binary())
-def test_no_text_that_is_none_is_taken_for_a_manifest(text):
+def test_arbitrary_text_is_not_a_manifest(text):
     assert parse_manifest(text) is None
 
 
 @pytest.mark.parametrize("name", ["ep1-ba²", "ep1-ba", "ep-ba1", "ba1", "ep1-ba1 ", "ep1-ba1.whole", "ep٣-ba٣", ""])
-def test_other_names_are_no_checkpoint(name):
+def test_other_names_are_not_checkpoints(name):
     assert batch_of(name) == -1 and batch_of("ep1-ba20") == 20
 
 
@@ -152,7 +152,7 @@ def test_the_newest_are_kept(tmp_path, keep, left):
     assert names(tmp_path) == [f"ep0-ba{batch}" for batch in left]
 
 
-def test_only_whole_ones_count_as_kept(tmp_path):
+def test_only_complete_checkpoints_count_as_kept(tmp_path):
     for batch in (2, 4, 6):
         write(tmp_path, 0, batch)
     unfinished(tmp_path / "ep0-ba2")
@@ -167,14 +167,14 @@ def test_a_checkpoint_of_another_model(tmp_path):
     manifest = read_manifest(write(tmp_path, 0, 2))
     assert manifest is not None
     check_same_model(manifest, WEIGHTS, True, "here")
-    for other, said in (
-        ({**WEIGHTS, "model.head": [4, 9]}, r"model\.head: \[4, 8\] there, \[4, 9\] in this model"),
-        ({"model.embed": [8, 4]}, r"model\.head: \[4, 8\] there, no such weight in this model"),
-        ({**WEIGHTS, "lora": [2]}, r"lora: no such weight there, \[2\] in this model"),
+    for other, message in (
+        ({**WEIGHTS, "model.head": [4, 9]}, r"model\.head is \[4, 8\]; expected \[4, 9\]"),
+        ({"model.embed": [8, 4]}, r"model\.head is \[4, 8\]; expected absent"),
+        ({**WEIGHTS, "lora": [2]}, r"lora is absent; expected \[2\]"),
     ):
-        with pytest.raises(CheckpointError, match=rf"here: found a checkpoint of another model \({said}"):
+        with pytest.raises(CheckpointError, match=rf"here is a checkpoint of another model \({message}"):
             check_same_model(manifest, other, True, "here")
-    with pytest.raises(CheckpointError, match=r"sharded over its ranks, this run writes and reads those in one file"):
+    with pytest.raises(CheckpointError, match=r"here is sharded over ranks; expected a single file"):
         check_same_model(manifest, WEIGHTS, False, "here")
 
 
@@ -185,7 +185,7 @@ def test_names_of_weights_without_wrappers():
     assert weight_shapes(torch.nn.ModuleDict({"submodule": inner})) == {"submodule.weight": [2, 3]}
 
 
-# --- nothing but data -------------------------------------------------------------------------------------------------
+# --- data only -------------------------------------------------------------------------------------------------------
 
 
 class Payload:
@@ -203,9 +203,9 @@ def test_an_index_is_read_as_data(tmp_path):
     index.write_bytes(pickle.dumps(Metadata(state_dict_metadata={})))
     assert holds_only_data(index) and holds_only_data(tmp_path / "__0_0.distcp")
     index.write_bytes(pickle.dumps(Payload(tmp_path / "was run")))
-    with pytest.raises(CheckpointError, match=r"\.metadata: found a pickle that asks for posix\.mkdir"):
+    with pytest.raises(CheckpointError, match=r"\.metadata contains a pickle that references posix\.mkdir"):
         holds_only_data(index)
-    with pytest.raises(CheckpointError, match=r"x: found a damaged checkpoint .*use an earlier one"):
+    with pytest.raises(CheckpointError, match=r"x is damaged .*Use an earlier checkpoint"):
         read_index(io.BytesIO(b"\x80\x04garbage"), "x")
     assert not (tmp_path / "was run").exists()
 

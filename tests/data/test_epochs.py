@@ -126,7 +126,7 @@ def test_a_complete_epoch_is_counted():
 
 
 def test_a_short_epoch_stops_the_run():
-    with pytest.raises(RunError, match=r"epoch 0: 3 lists were read \(0 of them too long\), its data hold 4"):
+    with pytest.raises(RunError, match=r"epoch 0: 3 lists were read \(0 of them too long\); expected 4"):
         run_epoch(EpochGuard(), [[TRAINED, TRAINED], [TRAINED, PADDING]], epoch_size=4)
 
 

@@ -304,16 +304,14 @@ def test_a_resumed_run_knows_the_best_before(tmp_path):
 
 
 def test_a_figure_that_was_not_measured_warns_and_links_nothing(tmp_path):
-    with pytest.warns(
-        UserWarning, match=r"best_by: found no figure first_token/ndcg@10 at epoch_0; .*best stays as it"
-    ):
+    with pytest.warns(UserWarning, match=r"best_by: no metric 'first_token/ndcg@10' at epoch_0; .*best is unchanged"):
         pointed, _ = exports_with(tmp_path / "hf", [{}, {"eval/first_token/ndcg@10": 0.1}, {}, {}])
     assert pointed == [None, "epoch_1", "epoch_1", "epoch_1"]
 
 
 @pytest.mark.parametrize("interval", ["0ep", "10tok", "0.5dur"])
 def test_intervals_in_other_units_are_refused(tmp_path, interval):
-    with pytest.raises(ModelError, match=f"interval: found '{interval}'"):
+    with pytest.raises(ModelError, match=f"interval is '{interval}'; expected epochs or batches"):
         new_exporter(tmp_path, interval=interval)
 
 

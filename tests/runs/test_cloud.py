@@ -12,7 +12,7 @@ from support.killing import Run, checkpoint_content, comparable_metrics, differe
 from support.s3_server import s3_server
 from support.small_run import RECIPE, small_run
 
-from rankllm_composer.checkpoints.folder import MANIFEST, whole_checkpoints
+from rankllm_composer.checkpoints.folder import MANIFEST, complete_checkpoints
 from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.shards.build import build_shards
 
@@ -113,7 +113,7 @@ def test_a_run_that_loses_its_machine_goes_on_from_the_store(tmp_path, overlay, 
     run = start(tmp_path / "broken", overlay, EXPORT)
     assert run.finish() == 0, run.output()
     assert comparable_metrics(run.folder) == comparable_metrics(unbroken)[there:]
-    ours, theirs = (whole_checkpoints(folder / "run" / "checkpoints")[-1][0] for folder in (run.folder, unbroken))
+    ours, theirs = (complete_checkpoints(folder / "run" / "checkpoints")[-1][0] for folder in (run.folder, unbroken))
     assert ours.name == theirs.name == "ep2-ba12"
     assert differences(checkpoint_content(ours), checkpoint_content(theirs)) == []
     assert stored_checkpoints(server, "broken") == ["ep1-ba10", "ep2-ba12"]
@@ -128,7 +128,7 @@ def test_a_store_that_takes_no_checkpoint_stops_the_run_with_what_it_has(tmp_pat
     assert code == 2 or "exited with code 2" in run.output(), run.output()
     assert "checkpoint.folder: s3://runs/full: " in run.output()
     assert "cannot be uploaded" in run.output() and "rerun the same command" in run.output()
-    assert whole_checkpoints(run.folder / "run" / "checkpoints")  # on the local disk nothing is lost
+    assert complete_checkpoints(run.folder / "run" / "checkpoints")  # on the local disk nothing is lost
     assert_no_secret(run.folder)
 
     run = start(tmp_path / "full", overlay)

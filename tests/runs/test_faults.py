@@ -22,7 +22,7 @@ from support.s3_server import s3_server
 from support.small_run import RECIPE, small_run
 from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
 
-from rankllm_composer.checkpoints.folder import remove, whole_checkpoints
+from rankllm_composer.checkpoints.folder import complete_checkpoints, remove
 from rankllm_composer.data.shared_memory import clear_dead_claims
 from rankllm_composer.data.streams import Stream, check_stream
 from rankllm_composer.model.objective import Objective
@@ -310,7 +310,7 @@ def no_right(*arguments, **options):
 @makes("disk-full-checkpoint", "checkpoint-folder-read-only", "checkpoint-of-another-model", "checkpoint-damaged")
 def checkpoint(key: str, tools: Tools) -> Ended:
     resumable_runs.train(tools.folder, "2ba", keep=1)
-    ((path, _),) = whole_checkpoints(tools.folder)
+    ((path, _),) = complete_checkpoints(tools.folder)
     if key == "checkpoint-damaged":
         damaged = path / "rank0.pt"
         damaged.write_bytes(bytes(damaged.stat().st_size))
@@ -464,7 +464,7 @@ def signalled(key: str, tools: Tools) -> Ended:
         kill(run.ranks() if key == "asked-to-stop" else run.ranks()[1:], SIGNALS[key])
     code = run.finish()
     folder = tools.folder / "run"
-    assert whole_checkpoints(folder / "checkpoints")
+    assert complete_checkpoints(folder / "checkpoints")
     with claim_run_folder(folder, (folder / "recipe.yaml").read_text()):  # not held by anybody
         pass
     if key in ("rank-stalls", "rank-dies"):  # the next run clears away what the killed one could not

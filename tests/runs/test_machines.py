@@ -13,7 +13,7 @@ from support.killing import NOT_COMPARED
 from support.launching import REPOSITORY, TRAIN, metrics
 from support.small_run import RECIPE, small_run
 
-from rankllm_composer.checkpoints.folder import whole_checkpoints
+from rankllm_composer.checkpoints.folder import complete_checkpoints
 
 CLUSTER = REPOSITORY / "docs" / "cluster"
 
@@ -48,7 +48,7 @@ def run_all(commands: list[list[str]], folder: Path) -> list[dict]:
     outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
     assert sum("epoch 1/1  batch 6/6" in output for output in outputs) == 1  # rank 0 alone speaks
-    assert whole_checkpoints(folder / "run" / "checkpoints")[-1][1].num_ranks == 2
+    assert complete_checkpoints(folder / "run" / "checkpoints")[-1][1].num_ranks == 2
     lines = metrics(folder / "run" / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in NOT_COMPARED} for line in lines]
 

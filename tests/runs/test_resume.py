@@ -10,7 +10,7 @@ import pytest
 from support.killing import Run, checkpoint_content, comparable_metrics, differences, kill
 from support.small_run import BATCHES_PER_EPOCH, RECIPE, small_run
 
-from rankllm_composer.checkpoints.folder import whole_checkpoints
+from rankllm_composer.checkpoints.folder import complete_checkpoints
 
 LORA = "model.lora={rank: 4, dropout: 0.3, target_modules: [q_proj, v_proj]}"
 
@@ -30,7 +30,7 @@ def unbroken(tmp_path_factory, overlay) -> Path:
 
 
 def newest(folder: Path) -> Path:
-    return whole_checkpoints(folder / "run" / "checkpoints")[-1][0]
+    return complete_checkpoints(folder / "run" / "checkpoints")[-1][0]
 
 
 def assert_the_same(one: Path, other: Path) -> None:
@@ -101,7 +101,7 @@ def test_another_number_of_ranks(tmp_path_factory, request, overlay, unbroken, r
         source = request.config.stash[ON_ONE_RANK]
     folder = tmp_path_factory.mktemp("elastic") / "run"
     shutil.copytree(source, folder)
-    for path, manifest in whole_checkpoints(folder / "run" / "checkpoints"):
+    for path, manifest in complete_checkpoints(folder / "run" / "checkpoints"):
         if manifest.batch > seen:
             shutil.rmtree(path)
     run = Run(RECIPE, overlay, folder, ranks)
@@ -111,7 +111,7 @@ def test_another_number_of_ranks(tmp_path_factory, request, overlay, unbroken, r
         assert [line[name] for line in ours] == [line[name] for line in theirs]
     for name in ("loss/train/total", "loss/train/ranking"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-3)
-    manifests = {manifest.batch: manifest.num_ranks for _, manifest in whole_checkpoints(folder / "run/checkpoints")}
+    manifests = {manifest.batch: manifest.num_ranks for _, manifest in complete_checkpoints(folder / "run/checkpoints")}
     assert manifests[seen] == 3 - ranks and manifests[12] == ranks
     request.config.stash[ON_ONE_RANK] = folder
 

@@ -54,7 +54,7 @@ def test_errors_are_one_readable_text(tmp_path, capsys):
 
 def test_a_gpu_that_is_not_there_is_an_error():
     assert choose_device("auto") == choose_device("cpu") == "cpu"
-    with pytest.raises(RunError, match=r"parallelism\.device: found gpu, but this machine shows no CUDA device"):
+    with pytest.raises(RunError, match=r"parallelism\.device is gpu, but this machine has no CUDA device"):
         choose_device("gpu")
 
 

@@ -13,7 +13,7 @@ from composer.core import Callback
 from composer.models import HuggingFaceModel
 from peft import LoraConfig, get_peft_model
 
-from rankllm_composer.checkpoints.folder import MANIFEST, whole_checkpoints
+from rankllm_composer.checkpoints.folder import MANIFEST, complete_checkpoints
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
 
@@ -44,7 +44,7 @@ LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=Fa
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path, _ in whole_checkpoints(folder)]
+    return [path.name for path, _ in complete_checkpoints(folder)]
 
 
 class Payload:

@@ -1,4 +1,4 @@
-"""Checkpoints of a small Trainer: written, continued from, refused."""
+"""Checkpoints of a small Trainer: written, resumed from, refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from support.tiny_training import new_hf_model, new_trainer
 
 from rankllm_composer.checkpoints.folder import MANIFEST
 from rankllm_composer.errors import CheckpointError, StoreError
-from rankllm_composer.training import checkpoint_callback as resumption
+from rankllm_composer.training import checkpoint_callback
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 
 
-def test_going_on_is_as_never_having_stopped(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     draws, weights, _ = train(tmp_path / "whole", "2ep", interval="2ep")
     assert names(tmp_path / "whole") == ["ep2-ba8"]
     first, _, _ = train(tmp_path / "parts", "3ba")
@@ -32,8 +32,8 @@ def test_going_on_is_as_never_having_stopped(tmp_path):
     assert not (tmp_path / "parts" / ".partial" / "ep2-ba8").exists()
 
 
-def test_adapters_are_saved_alone_and_go_on(tmp_path):
-    """In less than half of what all weights take; a checkpoint that lacks an adapter is refused."""
+def test_only_adapters_are_saved_and_resumed(tmp_path):
+    """They take less than half the space of all weights; a checkpoint without one of them is refused."""
     train(tmp_path / "all", "1ba")
     _, weights, _ = train(tmp_path / "whole", "1ep", lora=True)
     train(tmp_path / "parts", "2ba", lora=True)
@@ -44,11 +44,11 @@ def test_adapters_are_saved_alone_and_go_on(tmp_path):
     assert len(weights) == 2 * 2 * 2 and all(torch.equal(again[name], weights[name]) for name in weights)
     gone = next(iter(weights))
     poison(tmp_path / "whole" / "ep1-ba4", lambda state: state["model"].pop(gone))
-    with pytest.raises(CheckpointError, match=f"found no weights {gone}; use an earlier one"):
+    with pytest.raises(CheckpointError, match=f"lacks the weights {gone}. Use an earlier checkpoint"):
         train(tmp_path / "whole", "2ep", lora=True)
 
 
-def test_a_half_written_one_is_passed_over(tmp_path):
+def test_an_incomplete_checkpoint_is_skipped(tmp_path):
     train(tmp_path, "3ba")
     (tmp_path / "ep0-ba3" / MANIFEST).unlink()
     _, _, resumed = train(tmp_path, "1ep")
@@ -56,23 +56,23 @@ def test_a_half_written_one_is_passed_over(tmp_path):
     assert names(tmp_path) == ["ep0-ba2", "ep0-ba3", "ep1-ba4"]
 
 
-def test_what_stands_in_the_way(tmp_path):
+def test_refused_checkpoints(tmp_path):
     train(tmp_path, "2ba", keep=1)
-    with pytest.raises(CheckpointError, match=r"run\.autoresume: found false, but .*ep0-ba2 is a checkpoint of this"):
+    with pytest.raises(CheckpointError, match=r"run\.autoresume is false, but .*ep0-ba2 is a checkpoint of this"):
         train(tmp_path, "1ep", resume=False)
-    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a checkpoint of another model \(model\.model\.layers"):
+    with pytest.raises(CheckpointError, match=r"ep0-ba2 is a checkpoint of another model \(model\.model\.layers"):
         train(tmp_path, "1ep", family="qwen2")
     damaged = tmp_path / "ep0-ba2" / "rank0.pt"
     damaged.write_bytes(bytes(damaged.stat().st_size))
-    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a damaged checkpoint"):
+    with pytest.raises(CheckpointError, match=r"ep0-ba2 is damaged"):
         train(tmp_path, "1ep")
 
 
-def test_no_code_in_a_checkpoint_is_run(tmp_path):
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
     trap = tmp_path / "was run"
     train(tmp_path / "a", "2ba", keep=1)
     poison(tmp_path / "a" / "ep0-ba2", lambda state: state.update(callbacks={"x": Payload(trap)}))
-    with pytest.raises(CheckpointError, match=r"ep0-ba2: found a pickle that asks for posix\.mkdir, allowed is data"):
+    with pytest.raises(CheckpointError, match=r"ep0-ba2 contains a pickle that references posix\.mkdir; expected data"):
         train(tmp_path / "a", "1ep")
     # Composer evaluates the text of an algorithm that a checkpoint says it needs.
     train(tmp_path / "b", "2ba", keep=1)
@@ -82,21 +82,21 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     assert not trap.exists()
 
 
-def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch):
     train(tmp_path, "2ba", keep=1)
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(resumption, "save_checkpoint", full)
-    with pytest.raises(CheckpointError, match=r"ep0-ba3: the checkpoint could not be written \(.*No space left"):
+    monkeypatch.setattr(checkpoint_callback, "save_checkpoint", full)
+    with pytest.raises(CheckpointError, match=r"ep0-ba3 could not be written \(.*No space left"):
         train(tmp_path, "1ep")
     assert names(tmp_path) == ["ep0-ba2"]
 
 
-def test_machines_that_share_no_disk_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(resumption.dist, "all_gather_object", lambda own: [own, {"__9_0.distcp": 5}])
-    with pytest.raises(CheckpointError, match=r"ep0-ba1: __9_0\.distcp of another rank is not here.* share"):
+def test_machines_without_a_shared_disk_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_callback.dist, "all_gather_object", lambda own: [own, {"__9_0.distcp": 5}])
+    with pytest.raises(CheckpointError, match=r"ep0-ba1: __9_0\.distcp of another rank is missing.* share"):
         train(tmp_path, "2ba")
     assert names(tmp_path) == []
 
@@ -134,7 +134,7 @@ def test_copies_in_an_object_store(tmp_path, server):
 
 
 class Reached(Callback):
-    """Tells when a batch begins."""
+    """Sets an event when a batch begins."""
 
     def __init__(self, batch: int) -> None:
         self.batch, self.event = batch, threading.Event()
@@ -144,8 +144,8 @@ class Reached(Callback):
             self.event.set()
 
 
-def test_training_goes_on_while_a_copy_is_made(tmp_path, server):
-    """The store keeps the first file until two batches later; a run that waited for it would never come there."""
+def test_training_continues_during_an_upload(tmp_path, server):
+    """The store holds back the first file until two batches later; a run that waited for it would hang."""
     reached, answers = Reached(4), []
     server.on_put = lambda key: answers.append(reached.event.wait(120))
     checkpoints = CheckpointFolder(tmp_path, interval="3ba", url="s3://copies/patient")
@@ -156,7 +156,7 @@ def test_training_goes_on_while_a_copy_is_made(tmp_path, server):
     assert {"ep0-ba3", "ep1-ba6", "ep2-ba8"} <= copies(server, "copies")
 
 
-def test_names_in_any_script(tmp_path, server):
+def test_names_with_non_ascii_characters(tmp_path, server):
     place = "läufe/検索 1"
     train(tmp_path / place, "2ba", keep=2, url=f"s3://copies/{place}")
     assert {key for key in server.keys("copies") if key.endswith(MANIFEST)} >= {f"{place}/ep0-ba2/{MANIFEST}"}
@@ -166,7 +166,7 @@ def test_names_in_any_script(tmp_path, server):
     assert kept == [f"{place}/ep0-ba2/{MANIFEST}", f"{place}/ep0-ba3/{MANIFEST}"]
 
 
-def test_the_newest_is_that_of_the_last_batch_whatever_clocks_say(tmp_path):
+def test_the_newest_is_chosen_by_batch_not_by_file_times(tmp_path):
     train(tmp_path, "3ba")
     for age, name in enumerate(("ep0-ba3", "ep0-ba2", "ep0-ba1")):  # the newest looks a year older than the oldest
         for path in (tmp_path / name, *(tmp_path / name).iterdir()):
@@ -175,14 +175,14 @@ def test_the_newest_is_that_of_the_last_batch_whatever_clocks_say(tmp_path):
     assert resumed.resumed_from == tmp_path / "ep0-ba3"
 
 
-def test_the_newest_of_both_places(tmp_path, server):
+def test_the_newest_of_disk_and_store_is_used(tmp_path, server):
     train(tmp_path / "a", "2ba", url="s3://newest/run")
     train(tmp_path / "a", "3ba")
     _, _, resumed = train(tmp_path / "a", "1ep", url="s3://newest/run")
     assert resumed.resumed_from == tmp_path / "a" / "ep0-ba3"
 
 
-def test_a_store_that_refuses(tmp_path, server):
+def test_a_store_that_refuses_uploads(tmp_path, server):
     server.on_put = lambda key: 403
     with pytest.raises(StoreError, match=r"checkpoint\.folder: s3://refused/run: ep0-ba1/rank0\.pt cannot"):
         train(tmp_path, "2ba", url="s3://refused/run")

@@ -127,7 +127,7 @@ def test_a_best_by_that_the_windows_cannot_tell_stops_before_training(monkeypatc
     recipe = load_recipe(REPOSITORY / "yamls" / "first_mistral.yaml", keys)
     tokenizer = new_tokenizer()
     if stops:
-        with pytest.raises(assembly.RunError, match=r"best_by: found generation/ndcg@10, but no window .*/tau"):
+        with pytest.raises(assembly.RunError, match=r"best_by is generation/ndcg@10, but no window .*/tau"):
             assembly.build_validation(recipe, new_contract(tokenizer), tokenizer)
     else:
         assert assembly.build_validation(recipe, new_contract(tokenizer), tokenizer) is not None
