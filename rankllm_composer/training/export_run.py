@@ -38,7 +38,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     from rankllm_composer.model.loading import load_causal_lm
     from rankllm_composer.recipe.load import RECIPE_NAME, load_recipe
     from rankllm_composer.training import assembly
-    from rankllm_composer.training.checkpoint_callback import WHOLE_FILE
+    from rankllm_composer.training.checkpoint_callback import UNSHARDED_FILE
 
     if not (run / RECIPE_NAME).is_file():
         raise RunError(f"{run} has no {RECIPE_NAME}; expected the folder of a run, such as runs/NAME.")
@@ -76,7 +76,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         assembly.card_facts(recipe, contract, num_lists),
         progress=f"checkpoint {checkpoint.name} (after {manifest.batch} batches)",
     )
-    source = checkpoint if manifest.is_sharded else checkpoint / WHOLE_FILE
+    source = checkpoint if manifest.is_sharded else checkpoint / UNSHARDED_FILE
     export_checkpoint(source, output, served, render_card(facts), base=base)
     return checkpoint.name
 
@@ -90,9 +90,9 @@ def _checkpoint_folder(run: Path, recipe: Recipe) -> Path:
 
 def _choose(folder: Path, name: str | None) -> tuple[Path, Manifest]:
     """The checkpoint of this name, or the newest complete one."""
-    from rankllm_composer.checkpoints.folder import whole_checkpoints
+    from rankllm_composer.checkpoints.folder import complete_checkpoints
 
-    complete = whole_checkpoints(folder)
+    complete = complete_checkpoints(folder)
     if not complete:
         raise CheckpointError(
             f"{folder} has no complete checkpoint. Wait for one, or download one from the run's object store."
