@@ -14,7 +14,7 @@ from pathlib import Path
 
 from report import NUM_CORES, print_columns, print_head, print_row
 
-from rankllm_composer.demo import Collection, build_collection, build_model_folder
+from rankllm_composer.demo import Collection, CollectionOptions, build_collection, build_model_folder
 from rankllm_composer.recipe.load import load_recipe
 
 TRAIN = Path(__file__).parents[1] / "rankllm_composer" / "train.py"
@@ -29,7 +29,8 @@ def recipe_path(name: str) -> Path:
 
 def prepare(folder: Path, num_train: int, with_numbers: bool) -> Collection:
     """Write the demo's collection, and the folder of its model without weights, into `folder`."""
-    files = build_collection(folder / "collection", num_train_queries=num_train, num_test_queries=NUM_TEST_QUERIES)
+    sizes = CollectionOptions(num_train_queries=num_train, num_test_queries=NUM_TEST_QUERIES)
+    files = build_collection(folder / "collection", sizes)
     build_model_folder(folder / "model", files.words, with_numbers=with_numbers)
     return files
 

@@ -1,4 +1,4 @@
-"""The whole way at the smallest size: a collection made on the spot, a model trained from scratch, what it learned."""
+"""The smallest complete example: invent a collection, train a model from scratch, measure what it learned."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from rankllm_composer.recipe.sections import Recipe
 
 PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
-"""What the word-level tokenizer takes as one token: a word or a sign, with the space before it."""
+"""One token of the word-level tokenizer: a word or a sign, with the space before it."""
 
 
 PIECE_WITH_NUMBERS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]| "
-"""The same, and whole numbers."""
+"""The same, with a number as one token."""
 
 
 CHAT_TEMPLATE = (
@@ -37,15 +37,61 @@ CHAT_TEMPLATE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CollectionOptions:
+    """Sizes of a collection.
+
+    Attributes:
+        num_train_queries: queries to train on.
+        num_test_queries: held-out queries.
+        num_candidates: passages per query; at most words_per_passage + 1.
+        words_per_passage: length of a passage, in words.
+        num_words: size of the vocabulary.
+        passages_per_grade, test_passages_per_grade: passages per word and grade to train on, and held out; no two of
+            all have the same text.
+        seed: seed of words, passages and orders.
+    """
+
+    num_train_queries: int = 20000
+    num_test_queries: int = 200
+    num_candidates: int = 4
+    words_per_passage: int = 4
+    num_words: int = 16
+    passages_per_grade: int = 40
+    test_passages_per_grade: int = 20
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        length = self.words_per_passage
+        if not 2 <= self.num_candidates <= length + 1:
+            raise ValueError(
+                f"num_candidates is {self.num_candidates}; expected 2 to {length + 1}, because a passage of {length} "
+                "words contains a word at most that often. Use longer passages or shorter lists."
+            )
+        if self.num_words <= length:
+            raise ValueError(f"num_words is {self.num_words}; expected more than the {length} of a passage.")
+        per_grade = self.passages_per_grade + self.test_passages_per_grade
+        for grade in range(1, self.num_candidates):
+            num_texts = math.comb(length, grade) * math.perm(self.num_words - 1, length - grade)
+            if grade == 1:
+                num_texts //= length  # it contains each of its words once, so it counts for any of them
+            if per_grade > num_texts:
+                raise ValueError(
+                    f"passages_per_grade + test_passages_per_grade is {per_grade}; expected at most {num_texts}, the "
+                    f"number of texts of {length} words that contain one of them {grade} times. Use fewer or longer "
+                    "passages."
+                )
+
+
 @dataclass(frozen=True)
 class Collection:
     """Files of a collection: queries and documents as JSONL, first-stage runs and judgments in TREC format.
 
     Attributes:
         words: the vocabulary of queries and passages.
-        docs, judgments: for all queries.
-        train_queries, train_run: what a model may be trained on.
-        test_queries, test_run: held out: no passage of theirs is shown in training, not even under another id.
+        docs, judgments: documents and judgments of all queries.
+        train_queries, train_run: queries to train on.
+        test_queries, test_run: held-out queries; training contains none of their passages, not even under another id.
     """
 
     words: tuple[str, ...]
@@ -58,7 +104,7 @@ class Collection:
 
 
 def invent_words(count: int, seed: int) -> tuple[str, ...]:
-    """Different words of three syllables that no language owns."""
+    """Invent different words of three syllables."""
     source = random.Random(seed)
     words: dict[str, None] = {}
     while len(words) < count:
@@ -66,46 +112,19 @@ def invent_words(count: int, seed: int) -> tuple[str, ...]:
     return tuple(words)
 
 
-def build_collection(
-    folder: Path,
-    *,
-    num_train_queries: int = 20000,
-    num_test_queries: int = 200,
-    num_candidates: int = 4,
-    words_per_passage: int = 4,
-    num_words: int = 16,
-    passages_per_grade: int = 40,
-    test_passages_per_grade: int = 20,
-    seed: int = 42,
-) -> Collection:
-    """Write a collection. The same arguments write the same files.
+def build_collection(folder: Path, options: CollectionOptions | None = None) -> Collection:
+    """Write a collection. The same options write the same files.
 
-    A candidate's grade is how often it says the query's word; the candidates of a query have grades 0, 1, 2, …, and
-    come in an order drawn by chance.
+    The grade of a candidate is how often it contains the query's word; the candidates of a query have grades 0, 1, 2,
+    …, in random order.
 
     Args:
-        folder: made if absent; its files are replaced.
-        num_train_queries: queries to train on.
-        num_test_queries: held-out queries.
-        num_candidates: passages of a query; at most words_per_passage + 1.
-        words_per_passage: length of a passage, in words.
-        num_words: size of the vocabulary.
-        passages_per_grade, test_passages_per_grade: passages written for each word and grade to train on, and held
-            out; no two of all have the same text.
-        seed: of words, passages and orders.
-    Raises:
-        ValueError: more candidates than there can be grades, too few words, or more passages than there are texts.
+        folder: created if absent; existing files are replaced.
+        options: sizes; None for the defaults.
     """
-    if not 2 <= num_candidates <= words_per_passage + 1:
-        raise ValueError(
-            f"num_candidates: found {num_candidates}, allowed are 2 to {words_per_passage + 1}, for a passage of "
-            f"{words_per_passage} words says a word at most that often; make passages longer or lists shorter"
-        )
-    if num_words <= words_per_passage:
-        raise ValueError(f"num_words: found {num_words}, allowed are more than the {words_per_passage} of a passage")
-    _check_texts(num_words, words_per_passage, num_candidates - 1, passages_per_grade + test_passages_per_grade)
-    source = random.Random(seed)
-    words = invent_words(num_words, seed)
+    options = options or CollectionOptions()
+    source = random.Random(options.seed)
+    words = invent_words(options.num_words, options.seed)
     folder.mkdir(parents=True, exist_ok=True)
     files = Collection(
         words,
@@ -115,63 +134,46 @@ def build_collection(
     docs: list[dict[str, str]] = []
     judgments: list[str] = []
     written: set[tuple[str, ...]] = set()
-    for part, queries, run, count, per_grade in (
-        ("train", files.train_queries, files.train_run, num_train_queries, passages_per_grade),
-        ("test", files.test_queries, files.test_run, num_test_queries, test_passages_per_grade),
-    ):
-        pool = _passages(words, words_per_passage, num_candidates - 1, per_grade, source, written)
+    train = ("train", files.train_queries, files.train_run, options.num_train_queries, options.passages_per_grade)
+    test = ("test", files.test_queries, files.test_run, options.num_test_queries, options.test_passages_per_grade)
+    for part, query_file, run_file, num_queries, per_grade in (train, test):
         by_grade: dict[tuple[str, int], list[int]] = {}
-        for number, passage in enumerate(pool):
-            said = Counter(passage)
+        for number, passage in enumerate(_draw_passages(words, per_grade, options, source, written)):
+            counts = Counter(passage)
             for word in words:
-                by_grade.setdefault((word, said[word]), []).append(number)
+                by_grade.setdefault((word, counts[word]), []).append(number)
             docs.append({"docid": f"{part}-{number}", "title": "", "text": " ".join(passage)})
-        asked, ranked = [], []
-        for number in range(count):
+        queries, run = [], []
+        for number in range(num_queries):
             qid, word = f"{part}-{number}", source.choice(words)
-            asked.append({"qid": qid, "text": word})
-            candidates = [(source.choice(by_grade[word, grade]), grade) for grade in range(num_candidates)]
+            queries.append({"qid": qid, "text": word})
+            candidates = [(source.choice(by_grade[word, grade]), grade) for grade in range(options.num_candidates)]
             source.shuffle(candidates)
             for place, (doc, grade) in enumerate(candidates):
-                ranked.append(f"{qid} Q0 {part}-{doc} {place + 1} {num_candidates - place} chance")
+                run.append(f"{qid} Q0 {part}-{doc} {place + 1} {options.num_candidates - place} chance")
                 judgments.append(f"{qid} 0 {part}-{doc} {grade}")
-        _write_json_lines(queries, asked)
-        run.write_text("\n".join(ranked) + "\n")
+        _write_json_lines(query_file, queries)
+        run_file.write_text("\n".join(run) + "\n")
     _write_json_lines(files.docs, docs)
     files.judgments.write_text("\n".join(judgments) + "\n")
     return files
 
 
-def _check_texts(num_words: int, length: int, max_grade: int, per_grade: int) -> None:
-    """Stop where there are fewer different texts than passages of a grade."""
-    for grade in range(1, max_grade + 1):
-        others = length - grade
-        texts = math.comb(length, grade) * math.perm(num_words - 1, others)
-        if grade == 1:
-            texts //= length  # each of its words is said once, so it could be written for any of them
-        if per_grade > texts:
-            raise ValueError(
-                f"passages_per_grade + test_passages_per_grade: found {per_grade}, allowed are {texts}, as many as "
-                f"there are texts of {length} words that say one of them {grade} times; write fewer, or longer ones"
-            )
-
-
-def _passages(
+def _draw_passages(
     words: tuple[str, ...],
-    length: int,
-    max_grade: int,
     per_grade: int,
+    options: CollectionOptions,
     source: random.Random,
     written: set[tuple[str, ...]],
 ) -> list[tuple[str, ...]]:
-    """Passages that say a word 1 to `max_grade` times, each of them new; `written` grows by them."""
+    """Draw passages that contain a word 1, 2, … times and are not in `written`, to which they are added."""
     passages: list[tuple[str, ...]] = []
     for word in words:
         others = [other for other in words if other != word]
-        for grade in range(1, max_grade + 1):
+        for grade in range(1, options.num_candidates):
             goal = len(passages) + per_grade
             while len(passages) < goal:
-                drawn = [word] * grade + source.sample(others, length - grade)
+                drawn = [word] * grade + source.sample(others, options.words_per_passage - grade)
                 source.shuffle(drawn)
                 passage = tuple(drawn)
                 if passage not in written:
@@ -189,20 +191,16 @@ def build_model_folder(
     words: tuple[str, ...],
     *,
     with_numbers: bool = False,
-    hidden_size: int = 64,
-    num_layers: int = 2,
 ) -> None:
-    """Write configuration and tokenizer of a small Mistral that reads the client's prompts about these words.
+    """Write the configuration and tokenizer of a small Mistral that reads the client's prompts about these words.
 
-    The tokenizer knows the words of the prompt template, all letters as identifiers, and `words`. The sizes, the wide
-    initialisation and the short rotary period are what learns within minutes; see benchmarks/EXPERIMENTS.md.
+    The vocabulary contains the words of the prompt template, all letters as identifiers, and `words`. The sizes, the
+    wide initialization and the short rotary period make it learn within minutes; see benchmarks/EXPERIMENTS.md.
 
     Args:
-        folder: made if absent; holds no weights.
-        words: of the collection.
-        with_numbers: 1 to 99 are a token each too; otherwise each of their digits is.
-        hidden_size: D.
-        num_layers: decoder layers.
+        folder: created if absent; it will contain no weights.
+        words: words of the collection.
+        with_numbers: whether 1 to 99 are one token each; otherwise each digit is a token.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import MistralConfig, PreTrainedTokenizerFast
@@ -216,7 +214,7 @@ def build_model_folder(
         for style in styles
         for count in range(2, MAX_CANDIDATES[style] + 1)
     ]
-    pieces = [found for text in (SYSTEM_MESSAGE, *turns) for found in re.findall(piece, text)]
+    pieces = [match for text in (SYSTEM_MESSAGE, *turns) for match in re.findall(piece, text)]
     vocabulary = {text: index for index, text in enumerate(dict.fromkeys([*special, *names, *pieces]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
@@ -237,9 +235,9 @@ def build_model_folder(
     fast.save_pretrained(folder)  # type: ignore[attr-defined]
     MistralConfig(
         vocab_size=len(vocabulary),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         initializer_range=0.12,
@@ -267,37 +265,37 @@ def run_demo(
     num_train_queries: int = 20000,
     report: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """Make the demo's collection, train its recipe, rank queries that were held out by the first token's scores.
+    """Build the demo's collection, train its recipe, and rank held-out queries by first-token decoding.
 
     Args:
-        folder: takes everything: `collection/`, `model/`, `shards/`, `untrained/`, and the run's own files.
-        recipe_path: the demo's recipe.
-        overrides: `key=value` laid over it.
-        num_train_queries: lists to train on.
-        report: told each step, and the table at the end.
+        folder: for `collection/`, `model/`, `shards/`, `untrained/`, and the files of the run.
+        recipe_path: the recipe of the demo.
+        overrides: `key=value` that override it.
+        num_train_queries: number of lists to train on.
+        report: called with each step, and with the table at the end.
     Returns:
         nDCG@10 on the held-out queries of "first stage", "untrained", "trained" and "oracle".
     Raises:
         RunError: training failed.
-        ValueError: a key of the recipe is wrong.
+        ValueError: the recipe cannot be used.
     """
     import torch
 
     from rankllm_composer.recipe.load import load_recipe
 
     torch.set_num_threads(NUM_THREADS)
-    report(f"1. A collection of invented words, in {folder / 'collection'}.")
-    files = build_collection(folder / "collection", num_train_queries=num_train_queries)
+    report(f"1. Build a collection of invented words in {folder / 'collection'}.")
+    files = build_collection(folder / "collection", CollectionOptions(num_train_queries=num_train_queries))
     build_model_folder(folder / "model", files.words)
-    overrides = [*_places(folder, files), *overrides]
+    overrides = [*_path_overrides(folder, files), *overrides]
     recipe = load_recipe(recipe_path, overrides)
 
-    report("2. Lists become shards, shards train a small Mistral from random weights, an HF folder comes out.")
+    report("2. Build shards, train a small Mistral from random weights, and export it as a Hugging Face folder.")
     untrained = export_untrained(recipe, folder / "untrained")
     _train(recipe_path, overrides)
     trained = max(Path(str(recipe.export_folder)).iterdir(), key=lambda path: path.stat().st_mtime)
 
-    report("3. Queries that were held out, ranked by the first token's scores, before and after.")
+    report("3. Rank held-out queries by first-token decoding with the untrained and the trained model.")
     before = _rerank(untrained, files, folder / "untrained.trec")
     after = _rerank(trained, files, folder / "trained.trec")
     figures = {
@@ -311,16 +309,16 @@ def run_demo(
 
 
 def _train(recipe_path: Path, overrides: Sequence[str]) -> None:
-    """The command that a cluster runs, with one process."""
+    """Run the command that a cluster runs, with one process."""
     launcher = Path(sys.executable).with_name("composer")
     script = Path(__file__).with_name("train.py")
     command = [sys.executable, str(launcher), "-n", "1", str(script), str(recipe_path), *overrides]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS)}, check=False)
     if done.returncode != 0:
-        raise RunError(f"training ended with exit code {done.returncode}; what it said is above")
+        raise RunError(f"training failed with exit code {done.returncode}. Its messages are above.")
 
 
-def _places(folder: Path, files: Collection) -> list[str]:
+def _path_overrides(folder: Path, files: Collection) -> list[str]:
     return [
         f"run.folder={folder}",
         f"model.name_or_path={folder / 'model'}",
@@ -333,7 +331,7 @@ def _places(folder: Path, files: Collection) -> list[str]:
 
 
 def export_untrained(recipe: Recipe, folder: Path) -> Path:
-    """Export the model as training starts from it, with letters; fresh weights are those that the seed draws."""
+    """Export the model that training starts from, with letters; fresh weights are drawn from the recipe's seed."""
     from composer.utils import reproducibility
 
     from rankllm_composer.export.model_folder import ServedModel, write_model_folder
@@ -364,14 +362,16 @@ def _rerank(model: Path, files: Collection, output: Path) -> MeasureComparison:
 
 
 def _table(figures: dict[str, float], trained: MeasureComparison) -> str:
-    told = {
+    meanings = {
         "first stage": "the candidates in random order",
         "untrained": "the model before training",
         "trained": "the model after training",
         "oracle": "the best possible order",
     }
     lines = [f"\n{MEASURE} on {len(trained.reranked)} held-out queries, first-token decoding"]
-    lines += [f"    {name:<12} {value:.3f}   {told[name]}" for name, value in figures.items()]
-    won, same, lost = trained.comparison.wins, trained.comparison.ties, trained.comparison.losses
-    lines.append(f"    trained against first stage: {won} queries better, {same} the same, {lost} worse")
+    lines += [f"    {name:<12} {value:.3f}   {meanings[name]}" for name, value in figures.items()]
+    result = trained.comparison
+    lines.append(
+        f"    trained against first stage: {result.wins} queries better, {result.ties} the same, {result.losses} worse"
+    )
     return "\n".join(lines)

@@ -1,14 +1,15 @@
-"""The demo's collection and tokenizer: what a passage is worth, what is held out, what the tokenizer reads."""
+"""The demo's collection and tokenizer: grades, held-out passages, the tokenizer's coverage of prompts and answers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter, defaultdict
 
 import pytest
 from transformers import AutoTokenizer
 
-from rankllm_composer.demo import build_collection, build_model_folder, invent_words
+from rankllm_composer.demo import CollectionOptions, build_collection, build_model_folder, invent_words
 from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import identifiers
@@ -16,13 +17,15 @@ from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
+SMALL = CollectionOptions(num_train_queries=50, num_test_queries=20)
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return build_collection(tmp_path_factory.mktemp("collection"), num_train_queries=50, num_test_queries=20)
+    return build_collection(tmp_path_factory.mktemp("collection"), SMALL)
 
 
-def test_a_grade_is_how_often_a_passage_says_the_query(files):
+def test_a_grade_counts_the_query_in_the_passage(files):
     queries = {**load_queries(files.train_queries), **load_queries(files.test_queries)}
     judgments = load_judgments(files.judgments)
     texts = {row["docid"]: row["text"] for row in map(json.loads, files.docs.read_text().splitlines())}
@@ -47,20 +50,20 @@ def test_no_two_passages_have_the_same_text(files):
 
 
 def test_a_passage_without_the_query_repeats_words_as_often(files):
-    """Otherwise repetition alone would tell relevance, and nobody would have to read the query."""
+    """Otherwise repetition alone would reveal relevance, without reading the query."""
     queries = {**load_queries(files.train_queries), **load_queries(files.test_queries)}
     texts = {row["docid"]: row["text"] for row in map(json.loads, files.docs.read_text().splitlines())}
-    most_said: dict[int, set[int]] = defaultdict(set)
+    most_repeated: dict[int, set[int]] = defaultdict(set)
     for qid, graded in load_judgments(files.judgments).items():
         for docid, grade in graded.items():
             if queries[qid] not in texts[docid].split():
                 assert grade == 0
-                most_said[grade].add(max(Counter(texts[docid].split()).values()))
-    assert most_said[0] == {1, 2, 3}
+                most_repeated[grade].add(max(Counter(texts[docid].split()).values()))
+    assert most_repeated[0] == {1, 2, 3}
 
 
-def test_the_first_stage_is_chance(tmp_path):
-    files = build_collection(tmp_path, num_train_queries=4000, num_test_queries=1)
+def test_the_first_stage_is_in_random_order(tmp_path):
+    files = build_collection(tmp_path, CollectionOptions(num_train_queries=4000, num_test_queries=1))
     judgments, places = load_judgments(files.judgments), defaultdict(Counter)
     for qid, docids in load_run(files.train_run).items():
         for place, docid in enumerate(docids):
@@ -70,21 +73,21 @@ def test_the_first_stage_is_chance(tmp_path):
 
 
 def test_the_same_seed_writes_the_same_files(files, tmp_path):
-    again = build_collection(tmp_path / "again", num_train_queries=50, num_test_queries=20)
-    other = build_collection(tmp_path / "other", num_train_queries=50, num_test_queries=20, seed=1)
+    again = build_collection(tmp_path / "again", SMALL)
+    other = build_collection(tmp_path / "other", dataclasses.replace(SMALL, seed=1))
     assert again.docs.read_bytes() == files.docs.read_bytes() and again.words == files.words
     assert again.judgments.read_bytes() == files.judgments.read_bytes()
     assert other.docs.read_bytes() != files.docs.read_bytes()
 
 
-def test_sizes_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="num_candidates: found 6, allowed are 2 to 5"):
-        build_collection(tmp_path, num_candidates=6)
-    with pytest.raises(ValueError, match="num_words: found 4, allowed are more than the 4"):
-        build_collection(tmp_path, num_words=4)
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="num_candidates is 6; expected 2 to 5"):
+        CollectionOptions(num_candidates=6)
+    with pytest.raises(ValueError, match="num_words is 4; expected more than the 4"):
+        CollectionOptions(num_words=4)
     # A word three times and one of 15 others in one of 4 places: 60 texts.
-    with pytest.raises(ValueError, match="passages_per_grade: found 61, allowed are 60"):
-        build_collection(tmp_path, passages_per_grade=41)
+    with pytest.raises(ValueError, match="passages_per_grade is 61; expected at most 60"):
+        CollectionOptions(passages_per_grade=41)
 
 
 @pytest.mark.parametrize(
