@@ -1,4 +1,4 @@
-"""The packages: every folder of rankllm_composer, and the recipes of yamls/ as a package of their own."""
+"""Packages to install: every folder of rankllm_composer, and yamls/ as the package rankllm_composer.yamls."""
 
 from setuptools import find_packages, setup
 

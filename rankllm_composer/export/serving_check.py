@@ -204,7 +204,7 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
     from rankllm_composer.options import ModelOptions
 
     contract = read_contract(folder)
-    tokenizer = load_tokenizer(ModelOptions(name_or_path=folder))
+    tokenizer = load_tokenizer(ModelOptions(name_or_path=str(folder)))
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rankllm_composer.options import DECODINGS
 from rankllm_composer.training.progress import LOSS_PREFIX
@@ -114,7 +115,7 @@ def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Figur
     return figure
 
 
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """Mean of the `width` values around each (an even one plus 1), fewer at the ends; what is no number is left out."""
     known = ~np.isnan(values)
     window = np.ones(max(1, width) | 1)

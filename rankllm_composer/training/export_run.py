@@ -55,14 +55,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         base = assembly.build_model(on_cpu, tokenizer, "cpu").model
         causal_lm = base.get_base_model()
     else:
-        causal_lm = load_causal_lm(
-            keys.name_or_path,
-            revision=keys.revision,
-            trust_remote_code=keys.trust_remote_code,
-            random_weights=keys.random_weights,
-            config_overrides=keys.config_overrides,
-            on_meta=True,
-        )
+        causal_lm = load_causal_lm(keys, on_meta=True)
     served = ServedModel(
         config=causal_lm.config,
         tokenizer=tokenizer,
