@@ -160,7 +160,7 @@ def inspect(
         found: Any = inspect_folder(model)
     else:
         found = inspect_recipe(load_recipe(recipe_path(str(recipe)), overrides or []), record, loss=loss)
-    for line in found.lines(colour=sys.stdout.isatty()):
+    for line in found.lines(sys.stdout.isatty()):
         typer.echo(line)
     if found.problems:
         raise ValueError(f"{model or recipe}: {len(found.problems)} problems, see above")

@@ -1,4 +1,4 @@
-"""Text without secrets: what looks like a credential is blotted out before anybody sees it."""
+"""Redact credentials in text that is printed or saved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 
-BLOTTED = "[redacted]"
+REDACTED = "[redacted]"
 
 
 _SECRET_WORD = (
@@ -28,7 +28,7 @@ _URL = re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?\"'<>`]+)\?([^\s\"'<>`)]+)", re.
 _USER_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@\"'<>`]+@", re.IGNORECASE)
 
 
-# name = value, name: value, "name": "value"; values that say there is none stay.
+# name = value, name: value, "name": "value"; null, none, true and false stay.
 _NAMED = re.compile(
     rf"([\w.-]*{_SECRET_WORD}\w*[\"']?\s*[=:]\s*)(?!\s*(?:null|none|true|false)\b)"
     r"(\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;}&]+)",
@@ -55,19 +55,19 @@ _SHAPES = re.compile(
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """Text with whatever looks like a credential blotted out.
+    """Redact what looks like a credential.
 
-    Known shapes of keys and tokens, values behind names such as `password` or `hf_token`, users in URLs, signed query
-    strings, and the values that the environment holds under such names.
+    That is: known formats of keys and tokens, values after names such as `password` or `hf_token`, users in URLs,
+    signed query strings, and values of environment variables with such names.
 
     Args:
         text: any text.
-        environment: variables whose values must not appear. None = those of this process.
+        environment: variables whose values are redacted; None = those of this process.
     """
     for name, value in (os.environ if environment is None else environment).items():
         if len(value) >= 16 and re.search(rf"{_SECRET_WORD}|token$", name, re.IGNORECASE):
-            text = text.replace(value, BLOTTED)
-    text = _SHAPES.sub(BLOTTED, text)
-    text = _USER_IN_URL.sub(rf"\g<1>{BLOTTED}@", text)
-    text = _URL.sub(lambda url: f"{url[1]}?{BLOTTED}" if _SIGNED_QUERY.search(url[2]) else url[0], text)
-    return _NAMED.sub(lambda pair: pair[0] if BLOTTED in pair[2] else f"{pair[1]}{BLOTTED}", text)
+            text = text.replace(value, REDACTED)
+    text = _SHAPES.sub(REDACTED, text)
+    text = _USER_IN_URL.sub(rf"\g<1>{REDACTED}@", text)
+    text = _URL.sub(lambda url: f"{url[1]}?{REDACTED}" if _SIGNED_QUERY.search(url[2]) else url[0], text)
+    return _NAMED.sub(lambda pair: pair[0] if REDACTED in pair[2] else f"{pair[1]}{REDACTED}", text)

@@ -1,4 +1,4 @@
-"""What is blotted out of a text before anybody sees it, and what is not."""
+"""Redaction: what is redacted and what stays."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.secret_texts import SECRETS
 
-from rankllm_composer.redaction import BLOTTED, redact
+from rankllm_composer.redaction import REDACTED, redact
 
-# text → what must be gone, what must stay
+# text, what is redacted, what stays
 IN_CONTEXT = [
     ("s3_secret_access_key: hunter2", "hunter2", "s3_secret_access_key"),
     ('{"password": "my pass phrase"}', "pass phrase", "password"),
@@ -40,27 +40,27 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize("secret", SECRETS, ids=lambda secret: secret[:6])
-def test_known_shapes_of_credentials_are_blotted_out(secret):
+def test_known_formats_of_credentials_are_redacted(secret):
     text = redact(f"before {secret} after", {})
-    assert text == f"before {BLOTTED} after"
+    assert text == f"before {REDACTED} after"
 
 
 @pytest.mark.parametrize(("text", "gone", "stays"), IN_CONTEXT, ids=lambda text: text[:20])
-def test_values_known_by_their_place_are_blotted_out(text, gone, stays):
+def test_values_are_redacted_by_their_context(text, gone, stays):
     redacted = redact(text, {})
     assert gone not in redacted
     assert stays in redacted
-    assert BLOTTED in redacted
+    assert REDACTED in redacted
 
 
 @pytest.mark.parametrize("text", HARMLESS, ids=lambda text: text[:20])
-def test_what_is_no_secret_stays(text):
+def test_harmless_text_stays(text):
     assert redact(text, {}) == text
 
 
-def test_values_of_the_environment_are_blotted_out(monkeypatch):
+def test_values_of_the_environment_are_redacted(monkeypatch):
     value = "correct horse battery"
-    assert redact(f"x {value} y", {"MY_SECRET": value}) == f"x {BLOTTED} y"
+    assert redact(f"x {value} y", {"MY_SECRET": value}) == f"x {REDACTED} y"
     assert redact(f"x {value} y", {"GREETING": value}) == f"x {value} y"
     assert redact("a short value", {"MY_SECRET": "short"}) == "a short value"
     monkeypatch.setenv("WANDB_API_KEY", value)
@@ -68,11 +68,11 @@ def test_values_of_the_environment_are_blotted_out(monkeypatch):
 
 
 @given(st.text(max_size=300))
-def test_redacting_twice_is_redacting_once(text):
+def test_redaction_is_idempotent(text):
     once = redact(text, {})
     assert redact(once, {}) == once
 
 
 @given(st.text(max_size=100), st.sampled_from(SECRETS), st.text(max_size=100))
-def test_no_surroundings_save_a_secret(before, secret, after):
+def test_secrets_are_redacted_in_any_context(before, secret, after):
     assert secret not in redact(f"{before} {secret} {after}", {})

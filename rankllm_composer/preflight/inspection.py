@@ -1,4 +1,4 @@
-"""One record as the model will see it: its tokens, what supervises, what the limit does, and what is wrong.
+"""Show one record as the model will see it: its tokens, which of them are supervised, and problems.
 
 rankllm-composer inspect RECIPE [--record K] [--loss]
 """
@@ -22,14 +22,16 @@ from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from rankllm_composer.model.reranker import ListwiseReranker
+    from rankllm_composer.recipe.sections import Recipe
 
 Kind = Literal["prompt", "supervised", "score", "identifier"]
 
 
-# Kind: what the legend says, colour (ANSI), marks where there is no colour.
+# Kind → legend, ANSI color, marks in output without color.
 KINDS: dict[Kind, tuple[str, str, tuple[str, str]]] = {
     "prompt": ("prompt", "\033[2m", ("", "")),
     "supervised": ("supervised", "\033[32m", ("⟨", "⟩")),
@@ -43,18 +45,18 @@ _PLAIN = "\033[0m"
 
 @dataclass
 class Inspection:
-    """What was found in a record.
+    """A record with its tokens, problems and notes.
 
     Attributes:
-        record: the record, laid out as training lays it out.
-        max_length_tokens: longest list that is trained.
-        encoded: its tokens; None where it cannot be encoded.
-        tokens: text of each token, as the tokenizer writes it.
+        record: the record as training presents it.
+        max_length_tokens: longest list to train on.
+        encoded: the encoded record; None if it cannot be encoded.
+        tokens: the tokenizer's text of each token.
         kinds: kind of each token.
-        problems: what is wrong, each as where, what was found, what to do; empty = all is well.
-        notes: what is right but may surprise.
-        losses: loss parts of the record, if they were computed.
-        scores: (N,) identifier scores, if they were computed.
+        problems: errors; empty if the record can be trained on.
+        notes: remarks that do not prevent training.
+        losses: parts of the record's loss, if computed.
+        scores: (N,) identifier scores, if computed.
     """
 
     record: Record
@@ -65,40 +67,40 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     losses: dict[str, float] = field(default_factory=dict)
-    scores: np.ndarray | None = None
+    scores: NDArray[np.float32] | None = None
 
     @property
     def length(self) -> int:
         return len(self.tokens)
 
-    def lines(self, colour: bool) -> Iterator[str]:
-        """The inspection for people.
+    def lines(self, color: bool) -> Iterator[str]:
+        """Yield the lines to print.
 
         Args:
-            colour: True = ANSI colours, False = marks around tokens that are no prompt.
+            color: True = ANSI colors, False = marks around supervised tokens.
         """
         yield f"record {self.record.id}"
         if self.encoded is not None:
-            yield "legend " + ", ".join(_mark(kind, text, colour) for kind, (text, _, _) in KINDS.items())
+            yield "legend " + ", ".join(_mark(kind, text, color) for kind, (text, _, _) in KINDS.items())
             yield ""
-            yield from _marked_lines(self.tokens, self.kinds, colour)
+            yield from _marked_lines(self.tokens, self.kinds, color)
             yield ""
-            yield from self._facts(self.encoded)
+            yield from self._summary(self.encoded)
             yield from self._candidates(self.encoded)
         yield from (f"loss {name:<18} {value:.6f}" for name, value in self.losses.items())
         yield from (f"note: {text}" for text in self.notes)
         yield from (f"problem: {text}" for text in self.problems)
 
-    def _facts(self, encoded: EncodedRecord) -> Iterator[str]:
+    def _summary(self, encoded: EncodedRecord) -> Iterator[str]:
         fits = self.length <= self.max_length_tokens
-        fate = "trained whole" if fits else "not trained; a list is never cut"
-        yield f"length          {self.length:,} tokens of at most {self.max_length_tokens:,}: {fate}"
+        outcome = "fits" if fits else "too long, and lists are never truncated"
+        yield f"length          {self.length:,} tokens of at most {self.max_length_tokens:,}: {outcome}"
         supervised = self.length - encoded.response_start
         if supervised:
             yield f"prompt          {encoded.response_start:,} tokens"
             yield f"supervised      {supervised:,} tokens, {self.kinds.count('identifier')} of them identifiers"
         else:
-            yield f"prompt          {self.length:,} tokens, '[' appended; no token is supervised, scores are"
+            yield f"prompt          {self.length:,} tokens, with '[' appended; supervises the scores, no tokens"
         yield f"score position  token {encoded.score_position:,}; the logits after it are the identifiers' scores"
 
     def _candidates(self, encoded: EncodedRecord) -> Iterator[str]:
@@ -124,16 +126,14 @@ def inspect_record(
     max_length_tokens: int,
     too_long: Literal["drop", "refuse"] = "drop",
 ) -> Inspection:
-    """A record through the tokenizer, and everything that would keep it from being trained or served as it is meant.
+    """Encode a record and find everything that prevents training on it or serving it as intended.
 
     Args:
-        record: as training lays it out.
-        tokenizer: fast HF tokenizer.
-        objective: "generation", "ranking" or "combined".
-        max_length_tokens: longest list that is trained.
-        too_long: what becomes of a longer one.
-    Returns:
-        Inspection; what is wrong is in `problems`.
+        record: the record as training presents it.
+        tokenizer: fast Hugging Face tokenizer.
+        objective: training objective.
+        max_length_tokens: longest list to train on.
+        too_long: what training does with a longer list.
     """
     found = Inspection(record, max_length_tokens)
     try:
@@ -144,13 +144,13 @@ def inspect_record(
     found.tokens = tuple(tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist()))
     found.kinds = tuple(_kinds(encoded))
     if found.length > max_length_tokens:
-        fate = "dropped and counted" if too_long == "drop" else "refused, and the run stops"
+        outcome = "drops and counts it" if too_long == "drop" else "stops with an error"
         found.problems.append(
-            f"data.max_length_tokens: found a list of {found.length:,} tokens, allowed are {max_length_tokens:,}; it "
-            f"is {fate}. Raise the limit, or build shards with fewer words a passage"
+            f"data.max_length_tokens is {max_length_tokens:,} but the list has {found.length:,} tokens; training "
+            f"{outcome}. Raise the limit, or build shards with fewer words per passage."
         )
     found.problems += serving_differences(record, tokenizer)
-    found.notes += _surprises(record, tokenizer, encoded)
+    found.notes += _notes(record, tokenizer, encoded)
     return found
 
 
@@ -165,34 +165,34 @@ def _kinds(encoded: EncodedRecord) -> Iterator[Kind]:
             yield "identifier" if token in identifiers else "supervised"
 
 
-def _surprises(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedRecord) -> Iterator[str]:
+def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedRecord) -> Iterator[str]:
     count = count_bos(encoded.input_ids.tolist(), tokenizer)
     if count > 1:
-        yield f"{count} beginning-of-sequence tokens; the inference client's prompts have as many"
+        yield f"{count} beginning-of-sequence tokens, as in the inference client's prompts"
     if record.system != SYSTEM_MESSAGE:
-        yield f"the system text is not the inference client's, which is {SYSTEM_MESSAGE!r}"
+        yield f"the system message differs from the inference client's, {SYSTEM_MESSAGE!r}"
     if not record.has_standard_prompt:
         yield (
-            "the user turn is in another wording than the inference client's; it trains as it stands, the client will "
-            "ask otherwise"
+            "the user turn differs from the inference client's; training uses it as it is, but the client will send "
+            "its own"
         )
     written = Counter(tokenizer(record.user, add_special_tokens=False)["input_ids"])
     special = sorted(set(tokenizer.all_special_ids) & set(written))
     if special:
         names = ", ".join(tokenizer.convert_ids_to_tokens(special))
-        yield f"the text of query or passages holds {names}, which becomes a special token, in serving too"
+        yield f"the query or a passage contains {names}, which becomes a special token, also when serving"
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        yield "pad and end of sequence are one token; nothing is padded here, so it is harmless"
+        yield "the padding token is the end-of-sequence token; harmless, because training does not pad"
     if encoded.identifier_token_ids is None:
-        yield "identifiers take several tokens: this list can be generated, not scored at its first token"
+        yield "identifiers have several tokens: the list can be generated, but not scored by its first token"
 
 
 def add_losses(found: Inspection, model: ListwiseReranker) -> None:
-    """Compute the loss parts of an inspected record, without dropout and noise, and its identifier scores.
+    """Add the parts of a record's loss, without dropout and noise, and its identifier scores.
 
     Args:
-        found: takes them; a record that could not be encoded gets none.
-        model: on the CPU.
+        found: the inspection to add to; stays as it is if the record cannot be encoded.
+        model: model on the CPU.
     """
     import torch
 
@@ -212,22 +212,22 @@ def add_losses(found: Inspection, model: ListwiseReranker) -> None:
             found.scores = identifier_scores(outputs["logits"], batch)[0].numpy()
     not_finite = [name for name, value in found.losses.items() if not np.isfinite(value)]
     if not_finite:
-        found.problems.append(f"loss: found {', '.join(not_finite)} not finite; look at the weights of the model")
+        found.problems.append(f"the loss is not finite ({', '.join(not_finite)}). Check the weights of the model.")
 
 
-def _mark(kind: Kind, text: str, colour: bool) -> str:
+def _mark(kind: Kind, text: str, color: bool) -> str:
     _, code, (begin, end) = KINDS[kind]
-    return f"{code}{text}{_PLAIN}" if colour else f"{begin}{text}{end}"
+    return f"{code}{text}{_PLAIN}" if color else f"{begin}{text}{end}"
 
 
-def _marked_lines(tokens: Sequence[str], kinds: Sequence[Kind], colour: bool, width: int = 110) -> Iterator[str]:
-    """Tokens parted by spaces, in lines of about `width` characters; the prompt's own line breaks begin new ones."""
+def _marked_lines(tokens: Sequence[str], kinds: Sequence[Kind], color: bool, width: int = 110) -> Iterator[str]:
+    """Join tokens with spaces, in lines of about `width` characters that also end at line breaks of the prompt."""
     line: list[str] = []
     used = 0
     for kind, run in groupby(zip(kinds, tokens), key=lambda pair: pair[0]):
         for _, token in run:
             text = token.replace("\n", "↵").replace("Ċ", "↵").replace("<0x0A>", "↵")
-            line.append(_mark(kind, text, colour))
+            line.append(_mark(kind, text, color))
             used += len(text) + 1
             if used >= width or "↵" in text:
                 yield " ".join(line)
@@ -236,15 +236,15 @@ def _marked_lines(tokens: Sequence[str], kinds: Sequence[Kind], colour: bool, wi
         yield " ".join(line)
 
 
-def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
-    """Record `number` of `data.train` as a recipe trains it in its first epoch.
+def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
+    """Inspect a record of `data.train` as the recipe presents it in the first epoch.
 
     Args:
-        recipe: a `recipe.Recipe`.
-        number: counted from 0, in the order of the shards (or of the source, where there are none yet).
-        loss: load the model into main memory and compute the record's loss parts on the CPU.
+        recipe: a checked recipe.
+        number: index from 0, in the order of the shards, or of the source if there are no shards yet.
+        loss: whether to load the model on the CPU and compute the parts of the loss.
     Raises:
-        ShardError, RecordError, ModelError, PromptError: what stands in the way.
+        RankLLMComposerError: record, tokenizer or model cannot be loaded.
     """
     from dataclasses import replace
 
@@ -254,7 +254,7 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
     from rankllm_composer.training.assembly import build_model
 
     split = recipe.data.train
-    sets = [(s.local, s.remote) for s in split.streams] or [(split.local, split.remote)]
+    sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
     records = SplitRecords(sets, split.source)
     record = records[number]
     if split.shuffle_passages or split.identifiers is not None:
@@ -275,6 +275,6 @@ def inspect_recipe(recipe: Any, number: int, *, loss: bool) -> Inspection:
     )
     found.notes.insert(0, f"record {number} of {records.place}")
     if loss:
-        here = replace(recipe, model=replace(recipe.model, attention="auto"))  # flash-attn does not run on a CPU
-        add_losses(found, build_model(here, tokenizer, "cpu"))
+        on_cpu = replace(recipe, model=replace(recipe.model, attention="auto"))  # flash-attn does not run on a CPU
+        add_losses(found, build_model(on_cpu, tokenizer, "cpu"))
     return found

@@ -274,7 +274,7 @@ def _load_config(recipe: Recipe) -> PretrainedConfig:
     if model.trust_remote_code:
         warn_of_foreign_code(model.name_or_path)
     try:
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rankllm_composer.errors import RunError
-from rankllm_composer.redaction import BLOTTED
+from rankllm_composer.redaction import REDACTED
 
 SCHEMA_NAME = "recipe.schema.json"
 
@@ -110,7 +110,7 @@ def recipes_check(
     merged = merge_recipe(path, overrides or [])
     width = max(len(row.key) for row in merged.keys)
     for row in merged.keys:
-        value = BLOTTED if is_secret(row.key, row.value) else show(row.value)
+        value = REDACTED if is_secret(row.key, row.value) else show(row.value)
         typer.echo(f"{row.origin:<8}  {row.key:<{width}}  {value}")
     problems = [*merged.problems, *missing_files(merged.recipe)]
     if num_ranks is not None and not merged.problems:

@@ -1,4 +1,4 @@
-"""Finished and running runs as one HTML page.
+"""Report on training runs, finished or not, in one HTML page.
 
-In: run folders. Out: a self-contained page of figures, tables and settings.
+In: run folders. Out: a self-contained page of figures, tables and recipes.
 """

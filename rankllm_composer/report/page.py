@@ -1,4 +1,4 @@
-"""A finished or running run as a page one can look at: one HTML file, with its pictures in it."""
+"""Write the report on training runs: one HTML file that contains its figures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,8 @@ from rankllm_composer.training.progress import LOSS_PREFIX
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDE = {"quality", "gains", "reranked", "positions", "losses"}
-
-
-WINDOWS_TOLD = 3  # of those that gained and lost most
-
-
+FULL_WIDTH = {"quality", "gains", "reranked", "positions", "losses"}
+NUM_LISTED_WINDOWS = 3  # with the largest gains, and with the largest losses
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "h1{margin-bottom:.2rem}h2{margin:2rem 0 .3rem;border-bottom:2px solid #ddd}p{margin:.2rem 0 .6rem;color:#555}"
@@ -33,20 +29,18 @@ STYLE = (
     "th{background:#f2f2f2}.pair{display:flex;flex-wrap:wrap;gap:1rem}.pair section{flex:1 1 28rem;min-width:0}"
     "img{max-width:100%}summary{cursor:pointer}pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}"
 )
-
-
 Rows = list[tuple[str, ...]]
 
 
 def write_report(runs: Sequence[RunRecord], output: str | Path, pictures: str | Path | None = None) -> list[str]:
-    """Write the page.
+    """Write the report.
 
     Args:
-        runs: shown side by side.
-        output: HTML file; it needs no other file and no network.
-        pictures: folder for the same pictures as PNG files. None = in the page only.
+        runs: runs to show side by side.
+        output: HTML file; it depends on no other file and no network.
+        pictures: folder for the figures as PNG files; None = in the page only.
     Returns:
-        Names of the pictures.
+        Names of the figures.
     """
     runs = with_distinct_names(runs)
     drawn = {name: _png(figure) for name, figure in draw(runs).items()}
@@ -70,21 +64,21 @@ def _page(runs: Sequence[RunRecord], drawn: Mapping[str, bytes]) -> str:
         "<!DOCTYPE html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{names}</title><style>{STYLE}</style></head>',
         f"<body><h1>{names}</h1>",
-        _side_by_side("training", runs, [dict(_training(run)) for run in runs]),
-        _side_by_side("lists", runs, [dict(_lists(run)) for run in runs]),
+        _side_by_side("Training", runs, [dict(_training(run)) for run in runs]),
+        _side_by_side("Data", runs, [dict(_lists(run)) for run in runs]),
         _published(runs),
     ]
     tables = {"quality": _evaluated(runs), "gains": _most_changed(runs), "reranked": _reranked(runs)}
     narrow: list[str] = []
     for name in CAPTIONS:
         if name in drawn or tables.get(name):
-            title = name.replace("_", " ")
-            section = f"<section><h2>{title}</h2><p>{html.escape(CAPTIONS[name])}</p>{_image(name, drawn)}"
+            title, caption = CAPTIONS[name]
+            section = f"<section><h2>{title}</h2><p>{html.escape(caption)}</p>{_image(name, drawn)}"
             section += tables.get(name, "") + "</section>"
-            (parts if name in WIDE else narrow).append(section)
+            (parts if name in FULL_WIDTH else narrow).append(section)
     parts.append(f'<div class="pair">{"".join(narrow)}</div>')
     for run in runs:
-        summary = f"recipe of {html.escape(run.name)}"
+        summary = f"Recipe of {html.escape(run.name)}"
         parts.append(f"<details><summary>{summary}</summary><pre>{html.escape(run.recipe)}</pre></details>")
     return "\n".join([*filter(None, parts), "</body></html>\n"])
 
@@ -93,7 +87,7 @@ def _image(name: str, drawn: Mapping[str, bytes]) -> str:
     if name not in drawn:
         return ""
     source = base64.b64encode(drawn[name]).decode()
-    return f'<img id="{name}" alt="{name.replace("_", " ")}" src="data:image/png;base64,{source}">'
+    return f'<img id="{name}" alt="{CAPTIONS[name][0]}" src="data:image/png;base64,{source}">'
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -103,35 +97,35 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _side_by_side(title: str, runs: Sequence[RunRecord], figures: Sequence[Mapping[str, str]]) -> str:
-    names = dict.fromkeys(name for own in figures for name in own)
-    rows = [[name, *(own.get(name, "–") for own in figures)] for name in names]
+    names = dict.fromkeys(name for of_run in figures for name in of_run)
+    rows = [[name, *(of_run.get(name, "–") for of_run in figures)] for name in names]
     return _table([title, *(run.name for run in runs)], rows)
 
 
 def _training(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """Where a run is, and its losses there."""
+    """Progress and latest losses."""
     if run.batches:
         last = run.batches[-1]
         yield "batches", f"{last['batch']:,}"
         yield "tokens", f"{last['tokens']:,}"
         for name, value in sorted(last.items()):
             if name.startswith(LOSS_PREFIX):
-                yield name, "not a number" if value is None else f"{value:,.5g}"
+                yield name, "NaN" if value is None else f"{value:,.5g}"
 
 
 def _lists(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """What was trained and what was dropped."""
+    """Counts of lists that were trained on and dropped."""
     for name, value in sorted(run.batches[-1].items()) if run.batches else ():
         if name.startswith("data/"):
             yield name, f"{value:,.5g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _evaluated(runs: Sequence[RunRecord]) -> str:
-    def told(value: float | None) -> str:
-        return "not a number" if value is None else f"{value:.4f}".removesuffix(".0000")
+    def show(value: float | None) -> str:
+        return "NaN" if value is None else f"{value:.4f}".removesuffix(".0000")
 
     last = [run.evaluations[-1][1] if run.evaluations else {} for run in runs]
-    return _side_by_side("last evaluation", runs, [{name: told(value) for name, value in own.items()} for own in last])
+    return _side_by_side("Last evaluation", runs, [{name: show(value) for name, value in one.items()} for one in last])
 
 
 def _most_changed(runs: Sequence[RunRecord]) -> str:
@@ -140,9 +134,9 @@ def _most_changed(runs: Sequence[RunRecord]) -> str:
         for decoding in DECODINGS:
             if found := gains(run, decoding):
                 most = [pair for pair in reversed(found) if pair[1] > 0], [pair for pair in found if pair[1] < 0]
-                told = [", ".join(f"{name} {gain:+.3f}" for name, gain in pairs[:WINDOWS_TOLD]) for pairs in most]
-                rows.append((f"{run.name}, {decoding.replace('_', ' ')}", *(text or "none" for text in told)))
-    return _table(("windows that changed most", "gained", "lost"), rows)
+                cells = [", ".join(f"{name} {gain:+.3f}" for name, gain in one[:NUM_LISTED_WINDOWS]) for one in most]
+                rows.append((f"{run.name}, {decoding.replace('_', ' ')}", *(cell or "none" for cell in cells)))
+    return _table(("Windows with the largest changes", "gained", "lost"), rows)
 
 
 def _reranked(runs: Sequence[RunRecord]) -> str:
@@ -161,17 +155,17 @@ def _reranked(runs: Sequence[RunRecord]) -> str:
                         "< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}",
                     )
                 )
-    head = ("figure", "run, model, decoding", "first stage → reranked", "difference", "wins/ties/losses", "p")
+    head = ("Metric", "run, model, decoding", "first stage → reranked", "difference", "wins/ties/losses", "p")
     return _table(head, rows)
 
 
 def _published(runs: Sequence[RunRecord]) -> str:
-    """Each figure published for a recipe, with ours and the verdict; of several of ours the last counts."""
+    """Published results of each recipe beside the last measurement of the same metric."""
     rows: Rows = []
     for run in runs:
         measured = {name: value for one in run.reranked for name, value in one.figures().items()}
         for name, published in run.published:
             ours = measured.get(name)
-            told = "–" if ours is None else f"{ours:.4f}"
-            rows.append((name, run.name, told, f"{published:.4f}", verdict(ours, published)))
-    return _table((f"published figure, ±{TOLERANCE:.1%}", "run", "measured", "published", "verdict"), rows)
+            cell = "–" if ours is None else f"{ours:.4f}"
+            rows.append((name, run.name, cell, f"{published:.4f}", verdict(ours, published)))
+    return _table((f"Published result, ±{TOLERANCE:.1%}", "run", "measured", "published", "verdict"), rows)

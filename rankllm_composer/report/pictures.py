@@ -1,4 +1,4 @@
-"""Runs as pictures: what was measured over batches, over windows, over queries and over places."""
+"""Draw the figures of the report: metrics over batches, windows, queries and positions."""
 
 from __future__ import annotations
 
@@ -15,44 +15,42 @@ from rankllm_composer.training.progress import LOSS_PREFIX
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from rankllm_composer.report.run_record import RunRecord
 
-COLOURS = ("#1f6fb4", "#d1600d", "#2a8a3e", "#b5332e", "#7a55b0", "#7d5a4f")
-
-
+COLORS = ("#1f6fb4", "#d1600d", "#2a8a3e", "#b5332e", "#7a55b0", "#7d5a4f")
 GREY = "#555555"
-
-
 STYLES = {"first_token": "-", "generation": "--"}
-
-
 BOUNDS = {"presented": ":", "chance": (0, (1, 4)), "oracle": "-."}
+HALF_PAGE, FULL_PAGE = 4.6, 9.3  # width in inches
+MIN_BATCHES_TO_SMOOTH = 100
 
-
-HALF, WHOLE = 4.6, 9.3  # inches: half a page and a page
-
-
-SMOOTHED_FROM = 100  # batches, from which on a curve is drawn with its running mean
-
-
-# What each picture shows, in the order of the page.
+# Name → (title, caption), in the order of the page.
 CAPTIONS = {
-    "quality": "nDCG@10 of the held-out windows by each decoding; grey: the order as presented, a random one, the best "
-    "there is.",
-    "gains": "nDCG@10 of each held-out window above that of the order as presented, at the last evaluation, sorted.",
-    "reranked": "Each query of a set reranked since: its measure above that of the first stage, sorted.",
-    "positions": "Position bias: share of the candidates shown at a place (row) that are ranked at a place (column), "
-    "at the last evaluation with shuffled windows. Even = no bias; a diagonal = the order shown is repeated.",
-    "losses": "Parts of the loss before their weights, and their weighted total; thick: running mean.",
-    "learning_rate": "Learning rate of each update.",
-    "throughput": "Training tokens a second, all ranks together.",
-    "lengths": "Tokens of a training list, prompt and response.",
+    "quality": (
+        "Ranking quality",
+        "nDCG@10 of held-out windows by decoding. Gray: the presented, a random and the best possible order.",
+    ),
+    "gains": (
+        "Gain per window",
+        "nDCG@10 of each held-out window minus that of the presented order, at the last evaluation, sorted.",
+    ),
+    "reranked": ("Gain per query", "Metric of each reranked query minus that of the first stage, sorted."),
+    "positions": (
+        "Position bias",
+        "Share of the candidates presented at a position (row) that are ranked at a position (column), at the last "
+        "evaluation with shuffled windows. Uniform: no bias. Diagonal: the model repeats the presented order.",
+    ),
+    "losses": ("Losses", "Parts of the loss, unweighted, and their weighted total. Thick: running mean."),
+    "learning_rate": ("Learning rate", "Learning rate per update."),
+    "throughput": ("Throughput", "Training tokens per second, over all ranks."),
+    "lengths": ("List lengths", "Tokens per training list, prompt and response."),
 }
 
 
 def draw(runs: Sequence[RunRecord]) -> dict[str, Figure]:
-    """The pictures by the names of `CAPTIONS`; one that nothing was measured for is left out."""
+    """Draw the figures of CAPTIONS for which there are measurements."""
     parts = sorted({name for run in runs for line in run.batches for name in line if name.startswith(LOSS_PREFIX)})
     figures = {
         "quality": _quality(runs),
@@ -61,19 +59,19 @@ def draw(runs: Sequence[RunRecord]) -> dict[str, Figure]:
         "positions": _positions(runs),
         "losses": _over_batches(runs, {part: part.removeprefix(LOSS_PREFIX).replace("_", " ") for part in parts}),
         "learning_rate": _over_batches(runs, {"lr": "learning rate"}),
-        "throughput": _over_batches(runs, {"tokens_per_second": "tokens a second"}),
+        "throughput": _over_batches(runs, {"tokens_per_second": "tokens per second"}),
         "lengths": _lengths(runs),
     }
     return {name: figures[name] for name in CAPTIONS if figures[name] is not None}  # type: ignore[misc]
 
 
 def _new_figure(num_panels: int, columns: int, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """Panels in rows of `columns`; one alone takes half a page where rows have two."""
+    """Create panels in rows of `columns`; a single panel is half a page wide if rows have two."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = math.ceil(num_panels / columns)
-    width = HALF if num_panels == 1 and columns == 2 else WHOLE
+    width = HALF_PAGE if num_panels == 1 and columns == 2 else FULL_PAGE
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, min(columns, num_panels), squeeze=False).flat)
@@ -82,12 +80,12 @@ def _new_figure(num_panels: int, columns: int, height: float = 3.0) -> tuple[Fig
     return figure, panels[:num_panels]
 
 
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
 
 
 def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Figure | None:
-    """A panel a metric, a line a run; what is no number is a gap."""
+    """Draw one panel per metric and one line per run; NaN is a gap."""
     titles = {
         name: title
         for name, title in titles.items()
@@ -101,12 +99,12 @@ def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Figur
             points = [(line["batch"], line[name]) for line in run.batches if name in line]
             batches = [batch for batch, _ in points]
             values = np.array([np.nan if value is None else value for _, value in points], float)
-            smooth = len(points) >= SMOOTHED_FROM and name != "lr"
+            smooth = len(points) >= MIN_BATCHES_TO_SMOOTH and name != "lr"
             style: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if smooth else {"label": run.name}
-            panel.plot(batches, values, color=_colour(index), **style)
+            panel.plot(batches, values, color=_color(index), **style)
             if smooth:
                 mean = running_mean(values, len(points) // 25)
-                panel.plot(batches, mean, color=_colour(index), linewidth=1.8, label=run.name)
+                panel.plot(batches, mean, color=_color(index), linewidth=1.8, label=run.name)
         panel.set(title=title, xlabel="batch")
         if name == "tokens_per_second":
             panel.set_ylim(bottom=0)
@@ -116,7 +114,7 @@ def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Figur
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Mean of the `width` values around each (an even one plus 1), fewer at the ends; what is no number is left out."""
+    """Mean of the `width` values around each value (plus 1 if even), fewer at the ends, without NaN."""
     known = ~np.isnan(values)
     window = np.ones(max(1, width) | 1)
     num = np.convolve(known, window, "same")
@@ -135,7 +133,7 @@ def _quality(runs: Sequence[RunRecord]) -> Figure | None:
             points = [(batch, figures[name]) for batch, figures in run.evaluations if figures.get(name) is not None]
             if points:
                 label = f"{run.name}, {decoding.replace('_', ' ')}"
-                panel.plot(*zip(*points), linestyle=STYLES[decoding], marker="o", color=_colour(index), label=label)
+                panel.plot(*zip(*points), linestyle=STYLES[decoding], marker="o", color=_color(index), label=label)
     for name, style in BOUNDS.items():
         last = [(i, run.evaluations[-1][1].get(f"{name}/ndcg@10")) for i, run in enumerate(runs) if run.evaluations]
         known = [(index, value) for index, value in last if value is not None]
@@ -143,7 +141,7 @@ def _quality(runs: Sequence[RunRecord]) -> Figure | None:
             panel.axhline(known[0][1], linestyle=style, color=GREY, label=name)
             continue
         for index, value in known:
-            panel.axhline(value, linestyle=style, color=_colour(index), alpha=0.6, label=f"{runs[index].name}, {name}")
+            panel.axhline(value, linestyle=style, color=_color(index), alpha=0.6, label=f"{runs[index].name}, {name}")
     lowest = min((float(np.min(line.get_ydata())) for line in panel.lines), default=0.0)
     panel.set(title="held-out windows", xlabel="batch", ylabel="nDCG@10")
     panel.set_ylim(max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.02)
@@ -152,7 +150,7 @@ def _quality(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def gains(run: RunRecord, decoding: str) -> list[tuple[str, float]]:
-    """(window, nDCG@10 by a decoding minus that of the order as presented) at the last evaluation, rising."""
+    """(window, nDCG@10 of a decoding minus that of the presented order) at the last evaluation, ascending."""
     if not run.details:
         return []
     windows = run.details[-1]["ndcg@10"].items()
@@ -167,7 +165,7 @@ def _gains(runs: Sequence[RunRecord]) -> Figure | None:
         for name in DECODINGS
         if (found := gains(run, name))
     ]
-    return _sorted_bars(shown, "window", "nDCG@10 above as presented")
+    return _sorted_bars(shown, "window", "gain in nDCG@10")
 
 
 def _reranked(runs: Sequence[RunRecord]) -> Figure | None:
@@ -177,22 +175,22 @@ def _reranked(runs: Sequence[RunRecord]) -> Figure | None:
             row = measured.comparisons[0]
             values = sorted(row.reranked[qid] - row.first_stage[qid] for qid in row.reranked)
             shown.append((index, f"{run.name}, {measured.name}, {measured.decoding.replace('_', ' ')}", values))
-    return _sorted_bars(shown, "query", "above the first stage")
+    return _sorted_bars(shown, "query", "gain over the first stage")
 
 
 def _sorted_bars(shown: Sequence[tuple[int, str, Sequence[float]]], xlabel: str, ylabel: str) -> Figure | None:
-    """A panel of bars for each (colour, title, rising values), all to one scale."""
+    """Draw one panel of bars per (color index, title, ascending values), on a common scale."""
     if not shown:
         return None
     figure, panels = _new_figure(len(shown), 2)
     most = 1.05 * max(max(map(abs, values)) for _, _, values in shown) or 1.0
     for panel, (index, title, values) in zip(panels, shown):
-        panel.bar(range(1, len(values) + 1), values, color=_colour(index), width=1.0)
+        panel.bar(range(1, len(values) + 1), values, color=_color(index), width=1.0)
         better, worse = sum(value > 0 for value in values), sum(value < 0 for value in values)
         panel.set_title(f"{title}\n{better} better, {worse} worse of {len(values)}", fontsize="medium")
         panel.set(xlabel=xlabel, ylabel=ylabel, ylim=(-most, most))
         panel.axhline(0, color="black", linewidth=0.8)
-        _count_in_whole_numbers(panel, "x")
+        _use_integer_ticks(panel, "x")
     return figure
 
 
@@ -203,8 +201,8 @@ def _lengths(runs: Sequence[RunRecord]) -> Figure | None:
     figure, (panel,) = _new_figure(1, 2)
     bins = np.histogram_bin_edges([length for _, run in known for length in run.tokens_per_list], 30).tolist()
     for index, run in known:
-        panel.hist(run.tokens_per_list, bins=bins, color=_colour(index), alpha=0.6, label=run.name)
-    panel.set(title="length of a list", xlabel="tokens", ylabel="lists")
+        panel.hist(run.tokens_per_list, bins=bins, color=_color(index), alpha=0.6, label=run.name)
+    panel.set(title="list length", xlabel="tokens", ylabel="lists")
     if len(runs) > 1:
         panel.legend(fontsize="small")
     return figure
@@ -226,14 +224,14 @@ def _positions(runs: Sequence[RunRecord]) -> Figure | None:
         end = len(share) + 0.5
         image = panel.imshow(share, cmap="viridis", vmin=0, vmax=most, extent=(0.5, end, end, 0.5))
         panel.set_title(title, fontsize="medium")
-        panel.set(xlabel="ranked at place", ylabel="shown at place")
+        panel.set(xlabel="ranked position", ylabel="presented position")
         for axis in "xy":
-            _count_in_whole_numbers(panel, axis)
+            _use_integer_ticks(panel, axis)
         figure.colorbar(image, ax=panel, label="share", shrink=0.85)
     return figure
 
 
-def _count_in_whole_numbers(panel: Axes, axis: str) -> None:
+def _use_integer_ticks(panel: Axes, axis: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     {"x": panel.xaxis, "y": panel.yaxis}[axis].set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

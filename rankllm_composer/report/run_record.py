@@ -1,4 +1,4 @@
-"""What a run wrote down, read back for whoever wants to look at it."""
+"""Read what a training run recorded in its folder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from rankllm_composer.training.validation import EVALUATIONS_FILE, PREFIX, read_
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run wrote down.
+    """Records of a training run.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         recipe: its resolved recipe, without secrets.
-        batches: lines of `metrics.jsonl`, one a batch.
-        evaluations: (batch, figures without their prefix), oldest first.
-        details: see `validation.read_details`.
-        tokens_per_list: of the training lists, prompt and response; empty = not known here.
-        published: see `published.published_figures`.
-        reranked: what its models were measured to be worth since, on whole lists.
+        batches: lines of `metrics.jsonl`, one per batch.
+        evaluations: (batch, metrics without their prefix), oldest first.
+        details: what `training.validation.read_details` returns.
+        tokens_per_list: lengths of the training lists, prompt and response; empty if unknown.
+        published: published results of the recipe: (metric, value).
+        reranked: results of reranking with its models.
     """
 
     name: str
@@ -42,20 +42,20 @@ class RunRecord:
 
 
 def read_run(folder: str | Path, tokens_per_list: Sequence[int] = ()) -> RunRecord:
-    """Read a run's folder.
+    """Read the folder of a run, which may still be training.
 
     Args:
-        folder: of a run, also of one that is still training.
-        tokens_per_list: of its training lists, where they are known.
+        folder: folder of the run.
+        tokens_per_list: lengths of its training lists, if known.
     Raises:
-        RunError: no metrics there.
+        RunError: the folder contains no metrics.
     """
     folder = Path(folder)
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
         raise RunError(
-            f"{folder}: found no metrics.jsonl, allowed is the folder of a run; name one, or train with "
-            "logging.metrics_file=true"
+            f"{folder} contains no metrics.jsonl; expected the folder of a training run. Pass one, or train with "
+            "logging.metrics_file=true."
         )
     lines = read_metrics(metrics)
     evaluations: dict[int, dict[str, float]] = {}
@@ -88,29 +88,29 @@ def _run_name(recipe: str) -> str:
 def with_reranked(
     runs: Sequence[RunRecord], folders: Sequence[str | Path], measured: Iterable[RerankResult]
 ) -> list[RunRecord]:
-    """The runs, each with what was measured of its models.
+    """Assign reranking results to the runs whose models they measure.
 
     Args:
-        runs: as read.
-        folders: of the runs, in the same order.
-        measured: each of a model in one of the folders; where there is one run, all are its.
+        runs: runs without results.
+        folders: their folders, in the same order.
+        measured: results, each of a model in one of the folders; a single run gets all of them.
     Raises:
-        RunError: the model is in none of several runs.
+        RunError: a model is in the folder of no run.
     """
     found: list[list[RerankResult]] = [[] for _ in runs]
     for one in measured:
         places = [i for i, folder in enumerate(folders) if Path(one.model).is_relative_to(Path(folder).resolve())]
         if not places and len(runs) > 1:
             raise RunError(
-                f"{one.name}: found figures of the model {one.model}, allowed are models in the folders of the runs "
-                f"{', '.join(map(str, folders))}; name its run, or show one run alone"
+                f"{one.name} contains results of the model {one.model}; expected a model in the folders of the runs "
+                f"{', '.join(map(str, folders))}. Add its run, or report on one run only."
             )
         found[places[0] if places else 0].append(one)
     return [replace(run, reranked=tuple(several)) for run, several in zip(runs, found)]
 
 
 def with_distinct_names(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs, those of one name numbered."""
+    """Number runs that have the same name."""
     names = [run.name for run in runs]
     return [
         replace(run, name=f"{run.name} ({names[: i + 1].count(run.name)})") if names.count(run.name) > 1 else run

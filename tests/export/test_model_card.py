@@ -13,7 +13,7 @@ from support.tiny_training import new_tokenizer
 
 from rankllm_composer.errors import ModelError
 from rankllm_composer.export.model_card import CardFacts, add_figures, published_figures, render_card, verdict
-from rankllm_composer.redaction import BLOTTED
+from rankllm_composer.redaction import REDACTED
 
 FACTS = CardFacts(
     name="first_mistral",
@@ -178,4 +178,4 @@ def test_no_secret_gets_into_a_card(secret):
 
 
 def test_a_card_of_harmless_facts_has_nothing_blotted_out():
-    assert BLOTTED not in render_card(FACTS)
+    assert REDACTED not in render_card(FACTS)

@@ -1,4 +1,4 @@
-"""`inspect`: what is shown of a record, and what stops it."""
+"""`inspect`: what it shows of a record, and which problems it reports."""
 
 from __future__ import annotations
 
@@ -67,28 +67,28 @@ def test_kinds_and_marks(mistral_v3_tokenizer, objective):
     else:
         assert marked == re.findall("[A-Z]", RECORD.response)
         assert trained == found.length - encoded.response_start
-    plain, coloured = ("\n".join(found.lines(colour)) for colour in (False, True))
+    plain, colored = ("\n".join(found.lines(color)) for color in (False, True))
     assert "⟪[⟫" in plain and "\033" not in plain
-    assert "\033[1;7;33m[\033[0m" in coloured and "⟪" not in coloured
+    assert "\033[1;7;33m[\033[0m" in colored and "⟪" not in colored
     assert plain.count("⟦") == len(marked) + 1  # and the legend's
-    assert f"length          {found.length:,} tokens of at most 400: trained whole" in plain
+    assert f"length          {found.length:,} tokens of at most 400: fits" in plain
 
 
-def test_too_long_is_never_cut(mistral_v3_tokenizer):
-    whole = inspect_record(RECORD, mistral_v3_tokenizer, "combined", max_length_tokens=400)
-    for too_long, fate in (("drop", "dropped and counted"), ("refuse", "the run stops")):
+def test_long_lists_are_not_truncated(mistral_v3_tokenizer):
+    complete = inspect_record(RECORD, mistral_v3_tokenizer, "combined", max_length_tokens=400)
+    for too_long, outcome in (("drop", "drops and counts it"), ("refuse", "stops with an error")):
         found = inspect_record(RECORD, mistral_v3_tokenizer, "combined", max_length_tokens=50, too_long=too_long)
         (problem,) = found.problems
-        assert f"found a list of {whole.length} tokens, allowed are 50" in problem and fate in problem
-        assert found.tokens == whole.tokens
+        assert f"is 50 but the list has {complete.length} tokens" in problem and outcome in problem
+        assert found.tokens == complete.tokens
 
 
-def test_merged_identifiers_stop(mistral_v3_tokenizer):
+def test_identifiers_of_several_tokens_are_a_problem_for_scores(mistral_v3_tokenizer):
     numbers = Record.from_conversations(conversation(3, num_candidates=12, style="numbers"))
     found = inspect_record(numbers, mistral_v3_tokenizer, "combined", max_length_tokens=900)
     assert found.encoded is None and "[10] takes several tokens" in found.problems[0]
     generated = inspect_record(numbers, mistral_v3_tokenizer, "generation", max_length_tokens=900)
-    assert generated.problems == [] and any("not scored at its first token" in note for note in generated.notes)
+    assert generated.problems == [] and any("not scored by its first token" in note for note in generated.notes)
 
 
 TEMPLATES = {
@@ -106,7 +106,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_that_serves_another_prompt_stops(mistral_v3_tokenizer, name):
+def test_chat_template_that_changes_the_served_prompt_is_a_problem(mistral_v3_tokenizer, name):
     template, expected = TEMPLATES[name]
     tokenizer = copy.deepcopy(mistral_v3_tokenizer)
     tokenizer.chat_template = template
@@ -114,7 +114,7 @@ def test_a_template_that_serves_another_prompt_stops(mistral_v3_tokenizer, name)
     assert problems == [] if expected is None else expected in problems[0]
 
 
-def test_a_bos_that_the_client_does_not_double(mistral_v3_tokenizer):
+def test_number_of_bos_tokens_is_compared_with_the_clients(mistral_v3_tokenizer):
     doubled = Record("q", "<s>" + RECORD.system, RECORD.user, RECORD.response)
     tokenizer = copy.deepcopy(mistral_v3_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[/INST]{% endfor %}"  # the tokenizer adds one <s>
@@ -130,16 +130,16 @@ def test_a_bos_that_the_client_does_not_double(mistral_v3_tokenizer):
     assert "found 1 beginning-of-sequence tokens before this record, 2" in serving_differences(without, alone)[0]
 
 
-def test_notes_name_what_may_surprise(zephyr_v1_tokenizer):
+def test_notes(zephyr_v1_tokenizer):
     word = RECORD.user.split("[A] ")[1].split()[0]
     record = Record("q", "other", RECORD.user.replace(word, "</s>"), RECORD.response)
     notes = "\n".join(inspect_record(record, zephyr_v1_tokenizer, "generation", max_length_tokens=900).notes)
-    assert "the system text is not the inference client's" in notes
-    assert "pad and end of sequence are one token" in notes
-    assert "holds </s>, which becomes a special token" in notes
+    assert "the system message differs from the inference client's" in notes
+    assert "the padding token is the end-of-sequence token" in notes
+    assert "contains </s>, which becomes a special token" in notes
 
 
-def test_records_of_shards_and_of_their_source_are_the_same(material, tmp_path):
+def test_shards_and_their_source_have_the_same_records(material, tmp_path):
     lines = (material / "records.jsonl").read_text().splitlines()
     source = SourceOptions(input=material / "records.jsonl")
     before = SplitRecords([(str(tmp_path / "shards"), None)], source)
@@ -167,7 +167,7 @@ def test_only_absent_shards_count_as_absent(tmp_path):
         find_split([(str(tmp_path), None)])
 
 
-def test_loss_parts_are_those_of_the_plain_model(material):
+def test_losses_equal_those_of_the_plain_model(material):
     """Against a plain Hugging Face forward of the same record, with the loaded and with random weights."""
     recipe = load_recipe(FIRST_MISTRAL, overlay(material))
     found = inspect_recipe(recipe, 2, loss=True)
@@ -200,7 +200,7 @@ def test_command(material, capsys):
     code, out, err = run(ZEPHYR, *overlay(material, "data.train.identifiers=numbers"))
     assert code == 0 and "⟦1⟧" in out
     code, out, err = run(FIRST_MISTRAL, *overlay(material, "data.max_length_tokens=64"))
-    assert code == 2 and "problem: data.max_length_tokens" in out and "1 to put right" in err
+    assert code == 2 and "problem: data.max_length_tokens" in out and "1 problems, see above" in err
     assert run()[0] == run(FIRST_MISTRAL, "--model", material)[0] == 2
     code, _, err = run("--model", material / "base")
     assert code == 2 and "found no contract" in err
@@ -232,7 +232,7 @@ def test_an_exported_folder_against_its_contract(material, tmp_path):
     assert "chat_template_sha256 is" in problems and "leaves out the system turn" in problems
 
 
-def test_a_request_is_diffed_token_by_token(mistral_v3_tokenizer, zephyr_v1_tokenizer):
+def test_request_is_diffed_token_by_token(mistral_v3_tokenizer, zephyr_v1_tokenizer):
     """What one side alone has is marked in its place, and nothing else: two <s>, a system text that is lost."""
     for tokenizer, num_bos in ((mistral_v3_tokenizer, 2), (zephyr_v1_tokenizer, 0)):
         found = diff_request(tokenizer)
@@ -241,7 +241,7 @@ def test_a_request_is_diffed_token_by_token(mistral_v3_tokenizer, zephyr_v1_toke
         assert tokens[: num_bos + 1].count("<s>") == num_bos or tokens[0] == "<s>"
         text = tokenizer.convert_tokens_to_string(tokens)
         assert "café" in text and "[A]" in text and "see (12) and [a]" in text  # mended, and as the client shows it
-        (head, *_) = found.lines(colour=False)
+        (head, *_) = found.lines(False)
         assert (
             head
             == f"a request: {len(tokens)} tokens as we make it, {len(tokens)} as the client's server does, the same"
@@ -253,7 +253,7 @@ def test_a_request_is_diffed_token_by_token(mistral_v3_tokenizer, zephyr_v1_toke
     alone = [token for mark, token in found.rows if mark == "-"]
     assert [mark for mark, _ in found.rows if mark == "+"] == []
     assert "RankLLM" in drops.convert_tokens_to_string(alone) and "identifier" not in "".join(alone)
-    plain, coloured = ("\n".join(found.lines(colour)) for colour in (False, True))
+    plain, colored = ("\n".join(found.lines(color)) for color in (False, True))
     assert f"{len(alone)} differ" in plain
     assert plain.count("⟨-") == len(alone) + 1  # and the legend's
-    assert coloured.count("\033[31m") == len(alone) and "⟨+" in plain.splitlines()[1]
+    assert colored.count("\033[31m") == len(alone) and "⟨+" in plain.splitlines()[1]

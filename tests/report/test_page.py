@@ -1,4 +1,4 @@
-"""The page of a run: what is on it, that it needs nothing else, and how it looks in a browser."""
+"""The report: its content, that it needs no other file, and how it looks in a browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankllm_composer.cli import main
 from rankllm_composer.errors import RunError
 from rankllm_composer.ranking.comparison import RerankResult, compare_runs, read_rerank_result, write_rerank_result
 from rankllm_composer.report.page import write_report
-from rankllm_composer.report.pictures import COLOURS, draw, gains, running_mean
+from rankllm_composer.report.pictures import COLORS, draw, gains, running_mean
 from rankllm_composer.report.run_record import read_run, with_reranked
 
 SECRET = "hf_abcdefghijklmnopqrstuvwx"
@@ -26,7 +26,7 @@ PICTURES = ["quality", "gains", "positions", "losses", "learning_rate", "through
 
 
 def write_run(folder: Path, *, slope: float = 1.0, num_batches: int = 20) -> Path:
-    """A run whose loss falls by a slope, with two evaluations, and a model that repeats the order it is shown."""
+    """Write a run whose loss falls linearly, with two evaluations of a model that repeats the presented order."""
     folder.mkdir(parents=True)
     lines, details = [], []
     for batch in range(1, num_batches + 1):
@@ -53,14 +53,14 @@ def write_run(folder: Path, *, slope: float = 1.0, num_batches: int = 20) -> Pat
             details.append({"batch": batch, "epoch": 0, "ndcg@10": {**windows, "x": {}}, "positions": positions})
         lines.append(line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = "".join(json.dumps(line) + "\n" for line in [details[0], *details])  # a resumed run came by it again
+    text = "".join(json.dumps(line) + "\n" for line in [details[0], *details])  # a resumed run evaluated it again
     (folder / "evaluations.jsonl").write_text(text + '{"batch": 99, "ep')
     (folder / "recipe.yaml").write_text(f"run: {{name: <b>x</b>}}\nhf_token: {SECRET}\n")
     return folder
 
 
 class Page(html.parser.HTMLParser):
-    """What a page holds: pictures by id, cells, addresses of anything else."""
+    """Content of a page: images by id, table rows, tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -92,14 +92,14 @@ class Page(html.parser.HTMLParser):
             self._in_cell = False
 
 
-def has_colour(image: Image.Image, colour: str, least: int = 30) -> bool:
-    """Whether so many pixels are about of a colour such as #1f6fb4."""
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+def has_color(image: Image.Image, color: str, minimum: int = 30) -> bool:
+    """Whether at least `minimum` pixels have about the given color, such as #1f6fb4."""
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
     pixels = np.asarray(image.convert("RGB"), int)
-    return int((np.abs(pixels - wanted).max(axis=2) < 12).sum()) >= least
+    return int((np.abs(pixels - wanted).max(axis=2) < 12).sum()) >= minimum
 
 
-def test_the_page_is_whole_and_alone(tmp_path):
+def test_page_is_complete_and_self_contained(tmp_path):
     run = read_run(write_run(tmp_path / "one"), [100, 200, 200, 300])
     drawn = write_report([run], tmp_path / "report.html", tmp_path / "pictures")
     assert drawn == PICTURES
@@ -116,12 +116,12 @@ def test_the_page_is_whole_and_alone(tmp_path):
     for name in PICTURES:
         saved = Image.open(tmp_path / "pictures" / f"{name}.png")
         assert saved.size == page.pictures[name].size
-        assert has_colour(saved, "#ffffff", 10_000)
-    assert has_colour(page.pictures["losses"], COLOURS[0])
+        assert has_color(saved, "#ffffff", 10_000)
+    assert has_color(page.pictures["losses"], COLORS[0])
     assert {path.name for path in tmp_path.iterdir()} == {"one", "report.html", "pictures"}
 
 
-def test_what_is_drawn_is_what_was_measured(tmp_path):
+def test_figures_show_the_metrics(tmp_path):
     run = read_run(write_run(tmp_path / "one"))
     figures = draw([run])
     panels = {panel.get_title(): panel for panel in figures["losses"].axes}
@@ -129,7 +129,7 @@ def test_what_is_drawn_is_what_was_measured(tmp_path):
     assert list(line.get_xdata()) == list(range(1, 21))
     assert np.allclose(line.get_ydata(), [3 - batch / 20 for batch in range(1, 21)])
     (line,) = panels["ranking"].lines
-    assert np.isnan(line.get_ydata()[4]) and not np.isnan(line.get_ydata()[5])  # a loss that was no number is a gap
+    assert np.isnan(line.get_ydata()[4]) and not np.isnan(line.get_ydata()[5])  # NaN is a gap
     curves = {line.get_label(): line for line in figures["quality"].axes[0].lines}
     assert list(curves["one, first token"].get_ydata()) == [0.4, 0.8]
     assert list(curves["one, generation"].get_xdata()) == [10, 20]
@@ -143,30 +143,30 @@ def test_what_is_drawn_is_what_was_measured(tmp_path):
     assert "lengths" not in figures
 
 
-def test_runs_side_by_side(tmp_path):
+def test_two_runs_share_figures_and_tables(tmp_path):
     runs = [read_run(write_run(tmp_path / name, slope=slope)) for name, slope in (("one", 1.0), ("two", 2.0))]
     pictures = draw(runs)
     first, second = pictures["losses"].axes[1].lines
     quality = {line.get_label(): line for line in pictures["quality"].axes[0].lines}
-    assert "presented" in quality and "one, presented" not in quality  # the same windows: one line for both
-    assert quality["two, generation"].get_color() == COLOURS[1]
-    assert (first.get_label(), first.get_color()) == ("one", COLOURS[0])
-    assert (second.get_label(), second.get_color(), second.get_ydata()[-1]) == ("two", COLOURS[1], 1.0)
+    assert "presented" in quality and "one, presented" not in quality  # the same windows, so one line for both
+    assert quality["two, generation"].get_color() == COLORS[1]
+    assert (first.get_label(), first.get_color()) == ("one", COLORS[0])
+    assert (second.get_label(), second.get_color(), second.get_ydata()[-1]) == ("two", COLORS[1], 1.0)
     write_report(runs, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
-    assert page.rows[0] == ["training", "one", "two"]
+    assert page.rows[0] == ["Training", "one", "two"]
     assert ["loss/train/total", "2", "1"] in page.rows
-    assert all(has_colour(page.pictures["losses"], colour) for colour in COLOURS[:2])
+    assert all(has_color(page.pictures["losses"], color) for color in COLORS[:2])
 
 
-def test_a_run_that_has_hardly_begun(tmp_path):
+def test_run_with_one_batch(tmp_path):
     folder = tmp_path / "new"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"event": "batch", "batch": 1, "epoch": 0, "tokens": 5, "lr": 0.1}\n{"eve')
     assert write_report([read_run(folder)], tmp_path / "report.html") == ["learning_rate"]
 
 
-def test_windows_without_judgments_have_a_table_and_no_curve(tmp_path):
+def test_windows_without_judgments_have_a_table_but_no_curve(tmp_path):
     folder = write_run(tmp_path / "one")
     text = (folder / "metrics.jsonl").read_text().replace("/ndcg@10", "/tau").replace("eval/presented/tau", "x")
     (folder / "metrics.jsonl").write_text(text)
@@ -174,15 +174,15 @@ def test_windows_without_judgments_have_a_table_and_no_curve(tmp_path):
     assert ["first_token/tau", "0.8000"] in Page((tmp_path / "report.html").read_text()).rows
 
 
-def test_a_folder_without_a_run(tmp_path, capsys):
-    with pytest.raises(RunError, match=r"found no metrics.jsonl, allowed is the folder of a run"):
+def test_folder_without_a_run_is_an_error(tmp_path, capsys):
+    with pytest.raises(RunError, match=r"contains no metrics.jsonl; expected the folder of a training run"):
         read_run(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["report", str(tmp_path)])
-    assert ended.value.code == 2 and "found no metrics.jsonl" in capsys.readouterr().err
+    assert ended.value.code == 2 and "contains no metrics.jsonl" in capsys.readouterr().err
 
 
-def test_the_command(tmp_path, capsys):
+def test_report_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["report", str(write_run(tmp_path / "one")), "--png", str(tmp_path / "png")])
     assert not ended.value.code
@@ -191,14 +191,14 @@ def test_the_command(tmp_path, capsys):
 
 
 def rerank_result(folder: Path, name: str = "dl20-bm25") -> RerankResult:
-    """Three queries: one that gains, one that loses, one that stays."""
+    """Three queries: one gains, one loses, one does not change."""
     first = {"a": ["x", "y"], "b": ["y", "x"], "c": ["y", "x"]}
     second = {"a": ["y", "x"], "b": ["y", "x"], "c": ["x", "y"]}
     rows = compare_runs(first, second, {qid: {"y": 1} for qid in first}, ["nDCG@10"])
     return RerankResult(name, str(folder / "hf" / "epoch_2"), "first_token", tuple(rows))
 
 
-def test_what_was_reranked_since_stands_beside_what_is_published(tmp_path, capsys):
+def test_reranking_results_are_compared_with_published_ones(tmp_path, capsys):
     for name in ("one", "two"):
         folder = write_run(tmp_path / name)
         (folder / "recipe.yaml").write_text("run: {name: first_mistral}\n")
@@ -216,28 +216,28 @@ def test_what_was_reranked_since_stands_beside_what_is_published(tmp_path, capsy
     mean = f"{(2 + lost) / 3:.4f}"
     assert ["dl20-bm25/nDCG@10", "one", mean, "0.7043", "above"] in page.rows
     assert ["dl20-bm25/nDCG@10", "two", "–", "0.7043", "not measured"] in page.rows
-    told = [f"{mean} → {mean}", "+0.0000", "1/1/1", "1.000"]
-    assert ["dl20-bm25/nDCG@10", "one, epoch_2, first token", *told] in page.rows
+    cells = [f"{mean} → {mean}", "+0.0000", "1/1/1", "1.000"]
+    assert ["dl20-bm25/nDCG@10", "one, epoch_2, first token", *cells] in page.rows
     runs = [read_run(tmp_path / name) for name in ("one", "two")]
     folders = [tmp_path / "one", tmp_path / "two"]
     heights = [bar.get_height() for bar in draw(with_reranked(runs, folders, [again]))["reranked"].axes[0].patches]
     assert heights == pytest.approx([lost - 1, 0, 1 - lost])
     elsewhere = rerank_result(tmp_path / "three")
-    with pytest.raises(RunError, match=r"dl20-bm25: found figures of the model .*three/hf/epoch_2, allowed are"):
+    with pytest.raises(RunError, match=r"dl20-bm25 contains results of the model .*three/hf/epoch_2; expected"):
         with_reranked(runs, folders, [elsewhere])
-    assert with_reranked(runs[:1], folders[:1], [elsewhere])[0].reranked == (elsewhere,)  # a model that was moved
+    assert with_reranked(runs[:1], folders[:1], [elsewhere])[0].reranked == (elsewhere,)  # the model was moved
     (tmp_path / "bad.json").write_text('{"name": "x"}')
     with pytest.raises(RunError, match=r"bad.json is not the result of a reranking"):
         read_rerank_result(tmp_path / "bad.json")
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_with_the_same_name_are_numbered(tmp_path):
     runs = [read_run(write_run(tmp_path / place / "run")) for place in ("a", "b")]
     write_report(runs, tmp_path / "report.html")
-    assert Page((tmp_path / "report.html").read_text()).rows[0] == ["training", "run (1)", "run (2)"]
+    assert Page((tmp_path / "report.html").read_text()).rows[0] == ["Training", "run (1)", "run (2)"]
 
 
-def test_running_mean_leaves_gaps_and_invents_nothing():
+def test_running_mean_keeps_gaps():
     values = np.array([1.0, 2.0, np.nan, 4.0, 100.0])
     mean = running_mean(values, 3)
     assert np.isnan(mean[2])
@@ -245,7 +245,7 @@ def test_running_mean_leaves_gaps_and_invents_nothing():
     assert np.array_equal(running_mean(values, 0), values, equal_nan=True)
 
 
-def test_long_runs_are_drawn_with_their_mean(tmp_path):
+def test_long_runs_are_drawn_with_their_running_mean(tmp_path):
     figure = draw([read_run(write_run(tmp_path / "one", num_batches=200))])["losses"]
     raw, mean = next(panel for panel in figure.axes if panel.get_title() == "total").lines
     assert len(raw.get_ydata()) == len(mean.get_ydata()) == 200 and raw.get_alpha() == 0.3
@@ -253,23 +253,23 @@ def test_long_runs_are_drawn_with_their_mean(tmp_path):
 
 
 def chromium() -> str:
-    """The browser's path. It belongs to these tests: `make test` installs it where it may."""
+    """Path of the browser, which `make test` installs if it is root."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     assert found, "needs Chromium, which is not on this machine: apt-get install chromium (as root `make test` does it)"
     return found
 
 
-def solid(pixels: np.ndarray, colour: str, size: int = 9) -> np.ndarray:
-    """(height, width) bool: pixels of squares of one colour, which no line fills."""
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+def solid(pixels: np.ndarray, color: str, size: int = 9) -> np.ndarray:
+    """(height, width) bool: pixels inside squares of one color, wider than any line."""
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
     filled = np.abs(pixels - wanted).max(axis=2) < 12
-    for combine in (np.all, np.any):  # what a square does not fit into is gone; the rest grows back
+    for combine in (np.all, np.any):  # erode, then dilate
         for axis in (0, 1):
             filled = combine([np.roll(filled, shift, axis) for shift in range(-(size // 2), size // 2 + 1)], axis=0)
     return filled
 
 
-def test_how_it_looks_in_a_browser(tmp_path):
+def test_page_in_a_browser(tmp_path):
     runs = [read_run(write_run(tmp_path / name, slope=slope)) for name, slope in (("one", 1.0), ("two", 2.0))]
     write_report(runs, tmp_path / "report.html")
     shot = tmp_path / "shot.png"
@@ -285,12 +285,12 @@ def test_how_it_looks_in_a_browser(tmp_path):
     )
     picture = Image.open(shot)
     assert picture.size == (1100, 3600)
-    assert all(has_colour(picture, colour, 300) for colour in COLOURS[:2])  # both runs' curves
+    assert all(has_color(picture, color, 300) for color in COLORS[:2])  # both runs' curves
     pixels = np.asarray(picture.convert("RGB"), int)
     yellow = (np.abs(pixels - np.array([253, 231, 37])).max(axis=2) < 12).sum()  # viridis: the top of its scale
     purple = (np.abs(pixels - np.array([68, 1, 84])).max(axis=2) < 12).sum()  # and its bottom
     assert yellow > 2000 and 3 < purple / yellow < 7  # six bright squares on the diagonal of thirty-six, for two runs
-    bars = solid(pixels, COLOURS[0])
+    bars = solid(pixels, COLORS[0])
     left, right = bars[:, :520], bars[:, 520:]  # the first run's gains by first token, -0.1 … 0.2, and generation, -0.1
     assert np.ptp(np.flatnonzero(left.any(axis=1))) / np.ptp(np.flatnonzero(right.any(axis=1))) == pytest.approx(
         3, rel=0.1

@@ -1,8 +1,8 @@
-"""Shared by tests: secret texts."""
+"""Examples of credentials."""
 
 from __future__ import annotations
 
-# Split, so that no scanner takes the examples for the real thing.
+# Split, so that secret scanners do not report the examples.
 SECRETS = [
     "AKIA" + "IOSFODNN7EXAMPLE",
     "wJalrXUtnFEMI/K7MDENG/bPxRfiCY" + "EXAMPLEKE1",

@@ -1,4 +1,4 @@
-"""Shared by tests: toy recipe."""
+"""Model configurations for plans: Mistral 7B, and a tiny model of the same architecture."""
 
 from __future__ import annotations
 
