@@ -2,7 +2,7 @@
 
 GGUF files are written for one runtime of inference. Read by transformers, their tokenizers come back with a beginning
 of sequence before every text, also where the chat template writes it, and with the end of sequence of the base model,
-not of the chat. Here the folder is made so that a prompt is tokenised as the template writes it.
+not of the chat. Here the folder is made so that a prompt is tokenized as the template writes it.
 """
 
 from __future__ import annotations

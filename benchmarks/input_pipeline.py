@@ -4,9 +4,9 @@
 
 Writes shards (zstd, xxh64) of synthetic lists: 20 passages whose words are lognormal (median 70, sigma 0.6) times a
 factor of the query (sigma 0.35), at most 300, at some 1.35 tokens a word. Then reads epochs of them through
-`data.build_train_data_spec` as a rank does: read, check hashes, chat template, repair text, tokenise, collate, hand
+`data.build_train_data_spec` as a rank does: read, check hashes, chat template, repair text, tokenize, collate, hand
 over. By number of workers; the first epoch, which starts them, is reported apart, and the rate is that of the epochs
-after it. Lists over 4,096 tokens are tokenised, counted and left out, as in training; rates count the tokens delivered.
+after it. Lists over 4,096 tokens are tokenized, counted and left out, as in training; rates count the tokens delivered.
 Tokens per CPU second of loader and workers together are what a core does when others have the machine, too. Default
 tokenizer: Mistral-7B-Instruct-v0.3's. Last comes what a training step eats: one packed list of a model of --shape, on
 all cores.

@@ -1,4 +1,4 @@
-"""Chat template and tokenizer: messages → prompt text → tokens, and what a tokenizer must be able to do for that."""
+"""Chat template and tokenizer: messages → prompt text → tokens, and the requirements on a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
 
-_PROBE = "rankllmprobe"  # a word no template holds
+_PROBE = "rankllmprobe"  # a word that no template contains
 
 
-_OPEN_END = "end the generation prompt of the chat template with a line break or a special token"
+_OPEN_END = "End the generation prompt of the chat template with a line break or a special token"
 
 
 @dataclass(slots=True)
 class _TokenizerInfo:
-    """What was found out about a tokenizer with its chat template."""
+    """Properties of a tokenizer with its chat template."""
 
     chat_template: Any
     has_system_role: bool
@@ -35,13 +35,14 @@ _INFO: WeakKeyDictionary[PreTrainedTokenizerBase, _TokenizerInfo] = WeakKeyDicti
 
 
 def build_messages(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    """Chat messages of a prompt: system and user, or the user turn alone, led by the system text, newline and space.
+    """Chat messages of a prompt: system and user, or the user turn alone after the system text, a newline and a space.
 
-    A chat template has a system role if what is sent under it comes out in the prompt. An empty system text is left
-    out, as the client does.
+    A chat template has a system role if the text of a system message appears in the prompt. An empty system text is
+    omitted, as in the client.
 
     Raises:
-        PromptError: the tokenizer is slow, its chat template is missing or fails, or its prompt has an open end.
+        PromptError: the tokenizer is slow, its chat template is missing or fails, or the end of its prompt merges with
+            the response.
     """
     return _messages(system, user, _facts(tokenizer).has_system_role)
 
@@ -55,23 +56,23 @@ def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
     from ftfy import fix_text
 
     try:
-        # The client sends enable_thinking=False; a template that does not know it takes no notice.
+        # The client sends enable_thinking=False; other templates ignore it.
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-    except Exception as error:  # a template is a program and raises what it likes
+    except Exception as error:  # a template is a program and can raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise PromptError(
-            f"{_name(tokenizer)}: the chat template failed on the roles {roles}: {error}; "
-            "correct tokenizer.chat_template"
+            f"{_name(tokenizer)}: the chat template failed on the roles {roles}: {error}. Correct "
+            "tokenizer.chat_template."
         ) from error
     return fix_text(str(text))
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
-    """Tokens of a prompt, with the special tokens the tokenizer adds in front, as the client's server makes them.
+    """Tokens of a prompt, with the special tokens that the tokenizer adds in front, as on the client's server.
 
-    A template that writes the beginning-of-sequence token itself thereby gets two, in training as in serving.
+    A template that writes the beginning-of-sequence token itself yields two of them, in training and in serving.
 
     Raises:
         PromptError: the tokenizer adds tokens after the text.
@@ -79,8 +80,8 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
     encoding: BatchEncoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     if encoding["input_ids"] and encoding.token_to_sequence(len(encoding["input_ids"]) - 1) is None:
         raise PromptError(
-            f"{_name(tokenizer)}: found tokens added after the end of the text, allowed is none, for a response or a "
-            "score follows; load it with add_eos_token=False"
+            f"{_name(tokenizer)} adds tokens after the end of the text, where the response has to follow. Load it with "
+            "add_eos_token=False."
         )
     return encoding
 
@@ -89,14 +90,14 @@ def bracket_position(encoding: BatchEncoding, start: int) -> int:
     """Index of the token of the `[` at character `start`.
 
     Raises:
-        PromptError: it is not a token of its own.
+        PromptError: it is part of a longer token.
     """
     index = encoding.char_to_token(start)
     span = None if index is None else encoding.token_to_chars(index)
     if index is None or span is None or (span.start, span.end) != (start, start + 1):
         raise PromptError(
-            "tokenizer: the '[' that opens the response merges with what stands beside it, allowed is a token of its "
-            f"own; {_OPEN_END}, or use another tokenizer"
+            "tokenizer: the '[' that opens the response merges with its neighbors; expected a separate token. "
+            f"{_OPEN_END}, or use another tokenizer."
         )
     return index
 
@@ -109,17 +110,17 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise PromptError(
-            f"{_name(tokenizer)}: found no end-of-sequence token, allowed is one, for it closes a response; "
-            "set tokenizer.eos_token, or use the objective ranking"
+            f"{_name(tokenizer)} has no end-of-sequence token, which closes a response. Set tokenizer.eos_token, or "
+            "use the objective ranking."
         )
     return int(tokenizer.eos_token_id)
 
 
 def identifier_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int | None, ...]:
-    """Token of each identifier as it stands in `[A] > [B]` after a prompt; None for one that takes several.
+    """Token of each identifier in `[A] > [B]` after a prompt; None for an identifier of several tokens.
 
     Raises:
-        PromptError: an identifier merges with its bracket, or has no token that is the same everywhere.
+        PromptError: an identifier merges with its bracket, or its token depends on its place.
     """
     facts = _facts(tokenizer)
     for name in names:
@@ -133,10 +134,10 @@ def identifier_token_ids(
     num_candidates: int,
     style: IdentifierStyle = "letters",
 ) -> tuple[int, ...]:
-    """Tokens of a list's identifiers, for objectives and decodings that read a score from each.
+    """Tokens of a list's identifiers, for objectives and decodings that read a score per identifier.
 
     Args:
-        tokenizer: a fast HF tokenizer with a chat template; looked at once, then remembered.
+        tokenizer: a fast HF tokenizer with a chat template; inspected once, then cached.
         num_candidates: length of the list.
         style: how candidates are named.
     Returns:
@@ -151,8 +152,8 @@ def identifier_token_ids(
     if len(single) < num_candidates:
         first = found.index(None)
         raise PromptError(
-            f"{_name(tokenizer)}: identifier [{names[first]}] takes several tokens, allowed is one each, so that "
-            f"one position scores all candidates; use letters, lists of at most {first}, or the objective generation"
+            f"{_name(tokenizer)}: identifier [{names[first]}] is several tokens; expected one, so that one position "
+            f"scores all candidates. Use letters, lists of at most {first}, or the objective generation."
         )
     return single
 
@@ -163,19 +164,19 @@ def check_tokenizer(
     style: IdentifierStyle = "letters",
     num_candidates: int = 20,
 ) -> None:
-    """Stop, before any record is read, where a tokenizer cannot carry an objective.
+    """Check, before any record is read, that a tokenizer supports an objective.
 
-    A pad token is not asked for: sequences are packed and nothing is padded.
+    A pad token is not required: sequences are packed and never padded.
 
     Args:
-        tokenizer: the tokenizer the model comes with.
+        tokenizer: of the model.
         objective: what will be trained.
         style: how the lists name their candidates.
         num_candidates: length of the longest list.
     Raises:
-        PromptError: slow tokenizer; no chat template; no end-of-sequence token (but for `ranking`); a prompt whose last
-            token depends on what follows; identifiers that merge with a bracket, are unknown or (but for `generation`)
-            take several tokens. Each names the remedy.
+        PromptError: slow tokenizer; no chat template; no end-of-sequence token (except for `ranking`); a prompt whose
+            last token depends on the response; identifiers that merge with a bracket, are unknown, or (except for
+            `generation`) are several tokens.
         PromptError: more candidates than the style can name.
     """
     identifier_tokens(tokenizer, identifiers(num_candidates, style))
@@ -186,27 +187,27 @@ def check_tokenizer(
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase) -> _TokenizerInfo:
-    """What holds for every prompt, found out once for a tokenizer and chat template.
+    """Properties shared by all prompts, computed once per tokenizer and chat template.
 
-    Tokens added later are not looked for (it would cost more than the tokenising): records that meet them are refused.
+    Tokens added later are not detected, which would cost more than tokenizing; records that contain them are refused.
     """
     facts = _INFO.get(tokenizer)
     if facts is not None and facts.chat_template == tokenizer.chat_template:
         return facts
     if not tokenizer.is_fast:
         raise PromptError(
-            f"{_name(tokenizer)}: found a slow tokenizer, allowed are fast ones, whose character offsets tell "
-            "the prompt from the response; load it with use_fast=True from a folder with a tokenizer.json"
+            f"{_name(tokenizer)} is a slow tokenizer; expected a fast one, whose character offsets separate prompt and "
+            "response. Load it with use_fast=True from a folder with a tokenizer.json."
         )
     if not tokenizer.chat_template:
         raise PromptError(
-            f"{_name(tokenizer)}: found no chat template, allowed is one that writes a user turn and a generation "
-            "prompt; set tokenizer.chat_template to that of the model's family"
+            f"{_name(tokenizer)} has no chat template; expected one that writes a user turn and a generation prompt. "
+            "Set tokenizer.chat_template to that of the model's family."
         )
     if _PROBE not in render_chat([{"role": "user", "content": _PROBE}], tokenizer):
         raise PromptError(
-            f"{_name(tokenizer)}: found a chat template that leaves out the user turn, allowed is one that writes it; "
-            "set tokenizer.chat_template to that of the model's family"
+            f"{_name(tokenizer)}: the chat template omits the user turn. Set tokenizer.chat_template to that of the "
+            "model's family."
         )
     try:
         both = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "query"}]
@@ -219,8 +220,8 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> _TokenizerInfo:
     for response in ("[", "[A] > [B]", "[1] > [2]"):
         if tokenize(prompt + response, tokenizer)["input_ids"][: len(alone)] != alone:
             raise PromptError(
-                f"{_name(tokenizer)}: the end of the prompt, {prompt[-20:]!r}, is tokenised otherwise when a response "
-                f"follows, allowed is an end that stays the same; {_OPEN_END}"
+                f"{_name(tokenizer)}: the end of the prompt, {prompt[-20:]!r}, is tokenized differently when a "
+                f"response follows. {_OPEN_END}."
             )
     facts = _TokenizerInfo(tokenizer.chat_template, has_system_role, prompt)
     _INFO[tokenizer] = facts
@@ -245,15 +246,15 @@ def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase
         span = None if index is None else encoding.token_to_chars(index)
         if index is None or span is None or span.start < start or span.end > end:
             raise PromptError(
-                f"{_name(tokenizer)}: identifier [{name}] merges with its bracket, allowed is a token of its own; "
-                f"use {'numbers' if name.isalpha() else 'letters'}, or another tokenizer"
+                f"{_name(tokenizer)}: identifier [{name}] merges with its bracket; expected a separate token. "
+                f"Use {'numbers' if name.isalpha() else 'letters'}, or another tokenizer."
             )
         tokens.add(encoding["input_ids"][index] if span.end == end else None)
     token = tokens.pop()
     if tokens or (token is not None and tokenizer.convert_ids_to_tokens(token) != name):
         raise PromptError(
-            f"{_name(tokenizer)}: identifier [{name}] has no token {name!r} that is the same everywhere in a response, "
-            "allowed is one that has; use a tokenizer that knows it"
+            f"{_name(tokenizer)}: identifier [{name}] is not the token {name!r} everywhere in a response. Use a "
+            "tokenizer whose vocabulary contains it."
         )
     return token
 

@@ -1,4 +1,4 @@
-"""The decoding contract: what whoever serves an exported model must do to read the ranking it was trained to give."""
+"""The decoding contract: how an exported model is prompted, and how its ranking is read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLIENT_TEMPLATES = {"letters": "rank_zephyr_alpha_template.yaml", "numbers": "ra
 
 @dataclass(frozen=True, slots=True)
 class DecodingContract:
-    """How a model is asked and how its answer is read; `reranker.json` of an exported folder.
+    """How a model is prompted and how its answer is read; `reranker.json` of an exported folder.
 
     Attributes:
         objective: what was trained: generation, ranking or combined.
@@ -39,11 +39,11 @@ class DecodingContract:
         chat_template_sha256: hash of the tokenizer's chat template, UTF-8.
         identifier_style: letters or numbers.
         identifiers: names of the candidates in presentation order.
-        identifier_token_ids: their tokens inside the brackets; None where they are several tokens (generation only).
-        append_bracket: True = the model never learned to write the opening bracket: append it to the prompt.
-        score_token_index: place, after the prompt, of the token whose logits are the scores: 1 where the model
-            writes the bracket itself, 0 where it is appended.
-        num_bos: beginning-of-sequence tokens that begin a prompt, as the client tokenises it.
+        identifier_token_ids: their tokens inside the brackets; None if they are several tokens (generation only).
+        append_bracket: True = append the opening bracket to the prompt; the model never learned to write it.
+        score_token_index: index, after the prompt, of the token whose logits are the scores: 1 if the model writes
+            the bracket itself, 0 if it is appended.
+        num_bos: beginning-of-sequence tokens at the start of a prompt, as the client tokenizes it.
         eos_token_ids: tokens that end an answer.
         window_size: candidates in one prompt.
         stride: candidates a window moves up the list.
@@ -70,29 +70,29 @@ class DecodingContract:
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
-            raise ModelError(f"objective: found {self.objective!r}, allowed are {', '.join(OBJECTIVES)}")
+            raise ModelError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
         if self.identifier_style not in CLIENT_TEMPLATES:
-            raise ModelError(f"identifier_style: found {self.identifier_style!r}, allowed are letters, numbers")
+            raise ModelError(f"identifier_style is {self.identifier_style!r}; expected letters or numbers")
         if not 1 <= self.stride <= self.window_size:
             raise ModelError(
-                f"stride: found {self.stride} with a window of {self.window_size}, allowed is 1 to {self.window_size}, "
-                "or candidates between two windows are never compared",
+                f"stride is {self.stride} with a window of {self.window_size}; expected 1 to {self.window_size}, so "
+                "that no candidate falls between windows",
             )
         if self.window_size > len(self.identifiers):
             raise ModelError(
-                f"window_size: found {self.window_size} with {len(self.identifiers)} identifiers, allowed is at most "
-                "one candidate an identifier; make the window smaller",
+                f"window_size is {self.window_size} but there are only {len(self.identifiers)} identifiers. Make the "
+                "window smaller.",
             )
         if self.identifier_token_ids is None:
             if self.objective != "generation":
                 raise ModelError(
-                    f"identifier_token_ids: found none with the objective {self.objective}, which scores candidates by "
-                    "them; allowed is none only for generation",
+                    f"identifier_token_ids is null, but the objective {self.objective} scores candidates by them; null "
+                    "is valid only for generation",
                 )
         elif len(set(self.identifier_token_ids)) != len(self.identifiers):
             raise ModelError(
-                f"identifier_token_ids: found {len(set(self.identifier_token_ids))} different tokens for "
-                f"{len(self.identifiers)} identifiers, allowed is one token an identifier",
+                f"identifier_token_ids has {len(set(self.identifier_token_ids))} distinct tokens for "
+                f"{len(self.identifiers)} identifiers; expected one token per identifier",
             )
 
     def to_json(self) -> str:
@@ -104,23 +104,24 @@ class DecodingContract:
         """Contract from the text of `reranker.json`.
 
         Raises:
-            ModelError: not JSON, another format, keys missing or unknown, or values that contradict each other;
-                named after `place`.
+            ModelError: not JSON, another format, keys missing or unknown, or values that contradict each other; the
+                message starts with `place`.
         """
         try:
             values: Any = json.loads(text)
         except ValueError as error:
-            raise ModelError(f"{place}: found no JSON ({error}); export the model again") from None
+            raise ModelError(f"{place} is not valid JSON ({error}). Export the model again.") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
             raise ModelError(
-                f"{place}: found format {found!r}, allowed is {FORMAT}; read it with the package version that wrote it",
+                f"{place}: format is {found!r}; expected {FORMAT}. Read it with the package version that wrote it.",
             )
         names = {field.name for field in dataclasses.fields(cls)}
         given = set(values) - {"format"}
         if given != names:
             raise ModelError(
-                f"{place}: missing {sorted(names - given)}, unknown {sorted(given - names)}; export the model again",
+                f"{place}: missing keys {sorted(names - given)}, unknown keys {sorted(given - names)}. Export the "
+                "model again.",
             )
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value := values[name], list) else value for name in names
@@ -135,15 +136,14 @@ def read_contract(folder: str | Path) -> DecodingContract:
     """Decoding contract of an exported folder.
 
     Raises:
-        ModelError: the folder has no `reranker.json`, or one that does not read.
+        ModelError: the folder has no `reranker.json`, or an invalid one.
     """
     path = Path(folder) / CONTRACT_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ModelError(
-            f"{path}: found no contract ({error.strerror}); allowed is a folder this package exported, or give the "
-            "decoding on the command line",
+            f"{path}: no contract ({error.strerror}); expected a folder that this package exported",
         ) from None
     return DecodingContract.from_json(text, str(path))
 
@@ -204,21 +204,21 @@ def decoding_contract(
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the default chat template: two tokenizers with the same hash write the same prompts.
+    """Hash of the default chat template; two tokenizers with the same hash write the same prompts.
 
     Raises:
         ModelError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ModelError(
-            f"tokenizer {tokenizer.name_or_path}: found no chat template, allowed is one that writes a user turn and a "
-            "generation prompt; set tokenizer.chat_template to the template of the model's family",
+            f"tokenizer {tokenizer.name_or_path} has no chat template; expected one that writes a user turn and a "
+            "generation prompt. Set tokenizer.chat_template to that of the model's family.",
         )
     return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
 
 
 def num_bos_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Beginning-of-sequence tokens at the head of a prompt.
+    """Number of beginning-of-sequence tokens at the start of a prompt.
 
     The client renders the chat template to text and tokenizes that text with special tokens, so a template that
     writes the token itself and a tokenizer that adds one give two.
@@ -228,5 +228,5 @@ def num_bos_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def count_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Beginning-of-sequence tokens at the head of these tokens."""
+    """Number of beginning-of-sequence tokens at the start of a sequence."""
     return sum(1 for _ in takewhile(lambda token: token == tokenizer.bos_token_id, ids))

@@ -1,8 +1,4 @@
-"""Prompts: a teacher-ranked list → prompt text → token ids and where they supervise.
-
-The parts are `user_turn` (query and passages ⇄ text) and `chat` (messages → text → tokens); what other rooms need of
-them is importable from here.
-"""
+"""A record as token ids: the prompt, the response, and the positions that are supervised."""
 
 from __future__ import annotations
 
@@ -42,11 +38,11 @@ class EncodedRecord:
     """A record as the model sees it.
 
     Attributes:
-        input_ids: (L,) int32. For `ranking` the prompt and a `[`; otherwise prompt, response, end of sequence.
-        response_start: index of the first token that is not prompt; L for `ranking`.
+        input_ids: (L,) int32; for `ranking` the prompt and a `[`, otherwise prompt, response and end of sequence.
+        response_start: index of the first token after the prompt; L for `ranking`.
         score_position: index of the `[` whose next-token logits score the candidates.
         identifier_token_ids: (N,) int32, the token of each candidate's identifier in presentation order; None only for
-            `generation` where an identifier takes several tokens.
+            `generation`, if an identifier is several tokens.
         ranks: (N,) int64, the teacher's 0-based place of each candidate.
     """
 
@@ -58,7 +54,7 @@ class EncodedRecord:
 
 
 def render_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt text of a record, up to where the response begins: chat template, then `ftfy.fix_text`.
+    """Prompt text of a record, without the response: chat template, then `ftfy.fix_text`.
 
     Raises:
         PromptError: the tokenizer cannot be used (see `check_tokenizer`).
@@ -97,26 +93,26 @@ def encode_record(
 ) -> EncodedRecord:
     """Token ids and supervision of a record.
 
-    The text is tokenised once, prompt and response together; character offsets say where the response begins.
+    Prompt and response are tokenized together, once; character offsets give the start of the response.
 
     Args:
         record: a Record, or a mapping of the published layout.
         tokenizer: a fast HF tokenizer with a chat template.
-        objective: "ranking" ends the prompt with `[` and holds no response; "generation" and "combined" hold it.
+        objective: for "ranking" the prompt ends with `[` and there is no response; "generation" and "combined" have it.
     Returns:
         EncodedRecord.
     Raises:
-        PromptError: the record is not of the layout, its response is no permutation of its passages, or the tokenizer
+        PromptError: the record has another layout, its response is not a permutation of its passages, or the tokenizer
             cannot be used (see `check_tokenizer`).
     """
     if objective not in OBJECTIVES:
-        raise PromptError(f"objective: found {objective!r}, allowed are {', '.join(OBJECTIVES)}")
+        raise PromptError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     if not isinstance(record, Record):
         record = Record.from_conversations(record)
     where = f"record {record.id!r}"
     try:
         style = identifier_style(record.response)
-        # A turn that is not of the client's layout announces nothing: then the response says how many there are.
+        # A turn in another layout announces no number of passages: then the response gives it.
         num_candidates = num_announced(record.user) or record.response.count("[")
         permutation = parse_permutation(record.response, num_candidates, style)
     except PromptError as error:
@@ -140,8 +136,8 @@ def encode_record(
         token = tokens[index]
         if token is not None and ids[encoding.char_to_token(start)] != token:
             raise PromptError(
-                f"{where}: response: identifier [{names[index]}] is not the token {token} that it is elsewhere; use a "
-                "tokenizer whose identifiers do not merge with what stands beside them"
+                f"{where}: response: identifier [{names[index]}] is not the token {token} that it is elsewhere. Use a "
+                "tokenizer whose identifiers do not merge with their neighbors."
             )
         start += len(names[index]) + len("] > [")
     input_ids = np.array([*ids, end_of_sequence(tokenizer)], dtype=np.int32)

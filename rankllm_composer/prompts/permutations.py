@@ -27,7 +27,7 @@ SEPARATOR = " > "
 _BRACKETED = re.compile(r"\[([^\[\]]*)\]")
 
 
-# What the client reads as a digit beside 0-9: runs of look-alikes, each with the digit its first character stands for.
+# Digits besides 0-9 in the client: runs of look-alikes, each with the digit of its first character.
 _DIGIT_RUNS = (
     ("⁰¹²³⁴⁵⁶⁷⁸⁹", 0),
     ("₀₁₂₃₄₅₆₇₈₉", 0),
@@ -45,13 +45,13 @@ _DIGITS = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """What the inference client makes of a model's answer.
+    """The order that the inference client reads from a model's answer.
 
     Attributes:
-        permutation: candidate indices, best first; always complete, whatever the answer was.
-        num_repeated: identifiers of the list that came again (ignored).
-        num_out_of_range: identifiers that are not of the list (ignored).
-        num_missing: candidates the answer did not name (appended in input order).
+        permutation: candidate indices, best first; always complete.
+        num_repeated: repeated identifiers (ignored).
+        num_out_of_range: identifiers outside the list (ignored).
+        num_missing: candidates that the answer did not name (appended in input order).
         is_well_formed: True if `parse_permutation` would accept the answer, white space around it aside.
     """
 
@@ -75,13 +75,13 @@ def identifiers(num_candidates: int, style: IdentifierStyle = "letters") -> tupl
     """
     if style not in MAX_CANDIDATES:
         raise PromptError(
-            f"identifier style: found {style!r}, allowed are {', '.join(get_args(IdentifierStyle))}",
+            f"identifier style is {style!r}; expected one of {', '.join(get_args(IdentifierStyle))}",
         )
     limit = MAX_CANDIDATES[style]
     if not 1 <= num_candidates <= limit:
         raise PromptError(
-            f"number of candidates: found {num_candidates}, allowed with {style} is 1 to {limit}; "
-            + ("use a shorter window" if style == "numbers" else "use a shorter window, or numbers (1 to 99)"),
+            f"number of candidates is {num_candidates}; expected 1 to {limit} with {style}. "
+            + ("Use a shorter window." if style == "numbers" else "Use a shorter window, or numbers (1 to 99)."),
         )
     if style == "letters":
         return tuple(string.ascii_uppercase[:num_candidates])
@@ -92,7 +92,7 @@ def identifier_style(text: str) -> IdentifierStyle:
     """Style of the first bracketed identifier of `text`: `[B] > [A]` is letters, `[2] > [1]` is numbers.
 
     Raises:
-        PromptError: the text holds no bracketed letter or number.
+        PromptError: the text contains no bracketed letter or number.
     """
     for match in _BRACKETED.finditer(text):
         if re.fullmatch(r"[A-Z]", match[1]):
@@ -100,7 +100,7 @@ def identifier_style(text: str) -> IdentifierStyle:
         if re.fullmatch(r"[0-9]{1,2}", match[1]):
             return "numbers"
     raise PromptError(
-        f"permutation: found {_shorten(text)}, which names no candidate; write it like '[B] > [A]' or '[2] > [1]'",
+        f"permutation: {_shorten(text)} names no candidate; expected a text like '[B] > [A]' or '[2] > [1]'",
     )
 
 
@@ -116,7 +116,7 @@ def format_permutation(permutation: Sequence[int], style: IdentifierStyle = "let
 
 
 def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "letters") -> tuple[int, ...]:
-    """Candidate indices, best first, of a text that must name every candidate exactly once.
+    """Parse a text that must name every candidate exactly once.
 
     Args:
         text: `[B] > [A] > [C]`, nothing before, between or after.
@@ -125,16 +125,15 @@ def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "
     Returns:
         N indices into the list: (1, 0, 2).
     Raises:
-        PromptError: with the identifiers that repeat, are missing, exceed the list or are unknown, or the place
-            where the text leaves the format.
+        PromptError: identifiers repeat, are missing, exceed the list or are unknown, or the format is another one.
     """
     names = identifiers(num_candidates, style)
     index_of = {name: i for i, name in enumerate(names)}
     found = _BRACKETED.findall(text)
     if SEPARATOR.join(f"[{name}]" for name in found) != text:
         raise PromptError(
-            f"permutation: found {_shorten(text)}, allowed is bracketed identifiers joined by ' > ' and nothing else, "
-            f"e.g. '{SEPARATOR.join(f'[{name}]' for name in reversed(names[:2]))}'; correct the response",
+            f"permutation is {_shorten(text)}; expected bracketed identifiers joined by ' > ' and nothing else, "
+            f"e.g. '{SEPARATOR.join(f'[{name}]' for name in reversed(names[:2]))}'. Correct the response.",
         )
     every = identifiers(MAX_CANDIDATES[style], style)
     faults = {
@@ -143,22 +142,22 @@ def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "
         "beyond the list": [name for name in every[num_candidates:] if name in found],
         "unknown": list(dict.fromkeys(name for name in found if name not in every)),
     }
-    told = "; ".join(f"{fault}: {_shorten(', '.join(which))}" for fault, which in faults.items() if which)
-    if told:
+    wrong = "; ".join(f"{fault}: {_shorten(', '.join(which))}" for fault, which in faults.items() if which)
+    if wrong:
         raise PromptError(
-            f"permutation: found {_shorten(text)} for {num_candidates} candidates, {told}; allowed is each of "
-            f"[{names[0]}] to [{names[-1]}] once; correct the response or leave the record out",
+            f"permutation is {_shorten(text)} for {num_candidates} candidates ({wrong}); expected each of "
+            f"[{names[0]}] to [{names[-1]}] once. Correct the response or remove the record.",
         )
     return tuple(index_of[name] for name in found)
 
 
 def parse_answer(text: str, num_candidates: int, style: IdentifierStyle = "letters") -> ParsedAnswer:
-    """Order the inference client takes from a model's answer: never fails, always complete.
+    """Read a model's answer as the inference client does; never fails, always complete.
 
-    Identifiers count in the order they come; repeats and those out of range are dropped, missing candidates follow in
-    input order. As in the client, brackets do not matter, letters that touch are read as one identifier (`AB` is the
-    12th, not the 1st and 2nd), only what follows a last `</think>` counts, digit look-alikes (①, ２, ³) are digits,
-    and where a number cannot be read at all the input order stands.
+    Identifiers count in order; repeats and those out of range are dropped, and missing candidates follow in input
+    order. As in the client, brackets do not matter, adjacent letters are one identifier (`AB` is the 12th, not the 1st
+    and 2nd), only the text after a last `</think>` counts, digit look-alikes (①, ２, ³) are digits, and if a number
+    cannot be parsed at all the input order is kept.
 
     Args:
         text: the answer, any text.
@@ -167,7 +166,7 @@ def parse_answer(text: str, num_candidates: int, style: IdentifierStyle = "lette
     Returns:
         ParsedAnswer.
     Raises:
-        PromptError: style is unknown, or no such list can exist. Never because of `text`.
+        PromptError: the style is unknown, or no such list can exist; never because of `text`.
     Source:
         rank_llm 0.25.7, listwise answers.
     """
@@ -211,7 +210,7 @@ def ranks_from_permutation(permutation: Sequence[int]) -> tuple[int, ...]:
 
 
 def permutation_from_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Permutation whose ranks these are, the inverse of `ranks_from_permutation`: (2, 0, 1) → (1, 2, 0).
+    """Permutation with these ranks, the inverse of `ranks_from_permutation`: (2, 0, 1) → (1, 2, 0).
 
     Raises:
         PromptError: not a permutation of 0 … N-1 (ties included).
@@ -229,7 +228,7 @@ def permutation_from_scores(scores: Iterable[float]) -> tuple[int, ...]:
     values = [float(score) for score in scores]
     for i, value in enumerate(values):
         if math.isnan(value):
-            raise PromptError(f"scores: found NaN at candidate {i}, allowed are numbers and infinities")
+            raise PromptError(f"scores: NaN at candidate {i}; expected numbers or infinities")
     return tuple(sorted(range(len(values)), key=lambda i: -values[i]))
 
 
@@ -243,7 +242,7 @@ def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
 def _check(values: Sequence[int], what: str) -> None:
     if sorted(values) != list(range(len(values))):
         raise PromptError(
-            f"{what}: found {_shorten(str(list(values)))}, allowed is each of 0 to {len(values) - 1} exactly once"
+            f"{what}: {_shorten(str(list(values)))}; expected each of 0 to {len(values) - 1} exactly once"
         )
 
 

@@ -66,36 +66,35 @@ class Record:
     def from_conversations(cls, mapping: Mapping[str, Any]) -> Record:
         """Record from the published layout: `{"id": …, "conversations": [system, human, gpt]}`.
 
-        The order of the turns is the contract, of each only `value` counts. `qid`, `docids` and `grades` are taken
-        where they are given.
+        The turns are identified by their order; only their `value` is read. `qid`, `docids` and `grades` are optional.
 
         Raises:
-            PromptError: no id, not exactly three turns, a turn without text, docids or grades that are no lists.
+            PromptError: no id, not exactly three turns, a turn without text, or docids or grades that are not lists.
         """
         if not isinstance(mapping, Mapping):
-            raise PromptError(f"record: found {type(mapping).__name__}, allowed is a mapping with id and conversations")
+            raise PromptError(f"record is {type(mapping).__name__}; expected a mapping with id and conversations")
         name = mapping.get("id")
         if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
-            raise PromptError(f"record: id is {name!r}, allowed is a text or a whole number; give every record its own")
+            raise PromptError(f"record: id is {name!r}; expected a text or an integer. Give every record a unique id.")
         where = f"record {name!r}"
         turns = mapping.get("conversations")
         if not isinstance(turns, Sequence) or isinstance(turns, str) or len(turns) != 3:
             found = f"{len(turns)} turns" if isinstance(turns, Sequence) and not isinstance(turns, str) else repr(turns)
             raise PromptError(
-                f"{where}: conversations: found {found}, allowed is exactly three: system, human, gpt; "
-                "write an empty system text as an empty value"
+                f"{where}: conversations: {found}; expected exactly three turns: system, human, gpt. Write an empty "
+                "system text as an empty value."
             )
         for place, turn in zip(("system", "human", "gpt"), turns):
             if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
                 raise PromptError(
-                    f"{where}: conversations: the {place} turn has no text under 'value'; write each turn as "
-                    "{'from': …, 'value': text}"
+                    f"{where}: conversations: the {place} turn has no text under 'value'. Write each turn as "
+                    "{'from': …, 'value': text}."
                 )
         docids, grades = mapping.get("docids"), mapping.get("grades")
         if docids is not None and not _is_list_of(docids, (str, int)):
-            raise PromptError(f"{where}: docids: found {docids!r}, allowed is a list of texts, one a passage")
+            raise PromptError(f"{where}: docids is {docids!r}; expected a list of texts, one per passage")
         if grades is not None and not _is_list_of(grades, (int,)):
-            raise PromptError(f"{where}: grades: found {grades!r}, allowed is a list of whole numbers, one a passage")
+            raise PromptError(f"{where}: grades is {grades!r}; expected a list of integers, one per passage")
         return cls(
             id=str(name),
             system=turns[0]["value"],
@@ -108,17 +107,17 @@ class Record:
 
 
 def validate_record(record: Record, place: str = "record") -> UserTurn:
-    """Check that a record is one list of 2 or more passages under one query, with a complete order of them.
+    """Check that a record is one list of 2 or more passages for one query, with a complete order of them.
 
-    The user turn may be worded otherwise than the client's: it is trained as it stands (see `read_user_turn`).
+    The user turn may differ from the client's prompt; it is trained unchanged (see `read_user_turn`).
 
     Args:
         record: the record.
-        place: where it comes from, for the error.
+        place: file and index of the record, for the error.
     Returns:
-        The user turn taken apart: query, passages, identifier style.
+        The parsed user turn.
     Raises:
-        RecordError: what is wrong and what to do.
+        RecordError: the record cannot be trained on.
     """
 
     def bad(reason: str) -> RecordError:
@@ -129,20 +128,20 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
         texts["qid"] = record.qid
     for what, text in texts.items():
         if not isinstance(text, str):
-            raise bad(f"{what}: found {type(text).__name__}, allowed is text; correct the record")
+            raise bad(f"{what} is {type(text).__name__}; expected text. Correct the record.")
         if not text.strip() and what not in ("system turn", "qid"):
-            raise bad(f"{what}: found nothing, allowed is text; correct the record or leave it out")
+            raise bad(f"{what} is empty. Correct the record or remove it.")
         if not is_unicode(text):
-            raise bad(f"{what}: found half of a surrogate pair, allowed is Unicode; write the text again")
+            raise bad(f"{what} contains half of a surrogate pair; expected valid Unicode. Write the text again.")
     try:
         turn = record.turn
     except PromptError as error:
         raise bad(str(error)) from error
     num_candidates = len(turn.passages)
     if num_candidates < 2:
-        raise bad(f"user turn: found {num_candidates} passage, allowed are 2 or more; leave the record out")
+        raise bad(f"user turn: {num_candidates} passage; expected 2 or more. Remove the record.")
     if not turn.query.strip():
-        raise bad("user turn: the query is empty; correct the record or leave it out")
+        raise bad("user turn: the query is empty. Correct the record or remove it.")
     try:
         parse_permutation(record.response, num_candidates, turn.style)
     except PromptError as error:
@@ -151,31 +150,31 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
         if values is None:
             continue
         if len(values) != num_candidates:
-            raise bad(f"{what}: found {len(values)} for {num_candidates} passages, allowed is one each; correct them")
-        strange = [value for value in values if not isinstance(value, kind) or isinstance(value, bool)]
-        if strange:
-            raise bad(f"{what}: found {strange[0]!r}, allowed is {'text' if kind is str else 'whole numbers'}")
+            raise bad(f"{what} has {len(values)} entries for {num_candidates} passages; expected one per passage")
+        invalid = [value for value in values if not isinstance(value, kind) or isinstance(value, bool)]
+        if invalid:
+            raise bad(f"{what} contains {invalid[0]!r}; expected {'text' if kind is str else 'integers'}")
     for docid in record.docids or ():
         if not is_unicode(docid):
-            raise bad("docids: found half of a surrogate pair, allowed is valid Unicode; correct them")
+            raise bad("docids contains half of a surrogate pair; expected valid Unicode")
     return turn
 
 
 def augment_record(
     record: Record, *, seed: int, epoch: int, shuffle_passages: bool, identifiers: IdentifierStyle | None
 ) -> Record:
-    """The same list with its passages in another order, or its candidates named in another style.
+    """Shuffle the passages of a list, or rename its candidates.
 
     Args:
-        record: its user turn is of the client's layout, in one reading.
-        seed, epoch: with the record's id they decide the order, and nothing else does.
-        shuffle_passages: permute the passages; response, docids and grades go with them.
-        identifiers: "letters" or "numbers"; None = the record's own.
+        record: its user turn is exactly the client's prompt.
+        seed, epoch: determine the order, together with the record's id.
+        shuffle_passages: permute the passages, and response, docids and grades with them.
+        identifiers: "letters" or "numbers"; None = keep them.
     Returns:
         A new record with the same id.
     Raises:
-        PromptError: the user turn cannot be read back, the response is no permutation of it, or the style has too
-            few identifiers.
+        PromptError: the user turn cannot be parsed, the response is not a permutation of it, or the style has too few
+            identifiers.
     """
     try:
         turn = parse_user_turn(record.user)
@@ -194,9 +193,9 @@ def augment_record(
         )
     except PromptError as error:
         raise PromptError(
-            f"record {record.id!r}: its passages cannot be shuffled or named anew: {error}; leave "
+            f"record {record.id!r}: its passages cannot be shuffled or renamed: {error} Keep "
             "data.train.shuffle_passages and data.train.identifiers at their defaults for these shards, or build them "
-            "without this record"
+            "without this record."
         ) from error
 
 
@@ -211,7 +210,7 @@ def id_digest(record_id: str) -> bytes:
 
 
 def is_unicode(text: str) -> bool:
-    """True if the text can be written as UTF-8; JSON can hold half of a surrogate pair, which cannot."""
+    """True if the text can be written as UTF-8; half of a surrogate pair, which JSON allows, cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""The user turn of a request: query and passages ⇄ its text, and what is done to a passage before it goes in.
+"""The user turn of a prompt: rendered from query and passages, and parsed back; passages are cleaned and truncated.
 
-All of it follows the inference client (rank_llm 0.25.7) to the letter, so that a model is trained on the prompts it
-will be served.
+Everything follows the inference client (rank_llm 0.25.7) exactly, so that a model is trained on the prompts that it is
+served.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _OPENING_PATTERN = re.compile(
 )
 
 
-# The same parts as prompts of other versions word them.
+# The same parts in prompts of other versions.
 _ANY_OPENING = re.compile(
     r"\s*I will provide you with (?P<num>[1-9][0-9]{0,3}) passages, each indicated by (?:an? )?"
     r"(?:(?P<letters>alphabet(?:ic|ical)?|letter)|numerical|numeric|number) identifiers? \[\]\.?\s+"
@@ -56,7 +56,7 @@ _ANY_OPENING = re.compile(
 )
 
 
-# These begin with a letter or break of their own, so that long texts are searched fast.
+# These begin with a fixed character, so that long texts are searched fast.
 _ANY_QUERY_AGAIN = re.compile(r"\n[Ss]earch [Qq]uery:")
 
 
@@ -80,7 +80,7 @@ _DOCUMENT_FIELDS = ("text", "segment", "contents", "content", "body", "passage")
 
 @dataclass(frozen=True, slots=True)
 class UserTurn:
-    """What a user turn is made of; see `render_user_turn`.
+    """The parts of a user turn; see `render_user_turn`.
 
     Attributes:
         query: without the full stop that follows it.
@@ -96,17 +96,17 @@ class UserTurn:
 
 
 def clean_query(query: str) -> str:
-    """Query as the client shows it: `[12]` becomes `(12)`, lest it look like an identifier."""
+    """Query as the client shows it: `[12]` becomes `(12)`, which does not look like an identifier."""
     return _NUMBER_IN_BRACKETS.sub(r"(\1)", query)
 
 
 def document_text(document: Mapping[str, Any]) -> str:
-    """Text of a document as the client takes it: its first field of text, segment, contents, content, body, passage.
+    """Text of a document as in the client: its first field of text, segment, contents, content, body, passage.
 
-    A title that is not empty leads it: `Title: … Content: …`.
+    A title comes first, if there is one: `Title: … Content: …`.
 
     Raises:
-        PromptError: the document has none of these fields, or what it holds is no text.
+        PromptError: the document has none of these fields, or the field is not text.
     """
     title = document.get("title") or ""
     for name in _DOCUMENT_FIELDS:
@@ -116,18 +116,18 @@ def document_text(document: Mapping[str, Any]) -> str:
                 break
             return f"Title: {title} Content: {text}" if title else text
     raise PromptError(
-        f"document: found {_shorten(dict(document))}, allowed is a text under one of {', '.join(_DOCUMENT_FIELDS)}; "
-        "a title, where there is one, is text too"
+        f"document is {_shorten(dict(document))}; expected text under one of {', '.join(_DOCUMENT_FIELDS)}, and a "
+        "title that is text if there is one"
     )
 
 
 def passage_word_limit(num_passages: int, max_words: int = 300) -> int:
-    """Words the client allows a passage: `max_words` in a window of 20, else in proportion: max_words · 20 / n."""
+    """Words per passage in the client: `max_words` in a window of 20, otherwise max_words · 20 / n."""
     return int(max_words * (20 / num_passages))
 
 
 def truncate_passage(text: str, max_words: int) -> str:
-    """Passage as the client shows it: repaired, cut to `max_words` words, single spaces, `[12]` → `(12)`."""
+    """Passage as the client shows it: repaired by ftfy, cut to `max_words` words, single spaces, `[12]` → `(12)`."""
     from ftfy import fix_text
 
     words = fix_text(text.strip()).split()
@@ -135,7 +135,7 @@ def truncate_passage(text: str, max_words: int) -> str:
 
 
 def render_user_turn(query: str, passages: Sequence[str], style: IdentifierStyle = "letters") -> str:
-    """The user turn of a request, exactly as the client writes it; query and passages are taken as they are.
+    """Write the user turn of a prompt exactly as the client does; query and passages are not changed.
 
     Raises:
         PromptError: no passages, more than the style can name, or an unknown style.
@@ -148,26 +148,25 @@ def render_user_turn(query: str, passages: Sequence[str], style: IdentifierStyle
 
 
 def num_announced(text: str) -> int | None:
-    """Number of passages a user turn announces; None if it does not open as the client's template does."""
+    """Number of passages that a user turn announces; None if its opening is not the client's."""
     opening = _OPENING_PATTERN.match(text)
     return int(opening[1]) if opening else None
 
 
 def parse_user_turn(text: str) -> UserTurn:
-    """Query, passages and identifier style of a user turn, the inverse of `render_user_turn`.
+    """Parse a user turn in exactly the client's layout; the inverse of `render_user_turn`.
 
-    Passages may hold line breaks and identifiers of their own. A parse is given only if it is the one reading of the
-    text, so that `render_user_turn` of it is `text` and nothing else would have given this text.
+    Passages may contain line breaks and identifiers. The parse is returned only if it is unambiguous:
+    `render_user_turn` gives `text` for it, and for no other query and passages.
 
     Raises:
-        PromptError: the text is not of the layout, holds another number of passages than it announces, or can be read
-            in more than one way.
+        PromptError: the text has another layout or another number of passages than it announces, or is ambiguous.
     """
     opening = _OPENING_PATTERN.match(text)
     if opening is None:
         raise PromptError(
-            f"user turn: found {_shorten(text)}, allowed is the client's layout, which opens with "
-            f"{_OPENING.format(num='N', kind='an alphabetical')!r}"
+            f"user turn is {_shorten(text)}; expected the client's layout, which opens with "
+            f"{_OPENING.format(num='N', kind='an alphabetical')!r}."
         )
     num = int(opening[1])
     style: IdentifierStyle = "letters" if opening[2] == _KIND["letters"] else "numbers"
@@ -178,7 +177,7 @@ def parse_user_turn(text: str) -> UserTurn:
     closing = _CLOSING.format(num=num, example=_EXAMPLE[style])
     middle = text[opening.end() :].removesuffix(closing)  # query, passages and query again
     if len(middle) == len(text) - opening.end():
-        raise PromptError(f"user turn: found …{text[-60:]!r} at the end, allowed is the client's closing {closing!r}")
+        raise PromptError(f"user turn ends with …{text[-60:]!r}; expected the client's closing {closing!r}.")
 
     readings: list[UserTurn] = []
     for first in re.finditer(re.escape(f".\n[{names[0]}] "), middle):
@@ -188,65 +187,61 @@ def parse_user_turn(text: str) -> UserTurn:
             body = middle[first.end() : len(middle) - len(again)]
             readings += [UserTurn(query, passages, style) for passages in _readings(body, names)]
     if len(readings) != 1:
-        told = (
-            "a text with several readings, for an identifier opens more than one line"
+        reason = (
+            "several readings, because an identifier opens more than one line"
             if readings
-            else f"no query that comes twice with [{names[0]}] to [{names[-1]}] between, each opening a line"
+            else f"no query that occurs twice with [{names[0]}] to [{names[-1]}] between, each at the start of a line"
         )
-        raise PromptError(
-            f"user turn: found {told}; allowed is the client's layout in one reading; give each passage one line"
-        )
+        raise PromptError(f"user turn has {reason}; expected the client's layout. Write each passage on one line.")
     beyond = identifiers(MAX_CANDIDATES[style], style)[num : num + 1]
     if beyond and f"\n[{beyond[0]}] " in readings[0].passages[-1]:
         raise PromptError(
-            f"user turn: found a passage [{beyond[0]}] where {num} are announced; correct the number or the passages"
+            f"user turn has a passage [{beyond[0]}] but announces {num}. Correct the number or the passages."
         )
     return readings[0]
 
 
 def read_user_turn(text: str) -> UserTurn:
-    """Query, passages and identifier style of a user turn that may be worded otherwise than the client's.
+    """Parse a user turn that may differ from the client's prompt.
 
-    What `parse_user_turn` takes is read by it. Beside that: white space between the parts, another example or other
-    last words, the query with or without a full stop, the kind of identifier in other words, and passages whose lines
-    look like the layout. Every passage begins at the earliest line that its identifier opens after the one before it.
-    This tells how many passages there are and how they are named; it does not give the text back.
+    Tries `parse_user_turn` first. It also accepts white space between the parts, another example or closing, the query
+    with or without a full stop, other words for the kind of identifier, and passages with lines that look like the
+    layout. Every passage begins at the earliest line that its identifier opens after the previous passage.
 
     Raises:
-        PromptError: no opening or closing, identifiers that are missing, out of order or more than announced, two
-            numbers of passages, or two queries.
+        PromptError: opening or closing is missing; identifiers are missing, out of order or more than announced; or
+            the two numbers of passages or the two queries differ.
     """
     with suppress(PromptError):
         return parse_user_turn(text)
     opening = _ANY_OPENING.match(text)
     if opening is None:
         raise PromptError(
-            f"user turn: found {_shorten(text)}, allowed is a text that opens like the client's: "
-            f"{_OPENING.format(num='N', kind='an alphabetical')!r}; correct the record or leave it out"
+            f"user turn is {_shorten(text)}; expected an opening like the client's: "
+            f"{_OPENING.format(num='N', kind='an alphabetical')!r}. Correct the record or remove it."
         )
     closing = _last(_ANY_CLOSING, text, opening.end(), len(text))
     again = closing and _last(_ANY_QUERY_AGAIN, text, opening.end(), closing.start())
     if closing is None or again is None:
         raise PromptError(
-            f"user turn: found …{text[-60:]!r} at the end, allowed is a closing like the client's: a line 'Search "
-            f"Query: …', then 'Rank the {opening['num']} passages above …'; correct the record or leave it out"
+            f"user turn ends with …{text[-60:]!r}; expected a closing like the client's: a line 'Search Query: …', "
+            f"then 'Rank the {opening['num']} passages above …'. Correct the record or remove it."
         )
     num, area = int(opening["num"]), (opening.end(), again.start() + 1)  # with the line break
-    # What opens the lines decides: passages may have been renamed and the opening left as it was.
+    # The identifiers themselves decide: passages may have been renamed without changing the opening.
     kind = _FIRST_MARK.search(text, *area) or opening
     style: IdentifierStyle = "letters" if kind["letters"] else "numbers"
     marks = _earliest_marks(text, area, num, style)
     if int(closing["num"]) != num:
         raise PromptError(
-            f"user turn: found {num} passages announced and {closing['num']} asked for; correct the record or leave it "
-            "out"
+            f"user turn announces {num} passages but asks to rank {closing['num']}. Correct the record or remove it."
         )
     query = text[opening.end() : marks[0].start()].strip()
     query_again = text[again.end() : closing.start()].strip()
-    if _essence(query) != _essence(query_again):
+    if _normalize(query) != _normalize(query_again):
         raise PromptError(
-            f"user turn: found the query {_shorten(query)} before the passages and {_shorten(query_again)} after them, "
-            "allowed is one query; correct the record or leave it out"
+            f"user turn has the query {_shorten(query)} before the passages and {_shorten(query_again)} after them; "
+            "expected one query. Correct the record or remove it."
         )
     ends = [*(mark.start() for mark in marks[1:]), area[1]]
     passages = tuple(text[mark.end() : end].strip() for mark, end in zip(marks, ends))
@@ -254,7 +249,7 @@ def read_user_turn(text: str) -> UserTurn:
 
 
 def _earliest_marks(text: str, area: tuple[int, int], num: int, style: IdentifierStyle) -> list[re.Match[str]]:
-    """The lines of `area` that open with the first `num` identifiers in order, each as early as can be."""
+    """Starts of the first `num` passages in `area`: the earliest lines that open with the identifiers in order."""
     try:
         names = identifiers(num, style)
     except PromptError as error:
@@ -266,13 +261,13 @@ def _earliest_marks(text: str, area: tuple[int, int], num: int, style: Identifie
             marks.append(mark)
         elif len(marks) == num and mark[1] in beyond:
             raise PromptError(
-                f"user turn: found a passage [{mark[1]}] where {num} are announced; correct the number or the passages"
+                f"user turn has a passage [{mark[1]}] but announces {num}. Correct the number or the passages."
             )
     if len(marks) < num:
         after = f" after [{names[len(marks) - 1]}]" if marks else ""
         raise PromptError(
-            f"user turn: found no line{after} that opens with [{names[len(marks)]}]; allowed are {num} passages, as "
-            f"announced, named [{names[0]}] to [{names[-1]}] in order; correct the record or leave it out"
+            f"user turn has no line{after} that opens with [{names[len(marks)]}]; expected {num} passages, as "
+            f"announced, named [{names[0]}] to [{names[-1]}] in order. Correct the record or remove it."
         )
     return marks
 
@@ -284,15 +279,15 @@ def _last(pattern: re.Pattern[str], text: str, start: int, end: int) -> re.Match
     return match
 
 
-def _essence(query: str) -> str:
-    """What must be the same where a query comes twice: its words, without full stops at the end."""
+def _normalize(query: str) -> str:
+    """Words of a query without full stops at the end, for comparing the two."""
     return " ".join(query.split()).rstrip(". ")
 
 
 def _readings(body: str, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The earliest and the latest way to cut `body`, which follows the first identifier, at the others in order.
 
-    Every other way lies between the two, so if they are the same there is one reading. Gives none, one or two.
+    Every other way lies between the two, so if they are equal there is one reading. Returns none, one or two.
     """
     marks = [f"\n[{name}] " for name in names[1:]]
     earliest: list[int] = []

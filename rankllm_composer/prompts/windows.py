@@ -1,4 +1,4 @@
-"""Windows: the candidates of one prompt, cut from a list from the bottom up, and shortened until they fit."""
+"""Windows: the candidates of one prompt, taken from a list bottom to top, with passages truncated until they fit."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-WORDS_SHARE = 4  # the client takes one word off every passage for each 4 tokens that one of them is over
+WORDS_SHARE = 4  # the client removes one word from every passage per 4 excess tokens of a passage
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Window:
-    """A prompt that asks for an order of its candidates.
+    """A prompt that asks to rank its candidates.
 
     Attributes:
-        id: names the window in messages.
+        id: of the window, for messages.
         input_ids: (L,) int32, the prompt's tokens and then `[`.
         num_candidates: N.
         style: how the candidates are named.
@@ -46,14 +46,14 @@ class Window:
 
 
 def record_window(record: Record, tokenizer: PreTrainedTokenizerBase, order: Sequence[int] | None = None) -> Window:
-    """Window of a teacher-ranked list, as it is or with its passages in another order.
+    """Window of a teacher-ranked list, unchanged or with its passages in another order.
 
     Args:
-        record: system and user turn are taken; the response tells the number of candidates and their style.
+        record: system and user turn are used; the response gives the number of candidates and their style.
         tokenizer: a fast HF tokenizer with a chat template.
-        order: candidates in the order to show them; None = as the record shows them.
+        order: candidates in presentation order; None = that of the record.
     Raises:
-        PromptError: the user turn cannot be read back (only with an order), or the tokenizer cannot be used.
+        PromptError: the user turn cannot be parsed (only with an order), or the tokenizer cannot be used.
         PromptError: the response names no candidate.
     """
     style, user = identifier_style(record.response), record.user
@@ -74,15 +74,15 @@ def fit_window(
     context_size_tokens: int = 4096,
     max_passage_words: int = 300,
 ) -> Window:
-    """Window of candidates, passages cut as the inference client cuts them until prompt and answer fit the context.
+    """Window of candidates, with passages truncated as in the inference client until prompt and answer fit the context.
 
     Args:
-        window_id: names the window in messages.
-        query, texts: as they are in the collection.
+        window_id: of the window, for messages.
+        query, texts: as in the collection.
         tokenizer: a fast HF tokenizer with a chat template.
         style: how the candidates are named.
         context_size_tokens: prompt and answer together.
-        max_passage_words: words of a passage in a window of 20; more in a shorter one, fewer where they do not fit.
+        max_passage_words: words of a passage in a window of 20; more in a shorter one, fewer if they do not fit.
     Raises:
         PromptError: prompt and answer do not fit even without passages.
         PromptError: the tokenizer cannot be used.
@@ -100,9 +100,9 @@ def fit_window(
             return Window(window_id, input_ids, num_candidates, style)
         if words == 0:
             raise PromptError(
-                f"window {window_id}: found {len(input_ids) - 1} tokens of prompt without any passage and {reserved} "
-                f"of answer, allowed are {context_size_tokens} together; use a shorter window, a shorter query or a "
-                "larger context_size_tokens"
+                f"window {window_id}: {len(input_ids) - 1} tokens of prompt without passages and {reserved} of answer "
+                f"exceed the context of {context_size_tokens}. Use a shorter window, a shorter query or a larger "
+                "context_size_tokens."
             )
         words = max(0, words - max(1, excess // (WORDS_SHARE * num_candidates)))
 
@@ -110,10 +110,10 @@ def fit_window(
 def answer_lengths(
     tokenizer: PreTrainedTokenizerBase, num_candidates: int, style: IdentifierStyle = "letters"
 ) -> tuple[int, int]:
-    """Tokens of an answer: how many the inference client asks for, and how many a whole answer has.
+    """Tokens of an answer: how many the inference client requests, and how many a complete answer has.
 
-    The client encodes an answer and takes one off for the beginning-of-sequence token, so that with a tokenizer that
-    adds none it asks for one token too few: the last bracket, which does not matter.
+    The client encodes an answer and subtracts one for the beginning-of-sequence token. With a tokenizer that adds none
+    it requests one token too few: the last bracket, which does not matter.
     """
     answer = format_permutation(range(num_candidates), style)
     asked = len(tokenizer(answer)["input_ids"]) - 1
@@ -121,20 +121,19 @@ def answer_lengths(
 
 
 def sliding_spans(num_candidates: int, window_size: int, stride: int) -> list[tuple[int, int]]:
-    """Windows over a list, from the bottom up: (first, last + 1) of each, in the order they are ranked.
+    """Windows over a list, bottom to top: (first, last + 1) per window, in the order in which they are ranked.
 
-    As in the inference client the window moves `stride` up until it reaches the top; the last one may be shorter. A
-    list shorter than the window is one window. Unlike in the client that is so for every length: a list of exactly
-    window_size - stride candidates the client leaves as it is, unless it is told its length. A window of one candidate
-    is left out.
+    As in the inference client the window moves up by `stride` until it reaches the top; the last one may be shorter. A
+    list shorter than the window is one window. Unlike here, the client does not rank a list of exactly window_size -
+    stride candidates unless it is given the length. A window of one candidate is omitted.
 
     Raises:
         PromptError: the window is shorter than two or than the stride, or the stride below 1.
     """
     if not 1 <= stride <= window_size or window_size < 2:
         raise PromptError(
-            f"window {window_size}, stride {stride}: allowed is a window of 2 or more and a stride of 1 to the window, "
-            "or candidates between two of them are never compared"
+            f"window is {window_size} and stride {stride}; expected a window of 2 or more and a stride of 1 to the "
+            "window, so that no candidate falls between two windows"
         )
     spans = []
     stop = num_candidates

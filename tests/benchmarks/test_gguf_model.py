@@ -1,4 +1,4 @@
-"""A model written as GGUF comes back as an HF folder: the same weights, prompts tokenised as their template says."""
+"""A model written as GGUF comes back as an HF folder: the same weights, prompts tokenized as their template says."""
 
 from __future__ import annotations
 

@@ -342,7 +342,7 @@ RERANKINGS = [
 
 @pytest.mark.slow
 def test_reranking_gives_the_same_orders(ask_server, models):
-    """Same model, same requests, both decodings: tokenised, packed or cached, read and slid as the client does it."""
+    """Same model, same requests, both decodings: tokenized, packed or cached, read and slid as the client does it."""
     asked = requests((1, 2, 5, 11))
     questions = [{"folder": models[case["model"]], "requests": asked, **case} for case in RERANKINGS]
     theirs = ask_server([("rerank", {k: v for k, v in case.items() if k != "model"}) for case in questions])

@@ -187,10 +187,10 @@ def test_merged_identifiers_stop(objective: str, changed, qwen_like) -> None:
     after.add_tokens(["C]"])
     # To qwen_like "[A" is a word, and the lists it has seen made the word a token.
     for tokenizer, name in ((qwen_like, "A"), (before, "B"), (after, "C")):
-        told = re.escape(f"identifier [{name}] merges with its bracket") + ".*use numbers, or another tokenizer"
-        with pytest.raises(PromptError, match=told):
+        message = re.escape(f"identifier [{name}] merges with its bracket") + ".*Use numbers, or another tokenizer"
+        with pytest.raises(PromptError, match=message):
             encode_record(record(), tokenizer, objective)
-        with pytest.raises(PromptError, match=told):
+        with pytest.raises(PromptError, match=message):
             check_tokenizer(tokenizer, objective)
 
 
@@ -217,16 +217,16 @@ def test_tokens_added_after_the_first_record(changed, objective: str, added: str
         after = encode_record(record(), tokenizer, objective)
         assert tokenizer.decode(after.input_ids[after.score_position]) == "["
     else:
-        with pytest.raises(PromptError, match=r"merges with what stands beside it|is not the token"):
+        with pytest.raises(PromptError, match=r"merges with its neighbors|is not the token"):
             encode_record(record(), tokenizer, objective)
 
 
 @pytest.mark.parametrize("objective", ["ranking", "combined"])
 def test_identifiers_of_several_tokens_stop_where_scores_are_read(mistral_v3_tokenizer, objective: str) -> None:
-    told = r"identifier \[10\] takes several tokens.*lists of at most 9, or the objective generation"
-    with pytest.raises(PromptError, match=told):
+    message = r"identifier \[10\] is several tokens.*lists of at most 9, or the objective generation"
+    with pytest.raises(PromptError, match=message):
         encode_record(record(10, "numbers"), mistral_v3_tokenizer, objective)
-    with pytest.raises(PromptError, match=told):
+    with pytest.raises(PromptError, match=message):
         check_tokenizer(mistral_v3_tokenizer, objective, "numbers", 20)
 
 
@@ -242,7 +242,7 @@ def test_identifiers_of_several_tokens_are_generated(mistral_v3_tokenizer) -> No
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_unknown_identifiers_stop(objective: str) -> None:
     tokenizer = word_level_tokenizer("[ ] > A C")
-    with pytest.raises(PromptError, match=r"identifier \[B\] has no token 'B' that is the same everywhere"):
+    with pytest.raises(PromptError, match=r"identifier \[B\] is not the token 'B' everywhere"):
         encode_record(record(), tokenizer, objective)
 
 
@@ -255,31 +255,31 @@ def test_more_candidates_than_names(mistral_v3_tokenizer) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [
-        (None, "no chat template.*set tokenizer.chat_template"),
-        ("{{ nothing.at.all }}", "the chat template failed on the roles user.*correct tokenizer.chat_template"),
+        (None, "no chat template.*Set tokenizer.chat_template"),
+        ("{{ nothing.at.all }}", "the chat template failed on the roles user.*Correct tokenizer.chat_template"),
         ("{% for %}", "the chat template failed"),
         ("{{ raise_exception('not today') }}", "failed on the roles user: not today"),
-        ("<user>\n", "leaves out the user turn"),
-        (USER_ONLY.replace("<answer>\n", "ANSWER: "), "is tokenised otherwise when a response follows.*line break"),
+        ("<user>\n", "omits the user turn"),
+        (USER_ONLY.replace("<answer>\n", "ANSWER: "), "is tokenized differently when a response follows.*line break"),
     ],
 )
-def test_templates_that_cannot_be_used(changed, template: str | None, told: str, objective: str) -> None:
+def test_templates_that_cannot_be_used(changed, template: str | None, message: str, objective: str) -> None:
     tokenizer = changed(chat_template=template)
     for _ in range(2):  # a refusal is not forgotten
-        with pytest.raises(PromptError, match=told):
+        with pytest.raises(PromptError, match=message):
             encode_record(record(), tokenizer, objective)
-        with pytest.raises(PromptError, match=told):
+        with pytest.raises(PromptError, match=message):
             check_tokenizer(tokenizer, objective)
-        with pytest.raises(PromptError, match=told):
+        with pytest.raises(PromptError, match=message):
             encode_prompt("s", "u", tokenizer, True)
 
 
 def test_slow_tokenizers_stop(tmp_path) -> None:
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
     tokenizer = BertTokenizer(tmp_path / "vocab.txt", chat_template=CHATML)
-    with pytest.raises(PromptError, match=r"BertTokenizer: found a slow tokenizer.*use_fast=True"):
+    with pytest.raises(PromptError, match=r"BertTokenizer is a slow tokenizer.*use_fast=True"):
         check_tokenizer(tokenizer, "ranking")
 
 
@@ -290,7 +290,7 @@ def test_no_end_of_sequence(changed) -> None:
     for objective in ("generation", "combined"):
         for call in (lambda o: encode_record(record(), tokenizer, o), lambda o: check_tokenizer(tokenizer, o)):
             with pytest.raises(
-                PromptError, match=r"no end-of-sequence token.*set tokenizer.eos_token, or use the objective"
+                PromptError, match=r"no end-of-sequence token.*Set tokenizer.eos_token, or use the objective"
             ):
                 call(objective)
 
@@ -310,7 +310,7 @@ def test_tokens_after_the_text_stop(changed, objective: str) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
     )
-    with pytest.raises(PromptError, match=r"tokens added after the end of the text.*add_eos_token=False"):
+    with pytest.raises(PromptError, match=r"adds tokens after the end of the text.*add_eos_token=False"):
         encode_record(record(), tokenizer, objective)
 
 

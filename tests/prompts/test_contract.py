@@ -66,19 +66,19 @@ def test_it_reads_back(tmp_path, objective):
 
 def test_numbers_of_several_tokens_are_for_generation_alone():
     assert new_contract("generation", identifier_token_ids=None).identifier_token_ids is None
-    with pytest.raises(ModelError, match="identifier_token_ids: found none with the objective combined"):
+    with pytest.raises(ModelError, match="identifier_token_ids is null, but the objective combined"):
         new_contract("combined", identifier_token_ids=None)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "pairwise"}, "objective: found 'pairwise', allowed are generation, ranking, combined"),
-        ({"identifier_style": "roman"}, "identifier_style: found 'roman'"),
-        ({"stride": 0}, "stride: found 0 with a window of 20"),
-        ({"stride": 21}, "stride: found 21 with a window of 20"),
-        ({"window_size": 21}, "window_size: found 21 with 20 identifiers"),
-        ({"identifier_token_ids": (7,) * 20}, "found 1 different tokens for 20 identifiers"),
+        ({"objective": "pairwise"}, "objective is 'pairwise'; expected one of generation, ranking, combined"),
+        ({"identifier_style": "roman"}, "identifier_style is 'roman'"),
+        ({"stride": 0}, "stride is 0 with a window of 20"),
+        ({"stride": 21}, "stride is 21 with a window of 20"),
+        ({"window_size": 21}, "window_size is 21 but there are only 20 identifiers"),
+        ({"identifier_token_ids": (7,) * 20}, "has 1 distinct tokens for 20 identifiers"),
     ],
 )
 def test_contradictions_are_refused(changes, message):
@@ -89,10 +89,10 @@ def test_contradictions_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "found no JSON"),
-        ("[]", "found format 'list', allowed is 1"),
-        ('{"format": 2}', "found format 2, allowed is 1"),
-        ('{"format": 1}', "missing .*'stride'"),
+        ("{", "is not valid JSON"),
+        ("[]", "format is 'list'; expected 1"),
+        ('{"format": 2}', "format is 2; expected 1"),
+        ('{"format": 1}', "missing keys .*'stride'"),
     ],
 )
 def test_files_that_do_not_read_are_named(tmp_path, text, message):
@@ -110,14 +110,14 @@ def test_values_of_another_type_are_refused(tmp_path, key, value):
 
 
 def test_a_folder_without_contract_is_named(tmp_path):
-    with pytest.raises(ModelError, match="found no contract"):
+    with pytest.raises(ModelError, match="no contract"):
         read_contract(tmp_path)
 
 
 def test_tokenizers_that_cannot_serve_are_refused():
     without_template = new_tokenizer()
     without_template.chat_template = None
-    with pytest.raises(ModelError, match="found no chat template"):
+    with pytest.raises(ModelError, match="has no chat template"):
         new_contract(tokenizer=without_template)
     without_end = copy.deepcopy(new_tokenizer())
     without_end.eos_token = None

@@ -117,7 +117,7 @@ def test_boundary_and_scores_whatever_the_text(
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_one_tokenisation_a_record(monkeypatch, tokenizers: dict, name: str, objective: str) -> None:
+def test_one_tokenization_per_record(monkeypatch, tokenizers: dict, name: str, objective: str) -> None:
     tokenizer = tokenizers[name]
     encode_record(make_record(), tokenizer, objective)
     plain, texts = type(tokenizer)._batch_encode_plus, []
@@ -140,7 +140,7 @@ def test_rebuilt_tokenizers_are_the_ones_measured(name: str, shared: Path, reque
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    ("response", "told"),
+    ("response", "message"),
     [
         ("[A] > [B]", "missing: 'C'"),
         ("[A] > [B] > [C] > [D]", "beyond the list: 'D'"),
@@ -153,8 +153,8 @@ def test_rebuilt_tokenizers_are_the_ones_measured(name: str, shared: Path, reque
         ("", "names no candidate"),
     ],
 )
-def test_responses_that_are_no_permutation_stop(tokenizers: dict, response: str, told: str, objective: str) -> None:
-    with pytest.raises(PromptError, match=rf"record 'r': response: .*{told}"):
+def test_responses_that_are_no_permutation_stop(tokenizers: dict, response: str, message: str, objective: str) -> None:
+    with pytest.raises(PromptError, match=rf"record 'r': response: .*{message}"):
         encode_record(make_record(response=response), tokenizers["mistral_v3"], objective)
 
 
@@ -164,12 +164,12 @@ def test_a_turn_of_another_layout_takes_its_length_from_the_response(tokenizers:
     assert encoded.ranks.tolist() == [1, 0]
     with pytest.raises(PromptError, match="beyond the list: 'C'"):
         encode_record(Record("r", "", record.user, "[C] > [A]"), tokenizers["zephyr_v1"], "combined")
-    with pytest.raises(PromptError, match="found 27, allowed with letters is 1 to 26"):
+    with pytest.raises(PromptError, match="is 27; expected 1 to 26 with letters"):
         encode_record(Record("r", "", record.user, "[A]" * 27), tokenizers["zephyr_v1"], "combined")
 
 
 def test_objectives(tokenizers: dict) -> None:
-    with pytest.raises(PromptError, match="found 'rank', allowed are generation, ranking, combined"):
+    with pytest.raises(PromptError, match="is 'rank'; expected one of generation, ranking, combined"):
         encode_record(make_record(), tokenizers["mistral_v3"], "rank")
 
 
@@ -187,32 +187,32 @@ def test_from_conversations_takes_order_and_value_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "told"),
+    ("mapping", "message"),
     [
-        (None, "found NoneType, allowed is a mapping"),
-        (["conversations"], "found list"),
+        (None, "is NoneType; expected a mapping"),
+        (["conversations"], "is list"),
         ({}, "id is None"),
         ({**conversations("s", "u", "r"), "id": ""}, "id is ''"),
         ({**conversations("s", "u", "r"), "id": 1.5}, "id is 1.5"),
         ({**conversations("s", "u", "r"), "id": True}, "id is True"),
-        ({"id": "r"}, "record 'r': conversations: found None, allowed is exactly three"),
-        ({"id": "r", "conversations": "abc"}, "found 'abc'"),
-        (conversations("s", "u"), "found 2 turns"),
-        (conversations("s", "u", "r", "u"), "found 4 turns"),
+        ({"id": "r"}, "record 'r': conversations: None; expected exactly three"),
+        ({"id": "r", "conversations": "abc"}, "conversations: 'abc'"),
+        (conversations("s", "u"), "conversations: 2 turns"),
+        (conversations("s", "u", "r", "u"), "conversations: 4 turns"),
         ({"id": "r", "conversations": ["s", "u", "r"]}, "the system turn has no text under 'value'"),
         ({"id": "r", "conversations": [{"value": "s"}, {"text": "u"}, {"value": "r"}]}, "the human turn has no text"),
         (conversations("s", "u", None), "the gpt turn has no text"),
-        (conversations("s", "u", "r", docids="x y"), "docids: found 'x y', allowed is a list of texts"),
-        (conversations("s", "u", "r", docids=[None]), "docids: found"),
-        (conversations("s", "u", "r", grades=3), "grades: found 3, allowed is a list of whole numbers"),
-        (conversations("s", "u", "r", grades=[0.5]), "grades: found"),
-        (conversations("s", "u", "r", grades=["1"]), "grades: found"),
+        (conversations("s", "u", "r", docids="x y"), "docids is 'x y'; expected a list of texts"),
+        (conversations("s", "u", "r", docids=[None]), "docids is"),
+        (conversations("s", "u", "r", grades=3), "grades is 3; expected a list of integers"),
+        (conversations("s", "u", "r", grades=[0.5]), "grades is"),
+        (conversations("s", "u", "r", grades=["1"]), "grades is"),
     ],
 )
-def test_records_of_another_layout_stop(tokenizers: dict, mapping, told: str) -> None:
-    with pytest.raises(PromptError, match=told):
+def test_records_of_another_layout_stop(tokenizers: dict, mapping, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
         Record.from_conversations(mapping)
-    with pytest.raises(PromptError, match=told):
+    with pytest.raises(PromptError, match=message):
         encode_record(mapping, tokenizers["mistral_v3"], "combined")
 
 

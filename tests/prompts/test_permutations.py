@@ -44,17 +44,17 @@ def test_identifiers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_candidates", "style", "told"),
+    ("num_candidates", "style", "message"),
     [
-        (0, "letters", "found 0, allowed with letters is 1 to 26"),
-        (27, "letters", "found 27, allowed with letters is 1 to 26; use a shorter window, or numbers"),
-        (-1, "numbers", "found -1, allowed with numbers is 1 to 99"),
-        (100, "numbers", "found 100, allowed with numbers is 1 to 99; use a shorter window"),
-        (3, "roman", "found 'roman', allowed are letters, numbers"),
+        (0, "letters", "is 0; expected 1 to 26 with letters"),
+        (27, "letters", "is 27; expected 1 to 26 with letters. Use a shorter window, or numbers"),
+        (-1, "numbers", "is -1; expected 1 to 99 with numbers"),
+        (100, "numbers", "is 100; expected 1 to 99 with numbers. Use a shorter window"),
+        (3, "roman", "is 'roman'; expected one of letters, numbers"),
     ],
 )
-def test_identifiers_refuse(num_candidates: int, style: str, told: str) -> None:
-    with pytest.raises(PromptError, match=told):
+def test_identifiers_refuse(num_candidates: int, style: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
         identifiers(num_candidates, style)
 
 
@@ -82,11 +82,11 @@ def test_permutation_round_trips(permutation: tuple[int, ...], style: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "num_candidates", "style", "told"),
+    ("text", "num_candidates", "style", "message"),
     [
         ("[A] > [A] > [B]", 3, "letters", ("repeated: 'A'", "missing: 'C'")),
         ("[B] > [A]", 4, "letters", ("missing: 'C, D'",)),
-        ("[B] > [A] > [C]", 2, "letters", ("beyond the list: 'C'", "allowed is each of [A] to [B] once")),
+        ("[B] > [A] > [C]", 2, "letters", ("beyond the list: 'C'", "expected each of [A] to [B] once")),
         ("[A] > [1]", 2, "letters", ("unknown: '1'", "missing: 'B'")),
         ("[a] > [B]", 2, "letters", ("unknown: 'a'",)),
         ("[AB] > [A]", 2, "letters", ("unknown: 'AB'",)),
@@ -100,14 +100,14 @@ def test_permutation_round_trips(permutation: tuple[int, ...], style: str) -> No
         ("\n[A] > [B]", 2, "letters", ("joined by ' > '",)),
         ("[A] > [B] > ", 2, "letters", ("joined by ' > '",)),
         ("A > B", 2, "letters", ("joined by ' > '",)),
-        ("", 2, "letters", ("found ''", "missing: 'A, B'")),
+        ("", 2, "letters", ("permutation is ''", "missing: 'A, B'")),
         ("[A] > [B]", 27, "letters", ("1 to 26",)),
     ],
 )
-def test_strict_reader_refuses(text: str, num_candidates: int, style: str, told: tuple[str, ...]) -> None:
+def test_strict_reader_refuses(text: str, num_candidates: int, style: str, message: tuple[str, ...]) -> None:
     with pytest.raises(PromptError) as refusal:
         parse_permutation(text, num_candidates, style)
-    for part in told:
+    for part in message:
         assert part in str(refusal.value)
 
 
@@ -202,14 +202,14 @@ def test_ranks_invert_permutations(permutation: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("values", [(0, 0), (1, 2), (0, 2), (-1, 0), (0.5, 1.5)])
 @pytest.mark.parametrize("function", [ranks_from_permutation, permutation_from_ranks, format_permutation])
 def test_no_permutation(function, values: tuple[int, ...]) -> None:
-    with pytest.raises(PromptError, match="allowed is each of 0 to 1 exactly once"):
+    with pytest.raises(PromptError, match="expected each of 0 to 1 exactly once"):
         function(values)
 
 
 def test_format_refuses_what_the_style_cannot_name() -> None:
     with pytest.raises(PromptError, match="1 to 26"):
         format_permutation(range(27))
-    with pytest.raises(PromptError, match="found 0"):
+    with pytest.raises(PromptError, match="candidates is 0"):
         format_permutation(())
 
 

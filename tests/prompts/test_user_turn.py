@@ -109,27 +109,27 @@ def test_round_trip_of_passages_that_look_like_the_layout(passages: tuple[str, .
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "opens with 'I will provide you with N passages"),
-        ("Rank these passages", "found 'Rank these passages'"),
-        (LETTERS_TURN.replace("2 passages, each", "27 passages, each"), "found 27, allowed with letters is 1 to 26"),
+        ("Rank these passages", "is 'Rank these passages'"),
+        (LETTERS_TURN.replace("2 passages, each", "27 passages, each"), "is 27; expected 1 to 26 with letters"),
         (LETTERS_TURN.replace("2 passages, each", "0 passages, each"), "opens with"),
         (LETTERS_TURN.replace("2 passages, each", "3 passages, each"), "the client's closing"),
-        (LETTERS_TURN.replace(" 2 passages", " 3 passages"), r"no query that comes twice with \[A\] to \[C\] between"),
-        (LETTERS_TURN.replace(" 2 passages", " 1 passages"), r"found a passage \[B\] where 1 are announced"),
+        (LETTERS_TURN.replace(" 2 passages", " 3 passages"), r"no query that occurs twice with \[A\] to \[C\] between"),
+        (LETTERS_TURN.replace(" 2 passages", " 1 passages"), r"has a passage \[B\] but announces 1"),
         (LETTERS_TURN.replace("e.g., [B] > [A]", "e.g., [2] > [1]"), "the client's closing"),
         (LETTERS_TURN + "\n", "the client's closing"),
-        (LETTERS_TURN.replace("\n[B]", " [B]"), r"each opening a line"),
-        (LETTERS_TURN.replace("\n[A]", "\n[C]"), r"each opening a line"),
-        (LETTERS_TURN.replace("Search Query: who", "Search Query: what"), "no query that comes twice"),
+        (LETTERS_TURN.replace("\n[B]", " [B]"), r"each at the start of a line"),
+        (LETTERS_TURN.replace("\n[A]", "\n[C]"), r"each at the start of a line"),
+        (LETTERS_TURN.replace("Search Query: who", "Search Query: what"), "no query that occurs twice"),
         (LETTERS_TURN.replace("One", "One\n[B] two"), "several readings"),
         (LETTERS_TURN.replace("an alphabetical", "a numerical"), "the client's closing"),
-        (NUMBERS_TURN.replace("\n[2]", "\n[B]"), "each opening a line"),
+        (NUMBERS_TURN.replace("\n[2]", "\n[B]"), "each at the start of a line"),
     ],
 )
-def test_parse_refuses(text: str, told: str) -> None:
-    with pytest.raises(PromptError, match=told):
+def test_parse_refuses(text: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
         parse_user_turn(text)
 
 
@@ -336,31 +336,31 @@ FAULTS: dict[str, tuple[list[tuple[str, str]], str]] = {
     "an identifier of the other style": ([("\n[B] ", "\n[2] ")], r"opens with \[B\]"),
     "a small identifier": ([("\n[B] ", "\n[b] ")], r"opens with \[B\]"),
     "fewer passages than announced": ([(" 3 passages", " 4 passages")], r"no line after \[C\] that opens with \[D\]"),
-    "more passages than announced": ([(" 3 passages", " 2 passages")], r"found a passage \[C\] where 2 are announced"),
-    "two numbers of passages": ([("Rank the 3", "Rank the 4")], "found 3 passages announced and 4 asked for"),
-    "letters beyond Z": ([(" 3 passages", " 27 passages")], "found 27, allowed with letters is 1 to 26"),
-    "no number": ([("with 3 passages", "with passages")], "opens like the client's"),
-    "no passages": ([(" 3 passages", " 0 passages")], "opens like the client's"),
+    "more passages than announced": ([(" 3 passages", " 2 passages")], r"has a passage \[C\] but announces 2"),
+    "two numbers of passages": ([("Rank the 3", "Rank the 4")], "announces 3 passages but asks to rank 4"),
+    "letters beyond Z": ([(" 3 passages", " 27 passages")], "is 27; expected 1 to 26 with letters"),
+    "no number": ([("with 3 passages", "with passages")], "opening like the client's"),
+    "no passages": ([(" 3 passages", " 0 passages")], "opening like the client's"),
     "two queries": (
         [("Search Query: who", "Search Query: what")],
-        "'what was first.' after them, allowed is one query",
+        "'what was first.' after them; expected one query",
     ),
     "no query again": ([("Search Query:", "")], "closing like the client's"),
     "no closing": ([("Rank the 3 passages above", "")], "closing like the client's"),
-    "another task": ([("I will provide you with", "Below are")], "opens like the client's"),
-    "another kind": ([("an alphabetical", "a Roman")], "opens like the client's"),
+    "another task": ([("I will provide you with", "Below are")], "opening like the client's"),
+    "another kind": ([("an alphabetical", "a Roman")], "opening like the client's"),
 }
 
 
 @pytest.mark.parametrize("wording", ["blank lines everywhere", "older last words", "no full stops"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_read_refuses(fault: str, wording: str) -> None:
-    changes, told = FAULTS[fault]
+    changes, message = FAULTS[fault]
     text = render_user_turn("who was first", ["One.", "Two.", "Three."])
     for whole, broken in changes:
         assert whole in text
         text = text.replace(whole, broken)
-    with pytest.raises(PromptError, match=told):
+    with pytest.raises(PromptError, match=message):
         read_user_turn(worded(text, wording))
 
 
@@ -417,9 +417,9 @@ def test_read_of_a_long_hostile_text_ends() -> None:
 
 
 def test_render_refuses() -> None:
-    with pytest.raises(PromptError, match="found 0"):
+    with pytest.raises(PromptError, match="candidates is 0"):
         render_user_turn("query", [])
-    with pytest.raises(PromptError, match="found 27"):
+    with pytest.raises(PromptError, match="candidates is 27"):
         render_user_turn("query", [""] * 27)
     with pytest.raises(PromptError, match="style"):
         render_user_turn("query", [""], "roman")
@@ -488,5 +488,5 @@ def test_document_text(document: dict, text: str) -> None:
 
 @pytest.mark.parametrize("document", [{}, {"docid": "7"}, {"text": None}, {"text": ["a"]}, {"text": "a", "title": 7}])
 def test_document_without_text(document: dict) -> None:
-    with pytest.raises(PromptError, match="allowed is a text under one of text, segment"):
+    with pytest.raises(PromptError, match="expected text under one of text, segment"):
         document_text(document)

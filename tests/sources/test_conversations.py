@@ -80,7 +80,7 @@ def test_a_nonstandard_prompt_is_kept_but_not_augmented(tmp_path, wording):
     turn = validate_record(record)
     assert (turn.query, turn.style, len(turn.passages)) == ("where is oar number 3", "letters", 4)
     for shuffle, style in ((True, None), (False, "numbers")):
-        with pytest.raises(PromptError, match="cannot be shuffled or named anew"):
+        with pytest.raises(PromptError, match="cannot be shuffled or renamed"):
             augment_record(record, seed=1, epoch=0, shuffle_passages=shuffle, identifiers=style)
     with pytest.raises(PromptError):
         record_window(record, None, order=[1, 0, 2, 3])
@@ -93,24 +93,24 @@ BAD_RECORDS = {
     "a permutation that exceeds": (conversation(3, gpt="[B] > [A] > [D] > [C] > [E]"), "beyond the list: 'E'"),
     "a permutation in numbers": (conversation(3, gpt="[2] > [1] > [4] > [3]"), "unknown"),
     "a permutation with words": (conversation(3, gpt="Sure: [B] > [A] > [D] > [C]"), "nothing else"),
-    "no permutation": (conversation(3, gpt=""), "response: found nothing"),
+    "no permutation": (conversation(3, gpt=""), "response is empty"),
     "letters beyond Z": (conversation(3, human=HUMAN.replace("with 4 passages", "with 27 passages")), "1 to 26"),
     "another number of passages": (conversation(3, human=HUMAN.replace("with 4", "with 5")), "user turn"),
     "identifiers out of order": (conversation(3, human=HUMAN.replace("\n[B] ", "\n[C] ", 1)), "user turn"),
-    "one passage": (conversation(3, num_candidates=1, gpt="[A]"), "found 1 passage, allowed are 2 or more"),
+    "one passage": (conversation(3, num_candidates=1, gpt="[A]"), "1 passage; expected 2 or more"),
     "a missing turn": (conversation(3) | {"conversations": conversation(3)["conversations"][:2]}, "exactly three"),
     "no turns": ({"id": "q3"}, "conversations"),
     "an empty query": (conversation(3, human=HUMAN.replace("where is oar number 3", "")), "query is empty"),
     "another template": (conversation(3, human="Rank these."), "user turn"),
-    "an empty user turn": (conversation(3, human="  "), "user turn: found nothing"),
+    "an empty user turn": (conversation(3, human="  "), "user turn is empty"),
     "a turn that is no text": (conversation(3, gpt=["B", "A"]), "gpt turn"),
     "a number for a record": (17, "the record is int"),
     "no id": ({"conversations": conversation(3)["conversations"]}, "id is None"),
-    "an empty id": (conversation(3, id=" "), "id: found nothing"),
+    "an empty id": (conversation(3, id=" "), "id is empty"),
     "half a surrogate pair": (conversation(3, human=HUMAN + "\ud800"), "surrogate"),
-    "docids of another length": (conversation(3, docids=["a"]), "docids: found 1 for 4 passages"),
+    "docids of another length": (conversation(3, docids=["a"]), "docids has 1 entries for 4 passages"),
     "grades that are no numbers": (conversation(3, grades=["high"] * 4), "high"),
-    "grades that are no list": (conversation(3, grades=1), "grades: found 1"),
+    "grades that are no list": (conversation(3, grades=1), "grades is 1"),
 }
 
 

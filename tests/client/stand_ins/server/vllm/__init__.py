@@ -1,6 +1,6 @@
 """Stand-in for vLLM: greedy decoding with plain transformers, as slow and as simple as can be.
 
-Prompts are texts and are tokenised with special tokens, no sequence may end before `min_tokens`, and the `logprobs`
+Prompts are texts and are tokenized with special tokens, no sequence may end before `min_tokens`, and the `logprobs`
 likeliest tokens of each step are told by the text each decodes to: what the inference client relies on.
 """
 
