@@ -1,4 +1,4 @@
-"""The card of an exported model: what it was made from, how it was trained, what it reached and how to serve it."""
+"""The card of an exported model: base model, training, results and serving."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def published_figures(run_name: str) -> Mapping[str, float]:
     Args:
         run_name: `run.name` of the recipe, which a copy made to try something else changes.
     Returns:
-        Empty where nothing is published for it.
+        Empty if nothing is published for it.
     Source:
         Published for RankZephyr and FirstMistral; the header of each recipe has the same.
     """
@@ -52,22 +52,22 @@ def published_figures(run_name: str) -> Mapping[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What a card tells; every field as plain text or numbers.
+    """Content of a model card.
 
     Attributes:
         name: of the model.
         base_model: hub id or path of the model that was fine-tuned; None = trained from scratch.
         base_licence: SPDX name of its licence, where known.
-        data: where the training lists came from.
+        data: sources of the training lists.
         num_lists: training lists; None = not counted.
         losses: part of the objective → its weight.
-        hyperparameters: name → value, in the order to be shown.
-        contract: how the model is asked and read.
-        progress: where in training the weights are from.
+        hyperparameters: name → value, in the order of the table.
+        contract: how the model is prompted and read.
+        progress: point in training that the weights are from.
         figures: name → measured value.
         published: name → published value for this recipe, by the same names as `figures`.
         tolerance: share of a published value a measured one may differ by.
-        notes: sentences that a reader has to know besides.
+        notes: further sentences for the reader.
     """
 
     name: str
@@ -86,7 +86,7 @@ class CardFacts:
 
 
 def render_card(facts: CardFacts) -> str:
-    """Markdown text of a card, without secrets and without the paths of the machine it was made on."""
+    """Markdown text of a card, without secrets and without paths of this machine."""
     base = None if facts.base_model is None else _public(facts.base_model)
     parts = [
         _front_matter(facts, base),
@@ -104,18 +104,16 @@ def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
     """Add measured figures to the results of a card, with the verdict where one is published.
 
     Args:
-        card: file that `render_card` made, changed since or not.
-        figures: name → value; those of the same name are replaced.
+        card: file that `render_card` made.
+        figures: name → value; they replace figures of the same name.
     Raises:
-        ModelError: the file has no section of results.
+        ModelError: the file has no results section.
     """
     path = Path(card)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     if found is None:
-        raise ModelError(
-            f"{path}: found no section '## Results', allowed is the card of an export; export the model again"
-        )
+        raise ModelError(f"{path} has no section '## Results'; expected the card of an export. Export the model again.")
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].splitlines() if "|" in line]
     measured: dict[str, float] = {}
     published: dict[str, float] = {}
@@ -128,11 +126,11 @@ def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
 
 
 def verdict(measured: float | None, published: float, tolerance: float = TOLERANCE) -> str:
-    """Measured against published: within, below or above its tolerance, or not measured.
+    """Compare a measured figure with a published one: within tolerance, below, above, or not measured.
 
     Args:
-        measured: a figure of ours; None = there is none.
-        published: the figure to hold it against.
+        measured: figure of this model; None = not measured.
+        published: figure to compare with.
         tolerance: share of the published figure.
     """
     if measured is None:
@@ -143,7 +141,7 @@ def verdict(measured: float | None, published: float, tolerance: float = TOLERAN
 
 
 def _public(name: str) -> str:
-    """A hub id as it is; of a path, its last part."""
+    """A hub id unchanged; of a path, the last part."""
     is_path = name.startswith(("/", "./", "../", "~")) or "\\" in name or name.count("/") > 1
     return Path(name).name if is_path else name
 
@@ -202,13 +200,13 @@ def _results_section(figures: Mapping[str, float], published: Mapping[str, float
 
 
 def _serving(contract: DecodingContract) -> str:
-    text = "## Serving\n\n`reranker.json` says how the model is asked and read.\n\n"
+    text = "## Serving\n\n`reranker.json` says how the model is prompted and how its answer is read.\n\n"
     text += "    rankllm-composer rerank --model PATH --queries queries.jsonl --docs docs.jsonl \\\n"
     text += "        --run bm25.trec --output out.trec"
     if contract.append_bracket:
         return text + (
-            "\n\nTrained by `ranking` alone, the model never learned to write the opening bracket. rank_llm expects it "
-            "to, so it cannot serve this model; the command above appends the bracket to the prompt."
+            "\n\nTrained with the objective `ranking`, the model never learned to write the opening bracket. rank_llm "
+            "expects the bracket, so it cannot serve this model; the command above appends it to the prompt."
         )
     options = {"use_alpha": contract.identifier_style == "letters", "use_logits": contract.objective == "combined"}
     arguments = "".join(f", {name}=True" for name, on in options.items() if on)

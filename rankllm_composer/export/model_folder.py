@@ -1,4 +1,4 @@
-"""Exported model folders: weights, tokenizer, decoding contract and card, there as a whole or not at all."""
+"""Exported model folders: weights, tokenizer, decoding contract and card, written atomically."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What an exported folder holds besides the weights and the card.
+    """Content of an exported folder besides the weights and the card.
 
     Attributes:
         config: of the model; not changed.
@@ -51,7 +51,7 @@ class ServedModel:
         generation_config: of the base model; None = made from `config`.
         dtype: of the weights on disk.
         model_class: HF class of the model; None = the one that `AutoModelForCausalLM` picks.
-        adapter_config: PEFT configuration; with it the folder holds an adapter instead of a model.
+        adapter_config: PEFT configuration; with it the folder contains an adapter instead of a model.
     """
 
     config: PretrainedConfig
@@ -73,8 +73,8 @@ def write_model_folder(
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM`, `AutoTokenizer` and the inference client load.
 
-    The folder is written beside its place and renamed into it, so a killed process leaves no half folder. What killed
-    processes left there is removed, and an earlier export of the same name is replaced.
+    The folder is written next to its destination and renamed, so it is complete or absent even if the process is
+    killed. Leftovers of killed processes are removed, and an earlier export of the same name is replaced.
 
     Args:
         folder: local path of the folder.
@@ -140,7 +140,7 @@ def export_checkpoint(
 
 def local_path(folder: str | Path) -> Path:
     if "://" in str(folder):
-        raise ModelError(f"{folder}: found a URL, allowed is a local folder; copy the finished export there")
+        raise ModelError(f"{folder} is a URL; expected a local folder. Copy the finished export there.")
     return Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow the links a user made)
 
 
@@ -214,14 +214,14 @@ def _write_model(stage: Path, weights: Weights, model: ServedModel, max_shard_si
     missing, unknown = sorted(known - tied - set(weights)), sorted(set(weights) - known)
     if missing or unknown:
         raise ModelError(
-            f"weights: found {len(missing)} missing {missing[:3]} and {len(unknown)} unknown {unknown[:3]}, allowed "
-            f"are those of {type(skeleton).__name__}; give the configuration of the model that was trained",
+            f"weights: {len(missing)} missing {missing[:3]} and {len(unknown)} unknown {unknown[:3]}; expected those "
+            f"of {type(skeleton).__name__}. Give the configuration of the model that was trained.",
         )
     for name, parameter in skeleton.named_parameters():
         if name in weights and weights[name].shape != parameter.shape:
             raise ModelError(
-                f"weights: found {name} of shape {tuple(weights[name].shape)}, the configuration says "
-                f"{tuple(parameter.shape)}; give the configuration of the model that was trained",
+                f"weights: {name} of shape {tuple(weights[name].shape)}, but the configuration has "
+                f"{tuple(parameter.shape)}. Give the configuration of the model that was trained.",
             )
     skeleton.save_pretrained(stage, state_dict=weights, max_shard_size=max_shard_size, safe_serialization=True)
 

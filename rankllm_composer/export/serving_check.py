@@ -1,4 +1,4 @@
-"""An exported folder as the inference client will ask it: held against its contract, and a request token by token.
+"""Check an exported folder against its contract, and a request token by token against the inference client's.
 
 rankllm-composer inspect --model FOLDER
 """
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
     from rankllm_composer.prompts.contract import DecodingContract
 
-# A request with what texts have in them that a tokenizer or a template may stumble over.
+# A request with brackets, mojibake and line breaks, which tokenizers and templates can treat differently.
 QUERY = "who said [that] in cafÃ© no. 3?"
 
 
 PASSAGES = ("see [12] and [a], 2 < 3", "cafÃ© â€œquotedâ€\x9d, \ufb01ne, 日本語 🙂", "  two\n\nlines ")
 
 
-_COLOURS = {"-": "\033[31m", "+": "\033[32m", " ": ""}
+_COLORS = {"-": "\033[31m", "+": "\033[32m", " ": ""}
 
 
 _PLAIN = "\033[0m"
@@ -53,10 +53,10 @@ _PLAIN = "\033[0m"
 
 @dataclass(frozen=True, slots=True)
 class RequestDiff:
-    """A request as we tokenise it, and as the client's server does.
+    """A request as this package tokenizes it, and as the client's server does.
 
     Attributes:
-        rows: (mark, token) in order: " " = both have it, "-" = ours alone, "+" = the client's alone.
+        rows: (mark, token) in order: " " = both, "-" = only ours, "+" = only the client's.
     """
 
     rows: tuple[tuple[str, str], ...]
@@ -65,23 +65,23 @@ class RequestDiff:
     def num_differences(self) -> int:
         return sum(mark != " " for mark, _ in self.rows)
 
-    def lines(self, colour: bool, width: int = 110) -> Iterator[str]:
-        """The request for people, its own line breaks kept.
+    def lines(self, color: bool, width: int = 110) -> Iterator[str]:
+        """Printable lines of the request, with its line breaks.
 
         Args:
-            colour: True = ANSI colours, False = marks around tokens that one side alone has.
-            width: characters of a line, about.
+            color: True = ANSI colors, False = marks around tokens of only one side.
+            width: approximate number of characters per line.
         """
         ours, theirs = (sum(mark != other for mark, _ in self.rows) for other in "+-")
-        told = f"{self.num_differences} differ" if self.num_differences else "the same"
-        yield f"a request: {ours} tokens as we make it, {theirs} as the client's server does, {told}"
+        verdict = f"{self.num_differences} differ" if self.num_differences else "identical"
+        yield f"sample request: {ours} tokens here, {theirs} on the client's server, {verdict}"
         if self.num_differences:
-            yield "⟨-ours alone⟩ ⟨+the client's alone⟩"
+            yield "⟨-only here⟩ ⟨+only the client's⟩"
         line: list[str] = []
         for mark, token in self.rows:
             text = token.replace("\n", "↵").replace("Ċ", "↵").replace("<0x0A>", "↵")
             if mark != " ":
-                text = f"{_COLOURS[mark]}{text}{_PLAIN}" if colour else f"⟨{mark}{text}⟩"
+                text = f"{_COLORS[mark]}{text}{_PLAIN}" if color else f"⟨{mark}{text}⟩"
             line.append(text)
             if "↵" in text or sum(map(len, line)) + len(line) >= width:
                 yield " ".join(line)
@@ -92,13 +92,13 @@ class RequestDiff:
 
 @dataclass(frozen=True, slots=True)
 class FolderInspection:
-    """What was found in an exported folder.
+    """Result of checking an exported folder.
 
     Attributes:
-        contract: its own.
-        request: None where the tokenizer makes none.
-        problems: what does not fit, each as where, what was found, what to do; empty = all is well.
-        warnings: what a path that the inference client misreads leads to.
+        contract: of the folder.
+        request: None if the tokenizer cannot make one.
+        problems: mismatches, a sentence each.
+        warnings: names in the path that the inference client misreads.
     """
 
     contract: DecodingContract
@@ -106,25 +106,25 @@ class FolderInspection:
     problems: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
-    def lines(self, colour: bool) -> Iterator[str]:
-        """The inspection for people; `colour` as for `RequestDiff.lines`."""
+    def lines(self, color: bool) -> Iterator[str]:
+        """Printable lines; `color` as for `RequestDiff.lines`."""
         values: Mapping[str, Any] = asdict(self.contract)
         width = max(map(len, values))
         for name, value in values.items():
-            told = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-            yield f"{name:<{width}}  {told}"
+            text = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            yield f"{name:<{width}}  {text}"
         if self.request is not None:
             yield ""
-            yield from self.request.lines(colour)
+            yield from self.request.lines(color)
             yield ""
         yield from (f"warning: {text}" for text in self.warnings)
         yield from (f"problem: {text}" for text in self.problems)
 
 
 def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt text as the inference client renders it; its server tokenises it with the tokenizer's special tokens.
+    """Prompt text as the inference client renders it; its server tokenizes it with the tokenizer's special tokens.
 
-    The client sends the system text under the role of the system, whatever the chat template makes of it.
+    The client always sends the system text under the system role.
 
     Source:
         rank_llm 0.25.7: `RankListwiseOSLLM.create_prompt`, `SingleTurnListwiseInferenceHandler.generate_prompt`.
@@ -134,7 +134,7 @@ def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def diff_request(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle = "letters") -> RequestDiff:
-    """A request with brackets, mojibake and line breaks in it, as `rerank` shows it and as the client's server sees it.
+    """Compare a sample request as `rerank` writes it with the client's.
 
     Args:
         tokenizer: of the exported folder.
@@ -158,10 +158,10 @@ def diff_request(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle = "l
 
 
 def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """How the inference client's prompt would differ from the one that is trained.
+    """Differences between the inference client's prompt and the one that is trained.
 
     Returns:
-        Each as where, what was found, what to do; empty = it is the same.
+        A sentence each; empty = the prompts are the same.
     """
     from ftfy import fix_text
 
@@ -176,26 +176,26 @@ def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> l
         ]
     if fix_text(record.system).strip() not in theirs:
         return [
-            f"{where}: found that it leaves out the system turn, so the client would lose the system text that "
-            "training puts before the user turn; give the tokenizer a template that writes it"
+            f"{where} omits the system turn, so the client would lose the system text that training puts before the "
+            "user turn. Use a template that writes it."
         ]
     num_ours, num_theirs = (
         count_bos(tokenizer(text)["input_ids"], tokenizer) for text in (render_prompt(record, tokenizer), served)
     )
     if num_ours != num_theirs:
         return [
-            f"{where}: found {num_ours} beginning-of-sequence tokens before this record, {num_theirs} before the "
-            "inference client's prompts; take them out of the record's text, or let the template write as many for "
-            "every conversation"
+            f"{where} writes {num_ours} beginning-of-sequence tokens before this record, but {num_theirs} before the "
+            "inference client's prompts. Remove them from the record's text, or use a template that always writes the "
+            "same number."
         ]
     return []
 
 
 def inspect_folder(folder: str | Path) -> FolderInspection:
-    """An exported folder held against its own decoding contract, and a request against the client's.
+    """Check an exported folder against its decoding contract, and a request against the client's.
 
     Raises:
-        ModelError: no contract, or one that does not read.
+        ModelError: no contract, or an invalid one.
         ModelError: the tokenizer or the configuration cannot be read.
     """
     from transformers import AutoConfig
@@ -212,20 +212,22 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
     problems: list[str] = []
     request: RequestDiff | None = None
 
-    def compare(key: str, told: Any, found: Any, remedy: str) -> None:
-        if told != found:
-            problems.append(f"{Path(folder, CONTRACT_FILE)}: {key} is {told}, the folder has {found}; {remedy}")
+    def compare(key: str, expected: Any, actual: Any, remedy: str) -> None:
+        if expected != actual:
+            problems.append(
+                f"{Path(folder, CONTRACT_FILE)}: {key} is {expected}, but the folder has {actual}. {remedy}"
+            )
 
     if tokenizer.chat_template:
-        again = "put back the tokenizer's files, or export the model again"
+        again = "Restore the tokenizer's files, or export the model again."
         compare("chat_template_sha256", contract.chat_template_sha256, chat_template_sha256(tokenizer), again)
         compare("num_bos", contract.num_bos, num_bos_tokens(tokenizer), again)
-        told = contract.identifier_token_ids
+        expected = contract.identifier_token_ids
         try:
             found = identifier_token_ids(tokenizer, len(contract.identifiers), contract.identifier_style)
-            compare("identifier_token_ids", told, found if told is not None else None, again)
+            compare("identifier_token_ids", expected, found if expected is not None else None, again)
         except PromptError as error:
-            if told is not None:
+            if expected is not None:
                 problems.append(str(error))
         sample = Record("sample", SYSTEM_MESSAGE, "query", "[A]")
         problems += serving_differences(sample, tokenizer)
@@ -233,23 +235,23 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
             request = diff_request(tokenizer, contract.identifier_style)
             if request.num_differences and not problems:
                 problems.append(
-                    f"{folder}: found {request.num_differences} tokens of a request that differ from the client's, see "
-                    "above; put back the tokenizer's files, or train with the tokenizer as it is"
+                    f"{folder}: {request.num_differences} tokens of a request differ from the client's, see above. "
+                    "Restore the tokenizer's files, or train with this tokenizer."
                 )
     else:
         problems.append(
-            f"{folder}: the tokenizer has no chat template, the contract's has the hash "
-            f"{contract.chat_template_sha256[:12]}…; put back chat_template.jinja or tokenizer_config.json"
+            f"{folder}: the tokenizer has no chat template; the contract's has the "
+            f"hash {contract.chat_template_sha256[:12]}…. Restore chat_template.jinja or tokenizer_config.json."
         )
     if not contract.append_bracket and tokenizer.eos_token_id not in contract.eos_token_ids:
-        compare("eos_token_ids", contract.eos_token_ids, (tokenizer.eos_token_id,), "set tokenizer.eos_token")
+        compare("eos_token_ids", contract.eos_token_ids, (tokenizer.eos_token_id,), "Set tokenizer.eos_token.")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and contract.context_size_tokens > positions:
-        compare("context_size_tokens", contract.context_size_tokens, positions, "lower it: the model sees no further")
+        compare("context_size_tokens", contract.context_size_tokens, positions, "Lower it to the model's limit.")
     if len(tokenizer) > config.vocab_size:
         problems.append(
-            f"{folder}: found a tokenizer of {len(tokenizer):,} tokens over a model of {config.vocab_size:,}; put back "
-            "the tokenizer's files"
+            f"{folder}: the tokenizer has {len(tokenizer):,} tokens but the model only {config.vocab_size:,}. Restore "
+            "the tokenizer's files."
         )
     misread = describe_misread(folder)
     return FolderInspection(contract, request, tuple(problems), () if misread is None else (misread,))

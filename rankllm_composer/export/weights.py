@@ -50,7 +50,9 @@ def gather_full_state_dict(
     adapters = getattr(inner, "peft_config", None)
     if weights and adapters:
         if len(adapters) != 1:
-            raise ModelError(f"adapters: found {sorted(adapters)}, allowed is one; keep the one that was trained")
+            raise ModelError(
+                f"the model has the adapters {sorted(adapters)}; expected one. Keep the one that was trained."
+            )
         (adapter,) = adapters
         if merge_lora:
             weights = merge_lora_weights(weights, _lora_scalings(inner, adapter), adapter)
@@ -74,7 +76,7 @@ def hf_module(model: torch.nn.Module) -> torch.nn.Module:
         return model
     inner = getattr(model, "model", None)
     if not isinstance(inner, torch.nn.Module):
-        raise ModelError(f"model: found {type(model).__name__}, allowed is a HF model or a Composer model around one")
+        raise ModelError(f"model is {type(model).__name__}; expected a HF model or a Composer model around one")
     return inner
 
 
@@ -90,7 +92,7 @@ def causal_lm_class(model: torch.nn.Module) -> type[PreTrainedModel]:
 
 
 def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[str, float], adapter: str) -> Weights:
-    """Adds each low-rank update to the weight it changes and names the result as in the HF model.
+    """Add each low-rank update to its weight and name the result as in the HF model.
 
         W' = W + scaling * B @ A        (embeddings: scaling * (B @ A)^T)
 
@@ -120,8 +122,8 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
     foreign = sorted(name for name in rest if "lora_" in name or ".modules_to_save." in name)
     if foreign:
         raise ModelError(
-            f"{foreign[0]}: found {len(foreign)} adapter tensors that do not add to a weight, allowed is plain LoRA; "
-            "export the adapter apart",
+            f"{foreign[0]}: {len(foreign)} adapter tensors do not add to a weight; expected plain LoRA. "
+            "Export the adapter separately.",
         )
     merged.update({name.replace(".base_layer.", "."): tensor for name, tensor in rest.items()})
     return {name.removeprefix("base_model.model."): tensor for name, tensor in merged.items()}
@@ -170,11 +172,11 @@ def read_checkpoint_weights(checkpoint: str | Path) -> Weights:
     """
     path = Path(checkpoint)
     if not path.exists():
-        raise ModelError(f"{path}: found nothing, allowed is a checkpoint file or folder on this machine")
+        raise ModelError(f"{path} does not exist; expected a checkpoint file or folder on this machine")
     weights = _read_shards(path) if path.is_dir() else _read_file(path)
     if not weights:
-        raise ModelError(f"{path}: found no model weights, allowed is a checkpoint that Composer's Trainer saved")
-    # `model.` is the attribute of the Composer model that holds the HF model.
+        raise ModelError(f"{path} has no model weights; expected a checkpoint that Composer's Trainer saved")
+    # `model.` is the attribute of the Composer model for the HF model.
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 
@@ -198,7 +200,7 @@ def _read_shards(path: Path) -> Weights:
         with index.open("rb") as stream:
             metadata: Metadata = read_index(stream, str(index))
     except FileNotFoundError:
-        raise ModelError(f"{index}: missing, so the checkpoint was never finished; use an earlier one") from None
+        raise ModelError(f"{index} is missing, so the checkpoint is incomplete. Use an earlier one.") from None
     except CheckpointError as error:
         raise ModelError(str(error)) from None
 
@@ -214,7 +216,7 @@ def _read_shards(path: Path) -> Weights:
     }
     try:
         with warnings.catch_warnings():
-            # Meant so: other ranks, if there are any, take no part.
+            # Intended: other ranks do not take part.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(weights, storage_reader=Reader(path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -223,15 +225,15 @@ def _read_shards(path: Path) -> Weights:
 
 
 def check_tied(weights: Mapping[str, torch.Tensor], config: PretrainedConfig, head: str, embedding: str) -> None:
-    """Refuses an output layer that has drifted from the embeddings it is declared to be tied to.
+    """Refuse an output layer that differs from the embeddings it is declared to be tied to.
 
     Raises:
-        ModelError: the configuration ties them, both are there, and they differ.
+        ModelError: the configuration ties them, and they differ.
     """
     if not config.tie_word_embeddings or head not in weights or embedding not in weights:
         return
     if not torch.equal(weights[head], weights[embedding]):
         raise ModelError(
-            f"{head}: found values that differ from {embedding}, although the configuration ties them; "
-            "call tie_weights() before training, or set tie_word_embeddings to false",
+            f"{head} differs from {embedding}, although the configuration ties them. "
+            "Call tie_weights() before training, or set tie_word_embeddings to false.",
         )

@@ -28,7 +28,7 @@ FACTS = CardFacts(
 )
 
 
-def test_a_card_tells_what_was_trained_and_how():
+def test_a_card_describes_the_training():
     card = render_card(FACTS)
     for text in (
         "# first_mistral",
@@ -69,7 +69,7 @@ def test_verdict_against_a_published_figure(measured, expected):
     assert verdict(measured, 0.8) == expected
 
 
-def test_figures_stand_beside_the_published_ones():
+def test_figures_are_next_to_the_published_ones():
     card = render_card(
         dataclasses.replace(
             FACTS,
@@ -104,7 +104,7 @@ def test_figures_measured_later_are_added_to_the_card(tmp_path):
         add_figures(card, {"x": 1.0})
         assert card.read_text() == render_card(dataclasses.replace(facts, figures={**facts.figures, "x": 1.0}))
     card.write_text("# other")
-    with pytest.raises(ModelError, match="found no section '## Results'"):
+    with pytest.raises(ModelError, match="has no section '## Results'"):
         add_figures(card, {"x": 1.0})
 
 
@@ -177,5 +177,5 @@ def test_no_secret_gets_into_a_card(secret):
     assert secret not in render_card(dataclasses.replace(FACTS, hyperparameters={"key": secret}, notes=(secret,)))
 
 
-def test_a_card_of_harmless_facts_has_nothing_blotted_out():
+def test_a_card_without_secrets_is_not_redacted():
     assert REDACTED not in render_card(FACTS)

@@ -72,7 +72,7 @@ def test_the_folder_gives_the_same_logits_bit_by_bit(tmp_path, family, shard_siz
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (family == "llama_tied")
 
 
-def test_the_folder_is_written_in_the_type_asked_for(tmp_path):
+def test_the_weights_are_cast_to_the_requested_type(tmp_path):
     model = new_hf_model()
     loaded = load(write(tmp_path / "m", model, dtype="bfloat16"), torch_dtype="auto")
     assert loaded.dtype == torch.bfloat16
@@ -126,13 +126,13 @@ def test_answers_end_where_training_ended_them(tmp_path, eos_of_base, expected):
     assert base.temperature == 0.6
 
 
-def test_contract_and_card_are_there(tmp_path):
+def test_contract_and_card_are_written(tmp_path):
     folder = write(tmp_path / "m", card="key: hf_" + "a1" * 12)
     assert read_contract(folder) == new_contract()
     assert (folder / "README.md").read_text() == "key: [redacted]"
 
 
-def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
+def test_mismatched_parts_are_refused_and_nothing_is_left(tmp_path):
     model = new_hf_model()
     weights = model.state_dict()
     without = {name: value for name, value in weights.items() if name != "model.norm.weight"}
@@ -144,25 +144,25 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
     bigger = new_tokenizer()
     bigger.add_tokens([f"word{index}" for index in range(40)])
     for changes, error, message in (
-        ({"weights": without}, ModelError, r"found 1 missing \['model.norm.weight'\] and 0 unknown"),
+        ({"weights": without}, ModelError, r"1 missing \['model.norm.weight'\] and 0 unknown"),
         ({"weights": weights | {"x": torch.ones(1)}}, ModelError, r"and 1 unknown \['x'\].*MistralForCausalLM"),
         (
             {"weights": weights | {"model.norm.weight": torch.ones(3)}},
             ModelError,
             r"model.norm.weight of shape \(3,\)",
         ),
-        ({"weights": drifted, "config": tied.config}, ModelError, "lm_head.weight: found values that differ"),
+        ({"weights": drifted, "config": tied.config}, ModelError, "lm_head.weight differs"),
         ({"tokenizer": other_template}, ModelError, "another chat template than the contract"),
         ({"tokenizer": bigger}, ModelError, "has 72 tokens but the model only 40"),
     ):
         with pytest.raises(error, match=message):
             write(tmp_path / "m", model, **changes)
         assert not list(tmp_path.iterdir())
-    with pytest.raises(ModelError, match="found a URL, allowed is a local folder"):
+    with pytest.raises(ModelError, match="is a URL; expected a local folder"):
         write("s3://bucket/m")
 
 
-def test_a_path_the_client_takes_for_another_model_warns(tmp_path):
+def test_a_path_that_the_client_misreads_warns(tmp_path):
     with pytest.warns(ServingNameWarning, match="contains 'gpt'"):
         write(tmp_path / "gpt-like")
 
@@ -203,7 +203,7 @@ def test_a_kill_in_the_middle_of_the_weights_leaves_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama_tied"])
-def test_a_run_leaves_a_folder_an_epoch(tmp_path, family):
+def test_a_run_exports_a_folder_per_epoch(tmp_path, family):
     model = HuggingFaceModel(new_hf_model(family), new_tokenizer())
     trainer = new_trainer(model, "2ep", callbacks=[new_exporter(tmp_path / "hf", family)])
     trainer.fit()
@@ -294,7 +294,7 @@ def test_the_best_export_is_linked(tmp_path, values, expected):
     assert state["best"] == max(value for value in values if not math.isnan(value))
 
 
-def test_a_resumed_run_knows_the_best_before(tmp_path):
+def test_a_resumed_run_remembers_the_best_export(tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "best").symlink_to("epoch_9")
@@ -330,7 +330,7 @@ def lora_model():
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_adapters_are_exported_merged_or_apart(tmp_path, lora_model, merge):
+def test_adapters_are_exported_merged_or_separately(tmp_path, lora_model, merge):
     trainer = new_trainer(lora_model, "1ep", callbacks=[new_exporter(tmp_path, merge_lora=merge)])
     trainer.fit()
     folder = tmp_path / "epoch_0"
@@ -392,7 +392,7 @@ def test_two_ranks_export_what_they_trained(tmp_path):
         tolerance = 1e-5 if case == "fsdp2_lora" else 0.0  # merging rounds
         torch.testing.assert_close(probe_logits(loaded), trained, rtol=0, atol=tolerance)
         assert not torch.allclose(trained, probe_logits(new_hf_model("llama_tied")), atol=1e-3)
-        # Two batches of two rows of eight tokens on each rank, told once.
+        # Two batches of two rows of eight tokens on each rank, logged once.
         assert [(line["samples"], line["tokens"]) for line in read_metrics(tmp_path / case / "metrics.jsonl")] == [
             (4, 32),
             (8, 64),

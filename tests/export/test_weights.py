@@ -61,7 +61,7 @@ def test_embeddings_and_whole_modules_are_merged():
 
 
 def test_adapters_that_do_not_add_are_refused():
-    with pytest.raises(ModelError, match=r"lora_magnitude_vector.*allowed is plain LoRA"):
+    with pytest.raises(ModelError, match=r"lora_magnitude_vector.*expected plain LoRA"):
         merge_lora_weights({"q.lora_magnitude_vector.default.weight": torch.ones(1)}, {}, "default")
 
 
@@ -87,7 +87,7 @@ def test_merging_equals_what_peft_merges(options):
 def test_two_adapters_are_refused():
     model = get_peft_model(new_hf_model(), LoraConfig(target_modules=["q_proj"]))
     model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match=r"found \['default', 'second'\]"):
+    with pytest.raises(ModelError, match=r"adapters \['default', 'second'\]"):
         gather_full_state_dict(model)
 
 
@@ -103,7 +103,7 @@ def test_the_model_inside_is_found():
     model = new_hf_model()
     assert hf_module(model) is model
     assert causal_lm_class(model).__name__ == "MistralForCausalLM"
-    with pytest.raises(ModelError, match="found Linear"):
+    with pytest.raises(ModelError, match="model is Linear"):
         hf_module(torch.nn.Linear(2, 2))
 
 
@@ -112,7 +112,7 @@ def test_an_output_layer_that_drifted_from_the_embeddings_is_refused():
     same = {"head": torch.ones(2), "embed": torch.ones(2)}
     check_tied(same, config, "head", "embed")
     check_tied({"head": torch.ones(2)}, config, "head", "embed")
-    with pytest.raises(ModelError, match="head: found values that differ from embed"):
+    with pytest.raises(ModelError, match="head differs from embed"):
         check_tied(same | {"head": torch.zeros(2)}, config, "head", "embed")
 
 
@@ -184,11 +184,11 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, tmp_path):
     for path, message in (
         (cut, "damaged"),
         (garbage, "damaged"),
-        (other, "found no model weights"),
+        (other, "has no model weights"),
         (tampered, "damaged"),
         (unfinished, "never finished"),
         (torn_index, "damaged"),
-        (tmp_path / "absent.pt", "found nothing"),
+        (tmp_path / "absent.pt", "does not exist"),
     ):
         with pytest.raises(ModelError, match=message) as failure:
             read_checkpoint_weights(path)

@@ -94,7 +94,7 @@ def test_identifiers_of_several_tokens_are_a_problem_for_scores(mistral_v3_token
 TEMPLATES = {
     "drops": (
         "{% for m in messages if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% endfor %}",
-        "leaves out the system turn",
+        "omits the system turn",
     ),
     "fails": (
         "{% if messages[0].role != 'user' %}{{ raise_exception('no system') }}{% endif %}"
@@ -127,7 +127,7 @@ def test_number_of_bos_tokens_is_compared_with_the_clients(mistral_v3_tokenizer)
         "{% if messages[0].role == 'system' %}<s>{% endif %}{% for m in messages %}{{ m.content }}[/INST]{% endfor %}"
     )
     without = Record("q", "", RECORD.user, RECORD.response)
-    assert "found 1 beginning-of-sequence tokens before this record, 2" in serving_differences(without, alone)[0]
+    assert "writes 1 beginning-of-sequence tokens before this record, but 2" in serving_differences(without, alone)[0]
 
 
 def test_notes(zephyr_v1_tokenizer):
@@ -222,14 +222,18 @@ def test_an_exported_folder_against_its_contract(material, tmp_path):
     changed["num_bos"] = 1
     (folder / "reranker.json").write_text(json.dumps(changed))
     problems = "\n".join(inspect_folder(folder).problems)
-    for told in ("identifier_token_ids is (5, ", "context_size_tokens is 9000, the folder has 4096", "num_bos is 1"):
+    for told in (
+        "identifier_token_ids is (5, ",
+        "context_size_tokens is 9000, but the folder has 4096",
+        "num_bos is 1",
+    ):
         assert told in problems
 
     (folder / "reranker.json").write_text(contract.to_json())
     tokenizer.chat_template = TEMPLATES["drops"][0]
     tokenizer.save_pretrained(folder)
     problems = "\n".join(inspect_folder(folder).problems)
-    assert "chat_template_sha256 is" in problems and "leaves out the system turn" in problems
+    assert "chat_template_sha256 is" in problems and "omits the system turn" in problems
 
 
 def test_request_is_diffed_token_by_token(mistral_v3_tokenizer, zephyr_v1_tokenizer):
@@ -242,10 +246,7 @@ def test_request_is_diffed_token_by_token(mistral_v3_tokenizer, zephyr_v1_tokeni
         text = tokenizer.convert_tokens_to_string(tokens)
         assert "café" in text and "[A]" in text and "see (12) and [a]" in text  # mended, and as the client shows it
         (head, *_) = found.lines(False)
-        assert (
-            head
-            == f"a request: {len(tokens)} tokens as we make it, {len(tokens)} as the client's server does, the same"
-        )
+        assert head == f"sample request: {len(tokens)} tokens here, {len(tokens)} on the client's server, identical"
 
     drops = copy.deepcopy(mistral_v3_tokenizer)
     drops.chat_template = TEMPLATES["drops"][0]
