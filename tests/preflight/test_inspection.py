@@ -119,7 +119,7 @@ def test_number_of_bos_tokens_is_compared_with_the_clients(mistral_v3_tokenizer)
     tokenizer = copy.deepcopy(mistral_v3_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[/INST]{% endfor %}"  # the tokenizer adds one <s>
     (problem,) = inspect_record(doubled, tokenizer, "combined", max_length_tokens=400).problems
-    assert "found 2 beginning-of-sequence tokens before this record, 1 before the inference client's" in problem
+    assert "writes 2 beginning-of-sequence tokens before this record, but 1 before the inference client's" in problem
     notes = inspect_record(RECORD, mistral_v3_tokenizer, "combined", max_length_tokens=400).notes
     assert any("2 beginning-of-sequence tokens" in note for note in notes)  # the template's and the tokenizer's
     alone = copy.deepcopy(mistral_v3_tokenizer)  # writes <s> only where a system turn is
