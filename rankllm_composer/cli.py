@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from rankllm_composer import __version__
 from rankllm_composer.cli_options import flag, with_options
 from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
-from rankllm_composer.recipe.commands import Overrides, RecipeFile, find_recipe, recipe_path, recipes_app
+from rankllm_composer.recipe.bundled import find_recipe, recipe_path
+from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
 from rankllm_composer.redaction import redact
 
 app = typer.Typer(

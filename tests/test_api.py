@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.launching import REPOSITORY
 
 import rankllm_composer as rc
 from rankllm_composer.demo import build_model_folder
@@ -46,7 +45,7 @@ def overrides(tmp_path) -> list[str]:
 def load(*overrides: str) -> rc.Recipe:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return rc.load_recipe(REPOSITORY / "yamls" / "demo.yaml", overrides)
+        return rc.load_recipe("demo", overrides)
 
 
 def test_every_public_name_exists_and_is_documented():

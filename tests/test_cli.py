@@ -17,7 +17,7 @@ import typer
 from rankllm_composer import __version__
 from rankllm_composer.cli import app, main, rerank, shards_build
 from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
-from rankllm_composer.recipe.commands import find_recipe
+from rankllm_composer.recipe.bundled import find_recipe
 from rankllm_composer.shards import build as shards
 
 ROOT = Path(__file__).parent.parent

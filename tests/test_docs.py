@@ -262,7 +262,6 @@ def test_every_command(here):
 def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
     """The snippets of losses.md are executed by tests/model/test_losses_page.py."""
     monkeypatch.chdir(tmp_path)
-    Path("yamls").symlink_to(REPOSITORY / "yamls")
     snippets = [block for block in BLOCKS if block.language == "python" and block.page != "losses.md"]
     for block in snippets:
         exec(compile(block.text, block.page, "exec"), {})

@@ -1,15 +1,15 @@
-"""`rankllm-composer recipes …`, and where the recipes of the package are."""
+"""`rankllm-composer recipes …`."""
 
 from __future__ import annotations
 
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rankllm_composer.errors import RunError
+from rankllm_composer.recipe.bundled import find_recipe, recipe_folder, recipe_path
 from rankllm_composer.redaction import REDACTED
 
 SCHEMA_NAME = "recipe.schema.json"
@@ -27,33 +27,6 @@ Overrides = Annotated[
 
 
 recipes_app = typer.Typer(help="List, copy and check recipes.", no_args_is_help=True)
-
-
-def recipe_folder() -> Path:
-    """The folder of the recipes: in the installed package, or `yamls/` beside it in a source tree."""
-    package = Path(str(resources.files("rankllm_composer")))
-    installed = package / "yamls"
-    return installed if installed.is_dir() else package.parent / "yamls"
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe of the package, such as "rank_zephyr".
-
-    Raises:
-        RunError: there is none of that name.
-    """
-    path = recipe_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if Path(name).name == name and path.is_file():
-        return path
-    known = ", ".join(sorted(found.stem for found in recipe_folder().glob("*.yaml")))
-    raise RunError(
-        f"recipe is {name}; expected a path with / or .yaml, or one of {known}. `recipes list` describes them."
-    )
-
-
-def recipe_path(file: str) -> Path:
-    """The file of a recipe that is given by its path or its name."""
-    return Path(file) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)
 
 
 @recipes_app.command("list")

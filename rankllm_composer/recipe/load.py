@@ -16,6 +16,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from rankllm_composer.errors import Problem, RecipeError, RunError, first_line
 from rankllm_composer.recipe.advice import surprises, without_effect
+from rankllm_composer.recipe.bundled import recipe_path
 from rankllm_composer.recipe.checks import contradictions
 from rankllm_composer.recipe.keys import default_tree, find_key, plain_tree, show
 from rankllm_composer.recipe.sections import Recipe
@@ -63,13 +64,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe of the package, such as "rank_zephyr".
         overrides: `key=value` with dotted keys; the value is YAML and replaces the one of the file.
     Raises:
         RecipeError: the recipe cannot be used; the message lists every problem.
+        RunError: the package has no recipe of that name.
     Warns:
         RecipeWarning: a key has no effect, or causes trouble later.
     """
+    path = recipe_path(path) if isinstance(path, str) else path
     merged = merge_recipe(path, overrides)
     if merged.problems:
         raise RecipeError(str(path), merged.problems)

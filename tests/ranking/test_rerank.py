@@ -78,7 +78,7 @@ SIZES = {"one": 1, "two": 2, "five": 5, "window": 6, "more": 7, "long": 17, "exa
 
 @pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("window, stride, passes", [(6, 3, 1), (6, 3, 2), (6, 6, 1), (5, 2, 1), (20, 10, 1), (2, 1, 3)])
-def test_windows_of_a_model_that_knows_lift_the_best(decoding, window, stride, passes):
+def test_windows_of_a_perfect_model_lift_the_best(decoding, window, stride, passes):
     options = {"window_size": window, "stride": stride}
     found, run, values = rerank(
         KnownReranker(ending="]"), SIZES, options, decoding=decoding, passes=passes, queries_at_once=3
@@ -97,7 +97,7 @@ def test_windows_of_a_model_that_knows_lift_the_best(decoding, window, stride, p
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_a_random_model_ranks_as_one_query_and_window_at_a_time(decoding):
+def test_packed_queries_equal_one_query_and_window_at_a_time(decoding):
     """Packed with others, in any number of queries at once, a query ends as it does alone, unpacked."""
     model, tokenizer = new_model(seed=6), new_tokenizer()
     contract = new_contract(tokenizer, window_size=4, stride=2)
@@ -139,7 +139,7 @@ def test_windows_of_different_queries_share_a_forward():
     assert model.num_forwards == 2 * math.ceil(10 / 4)
 
 
-def test_ranking_objective_reads_behind_an_appended_bracket():
+def test_ranking_objective_reads_after_an_appended_bracket():
     model = KnownReranker(opening=[">"])
     found, run, values = rerank(model, {"a": 5}, {}, objective="ranking")
     assert found["a"].docids == tuple(sorted(run["a"], key=values.__getitem__, reverse=True))
@@ -170,7 +170,7 @@ class Killed(Exception):
     pass
 
 
-class MortalReranker(KnownReranker):
+class DyingReranker(KnownReranker):
     """Dies at its nth forward."""
 
     def __init__(self, dies_at: int) -> None:
@@ -208,7 +208,7 @@ def test_output_is_a_trec_run_in_the_order_of_the_queries(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.trec"]
 
 
-def test_a_job_stopped_anywhere_goes_on_where_it_was(tmp_path):
+def test_a_job_stopped_anywhere_resumes(tmp_path):
     model = KnownReranker()
     expected = run_job(tmp_path, model)
     whole = (tmp_path / "out.trec").read_bytes()
@@ -218,7 +218,7 @@ def test_a_job_stopped_anywhere_goes_on_where_it_was(tmp_path):
         folder = tmp_path / str(dies_at)
         folder.mkdir()
         with pytest.raises(Killed):
-            run_job(folder, MortalReranker(dies_at))
+            run_job(folder, DyingReranker(dies_at))
         assert not (folder / "out.trec").exists()
         second = KnownReranker()
         ranked = run_job(folder, second)
@@ -227,7 +227,7 @@ def test_a_job_stopped_anywhere_goes_on_where_it_was(tmp_path):
     assert resumed > total / 2
 
 
-def test_the_progress_bar_counts_windows_and_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_the_progress_bar_counts_windows_and_resumes(tmp_path, monkeypatch):
     bars = []
 
     class Bar:
@@ -247,7 +247,7 @@ def test_the_progress_bar_counts_windows_and_goes_on_where_it_was(tmp_path, monk
 
     monkeypatch.setattr("tqdm.tqdm", Bar)
     with pytest.raises(Killed):
-        run_job(tmp_path, MortalReranker(8), progress_bar=True)
+        run_job(tmp_path, DyingReranker(8), progress_bar=True)
     ranked = run_job(tmp_path, KnownReranker(), progress_bar=True)
     stopped, resumed = bars
     assert stopped.total == resumed.total == sum(query.num_windows for query in ranked)
@@ -255,11 +255,11 @@ def test_the_progress_bar_counts_windows_and_goes_on_where_it_was(tmp_path, monk
     assert resumed.initial + resumed.told == resumed.total
 
 
-def test_what_a_kill_tore_is_done_again(tmp_path):
+def test_a_line_cut_off_by_a_kill_is_redone(tmp_path):
     kept = tmp_path / "out.trec.progress.jsonl"
     expected = run_job(tmp_path, KnownReranker())
     with pytest.raises(Killed):
-        run_job(tmp_path, MortalReranker(8))
+        run_job(tmp_path, DyingReranker(8))
     content = kept.read_bytes()
     lines = content.splitlines(keepends=True)
     assert len(lines) > 2
@@ -279,9 +279,9 @@ def test_what_a_kill_tore_is_done_again(tmp_path):
         ({"window_size": 5}, "contract"),
     ],
 )
-def test_other_settings_do_not_go_on_with_a_stopped_job(tmp_path, change, named):
+def test_other_settings_do_not_resume_a_stopped_job(tmp_path, change, named):
     with pytest.raises(Killed):
-        run_job(tmp_path, MortalReranker(8))
+        run_job(tmp_path, DyingReranker(8))
     with pytest.raises(RunError, match=rf"progress\.jsonl is from a stopped job with other settings \({named}\)"):
         run_job(tmp_path, KnownReranker(), **change)
     run_job(tmp_path, KnownReranker(), batch_tokens=9000, queries_at_once=7)  # these change nothing in the result
@@ -290,7 +290,7 @@ def test_other_settings_do_not_go_on_with_a_stopped_job(tmp_path, change, named)
 def test_a_damaged_or_busy_progress_file_is_refused(tmp_path):
     kept = tmp_path / "out.trec.progress.jsonl"
     with pytest.raises(Killed):
-        run_job(tmp_path, MortalReranker(8))
+        run_job(tmp_path, DyingReranker(8))
     lines = kept.read_bytes().splitlines(keepends=True)
     for bad in (b"{\n", b"[]\n", b'{"qid": "one"}\n'):
         kept.write_bytes(lines[0] + bad)
@@ -333,7 +333,7 @@ def write_files(folder: Path, sizes=SIZES) -> dict[str, Path]:
     }
 
 
-def test_files_and_a_beir_folder_hold_the_same(tmp_path):
+def test_files_and_a_beir_folder_contain_the_same(tmp_path):
     write_json_lines(tmp_path / "q.jsonl", [{"qid": "1", "text": " heat "}, {"qid": "2", "text": "flow"}])
     rows = [{"docid": "a", "title": "T", "text": "one"}, {"docid": "b", "text": "two"}, {"docid": "c", "contents": "x"}]
     write_json_lines(tmp_path / "d.jsonl", rows)
@@ -436,13 +436,13 @@ def test_ir_datasets_ids(stored):
             load("irds:rankllm-pages")
 
 
-def test_ir_datasets_where_the_package_is_not(monkeypatch):
+def test_ir_datasets_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_datasets", None)
     with pytest.raises(SourceError, match="irds:vaswani: the package ir_datasets is not installed"):
         load_queries("irds:vaswani")
 
 
-def test_the_command_takes_ids_and_folders(exported, stored, tmp_path, capsys):
+def test_the_command_accepts_ids_and_folders(exported, stored, tmp_path, capsys):
     """All four inputs as one ir_datasets id, and as a BEIR folder beside a TREC run: the same reranked run."""
     beir = tmp_path / "beir"
     rows = [{"_id": docid, "text": text} for docid, text in (("a", "one"), ("b", "two [12]"), ("c", "three"))]
@@ -496,7 +496,7 @@ def test_bad_files_are_named_with_their_line(case, tmp_path):
 
 def test_a_bad_beir_line(tmp_path):
     (tmp_path / "f.tsv").write_text("query-id\tcorpus-id\tscore\n1 a 2\n")
-    with pytest.raises(SourceError, match=r"f\.tsv:line 2: found '1 a 2', allowed is query-id, corpus-id, score"):
+    with pytest.raises(SourceError, match=r"f\.tsv:line 2: the line is '1 a 2'; expected query-id, corpus-id, score"):
         load_judgments(tmp_path / "f.tsv")
 
 
@@ -508,7 +508,7 @@ def test_run_order_is_the_rank_column(tmp_path):
 # Comparison
 
 
-def test_comparison_equals_our_own_measures():
+def test_comparison_equals_our_metrics():
     first = {"a": ["1", "2", "3"], "b": ["1", "2"], "c": ["9"], "unjudged": ["1"]}
     second = {"a": ["3", "1", "2"], "b": ["1", "2"], "c": ["9"], "unjudged": ["1"]}
     judgments = {"a": {"3": 2, "2": 1, "7": 1}, "b": {"2": 1}, "c": {"8": 1}, "not in the run": {"1": 1}}
@@ -525,13 +525,13 @@ def test_comparison_equals_our_own_measures():
     assert "RR@10" in table and "0.3333 → 0.5000" in table and "+0.1667" in table and "1/2/0" in table
 
 
-def test_ties_of_the_run_are_not_ordered_anew():
+def test_ties_of_the_run_keep_their_order():
     """Scores are made from places, so that trec_eval's order of equal scores, by id, changes nothing."""
     rows = compare_runs({"a": ["x", "y"]}, {"a": ["y", "x"]}, {"a": {"y": 1}}, ["RR@10"])
     assert (rows[0].first_stage["a"], rows[0].reranked["a"]) == (0.5, 1.0)
 
 
-def test_the_queries_that_changed_most_are_told():
+def test_the_queries_that_changed_most_are_listed():
     first = {f"q{i}": 0.5 for i in range(9)}
     second = first | {"q1": 0.75, "q3": 1.0, "q2": 0.75, "q7": 0.0, "q8": 0.5 - 1e-9}
     row = MeasureComparison("RR@10", compare(first, second), first, second)
@@ -544,7 +544,7 @@ def test_the_queries_that_changed_most_are_told():
     assert list(query_lines(MeasureComparison("RR@10", compare(first, first), first, first))) == []
 
 
-def test_what_cannot_be_compared():
+def test_runs_that_cannot_be_compared_are_refused():
     with pytest.raises(RunError, match=r"measure is 'nGCG@10'; expected a name of ir-measures"):
         compare_runs({"a": ["1"]}, {"a": ["1"]}, {"a": {"1": 1}}, ["nGCG@10"])
     with pytest.raises(RunError, match="none of the 1 reranked"):
@@ -565,7 +565,7 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
-def test_files_in_report_out(exported, tmp_path):
+def test_a_job_from_files_to_report(exported, tmp_path):
     files = write_files(tmp_path)
     with files["queries"].open("a") as file:
         file.write('{"qid": "extra", "text": "no candidates"}\n')
@@ -613,7 +613,7 @@ def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
         arguments += [f"--{name}", str(files[key])]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--card"])
-    assert ended.value.code == 2 and "found --card or --name without --qrels" in capsys.readouterr().err
+    assert ended.value.code == 2 and "--card and --name need --qrels" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--qrels", str(files["judgments"]), "--name", "dl20-bm25", "--card"])
     assert not ended.value.code
@@ -626,7 +626,7 @@ def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
     assert "| dl19-bm25/nDCG@10 | not measured |" in card
 
 
-def test_what_cannot_be_measured_stops_before_the_work(exported, tmp_path):
+def test_invalid_measures_and_options_stop_before_the_work(exported, tmp_path):
     job = RerankFiles(**write_files(tmp_path), output=tmp_path / "out.trec")
     with pytest.raises(RunError, match="nGCG"):
         rerank_files(exported, job, measures=("nGCG@10",))
