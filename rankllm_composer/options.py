@@ -1,7 +1,7 @@
 """Options that the recipe, the command line and Python share, each defined once: type, default, unit, bounds, meaning.
 
 The classes are frozen pydantic dataclasses, so a value out of bounds is refused wherever it comes from. A recipe holds
-them as sections, `rankllm-composer` makes its `--options` from them, and functions take them whole.
+them as sections, `rankllm-composer` generates its `--options` from them, and functions accept them as objects.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def option(meaning: str, default: Any = ..., *, unit: str = "", **rules: Any) ->
 
     Args:
         meaning: one sentence for `--help`, docs/recipe.md and the JSON Schema.
-        default: the value where nothing is given, or a class of options that is created with its defaults; an option
+        default: the default value, or a class of options that is created with its defaults; an option
             without a default is required.
         unit: of the number, or what the text names.
         rules: pydantic's bounds (`gt`, `ge`, `lt`, `le`) and `pattern`; `examples` holds texts that fit a pattern.
@@ -188,6 +188,42 @@ class StreamOptions:
     )
     download_retry: Whole = option("How often a failed download is retried.", 2, unit="times", ge=0)
     download_timeout_seconds: Whole = option("Longest download of one shard.", 60, unit="seconds", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class BatchOptions:
+    """Lists per update and per forward pass."""
+
+    global_lists: Whole = option("Lists per optimizer step, over all ranks.", 128, unit="lists", ge=1)
+    microbatch_lists: Whole | None = option(
+        "Lists per forward pass of one rank; set this or microbatch_tokens.", None, unit="lists", ge=1
+    )
+    microbatch_tokens: Whole | None = option(
+        "Most tokens per forward pass of one rank; set this or microbatch_lists.", None, unit="tokens", ge=1
+    )
+
+    def problems(self, max_length_tokens: int) -> Iterator[Problem]:
+        """Yield what is wrong with the microbatches for lists of up to `max_length_tokens`."""
+        by_lists, by_tokens = "batch.microbatch_lists", "batch.microbatch_tokens"
+        if (self.microbatch_lists is None) == (self.microbatch_tokens is None):
+            found = f"null, as is {by_tokens}" if self.microbatch_lists is None else f"set, and so is {by_tokens}"
+            remedy = "Set one and leave the other at null."
+            yield Problem(by_lists, found, "exactly one of the two", remedy, (by_tokens,))
+        if self.microbatch_tokens is not None and self.microbatch_tokens < max_length_tokens:
+            expected = f"at least data.max_length_tokens={max_length_tokens}, so that every list fits"
+            remedy = "Raise it or lower data.max_length_tokens."
+            yield Problem(by_tokens, str(self.microbatch_tokens), expected, remedy, ("data.max_length_tokens",))
+
+    def rank_problems(self, num_ranks: int) -> Iterator[Problem]:
+        """Yield a problem with the nearest possible sizes if the lists do not divide over the ranks."""
+        microbatch = self.microbatch_lists or 1
+        step = num_ranks * microbatch
+        if self.global_lists % step:
+            factors = f"{num_ranks} ranks" + (f" of {microbatch} lists" if microbatch > 1 else "")
+            below = self.global_lists // step * step
+            sizes = " or ".join(str(size) for size in (below, below + step) if size)
+            remedy = f"Set batch.global_lists={sizes}, or change the number of ranks."
+            yield Problem("batch.global_lists", str(self.global_lists), f"a multiple of {step} ({factors})", remedy)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

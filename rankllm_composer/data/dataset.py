@@ -19,7 +19,7 @@ from rankllm_composer.data.exact_streaming import ExactStreamingDataset
 from rankllm_composer.data.packing import TokenizedList
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import PromptError, ShardError
-from rankllm_composer.options import ObjectiveName, StreamOptions
+from rankllm_composer.options import BatchOptions, ObjectiveName, StreamOptions
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record, augment_record, record_key
@@ -187,11 +187,8 @@ def lists_per_rank(global_lists: int) -> int:
         ShardError: the global batch cannot be dealt evenly to the ranks.
     """
     num_ranks = dist.get_world_size()
-    if global_lists % num_ranks:
-        raise ShardError(
-            f"batch.global_lists: found {global_lists}, allowed is a multiple of the {num_ranks} ranks; change it, or "
-            "the number of processes"
-        )
+    for problem in BatchOptions(global_lists=global_lists).rank_problems(num_ranks):
+        raise ShardError(str(problem))
     return global_lists // num_ranks
 
 
@@ -226,17 +223,9 @@ def build_train_data_spec(
             f"data.train: found {dataset.epoch_size} lists an epoch, allowed is at least one global batch of "
             f"{global_lists}; lower batch.global_lists, or add lists"
         )
-    if (microbatch_lists is None) == (microbatch_tokens is None):
-        raise ShardError(
-            f"batch: found microbatch_lists {microbatch_lists} and microbatch_tokens {microbatch_tokens}, allowed is "
-            "exactly one of them; leave the other out"
-        )
-    longest = dataset.encoding.max_length_tokens
-    if microbatch_tokens is not None and microbatch_tokens < longest:
-        raise ShardError(
-            f"batch.microbatch_tokens: found {microbatch_tokens}, allowed is data.max_length_tokens "
-            f"({longest}) or more, or the longest list fits no microbatch; raise it, or lower that"
-        )
+    batch = BatchOptions(microbatch_lists=microbatch_lists, microbatch_tokens=microbatch_tokens)
+    for problem in batch.problems(dataset.encoding.max_length_tokens):
+        raise ShardError(str(problem))
     # Tokenisers warn at a fork, once they have used threads of their own; the workers are the parallelism here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     of_workers: dict[str, Any] = {}

@@ -66,32 +66,18 @@ def check_world(recipe: Recipe, world_size: int) -> None:
     Raises:
         RecipeError: it does not; the message names the nearest batch sizes that do.
     """
-    lists, microbatch = recipe.batch.global_lists, recipe.batch.microbatch_lists or 1
-    step = world_size * microbatch
-    if lists % step == 0:
-        return
-    factors = f"{world_size} ranks" + (f" of {microbatch} lists" if microbatch > 1 else "")
-    sizes = [str(size) for size in (lists // step * step, (lists // step + 1) * step) if size]
-    remedy = f"Set batch.global_lists={' or '.join(sizes)}, or change the number of ranks."
-    problem = Problem("batch.global_lists", str(lists), f"a multiple of {step} ({factors})", remedy)
-    raise RecipeError(f"recipe {recipe.run.name} on {world_size} ranks", [problem])
+    problems = [*recipe.batch.rank_problems(world_size)]
+    if problems:
+        raise RecipeError(f"recipe {recipe.run.name} on {world_size} ranks", problems)
 
 
 def _batch(recipe: Recipe) -> Iterator[Problem]:
-    batch, by_lists, by_tokens = recipe.batch, "batch.microbatch_lists", "batch.microbatch_tokens"
-    if (batch.microbatch_lists is None) == (batch.microbatch_tokens is None):
-        found = f"null, as is {by_tokens}" if batch.microbatch_lists is None else f"set, and so is {by_tokens}"
-        remedy = "Set one and leave the other at null."
-        yield Problem(by_lists, found, "exactly one of the two", remedy, (by_tokens,))
-    longest = recipe.data.max_length_tokens
-    if batch.microbatch_tokens is not None and batch.microbatch_tokens < longest:
-        expected = f"at least data.max_length_tokens={longest}, so that every list fits"
-        remedy = "Raise it or lower data.max_length_tokens."
-        yield Problem(by_tokens, str(batch.microbatch_tokens), expected, remedy, ("data.max_length_tokens",))
+    batch = recipe.batch
+    yield from batch.problems(recipe.data.max_length_tokens)
     if batch.microbatch_lists is not None and batch.global_lists % batch.microbatch_lists:
-        expected = f"a divisor of batch.global_lists={batch.global_lists}"
+        key, expected = "batch.microbatch_lists", f"a divisor of batch.global_lists={batch.global_lists}"
         remedy = "Choose both so that global_lists is a multiple of ranks * microbatch_lists."
-        yield Problem(by_lists, str(batch.microbatch_lists), expected, remedy, ("batch.global_lists",))
+        yield Problem(key, str(batch.microbatch_lists), expected, remedy, ("batch.global_lists",))
 
 
 def _objective(recipe: Recipe) -> Iterator[Problem]:

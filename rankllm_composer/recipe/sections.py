@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from rankllm_composer.model.loss_table import RankingLoss
 from rankllm_composer.options import (
     CONFIG,
+    BatchOptions,
     Decoding,
     Flag,
     ModelOptions,
@@ -166,19 +167,6 @@ class Neftune:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Batch:
-    """Lists per update and per forward pass."""
-
-    global_lists: Whole = option("Lists per optimizer step, over all ranks.", 128, unit="lists", ge=1)
-    microbatch_lists: Whole | None = option(
-        "Lists per forward pass of one rank; set this or microbatch_tokens.", None, unit="lists", ge=1
-    )
-    microbatch_tokens: Whole | None = option(
-        "Most tokens per forward pass of one rank; set this or microbatch_lists.", None, unit="tokens", ge=1
-    )
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Optimizer:
     """The optimizer and its settings."""
 
@@ -288,7 +276,7 @@ class Recipe:
     data: Data = option("What it is trained on.")
     objective: Objective = option("What it is trained for.", Objective)
     neftune: Neftune | None = option("Noise on the embeddings while training; null = none.", None)
-    batch: Batch = option("How many lists are processed at once.", Batch)
+    batch: BatchOptions = option("How many lists are processed at once.", BatchOptions)
     optimizer: Optimizer = option("How weights are updated.")
     schedule: Schedule = option("How the learning rate changes.", Schedule)
     parallelism: Parallelism = option("How the work is distributed over ranks.", Parallelism)

@@ -180,12 +180,12 @@ def test_the_spec_counts_rows_and_tokens(new_dataset):
     ("dataset_options", "options", "told"),
     [
         ({"batch_size": 11}, {}, r"data\.train: found 10 lists an epoch, allowed is at least one global batch of 11"),
-        ({}, {"microbatch_tokens": 64}, "allowed is exactly one of them"),
-        ({}, {"microbatch_lists": None}, "allowed is exactly one of them"),
+        ({}, {"microbatch_tokens": 64}, "expected exactly one of the two"),
+        ({}, {"microbatch_lists": None}, "expected exactly one of the two"),
         (
             {},
             {"microbatch_lists": None, "microbatch_tokens": 1999},
-            r"batch\.microbatch_tokens: found 1999, allowed is data\.max_length_tokens \(2000\) or more",
+            r"batch\.microbatch_tokens is 1999; expected at least data\.max_length_tokens=2000",
         ),
     ],
 )
@@ -198,7 +198,7 @@ def test_lists_per_rank(monkeypatch):
     assert lists_per_rank(6) == 6
     monkeypatch.setattr(data.dist, "get_world_size", lambda: 4)
     assert lists_per_rank(8) == 2
-    with pytest.raises(ShardError, match=r"batch\.global_lists: found 6, allowed is a multiple of the 4 ranks"):
+    with pytest.raises(ShardError, match=r"batch\.global_lists is 6; expected a multiple of 4 \(4 ranks\)"):
         lists_per_rank(6)
 
 

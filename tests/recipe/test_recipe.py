@@ -876,7 +876,7 @@ def test_warnings(smallest: Path, overrides: list[str], sentence: str) -> None:
     assert warning.filename == __file__
 
 
-def test_no_warning_where_nothing_was_said(smallest: Path) -> None:
+def test_defaults_cause_no_warning(smallest: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_recipe(smallest, ["objective.name=generation", "data.eval=null", "data.train.identifiers=numbers"])
