@@ -1,9 +1,9 @@
-"""Known-item lists from documents alone: a title, or words of a text, ask; that text answers, others do not.
+"""Known-item lists from documents alone: the query is a title or words of a text, and only that text is relevant.
 
-They need no judgments and no teacher, there are as many as one wants, and what a model must learn for them is to hold a
-passage against a query: a start for small models before lists that people or a teacher ordered. Asking with words of
-the passage itself is the inverse cloze task (Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain
-Question Answering") with the words left in; it is learned soonest.
+They need neither judgments nor a teacher, their number is not limited, and they teach a model to compare a passage with
+a query: a warm-up for small models before lists ordered by people or a teacher. Queries from the passage itself are the
+inverse cloze task (Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering") with the
+words left in; a model learns it fastest.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ from typing import Literal
 from rankllm_composer.sources.retrieval_files import read_json_lines
 
 
-class KnownItemError(ValueError):
-    """Documents of which no known-item lists can be made."""
-
-
 @dataclass(frozen=True)
 class KnownItems:
-    """Files that `shards build --run … --judgments … --queries … --docs …` takes.
+    """Files for `shards build --run … --judgments … --queries … --docs …`.
 
     Attributes:
         queries: titles or texts, or some of their words.
-        docs: what is shown: the documents' texts without their titles, or parts of them.
-        run: the candidates of each query in an order drawn by chance.
-        judgments: grade 1 for the document that asks, 0 for the others.
+        docs: passages: the documents' texts without their titles, or parts of them.
+        run: the candidates of each query in random order.
+        judgments: grade 1 for the document that the query was made from, 0 for the others.
     """
 
     queries: Path
@@ -54,24 +50,24 @@ def build_known_items(
     """Write the files of known-item lists. The same arguments write the same files.
 
     Args:
-        documents: JSONL of docid, title, text; those without a text, or the title that is to ask, are passed over.
-        folder: made if absent; its files are replaced.
-        num_lists: queries written.
-        num_candidates: passages of each, one of them the one asked for.
-        ask_with: the document's title, or the very passage that is shown of it.
-        query_words: fewest and most words that ask, drawn anew for each list, in their order; None = all words.
-        passage_words: show this many words from a place in the text that is drawn anew; None = whole texts.
-        exclude: documents that must not be shown, such as those of held-out lists.
-        seed: of documents, words, places and orders.
+        documents: JSONL of docid, title, text; documents without a text, or without a needed title, are skipped.
+        folder: created if absent; its files are replaced.
+        num_lists: number of queries.
+        num_candidates: passages per query, one of them relevant.
+        ask_with: make queries from the document's title, or from the passage itself.
+        query_words: minimum and maximum number of words per query, sampled in their order; None = all words.
+        passage_words: number of words per passage, from a random position in the text; None = complete texts.
+        exclude: documents to leave out, such as those of held-out lists.
+        seed: of documents, words, positions and orders.
     Raises:
-        KnownItemError: a number is out of range, or too few documents can ask.
+        ValueError: a number is out of range, or there are too few documents.
         SourceError: the documents cannot be read.
     """
     fewest, most = query_words or (1, 1)
     if num_lists < 1 or num_candidates < 2 or not 1 <= fewest <= most or (passage_words or 1) < 1:
-        raise KnownItemError(
-            f"found {num_lists} lists of {num_candidates} candidates, query_words {query_words}, passage_words "
-            f"{passage_words}; allowed are 1 list, 2 candidates and 1 word or more, the fewest words first"
+        raise ValueError(
+            f"num_lists is {num_lists}, num_candidates {num_candidates}, query_words {query_words} and passage_words "
+            f"{passage_words}; expected at least 1 list, 2 candidates and 1 word, with the minimum first."
         )
     titles: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
@@ -80,9 +76,9 @@ def build_known_items(
         if text and (title or ask_with == "text") and fields["docid"] not in exclude:
             titles[fields["docid"]], texts[fields["docid"]] = title, text.split()
     if len(texts) < num_candidates:
-        raise KnownItemError(
-            f"{documents}: found {len(texts)} documents with a {ask_with} that asks and a text, allowed are "
-            f"{num_candidates} or more, the candidates of a list"
+        raise ValueError(
+            f"{documents}: {len(texts)} documents have a {ask_with} and a text; expected at least {num_candidates}, "
+            "the candidates of a list."
         )
     source, docids = random.Random(seed), list(texts)
     folder = Path(folder)

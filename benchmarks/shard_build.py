@@ -1,13 +1,13 @@
-"""How fast are shards built, and how much memory does it take, as records grow?
+"""Measure speed and memory of building shards, for growing numbers of records.
 
     python benchmarks/shard_build.py [--records 10000,100000,1000000] [--processes 1,2] [--folder DIR]
 
-Builds sets from synthetic records in `.jsonl` (20 passages of 30 to 80 words, about 8 kB a record; every record has an
-id of its own, texts come again after 10,000, which is more than a shard holds) and prints, for each size: records/s and
-MB/s of source text from the first record to the published index, records per CPU second (what one core does when others
-have the machine too), and the peak resident memory of the building process, before the build (libraries) and after, and
-of its largest worker. Each build runs in a process of its own, whose start is not counted; the start of its workers is.
-Needs about 1.5 times the source's size on disk.
+Builds sets from synthetic records in `.jsonl` (20 passages of 30 to 80 words, about 8 kB per record; ids are unique,
+texts repeat after 10,000 records, which is more than a shard contains). Prints per size: records/s and MB/s of source
+text from the first record to the published index, records per CPU second (the speed of one core on a shared machine),
+and the peak resident memory of the building process before the build (libraries) and after it, and of its largest
+worker. Each build runs in a separate process; its start is not counted, the start of its workers is. Needs disk space
+of about 1.5 times the source.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUM_TEXTS = 10_000
 
 
 def write_source(path: Path, num_records: int) -> None:
-    """Write records whose passages are cut from one long random text at random places."""
+    """Write records with passages cut from one long random text at random positions."""
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(20_000)]
     words = rng.choices(vocabulary, k=1_000_000)
@@ -48,8 +48,8 @@ def write_source(path: Path, num_records: int) -> None:
 
 
 def measure(source: Path, output: Path, num_processes: int, results: Any) -> None:
-    """Build once in this process; put seconds, CPU seconds, peak MiB before, after, of a worker."""
-    import streaming  # noqa: F401 - its import takes seconds and is no part of the work
+    """Build once in this process; report seconds, CPU seconds, peak MiB before, after, and of the largest worker."""
+    import streaming  # noqa: F401 - its import takes seconds and must not be measured
 
     from rankllm_composer.options import BuildOptions, SourceOptions
     from rankllm_composer.shards.build import build_shards
@@ -62,7 +62,7 @@ def measure(source: Path, output: Path, num_processes: int, results: Any) -> Non
 
 
 def peak_and_cpu() -> tuple[float, float, float, float]:
-    """Peak resident MiB of this process and of its largest ended child, CPU seconds of it and of all of those."""
+    """Peak resident MiB of this process and of its largest finished child; CPU seconds of it and of all children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     peaks = [usage.ru_maxrss / 1024 for usage in usages]
     seconds = [usage.ru_utime + usage.ru_stime for usage in usages]
@@ -103,4 +103,4 @@ def main() -> None:
 if __name__ == "__main__":
     started = time.monotonic()
     main()
-    print(f"\n{time.monotonic() - started:.0f} s in all")
+    print(f"\n{time.monotonic() - started:.0f} s in total")

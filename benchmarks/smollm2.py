@@ -33,7 +33,7 @@ import torch
 from gguf_model import unpack_gguf_model
 from known_item import KnownItems, build_known_items
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
-from word_lists import Index, WordList, asked_by_texts, assembled_lists, judged_lists, without_gaps
+from word_lists import Index, WordList, assembled_lists, judged_lists, lists_from_texts, skip_empty
 
 from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.demo import export_untrained
@@ -185,9 +185,9 @@ def prepare(
             index, judged_queries, collection.run, collection.grades, every_passage, size, seed=seed
         ),
         "words": assembled_lists(index, passages, size, seed=seed),
-        "text": asked_by_texts(index, texts, passages, size, seed=seed, by_rank=True),
+        "text": lists_from_texts(index, texts, passages, size, seed=seed, by_rank=True),
     }
-    kinds = {name: without_gaps(found, f"{name} list") for name, found in draws.items()}
+    kinds = {name: skip_empty(found, f"{name} list") for name, found in draws.items()}
     amounts = {"judged": round(num_lists * JUDGED_SHARE), "words": round(num_lists * ASSEMBLED_SHARE)}
     amounts["text"] = num_lists - sum(amounts.values())
     lists = {f"{kind}-{i}": found for kind in kinds for i, found in enumerate(islice(kinds[kind], amounts[kind]))}
@@ -201,8 +201,8 @@ def prepare(
     )
     queries = {qid: collection.queries[qid] for qid in held_out}
     write_part(folder, "heldout", queries, collection.run, collection.grades, every_passage)
-    first = without_gaps(assembled_lists(index, passages, size, seed=seed + 1), "words list")
-    second = without_gaps(asked_by_texts(index, texts, passages, size, seed=seed + 1, by_rank=False), "text list")
+    first = skip_empty(assembled_lists(index, passages, size, seed=seed + 1), "words list")
+    second = skip_empty(lists_from_texts(index, texts, passages, size, seed=seed + 1, by_rank=False), "text list")
     drawn = random.Random(seed)
     words = [next(second if drawn.random() < TEXT_SHARE else first) for _ in range(num_words)]
     return Material(known, words, passages)

@@ -1,8 +1,8 @@
-"""Lists whose order is how much of a query's words a passage holds: training data from documents alone.
+"""Training lists from documents alone, ordered by the words that query and passage share.
 
-What a first stage knows about whole texts, BM25 (Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework:
-BM25 and Beyond"), is asked of what a list shows of them. Learning from such orders is weak supervision (Dehghani et al.
-2017, "Neural Ranking Models with Weak Supervision").
+The score is BM25 (Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework: BM25 and Beyond") of the
+passages in the list. Learning from such orders is weak supervision (Dehghani et al. 2017, "Neural Ranking Models with
+Weak Supervision").
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-K1, B = 0.9, 0.4  # of BM25, Anserini's
-DEPTH = 20  # candidates of a query that its lists are drawn from
-RANK_WEIGHT = 3.0  # what the logarithm of a candidate's rank takes off its score
-JUDGED_WEIGHT = 100.0  # of a grade: more than words can make up for
-MOST_WORDS = 6  # of one passage that ask
-MOST_MISSED = 10_000  # draws in a row that make no list
+K1, B = 0.9, 0.4  # of BM25, as in Anserini
+DEPTH = 20  # candidates per query that lists are sampled from
+RANK_WEIGHT = 3.0  # subtracted from the score per unit of log(rank)
+JUDGED_WEIGHT = 100.0  # added to the score per grade: more than words can outweigh
+MOST_WORDS = 6  # from one passage in a query
+MOST_MISSED = 10_000  # consecutive draws without a list
 
 
 @dataclass(frozen=True)
 class WordList:
-    """A query, the candidates in the order they are shown, and the score of each: higher is better."""
+    """A query, its candidates in presentation order, and their scores: higher is better."""
 
     query: str
     docids: list[str]
     scores: list[float]
 
     def grades(self) -> list[int]:
-        """0 for the lowest score, one more for each higher one; equal scores have equal grades."""
+        """Scores as grades: 0 for the lowest score, one more for each higher score."""
         levels = sorted(set(self.scores))
         return [levels.index(score) for score in self.scores]
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case runs of letters and digits."""
+    """Lower-case words of letters and digits."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
 class Index:
-    """BM25 of documents by docid."""
+    """A BM25 index of documents by docid."""
 
     def __init__(self, texts: Mapping[str, str]) -> None:
         counts = {docid: Counter(words_of(text)) for docid, text in texts.items()}
@@ -59,7 +59,7 @@ class Index:
         return self.rarity.get(word, self.unseen) * count * (K1 + 1) / (count + K1 * (1 - B + B * relative_length))
 
     def top(self, query: str, count: int, without: str | None = None) -> list[str]:
-        """The best docids for a query, `without` one of them."""
+        """Docids with the highest scores for a query, except `without`."""
         scores: Counter[str] = Counter()
         for word in sorted(set(words_of(query))):
             for docid, found, length in self.places.get(word, ()):
@@ -68,16 +68,16 @@ class Index:
         return [docid for docid, _ in scores.most_common(count)]
 
     def score_shown(self, query: str, passage: str) -> float:
-        """Score of a passage as it is shown; those of a list have about one length."""
+        """Score of a passage; the passages of a list are assumed to have the same length."""
         found = Counter(words_of(passage))
         return sum(self._score(word, found[word], 1.0) for word in sorted(set(words_of(query))) if found[word])
 
 
-def without_gaps(draws: Iterator[WordList | None], what: str) -> Iterator[WordList]:
-    """The lists among draws, of which some make none.
+def skip_empty(draws: Iterator[WordList | None], what: str) -> Iterator[WordList]:
+    """Yield the lists among draws, of which some give none.
 
     Raises:
-        SystemExit: so many draws in a row made none that the collection seems to hold none.
+        SystemExit: too many consecutive draws gave none.
     """
     missed = 0
     for found in draws:
@@ -85,16 +85,14 @@ def without_gaps(draws: Iterator[WordList | None], what: str) -> Iterator[WordLi
         if found:
             yield found
         elif missed == MOST_MISSED:
-            raise SystemExit(
-                f"found no {what} in {missed:,} draws; the collection is too small, or its texts too short"
-            )
+            raise SystemExit(f"no {what} in {missed:,} draws. The collection is too small, or its texts are too short.")
 
 
 def assembled_lists(index: Index, passages: Mapping[str, str], size: int, seed: int) -> Iterator[WordList | None]:
-    """Draws without end, in an order by chance: words of several passages ask, of each another number of them.
+    """Draw lists endlessly whose query has a different number of words from each of several passages, in random order.
 
-    In a quarter of the lists words of one passage ask. In half of the others the passages are alike. None: a draw that
-    makes no list.
+    In a quarter of the lists the query has words of only one passage. In half of the others the passages are similar.
+    Yields None for a draw that gives no list.
     """
     source, docids = random.Random(seed), list(passages)
     while True:
@@ -117,21 +115,21 @@ def assembled_lists(index: Index, passages: Mapping[str, str], size: int, seed: 
         yield WordList(query, shown, scores) if is_clear else None
 
 
-def asked_by_texts(
+def lists_from_texts(
     index: Index, texts: Mapping[str, tuple[str, str]], passages: Mapping[str, str], size: int, seed: int, by_rank: bool
 ) -> Iterator[WordList | None]:
-    """Draws without end: a title, or up to 18 words of a sentence, ask among the first stage's best for it.
+    """Draw lists endlessly whose query is a title or up to 18 words of a sentence, with candidates found by BM25.
 
-    None: a draw that makes no list.
+    Yields None for a draw that gives no list.
 
     Args:
         index: of the documents.
         texts: title and text by docid.
-        passages: what is shown of them.
-        size: candidates of a list.
+        passages: passage by docid.
+        size: candidates per list.
         seed: of queries and candidates.
-        by_rank: candidates in the first stage's order, and its ranks count; otherwise in an order drawn by chance, and
-            words alone count.
+        by_rank: order and score the candidates by BM25 rank, too; otherwise their order is random, and only the shared
+            words give the score.
     """
     source, docids = random.Random(seed), list(passages)
     while True:
@@ -168,9 +166,9 @@ def judged_lists(
     size: int,
     seed: int,
 ) -> Iterator[WordList | None]:
-    """Draws without end of judged queries, in the first stage's order: judged ones first, then by words and rank.
+    """Draw lists of judged queries endlessly, in first-stage order, scored by grade, then by shared words and rank.
 
-    None: a query with too few candidates.
+    Yields None for a query with too few candidates.
     """
     source, qids = random.Random(seed), list(queries)
     while True:
@@ -192,7 +190,7 @@ def _draw(
     grades: Mapping[str, int],
     rank_weight: float,
 ) -> WordList:
-    """Neighbours in a ranking, or any of it, in its order."""
+    """Sample consecutive or arbitrary candidates of a ranking, in its order."""
     places: Iterable[int] = sorted(source.sample(range(len(ranked)), size))
     if source.random() < 0.5:
         start = source.randint(0, len(ranked) - size)

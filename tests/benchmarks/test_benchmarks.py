@@ -212,9 +212,9 @@ def test_a_collection_without_lists_is_told(benchmark):
     texts = {f"d{i}": ("", "too short") for i in range(9)}
     index = word_lists.Index({docid: text for docid, (_, text) in texts.items()})
     passages = {docid: text for docid, (_, text) in texts.items()}
-    draws = word_lists.asked_by_texts(index, texts, passages, 4, seed=1, by_rank=True)
-    with pytest.raises(SystemExit, match="found no text list in 10,000 draws"):
-        next(word_lists.without_gaps(draws, "text list"))
+    draws = word_lists.lists_from_texts(index, texts, passages, 4, seed=1, by_rank=True)
+    with pytest.raises(SystemExit, match="no text list in 10,000 draws"):
+        next(word_lists.skip_empty(draws, "text list"))
 
 
 def load_texts(path):

@@ -1,4 +1,4 @@
-"""Known-item lists: exactly one passage is the one whose title asks, and none that is excluded is shown."""
+"""Known-item lists: exactly one passage per list is relevant, and excluded documents are left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.known_item import KnownItemError, build_known_items
+from benchmarks.known_item import build_known_items
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
 DOCUMENTS = [{"docid": f"d{i}", "title": f"title {i} of many words .", "text": f"text number {i}"} for i in range(8)]
@@ -21,7 +21,7 @@ def documents(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_document_asked_for_is_shown_once_and_alone_is_relevant(documents: Path, tmp_path: Path) -> None:
+def test_only_the_document_of_the_query_is_relevant(documents: Path, tmp_path: Path) -> None:
     files = build_known_items(documents, tmp_path / "known", num_lists=60, num_candidates=3, exclude={"d0", "d1"})
     queries, run, judgments = load_queries(files.queries), load_run(files.run), load_judgments(files.judgments)
     texts = load_documents(files.docs, {docid for shown in run.values() for docid in shown})
@@ -38,7 +38,7 @@ def test_the_document_asked_for_is_shown_once_and_alone_is_relevant(documents: P
     assert set(texts) == {f"d{i}" for i in range(2, 8)}
 
 
-def test_some_words_of_the_title_ask_in_their_order(documents: Path, tmp_path: Path) -> None:
+def test_words_are_sampled_from_the_title_in_their_order(documents: Path, tmp_path: Path) -> None:
     files = build_known_items(documents, tmp_path / "known", num_lists=40, num_candidates=2, query_words=(2, 9))
     lengths = set()
     for query in load_queries(files.queries).values():
@@ -50,7 +50,7 @@ def test_some_words_of_the_title_ask_in_their_order(documents: Path, tmp_path: P
     assert lengths == {2, 3, 4, 5}
 
 
-def test_words_of_the_passage_that_is_shown_ask(tmp_path: Path) -> None:
+def test_words_are_sampled_from_the_passage(tmp_path: Path) -> None:
     words = [f"w{number}" for number in range(30)]
     rows = [{"docid": f"d{i}", "text": " ".join(f"{word}of{i}" for word in words)} for i in range(5)]
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"docid": "short", "text": "a b"}])))
@@ -91,16 +91,16 @@ def test_the_same_arguments_write_the_same_files(documents: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_candidates": 9}, "found 8 documents with a title that asks and a text, allowed are 9 or more"),
-        ({"num_candidates": 11, "ask_with": "text"}, "found 9 documents with a text that asks"),
-        ({"num_candidates": 1}, "found 5 lists of 1 candidates"),
-        ({"num_lists": 0}, "found 0 lists"),
+        ({"num_candidates": 9}, "8 documents have a title and a text; expected at least 9"),
+        ({"num_candidates": 11, "ask_with": "text"}, "9 documents have a text and a text"),
+        ({"num_candidates": 1}, "num_candidates 1"),
+        ({"num_lists": 0}, "num_lists is 0"),
         ({"query_words": (0, 2)}, r"query_words \(0, 2\)"),
-        ({"query_words": (3, 2)}, "the fewest words first"),
+        ({"query_words": (3, 2)}, "with the minimum first"),
         ({"passage_words": -1}, "passage_words -1"),
     ],
 )
-def test_what_makes_no_lists_is_told(documents: Path, tmp_path: Path, options: dict[str, int], message: str) -> None:
-    with pytest.raises(KnownItemError, match=message):
+def test_impossible_requests_are_errors(documents: Path, tmp_path: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         build_known_items(documents, tmp_path / "known", **{"num_lists": 5, "num_candidates": 2, **options})
     assert not (tmp_path / "known").exists()

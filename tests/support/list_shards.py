@@ -1,4 +1,4 @@
-"""Small sets of shards, written straight through streaming."""
+"""Small sets of shards, written with streaming or built from a file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_shards(
     compression: str | None = "zstd",
     hashes: tuple[str, ...] = ("xxh64",),
 ) -> Path:
-    """Write records, or the records of these numbers, into a new folder, some to a shard."""
+    """Write records, given as such or by number, to a new folder, `per_shard` records per shard."""
     records = [new_record(item) if isinstance(item, int) else item for item in records]
     for start in range(0, len(records), per_shard):
         part = Path(folder) / f"{start // per_shard:02}"
@@ -66,7 +66,7 @@ def write_shards(
 
 
 def merge_parts(folder: Path) -> None:
-    """One index over the parts of a folder."""
+    """Write one index over the parts of a folder."""
     entries = []
     for index in sorted(folder.glob("*/index.json")):
         for entry in json.loads(index.read_text())["shards"]:

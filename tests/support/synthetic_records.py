@@ -1,4 +1,4 @@
-"""Training records made on the spot, in the published layout."""
+"""Synthetic training records in the published layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = ["keel", "lamp", "moss", "oar", "pear", "quill", "reed", "salt", "tile",
 def conversation(
     index: int, *, num_candidates: int = 4, style: str = "letters", num_words: int = 5, **changes: Any
 ) -> dict[str, Any]:
-    """Record `q<index>` in the published layout. `changes` replace a turn (`system`, `human`, `gpt`) or a field."""
+    """Record `q<index>` in the published layout; `changes` replace a turn (`system`, `human`, `gpt`) or a field."""
     rng = random.Random(index)
     passages = [" ".join(rng.choices(WORDS, k=num_words)) for _ in range(num_candidates)]
     order = rng.sample(range(num_candidates), num_candidates)
@@ -32,7 +32,7 @@ def conversation(
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
-    """Write one record a line; text is written as it is."""
+    """Write one record per line; text is written unchanged."""
     lines = (record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
