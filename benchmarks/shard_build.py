@@ -1,4 +1,4 @@
-"""Measure speed and memory of building shards, for growing numbers of records.
+"""How fast are shards built, and how much memory does it take, as the number of records grows?
 
     python benchmarks/shard_build.py [--records 10000,100000,1000000] [--processes 1,2] [--folder DIR]
 
