@@ -31,9 +31,6 @@ _FIRST_MISTRAL = {"dl20-splade": 0.7851, "dl19-bm25": 0.7294, "dl20-bm25": 0.704
 _BY_RECIPE = {"rank_zephyr": _RANK_ZEPHYR, "rank_zephyr_stage2": _RANK_ZEPHYR, "first_mistral": _FIRST_MISTRAL}
 
 
-SETS = tuple(dict.fromkeys(name for sets in _BY_RECIPE.values() for name in sets))
-
-
 def published_figures(run_name: str) -> Mapping[str, float]:
     """nDCG@10 published for a recipe, by set and measure: dl20-bm25/nDCG@10.
 

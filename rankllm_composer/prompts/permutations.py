@@ -110,7 +110,7 @@ def format_permutation(permutation: Sequence[int], style: IdentifierStyle = "let
     Raises:
         PromptError: not a permutation of 0 … N-1, or too long for the style.
     """
-    _check(permutation, "permutation")
+    _check(permutation)
     names = identifiers(len(permutation), style)
     return SEPARATOR.join(f"[{names[i]}]" for i in permutation)
 
@@ -205,18 +205,11 @@ def ranks_from_permutation(permutation: Sequence[int]) -> tuple[int, ...]:
     Raises:
         PromptError: not a permutation of 0 … N-1.
     """
-    _check(permutation, "permutation")
-    return _inverse(permutation)
-
-
-def permutation_from_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Permutation with these ranks, the inverse of `ranks_from_permutation`: (2, 0, 1) → (1, 2, 0).
-
-    Raises:
-        PromptError: not a permutation of 0 … N-1 (ties included).
-    """
-    _check(ranks, "ranks")
-    return _inverse(ranks)
+    _check(permutation)
+    ranks = [0] * len(permutation)
+    for place, index in enumerate(permutation):
+        ranks[index] = place
+    return tuple(ranks)
 
 
 def permutation_from_scores(scores: Iterable[float]) -> tuple[int, ...]:
@@ -232,17 +225,10 @@ def permutation_from_scores(scores: Iterable[float]) -> tuple[int, ...]:
     return tuple(sorted(range(len(values)), key=lambda i: -values[i]))
 
 
-def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
-    inverse = [0] * len(permutation)
-    for place, index in enumerate(permutation):
-        inverse[index] = place
-    return tuple(inverse)
-
-
-def _check(values: Sequence[int], what: str) -> None:
+def _check(values: Sequence[int]) -> None:
     if sorted(values) != list(range(len(values))):
         raise PromptError(
-            f"{what}: {_shorten(str(list(values)))}; expected each of 0 to {len(values) - 1} exactly once"
+            f"permutation is {_shorten(str(list(values)))}; expected each of 0 to {len(values) - 1} exactly once"
         )
 
 

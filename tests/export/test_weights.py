@@ -186,7 +186,7 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, tmp_path):
         (garbage, "damaged"),
         (other, "has no model weights"),
         (tampered, "damaged"),
-        (unfinished, "never finished"),
+        (unfinished, "is missing, so the checkpoint is incomplete"),
         (torn_index, "damaged"),
         (tmp_path / "absent.pt", "does not exist"),
     ):
