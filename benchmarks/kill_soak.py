@@ -1,13 +1,12 @@
-"""Does a run that is killed at random moments end as one that never died?
+"""Compare runs killed at random moments with uninterrupted ones.
 
     python benchmarks/kill_soak.py --kills 24 --seed 1
 
-Each kill takes one rank, all ranks or the launcher with SIGKILL, or asks all ranks to stop with SIGTERM; after a random
-batch, while a checkpoint is being written, or at a random second of the start. Runs are sharded (FSDP2), sharded with
-copies of their checkpoints in an object store on loopback, or copied (DDP, with LoRA and its dropout), on two ranks.
-Every other time a run with copies dies its disk is lost as well. A finished run has to equal its reference bit by bit:
-metrics.jsonl without the clock (as far as it was not lost), weights, optimizer, schedule and random numbers. Exits 1
-where one does not.
+Each kill sends SIGKILL to one rank, all ranks or the launcher, or SIGTERM to all ranks: after a random batch, while a
+checkpoint is being written, or at a random second of the startup. Runs use FSDP2, FSDP2 with copies of the checkpoints
+in a local object store, or DDP with LoRA and dropout, on two ranks. Every other kill of a run with copies also deletes
+its folder. A finished run must equal its reference bit for bit: metrics.jsonl without times (as far as it was not
+deleted), weights, optimizer, schedule and random numbers. The exit code is 1 if one differs.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ LAST_BATCH = 12
 
 
 def wait_for_moment(run: Run, moment: str, chance: random.Random) -> bool:
-    """Until a random moment of that kind; False where the run was done before."""
+    """Wait for a random moment of a kind; False if the run ended before."""
     batch = min(run.batches() + chance.randint(1, 4), LAST_BATCH - 1)
     deadline = time.monotonic() + chance.uniform(0, 12)
     while run.process.poll() is None:
@@ -59,7 +58,7 @@ def wait_for_moment(run: Run, moment: str, chance: random.Random) -> bool:
 
 
 def strike(run: Run, victim: str, chance: random.Random) -> None:
-    """Kill part of a run; what has ended already is left alone."""
+    """Kill a part of a run, if it is still alive."""
     import psutil
 
     try:
@@ -74,8 +73,8 @@ def strike(run: Run, victim: str, chance: random.Random) -> None:
         pass
 
 
-def equals(folder: Path, reference: Path) -> list[str]:
-    """What differs between two finished runs."""
+def differing_parts(folder: Path, reference: Path) -> list[str]:
+    """Return what differs between two finished runs."""
     ours, theirs = comparable_metrics(folder), comparable_metrics(reference)
     found = [] if ours == theirs[len(theirs) - len(ours) :] else ["metrics.jsonl"]
     ends = [complete_checkpoints(place / "run" / "checkpoints")[-1][0] for place in (folder, reference)]
@@ -83,7 +82,7 @@ def equals(folder: Path, reference: Path) -> list[str]:
 
 
 def soak(folder: Path, num_kills: int, seed: int) -> int:
-    """Returns how many finished runs differ from their reference."""
+    """Return the number of finished runs that differ from their reference."""
     chance = random.Random(seed)
     material = folder / "material"
     material.mkdir()
@@ -111,16 +110,16 @@ def soak(folder: Path, num_kills: int, seed: int) -> int:
                 struck[f"{victim}, {moment}"] += 1
                 if layout == STORE and chance.random() < 0.5:
                     shutil.rmtree(place / "run", ignore_errors=True)
-                    deaths[-1] += ", its disk lost"
+                    deaths[-1] += ", its folder deleted"
                 continue
             code = run.finish()
             if code != 0:
                 print(run.output())
-                raise SystemExit(f"a run that nothing happened to ended with {code}")
+                raise SystemExit(f"an uninterrupted run ended with {code}")
             break
-        different = equals(place, references["FSDP2" if layout == STORE else layout])
+        different = differing_parts(place, references["FSDP2" if layout == STORE else layout])
         finished, num_bad = finished + 1, num_bad + bool(different)
-        print(f"{layout}: {'; '.join(deaths) or 'not struck'}: {different or 'the same'}", flush=True)
+        print(f"{layout}: {'; '.join(deaths) or 'not killed'}: {different or 'equal'}", flush=True)
     print(f"{sum(struck.values())} kills in {finished} runs, {num_bad} runs differ: {dict(sorted(struck.items()))}")
     return num_bad
 
@@ -130,7 +129,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, s3_server() as server:
         server.client().create_bucket(Bucket="soak")

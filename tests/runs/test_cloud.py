@@ -1,4 +1,4 @@
-"""Data and checkpoints in an object store, over HTTP: a run that loses its machine goes on as if it had not."""
+"""Data and checkpoints in an object store over HTTP: a run that loses its machine resumes exactly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def server():
         for bucket in ("lists", "runs"):
             server.client().create_bucket(Bucket=bucket)
         yield server
-        for bucket in ("lists", "runs"):  # servers of one process share what they hold
+        for bucket in ("lists", "runs"):  # servers in one process share their content
             for key in server.keys(bucket):
                 server.client().delete_object(Bucket=bucket, Key=key)
             server.client().delete_bucket(Bucket=bucket)
@@ -60,13 +60,13 @@ def start(folder: Path, overlay: list[str], *more: str) -> Run:
 
 
 def stored_checkpoints(server, run: str) -> list[str]:
-    """Names of the whole checkpoints of a run in the store, oldest first."""
+    """Names of the complete checkpoints of a run in the store, oldest first."""
     names = [key.split("/")[1] for key in server.keys("runs") if key.startswith(f"{run}/") and key.endswith(MANIFEST)]
     return sorted(names, key=lambda name: int(name.partition("-ba")[2]))
 
 
 def assert_no_secret(folder: Path) -> None:
-    """In nothing that a run wrote or said."""
+    """Check that no secret is in any file or output of a run."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     assert {"output.txt", "recipe.yaml", "metrics.jsonl"} <= {path.name for path in paths}
     for path in paths:
@@ -75,24 +75,24 @@ def assert_no_secret(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, overlay) -> Path:
-    run = start(tmp_path_factory.mktemp("cloud") / "unbroken", overlay, EXPORT)
+def uninterrupted(tmp_path_factory, overlay) -> Path:
+    run = start(tmp_path_factory.mktemp("cloud") / "uninterrupted", overlay, EXPORT)
     assert run.finish() == 0, run.output()
     return run.folder
 
 
 @pytest.mark.slow
-def test_an_epoch_from_the_store_is_every_list_once(unbroken, server):
-    lines = comparable_metrics(unbroken)
+def test_an_epoch_from_the_store_has_every_list_once(uninterrupted, server):
+    lines = comparable_metrics(uninterrupted)
     assert [line["batch"] for line in lines] == list(range(1, NUM_BATCHES + 1))
     assert [lines[last]["data/lists_trained"] for last in (5, 11)] == [24, 24]  # of each epoch
-    assert stored_checkpoints(server, "unbroken") == ["ep1-ba10", "ep2-ba12"]
-    assert (unbroken / "run" / "hf").is_dir()
-    assert_no_secret(unbroken)
+    assert stored_checkpoints(server, "uninterrupted") == ["ep1-ba10", "ep2-ba12"]
+    assert (uninterrupted / "run" / "hf").is_dir()
+    assert_no_secret(uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_run_that_loses_its_machine_goes_on_from_the_store(tmp_path, overlay, unbroken, server):
+def test_a_run_that_loses_its_machine_resumes_from_the_store(tmp_path, overlay, uninterrupted, server):
     refusals = iter([500, 503, 503])
 
     def refuse(key: str) -> int | None:
@@ -106,21 +106,23 @@ def test_a_run_that_loses_its_machine_goes_on_from_the_store(tmp_path, overlay, 
     assert next(refusals, "used") == "used"
     assert_no_secret(run.folder)
     shutil.rmtree(run.folder)  # checkpoints, cache and all
-    # What an upload that was cut off leaves: files without the manifest, newer than any whole checkpoint.
+    # What an interrupted upload leaves: files without a manifest, newer than any complete checkpoint.
     server.client().put_object(Bucket="runs", Key="broken/ep1-ba11/.metadata", Body=b"half")
-    there = int(stored_checkpoints(server, "broken")[-1].partition("-ba")[2])
+    resumed_at = int(stored_checkpoints(server, "broken")[-1].partition("-ba")[2])
 
     run = start(tmp_path / "broken", overlay, EXPORT)
     assert run.finish() == 0, run.output()
-    assert comparable_metrics(run.folder) == comparable_metrics(unbroken)[there:]
-    ours, theirs = (complete_checkpoints(folder / "run" / "checkpoints")[-1][0] for folder in (run.folder, unbroken))
+    assert comparable_metrics(run.folder) == comparable_metrics(uninterrupted)[resumed_at:]
+    ours, theirs = (
+        complete_checkpoints(folder / "run" / "checkpoints")[-1][0] for folder in (run.folder, uninterrupted)
+    )
     assert ours.name == theirs.name == "ep2-ba12"
     assert differences(checkpoint_content(ours), checkpoint_content(theirs)) == []
     assert stored_checkpoints(server, "broken") == ["ep1-ba10", "ep2-ba12"]
 
 
 @pytest.mark.slow
-def test_a_store_that_takes_no_checkpoint_stops_the_run_with_what_it_has(tmp_path, overlay, server):
+def test_a_store_that_refuses_checkpoints_stops_the_run_and_local_ones_are_kept(tmp_path, overlay, server):
     server.on_put = lambda key: 503 if key.startswith("full/ep") else None
     run = start(tmp_path / "full", overlay)
     code = run.finish()
@@ -128,7 +130,7 @@ def test_a_store_that_takes_no_checkpoint_stops_the_run_with_what_it_has(tmp_pat
     assert code == 2 or "exited with code 2" in run.output(), run.output()
     assert "checkpoint.folder: s3://runs/full: " in run.output()
     assert "cannot be uploaded" in run.output() and "rerun the same command" in run.output()
-    assert complete_checkpoints(run.folder / "run" / "checkpoints")  # on the local disk nothing is lost
+    assert complete_checkpoints(run.folder / "run" / "checkpoints")  # those on the local disk are intact
     assert_no_secret(run.folder)
 
     run = start(tmp_path / "full", overlay)

@@ -1,4 +1,4 @@
-"""Every row of the table of faults: the fault is made, and what follows is what the row says."""
+"""Cause every fault in the table of docs/faults.md and compare exit code and message with its row."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ ALL_LISTS = sorted(streaming_tests.ids(*range(10)))
 
 
 class Ended(NamedTuple):
-    """Exit code of a run and what it said."""
+    """Exit code of a run and its output."""
 
     code: int
-    said: str
+    output: str
 
 
-WENT_ON = Ended(0, "")
+CONTINUED = Ended(0, "")
 DRIVERS: dict[str, Callable[..., Ended]] = {}
 SIGNALS = {
     "rank-stalls": signal.SIGSTOP,
@@ -64,23 +64,23 @@ SIGNALS = {
 SLOW = {*SIGNALS, "asked-to-stop-early"}
 
 
-def makes(*keys: str) -> Callable[[Callable[..., Ended]], Callable[..., Ended]]:
-    """The function makes these faults; it is told the key and the test's tools."""
+def causes(*keys: str) -> Callable[[Callable[..., Ended]], Callable[..., Ended]]:
+    """Register a function that causes the faults of these keys."""
 
-    def enter(driver: Callable[..., Ended]) -> Callable[..., Ended]:
+    def register(driver: Callable[..., Ended]) -> Callable[..., Ended]:
         DRIVERS.update(dict.fromkeys(keys, driver))
         return driver
 
-    return enter
+    return register
 
 
 class Tools:
-    """What the drivers share.
+    """Shared tools of the drivers.
 
     Attributes:
-        folder: of this fault alone.
+        folder: a folder for this fault only.
         patch: pytest's monkeypatch.
-        request: pytest's, for the fixtures that few drivers need.
+        request: pytest's request, for fixtures that few drivers need.
     """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
@@ -90,7 +90,7 @@ class Tools:
         return write_shards(self.folder / name, range(num_lists))
 
     def cached(self) -> Stream:
-        """A stream of 10 lists in 3 shards through a cache that is still empty."""
+        """Return a stream of 10 lists in 3 shards, with an empty cache."""
         return Stream(local=str(self.folder / "cache"), remote=str(self.shards()))
 
     def fixture(self, name: str):
@@ -98,7 +98,7 @@ class Tools:
 
 
 def read(stream: Stream, **options) -> list[str]:
-    """Ids of one epoch, as training reads it."""
+    """Return the ids of one epoch, as training reads it."""
     return sorted(
         filter(None, streaming_tests.flat(streaming_tests.read(streaming_tests.new_loader(stream, **options))[0]))
     )
@@ -106,31 +106,31 @@ def read(stream: Stream, **options) -> list[str]:
 
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory, mistral_v3_folder) -> list[str]:
-    """A run of seconds."""
+    """Overrides for a run that takes seconds."""
     return small_run(tmp_path_factory.mktemp("small"), mistral_v3_folder)
 
 
-def test_every_row_is_made_and_everything_made_has_a_row():
+def test_rows_and_faults_correspond_one_to_one():
     num_rows = sum(line.startswith("| ") for line in TABLE.read_text().splitlines()) - 1
     assert set(ROWS) == set(DRIVERS) and len(ROWS) == num_rows > 25
 
 
 @pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow if key in SLOW else ()) for key in ROWS])
-def test_what_happens_is_what_the_table_says(key, tmp_path, monkeypatch, request):
+def test_a_fault_ends_as_in_its_row(key, tmp_path, monkeypatch, request):
     try:
         ended = DRIVERS[key](key, Tools(tmp_path, monkeypatch, request))
-    except ValueError as error:  # what train.py tells in one line, with exit code 2
+    except ValueError as error:  # train.py reports it in one line, with exit code 2
         ended = Ended(2, str(error))
-    assert ended.code == int(ROWS[key]["code"]), ended.said
+    assert ended.code == int(ROWS[key]["code"]), ended.output
     message = ROWS[key]["message"] or ""
     pattern = ".*".join(re.escape(part) for part in message.split("…"))
-    assert re.search(pattern, ended.said, re.DOTALL), f"the table says\n  {message}\nthe run said\n  {ended.said}"
+    assert re.search(pattern, ended.output, re.DOTALL), f"expected\n  {message}\nfound\n  {ended.output}"
 
 
 # --- the object store -------------------------------------------------------------------------------------------------
 
 
-@makes("store-fails-a-while", "store-slow-a-while", "store-fails-for-good", "store-times-out", "wrong-credentials")
+@causes("store-fails-a-while", "store-slow-a-while", "store-fails-for-good", "store-times-out", "wrong-credentials")
 def object_store(key: str, tools: Tools) -> Ended:
     folder = tools.shards()
     with s3_server() as server:
@@ -155,28 +155,28 @@ def object_store(key: str, tools: Tools) -> Ended:
                 server.on_get = lambda name: time.sleep(next(naps, 0)) if name.startswith("02/") else None
                 assert sorted(streaming_tests.flat(streaming_tests.read(loader)[0])) == ALL_LISTS
                 assert next(naps, None) is None
-                return WENT_ON
-            if key == "store-fails-a-while":  # when the set is looked at, too
+                return CONTINUED
+            if key == "store-fails-a-while":  # also when the set is checked
                 server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
                 assert read(stream, download_retry=2) == ALL_LISTS and next(refusals, None) is None
-                return WENT_ON
+                return CONTINUED
             loader = streaming_tests.new_loader(stream, download_timeout_seconds=1)
             server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
             streaming_tests.read(loader)
-            return WENT_ON
+            return CONTINUED
         finally:
             server.on_get = lambda name: None
             clear_store(client, "lists")
 
 
 def clear_store(client, bucket: str) -> None:
-    """Servers of one process share what they hold."""
+    """Empty a bucket; servers in one process share their content."""
     for entry in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
         client.delete_object(Bucket=bucket, Key=entry["Key"])
     client.delete_bucket(Bucket=bucket)
 
 
-@makes(
+@causes(
     "checkpoint-store-refuses",
     "checkpoint-store-missing",
     "checkpoint-store-empty",
@@ -204,13 +204,13 @@ def checkpoint_store(key: str, tools: Tools) -> Ended:
                 clear_store(server.client(), "faults")
     before = {"checkpoint-copy-short": there / "ep0-ba1", "checkpoint-store-empty": None}
     assert checkpoints.resumed_from == before[key]
-    return WENT_ON
+    return CONTINUED
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-@makes("shard-missing", "shard-truncated", "index-damaged", "path-outside")
+@causes("shard-missing", "shard-truncated", "index-damaged", "path-outside")
 def damaged_set(key: str, tools: Tools) -> Ended:
     folder = tools.shards()
     index = folder / "index.json"
@@ -223,10 +223,10 @@ def damaged_set(key: str, tools: Tools) -> Ended:
     else:
         index.write_text(index.read_text().replace("02/shard", "../shard"))
     check_stream(Stream(local=str(tools.folder / "cache"), remote=str(folder)), download_retry=0)
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("shard-corrupted")
+@causes("shard-corrupted")
 def corrupted_shard(key: str, tools: Tools) -> Ended:
     stream = tools.cached()
     damage(Path(str(stream.remote)) / "01" / "shard.00000.mds.zstd")
@@ -234,29 +234,29 @@ def corrupted_shard(key: str, tools: Tools) -> Ended:
         read(stream)
     finally:
         assert not list(Path(str(stream.local), "01").glob("shard*"))
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("shard-vanishes")
+@causes("shard-vanishes")
 def vanishing_shard(key: str, tools: Tools) -> Ended:
     stream = tools.cached()
-    loader = streaming_tests.new_loader(stream)  # by then it was there
+    loader = streaming_tests.new_loader(stream)  # the shard still exists
     Path(str(stream.remote), "02", "shard.00000.mds.zstd").unlink()
     streaming_tests.read(loader)
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("cached-shard-corrupted", "cached-index-damaged")
+@causes("cached-shard-corrupted", "cached-index-damaged")
 def corrupted_cache(key: str, tools: Tools) -> Ended:
     stream = tools.cached()
     read(stream)
     damaged = "index.json" if key == "cached-index-damaged" else "01/shard.00000.mds"
     damage(Path(str(stream.local), damaged))
     assert read(stream) == ALL_LISTS
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("two-runs-one-cache")
+@causes("two-runs-one-cache")
 def shared_cache(key: str, tools: Tools) -> Ended:
     stream = tools.cached()
     read(stream)
@@ -265,10 +265,10 @@ def shared_cache(key: str, tools: Tools) -> Ended:
         check_stream(Stream(local=stream.local, remote=str(tools.shards(5, "other"))))
     finally:
         assert {path: path.read_bytes() for path in before} == before
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("fewer-lists-than-a-batch")
+@causes("fewer-lists-than-a-batch")
 def small_set(key: str, tools: Tools) -> Ended:
     from rankllm_composer.data.dataset import ListDataset, ListEncoding, build_train_data_spec
 
@@ -276,7 +276,7 @@ def small_set(key: str, tools: Tools) -> Ended:
     encoding = ListEncoding(tokenizer=tokenizer, objective="combined", max_length_tokens=4096)
     dataset = ListDataset([Stream(local=str(tools.shards(3)))], encoding, batch_size=4)
     build_train_data_spec(dataset, microbatch_tokens=4096, num_workers=0)
-    return WENT_ON
+    return CONTINUED
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def no_space(*arguments, **options):
     raise OSError(28, os.strerror(28))
 
 
-@makes("disk-full-cache")
+@causes("disk-full-cache")
 def full_cache_disk(key: str, tools: Tools) -> Ended:
     stream = tools.cached()
 
@@ -299,7 +299,7 @@ def full_cache_disk(key: str, tools: Tools) -> Ended:
         patch.setattr("streaming.base.storage.download.shutil.copy", copy)
         with pytest.raises(ValueError, match="No space") as raised:
             streaming_tests.read(loader)
-    assert read(stream) == ALL_LISTS  # the same command, once there is space
+    assert read(stream) == ALL_LISTS  # the same command works once there is space
     return Ended(2, str(raised.value))
 
 
@@ -307,7 +307,7 @@ def no_right(*arguments, **options):
     raise PermissionError(13, os.strerror(13))
 
 
-@makes("disk-full-checkpoint", "checkpoint-folder-read-only", "checkpoint-of-another-model", "checkpoint-damaged")
+@causes("disk-full-checkpoint", "checkpoint-folder-read-only", "checkpoint-of-another-model", "checkpoint-damaged")
 def checkpoint(key: str, tools: Tools) -> Ended:
     resumable_runs.train(tools.folder, "2ba", keep=1)
     ((path, _),) = complete_checkpoints(tools.folder)
@@ -323,20 +323,20 @@ def checkpoint(key: str, tools: Tools) -> Ended:
         resumable_runs.train(tools.folder, "1ep", family=family)
     finally:
         assert resumable_runs.names(tools.folder) == ["ep0-ba2"]
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("checkpoint-half-written")
+@causes("checkpoint-half-written")
 def half_checkpoint(key: str, tools: Tools) -> Ended:
     resumable_runs.train(tools.folder, "2ba")
     torn = tools.folder / "ep0-ba2" / "rank0.pt"
     torn.write_bytes(torn.read_bytes()[:1000])
     _, _, checkpoints = resumable_runs.train(tools.folder, "1ep")
     assert checkpoints.resumed_from == tools.folder / "ep0-ba1"
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("checkpoint-no-data")
+@causes("checkpoint-no-data")
 def pickle_in_a_checkpoint(key: str, tools: Tools) -> Ended:
     trap = tools.folder / "was run"
     resumable_runs.train(tools.folder, "2ba", keep=1)
@@ -346,10 +346,10 @@ def pickle_in_a_checkpoint(key: str, tools: Tools) -> Ended:
         resumable_runs.train(tools.folder, "1ep")
     finally:
         assert not trap.exists()
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("disk-full-metrics", "metrics-torn")
+@causes("disk-full-metrics", "metrics-torn")
 def metrics_file(key: str, tools: Tools) -> Ended:
     path, checkpoints = tools.folder / "metrics.jsonl", tools.folder / "checkpoints"
 
@@ -364,17 +364,17 @@ def metrics_file(key: str, tools: Tools) -> Ended:
             train("1ep", FullDisk(tools.patch))
         train("2ba")
         path.write_bytes(path.read_bytes()[:-20])
-        remove(checkpoints / "ep0-ba2")  # a batch has its line before it has its checkpoint
+        remove(checkpoints / "ep0-ba2")  # the line of a batch is written before its checkpoint
     finally:
         tools.patch.undo()
         assert resumable_runs.names(checkpoints) == ["ep0-ba1"]
         train("1ep")
         assert [line["batch"] for line in read_metrics(path)] == [1, 2, 3, 4]
-    return WENT_ON
+    return CONTINUED
 
 
 class FullDisk(Callback):
-    """From the second batch on no line fits."""
+    """Fill the disk from the second batch on."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.patch = patch
@@ -384,7 +384,7 @@ class FullDisk(Callback):
             self.patch.setattr("rankllm_composer.training.progress.os", SimpleNamespace(write=no_space, close=os.close))
 
 
-@makes("disk-full-export")
+@causes("disk-full-export")
 def full_export_disk(key: str, tools: Tools) -> Ended:
     folder, report = tools.folder / "runs" / "model", tools.folder / "report"
     assert exporting.run_in_a_child(exporting.write_on_a_full_disk, folder, report) == 0
@@ -395,7 +395,7 @@ def full_export_disk(key: str, tools: Tools) -> Ended:
 # --- other runs -------------------------------------------------------------------------------------------------------
 
 
-@makes("stale-shared-memory")
+@causes("stale-shared-memory")
 def stale_shared_memory(key: str, tools: Tools) -> Ended:
     tools.patch.setattr(tempfile, "tempdir", str(tools.folder))
     number = int(child_process.in_a_child(child_process.names_of_a_dataset, then_die=True))
@@ -403,10 +403,10 @@ def stale_shared_memory(key: str, tools: Tools) -> Ended:
     assert read(tools.cached()) == ALL_LISTS
     clear_dead_claims()
     assert not child_process.exists(f"{number:06}_locals")
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("two-runs-one-folder", "folder-of-another-recipe", "run-folder-read-only")
+@causes("two-runs-one-folder", "folder-of-another-recipe", "run-folder-read-only")
 def run_folder(key: str, tools: Tools) -> Ended:
     first = recipe_to_yaml(load_recipe(RECIPE))
     second = recipe_to_yaml(load_recipe(RECIPE, ["optimizer.lr=1e-4"]))
@@ -414,15 +414,15 @@ def run_folder(key: str, tools: Tools) -> Ended:
     if key == "run-folder-read-only":
         folder.parent.joinpath("file").touch()
         with claim_run_folder(folder.parent / "file" / "run", first):
-            return WENT_ON
+            return CONTINUED
     if key == "two-runs-one-folder":
         with claim_run_folder(folder, first), claim_run_folder(folder, first):
-            return WENT_ON
+            return CONTINUED
     with claim_run_folder(folder, first):
         pass
     try:
         with claim_run_folder(folder, second):
-            return WENT_ON
+            return CONTINUED
     finally:
         assert (folder / "recipe.yaml").read_text() == first
 
@@ -430,15 +430,15 @@ def run_folder(key: str, tools: Tools) -> Ended:
 # --- numbers and ranks ------------------------------------------------------------------------------------------------
 
 
-@makes("loss-not-finite", "loss-not-finite-skipped")
+@causes("loss-not-finite", "loss-not-finite-skipped")
 def bad_loss(key: str, tools: Tools) -> Ended:
     guard = LossGuard(max_skipped_updates=int(key.endswith("skipped")))
     weights = guarded_updates.run([0.5, 0.5, 0.25, guarded_updates.NAN, 0.25, 0.25], guard)
     assert weights == [0.5, 0.5, 0.25] and guard.num_skipped == 1
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("asked-to-stop-early")
+@causes("asked-to-stop-early")
 def stopped_at_the_start(key: str, tools: Tools) -> Ended:
     run = Run(RECIPE, tools.fixture("overlay"), tools.folder)
     run.wait_until(lambda: (tools.folder / "run" / "recipe.yaml").exists())  # seconds before the first batch
@@ -448,7 +448,7 @@ def stopped_at_the_start(key: str, tools: Tools) -> Ended:
     return Ended(code, run.output())
 
 
-@makes(*SIGNALS)
+@causes(*SIGNALS)
 def signalled(key: str, tools: Tools) -> Ended:
     patience = ["parallelism.dist_timeout_seconds=30"] if key == "rank-stalls" else []
     ours = key in ("interrupted", "launcher-asked-to-stop")
@@ -456,7 +456,7 @@ def signalled(key: str, tools: Tools) -> Ended:
     run.wait_until(lambda: run.batches() >= 3)
     segments = run.shared_memory()
     assert segments and run.locks()
-    if key == "interrupted":  # a terminal tells it to every process
+    if key == "interrupted":  # a terminal sends it to every process
         os.killpg(run.process.pid, SIGNALS[key])
     elif key.startswith("launcher"):
         run.process.send_signal(SIGNALS[key])
@@ -465,9 +465,9 @@ def signalled(key: str, tools: Tools) -> Ended:
     code = run.finish()
     folder = tools.folder / "run"
     assert complete_checkpoints(folder / "checkpoints")
-    with claim_run_folder(folder, (folder / "recipe.yaml").read_text()):  # not held by anybody
+    with claim_run_folder(folder, (folder / "recipe.yaml").read_text()):  # its lock is free
         pass
-    if key in ("rank-stalls", "rank-dies"):  # the next run clears away what the killed one could not
+    if key in ("rank-stalls", "rank-dies"):  # the next run cleans up after the killed one
         tools.patch.setattr(tempfile, "tempdir", str(run.temporary))
         clear_dead_claims()
     assert not [path for path in segments if path.exists()] and not run.locks()
@@ -481,19 +481,19 @@ def signalled(key: str, tools: Tools) -> Ended:
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-@makes("no-pad-token", "no-chat-template")
+@causes("no-pad-token", "no-chat-template")
 def tokenizer(key: str, tools: Tools) -> Ended:
     found = new_tokenizer()
     assert found.pad_token is None
     if key == "no-chat-template":
         found.chat_template = None
     check_tokenizer(found, "generation")
-    return WENT_ON
+    return CONTINUED
 
 
-@makes("tokens-unknown-to-the-model")
+@causes("tokens-unknown-to-the-model")
 def extra_tokens(key: str, tools: Tools) -> Ended:
     found = new_tokenizer()
     found.add_tokens([f"new{index}" for index in range(40)])
     ListwiseReranker(new_hf_model(), found, Objective("combined"))
-    return WENT_ON
+    return CONTINUED

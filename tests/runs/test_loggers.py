@@ -47,7 +47,7 @@ def of_metrics_file(folder: Path) -> dict[str, list[float]]:
     return {name: [line[name] for line in lines(folder)] for name in LOSSES}
 
 
-def test_tensorboard_keeps_the_losses(run):
+def test_tensorboard_records_the_losses(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = {file.parent for file in (run / "tb").rglob("events.out.tfevents.*")}
@@ -56,7 +56,7 @@ def test_tensorboard_keeps_the_losses(run):
     assert kept == {name: pytest.approx(values) for name, values in of_metrics_file(run).items()}
 
 
-def test_wandb_keeps_the_losses_offline(run):
+def test_wandb_records_the_losses_offline(run):
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
@@ -74,7 +74,7 @@ def test_wandb_keeps_the_losses_offline(run):
     assert kept == {name: pytest.approx(values) for name, values in of_metrics_file(run).items()}
 
 
-def test_mlflow_keeps_the_losses_in_a_folder(run):
+def test_mlflow_records_the_losses_in_a_folder(run):
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=str(run / "ml"))
@@ -95,14 +95,14 @@ def test_speed_is_measured_over_a_window(run):
         assert line["throughput/device/mfu"] == pytest.approx(mfu) and mfu > 0
 
 
-def test_the_rate_is_that_of_the_next_update(run):
-    """Composer notes the rate when the schedule has moved on; metrics.jsonl notes the one that was used."""
+def test_the_lr_monitor_logs_the_rate_of_the_next_step(run):
+    """Composer logs it after the schedule has advanced; metrics.jsonl has the rate that was used."""
     used = [line["lr"] for line in lines(run)]
     noted = [line["lr-AdamW/group0"] for line in lines(run)]
     assert noted[:-1] == pytest.approx(used[1:]) and noted[-1] == pytest.approx(0, abs=1e-9)
 
 
-def test_the_optimizer_monitor_notes_norms_of_the_gradient(run):
+def test_the_optimizer_monitor_logs_gradient_norms(run):
     """After clipping to a norm of 1; under sharding the norm of a single weight is that of rank 0's share of it."""
     for line in lines(run):
         shares = [value for name, value in line.items() if re.fullmatch(r"l2_norm/grad/(?!global).*", name)]
@@ -111,8 +111,8 @@ def test_the_optimizer_monitor_notes_norms_of_the_gradient(run):
         assert line["l2_norm/grad/global"] == pytest.approx(1, abs=1e-4)
 
 
-def test_memory_and_nan_monitors_are_quiet_on_a_cpu(run):
-    """Memory is CUDA's alone, and a loss that is no number stops at our guard first (tests/training/test_guards.py)."""
+def test_memory_and_nan_monitors_log_nothing_on_a_cpu(run):
+    """Memory is measured on CUDA only, and LossGuard stops on NaN first (tests/training/test_guards.py)."""
     assert len(lines(run)) == NUM_BATCHES
     assert not any(name.startswith("memory/") for line in lines(run) for name in line)
 

@@ -58,7 +58,7 @@ def program(name: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_launchers_train_what_one_does(tmp_path, overlay):
+def test_two_launchers_train_like_one(tmp_path, overlay):
     arguments = [str(TRAIN), str(RECIPE), *overlay, "run.folder=run"]
     meet = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     launcher = [*program("composer"), "-n", "1", "--world_size", "2", *meet]
@@ -71,7 +71,7 @@ def test_two_launchers_train_what_one_does(tmp_path, overlay):
     assert together == run_all(torchrun, tmp_path / "torchrun")
 
 
-def test_the_batch_script_is_sound_and_passes_on_what_it_is_given(tmp_path):
+def test_the_batch_script_is_valid_and_forwards_its_arguments(tmp_path):
     """srun and python are stand-ins that write down how they were called, as each of two machines would."""
     script = CLUSTER / "train.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
@@ -107,7 +107,7 @@ def test_the_batch_script_is_sound_and_passes_on_what_it_is_given(tmp_path):
     assert "#SBATCH --signal=TERM@300" in directives and "#SBATCH --requeue" in directives
 
 
-def test_the_dockerfile_is_sound():
+def test_the_dockerfile_is_valid():
     """Hadolint has nothing to say of it, and what it copies and pins is there."""
     path = CLUSTER / "Dockerfile"
     lint = subprocess.run([*program("hadolint")[1:], str(path)], capture_output=True, text=True, check=False)
@@ -121,7 +121,7 @@ def test_the_dockerfile_is_sound():
     assert rest[-2] == "USER 1000"
 
 
-def test_scripts_are_sound():
+def test_scripts_pass_shellcheck():
     scripts = [CLUSTER / "train.sbatch", REPOSITORY / ".ci" / "run"]
     lint = subprocess.run([*program("shellcheck")[1:], *map(str, scripts)], capture_output=True, text=True, check=False)
     assert (lint.returncode, lint.stdout + lint.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""Runs that die, and go on as if they had not: losses, order, learning rate, random numbers and weights bit by bit."""
+"""Killed runs resume exactly: losses, order, learning rate, random numbers and weights are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def overlay(tmp_path_factory, mistral_v3_folder) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, overlay) -> Path:
-    """A run under FSDP2 on two ranks that nothing happened to."""
-    folder = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(tmp_path_factory, overlay) -> Path:
+    """An uninterrupted run under FSDP2 on two ranks."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     run = Run(RECIPE, overlay, folder)
     assert run.finish() == 0, run.output()
     return folder
@@ -33,7 +33,7 @@ def newest(folder: Path) -> Path:
     return complete_checkpoints(folder / "run" / "checkpoints")[-1][0]
 
 
-def assert_the_same(one: Path, other: Path) -> None:
+def assert_equal_runs(one: Path, other: Path) -> None:
     assert comparable_metrics(one) == comparable_metrics(other)
     assert [line["batch"] for line in comparable_metrics(one)] == list(range(1, 13))
     assert newest(one).name == newest(other).name == "ep2-ba12"
@@ -41,7 +41,7 @@ def assert_the_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_ranks_killed_in_an_epoch_and_in_a_checkpoint(tmp_path, overlay, unbroken):
+def test_sharded_ranks_killed_in_an_epoch_and_in_a_checkpoint(tmp_path, overlay, uninterrupted):
     run = Run(RECIPE, overlay, tmp_path)
     run.wait_until(lambda: run.batches() >= 3)
     kill(run.ranks()[1:])
@@ -55,17 +55,17 @@ def test_sharded_ranks_killed_in_an_epoch_and_in_a_checkpoint(tmp_path, overlay,
 
     run = Run(RECIPE, overlay, tmp_path)
     assert run.finish() == 0, run.output()
-    assert_the_same(tmp_path, unbroken)
+    assert_equal_runs(tmp_path, uninterrupted)
 
-    run = Run(RECIPE, overlay, tmp_path)  # a run that is done says nothing and changes nothing
+    run = Run(RECIPE, overlay, tmp_path)  # a finished run changes nothing
     assert run.finish() == 0, run.output()
-    assert_the_same(tmp_path, unbroken)
+    assert_equal_runs(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
-def test_copies_with_dropout_that_are_preempted_and_lose_their_launcher(tmp_path, overlay):
+def test_ddp_ranks_with_dropout_preempted_and_without_launcher(tmp_path, overlay):
     overlay = [*overlay, "parallelism.fsdp=false", LORA]
-    reference = Run(RECIPE, overlay, tmp_path / "unbroken")
+    reference = Run(RECIPE, overlay, tmp_path / "uninterrupted")
     assert reference.finish() == 0, reference.output()
 
     run = Run(RECIPE, overlay, tmp_path / "broken")
@@ -74,17 +74,17 @@ def test_copies_with_dropout_that_are_preempted_and_lose_their_launcher(tmp_path
     assert run.finish() == 0, run.output()
     assert "stop requested" in run.output()
     stopped = comparable_metrics(run.folder)[-1]["batch"]
-    assert stopped < 12 and newest(run.folder).name == name_of(stopped)  # also where none was due
+    assert stopped < 12 and newest(run.folder).name == name_of(stopped)  # although none was due
 
     run = Run(RECIPE, overlay, tmp_path / "broken")
     run.wait_until(lambda: run.batches() > stopped)
     run.process.kill()
-    run.finish()  # the ranks end by themselves, with a checkpoint
+    run.finish()  # the ranks exit by themselves, after a checkpoint
     assert newest(run.folder).name == name_of(comparable_metrics(run.folder)[-1]["batch"])
 
     run = Run(RECIPE, overlay, tmp_path / "broken")
     assert run.finish() == 0, run.output()
-    assert_the_same(run.folder, reference.folder)
+    assert_equal_runs(run.folder, reference.folder)
 
 
 def name_of(batch: int) -> str:
@@ -93,10 +93,10 @@ def name_of(batch: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, seen", [(1, 4), (2, 8)], ids=["two to one", "one to two"])
-def test_another_number_of_ranks(tmp_path_factory, request, overlay, unbroken, ranks, seen):
-    """Same lists and learning rates, losses as far as the order of additions allows."""
+def test_resuming_on_another_number_of_ranks(tmp_path_factory, request, overlay, uninterrupted, ranks, seen):
+    """Lists and learning rates are equal; losses up to the order of additions."""
     if ranks == 1:
-        source = unbroken
+        source = uninterrupted
     else:
         source = request.config.stash[ON_ONE_RANK]
     folder = tmp_path_factory.mktemp("elastic") / "run"
@@ -106,7 +106,7 @@ def test_another_number_of_ranks(tmp_path_factory, request, overlay, unbroken, r
             shutil.rmtree(path)
     run = Run(RECIPE, overlay, folder, ranks)
     assert run.finish() == 0, run.output()
-    ours, theirs = comparable_metrics(folder), comparable_metrics(unbroken)
+    ours, theirs = comparable_metrics(folder), comparable_metrics(uninterrupted)
     for name in ("batch", "epoch", "samples", "tokens", "lr", "data/lists_trained"):
         assert [line[name] for line in ours] == [line[name] for line in theirs]
     for name in ("loss/train/total", "loss/train/ranking"):

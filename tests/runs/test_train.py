@@ -45,14 +45,14 @@ def test_help_shows_every_key():
     assert main([]) == 2
 
 
-def test_errors_are_one_readable_text(tmp_path, capsys):
+def test_errors_are_one_readable_message(tmp_path, capsys):
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml" in capsys.readouterr().err
     assert main([str(FIRST_MISTRAL), "optimizer.lt=1"]) == 2
     assert "Did you mean" in capsys.readouterr().err
 
 
-def test_a_gpu_that_is_not_there_is_an_error():
+def test_a_missing_gpu_is_an_error():
     assert choose_device("auto") == choose_device("cpu") == "cpu"
     with pytest.raises(RunError, match=r"parallelism\.device is gpu, but this machine has no CUDA device"):
         choose_device("gpu")
@@ -64,7 +64,7 @@ def test_absent_shards_name_the_command(tmp_path):
         prepare_shards(recipe.data.train, "data.train")
 
 
-def test_optimizer_of_the_recipe(monkeypatch):
+def test_the_optimizer_is_the_one_in_the_recipe(monkeypatch):
     recipe = load_recipe(FIRST_MISTRAL)
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
@@ -85,7 +85,7 @@ def test_optimizer_of_the_recipe(monkeypatch):
     assert options == {"lr": 5e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
-def test_a_run_folder_takes_one_run_at_a_time(tmp_path):
+def test_a_run_folder_is_locked_by_one_run(tmp_path):
     text = recipe_to_yaml(load_recipe(FIRST_MISTRAL))
     with (
         claim_run_folder(tmp_path / "run", text),

@@ -43,7 +43,7 @@ def language_modelling_loss(folder: Path, records: list[dict]) -> float:
 
 
 @pytest.mark.slow
-def test_stage_2_starts_from_what_stage_1_exported(tmp_path, golden, zephyr_v1_tokenizer):
+def test_stage_2_starts_from_the_export_of_stage_1(tmp_path, golden, zephyr_v1_tokenizer):
     for name in ("rankllm_composer", "yamls", "Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     base = tmp_path / "base"

@@ -47,7 +47,7 @@ def write(target: Path, text: str = "new") -> None:
 
 
 def kill_at(target: Path, moment: str) -> None:
-    """Runs a writer and kills it, as with kill -9, at a moment of its work."""
+    """Start a writer and kill it with SIGKILL at a moment of its work."""
     writer = subprocess.Popen([sys.executable, "-c", WRITER, target, moment], stdout=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "here\n"
     writer.send_signal(signal.SIGKILL)
@@ -71,14 +71,14 @@ def test_a_file_is_replaced_or_stays_as_it_was(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new"
 
 
-def test_a_folder_appears_whole_and_alone(tmp_path):
+def test_a_folder_appears_complete_and_without_leftovers(tmp_path):
     target = tmp_path / "a" / "b" / "model"
     write(target)
     assert sorted(path.name for path in target.rglob("*")) == ["file", MARK, "sub"]
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_an_earlier_version_is_replaced_as_a_whole(tmp_path):
+def test_an_earlier_version_is_replaced_completely(tmp_path):
     target = tmp_path / "model"
     write(target, "old")
     (target / "left over").write_text("old")
@@ -88,7 +88,7 @@ def test_an_earlier_version_is_replaced_as_a_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_failing_block_leaves_what_was_there(tmp_path):
+def test_a_failing_block_leaves_the_earlier_version(tmp_path):
     target = tmp_path / "model"
     write(target, "old")
     for failure in (RuntimeError("no"), KeyboardInterrupt()):
@@ -100,7 +100,7 @@ def test_a_failing_block_leaves_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["writing", "before rename 1"])
-def test_a_kill_leaves_no_half_folder_and_the_next_writer_cleans_up(tmp_path, moment):
+def test_a_killed_writer_leaves_no_partial_folder_and_the_next_one_cleans_up(tmp_path, moment):
     target = tmp_path / "model"
     kill_at(target, moment)
     assert not target.exists()
@@ -139,7 +139,7 @@ def test_leftovers_of_other_folders_stay(tmp_path):
     assert (tmp_path / ".other.partial-1").exists()
 
 
-def test_nothing_that_is_no_such_folder_is_replaced(tmp_path):
+def test_only_folders_of_the_same_kind_are_replaced(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("mine")
@@ -152,7 +152,7 @@ def test_nothing_that_is_no_such_folder_is_replaced(tmp_path):
     write(tmp_path / "empty")
 
 
-def test_too_little_space_is_found_before_writing(tmp_path):
+def test_too_little_space_is_an_error_before_writing(tmp_path):
     target = tmp_path / "model"
     with (
         pytest.raises(StoreError, match=r"no space to write it \([\d.]+ GB free, 1000000000\.00 GB needed\)"),
@@ -179,7 +179,7 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_failures_to_write_are_named(tmp_path):
+def test_other_write_errors_are_reported(tmp_path):
     with (
         pytest.raises(StoreError, match=r"model: could not be written .*Input/output error"),
         staged_folder(tmp_path / "model", mark=MARK, num_bytes=1),

@@ -1,4 +1,4 @@
-"""Runs that are killed at a chosen moment, and what they left compared with runs that were not."""
+"""Start runs, kill them at a chosen moment, and compare their results with those of uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ NOT_COMPARED = ("batch_seconds", "tokens_per_second")
 class Run:
     """A started `composer -n RANKS train.py …` that can be watched and killed.
 
-    `python -m rankllm_composer.launch` starts it where `is_patient`.
-
     Args:
-        recipe: its path.
+        recipe: path of the recipe.
         overrides: `key=value` arguments; the run's folder is `run` in `folder`.
-        folder: the working directory.
+        folder: working directory.
+        ranks: number of ranks.
+        is_patient: start it with `python -m rankllm_composer.launch` instead of `composer`.
     """
 
     def __init__(
         self, recipe: Path, overrides: list[str], folder: Path, ranks: int = 2, *, is_patient: bool = False
     ) -> None:
         self.folder = folder
-        self.temporary = folder / "temporary"  # its own, so that what it leaves there can be told from others'
+        self.temporary = folder / "temporary"  # separate, so that its leftovers are known
         self.temporary.mkdir(parents=True, exist_ok=True)
         self._output = (folder / "output.txt").open("w+")
         composer = [str(Path(sys.executable).with_name("composer"))]
@@ -54,20 +54,20 @@ class Run:
         return (self.folder / "output.txt").read_text()
 
     def wait_until(self, moment: Callable[[], bool], timeout: float = 1800) -> None:
-        """Until the moment comes; fails where the run ends before."""
+        """Wait until `moment()`; fail if the run ends before."""
         deadline = time.monotonic() + timeout
         while not moment():
             assert self.process.poll() is None, f"ended too early:\n{self.output()}"
-            assert time.monotonic() < deadline, f"nothing came:\n{self.output()}"
+            assert time.monotonic() < deadline, f"timed out:\n{self.output()}"
             time.sleep(0.005)
 
     def batches(self) -> int:
-        """Batches trained so far, of all starts together."""
+        """Number of batches trained so far, over all starts."""
         path = self.folder / "run" / "metrics.jsonl"
         return sum(1 for _ in path.open()) if path.exists() else 0
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is just being written."""
+        """Whether a checkpoint is being written."""
         stage = self.folder / "run" / "checkpoints" / ".partial"
         return stage.is_dir() and any(stage.iterdir())
 
@@ -76,20 +76,20 @@ class Run:
         return psutil.Process(self.process.pid).children()
 
     def shared_memory(self) -> set[Path]:
-        """Segments that the processes of the run hold now."""
+        """Shared-memory segments that the processes of the run have open."""
         maps = []
         for process in processes_of_session(self.process.pid):
-            with contextlib.suppress(OSError):  # it ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended
                 maps += Path(f"/proc/{process.pid}/maps").read_text().splitlines()
         paths = {Path(line.split(maxsplit=5)[-1]) for line in maps}
         return {path for path in paths if path.parent == Path("/dev/shm")}
 
     def locks(self) -> list[Path]:
-        """Files that claim something for the run, as it or a dead one left them."""
+        """Lock files of the run, or of killed ones."""
         return [path for name in ("names-*", "cache-*", "*_filelock") for path in self.temporary.rglob(name)]
 
     def finish(self, timeout: float = 1800) -> int:
-        """The launcher's exit code, once every process of the run is gone; what stays fails the test."""
+        """Return the launcher's exit code once every process of the run is gone; fail if one stays."""
         code = self.process.wait(timeout)
         deadline = time.monotonic() + 60
         while left := [process.pid for process in processes_of_session(self.process.pid)]:
@@ -99,7 +99,7 @@ class Run:
 
 
 def processes_of_session(session: int) -> Iterator[psutil.Process]:
-    """Living processes that a launcher started, children of its dead children too."""
+    """Yield living processes that a launcher started, including children of its dead children."""
     for process in psutil.process_iter(["status"]):
         try:
             if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
@@ -114,18 +114,18 @@ def kill(processes: list[psutil.Process], number: int = signal.SIGKILL) -> None:
 
 
 def comparable_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl without what depends on the clock."""
+    """Return the lines of a run's metrics.jsonl without values that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in NOT_COMPARED} for line in lines]
 
 
 def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
-    """Everything in a checkpoint under dotted names, but the clock: weights, optimizer, schedule, random numbers."""
+    """Return the content of a checkpoint by dotted name, without times (weights, optimizer, …)."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     path = checkpoint / "rank0.pt"
     if not path.exists():
-        path = checkpoint.parent / f"{checkpoint.name}.whole"
+        path = checkpoint.parent / f"{checkpoint.name}.unsharded"
         dcp_to_torch_save(checkpoint, path)
     flat = dict(_flatten(torch.load(path, weights_only=False), ""))
     return {name: value for name, value in flat.items() if not name.endswith(("_wct", ".repr"))}
@@ -143,7 +143,7 @@ def _flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names whose values are not the same, bit by bit, or that only one has."""
+    """Return the names whose values differ in any bit, or that only one has."""
     return sorted(one.keys() ^ other.keys()) + [n for n in one.keys() & other.keys() if not _same(one[n], other[n])]
 
 

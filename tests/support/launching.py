@@ -1,4 +1,4 @@
-"""Runs of the real command line, in processes of their own."""
+"""Run the real command line in separate processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ON_CPU = ["parallelism.device=cpu", "parallelism.precision=fp32", "data.num_work
 def train(
     recipe: Path | str, *overrides: str, folder: Path, ranks: int = 2, timeout: float = 600, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """`composer -n RANKS rankllm_composer/train.py RECIPE key=value …` in a folder; returns output and exit code."""
+    """Run `composer -n RANKS rankllm_composer/train.py RECIPE key=value …` in a folder."""
     launcher = Path(sys.executable).with_name("composer")
     return subprocess.run(
         [sys.executable, launcher, "-n", str(ranks), TRAIN, recipe, *overrides],
@@ -30,12 +30,12 @@ def train(
 
 
 def succeeded(run: subprocess.CompletedProcess[str]) -> str:
-    """What a run printed; fails the test with it where the run failed."""
+    """Return the output of a run; fail the test with it if the run failed."""
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr
 
 
 def metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, one a batch."""
+    """Read the lines of a metrics.jsonl, one per batch."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if line["event"] == "batch"]

@@ -1,4 +1,4 @@
-"""Shared by tests: resumable runs."""
+"""Small runs that write checkpoints and resume from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
 
 
 class Draws(Callback):
-    """Random numbers drawn with each batch, from every source."""
+    """Draw random numbers from every generator in each batch."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, ...]] = []
@@ -29,7 +29,7 @@ class Draws(Callback):
 
 
 def train(folder: Path, duration: str, *, interval: str = "1ba", family: str = "mistral", lora=False, **options):
-    """Batches of 4 an epoch; returns the draws and the final weights."""
+    """Train with 4 batches per epoch; return the random draws, the final weights and the callback."""
     draws, checkpoints = Draws(), CheckpointFolder(folder, interval=interval, **options)
     model = new_hf_model(family)
     if lora:
@@ -48,7 +48,7 @@ def names(folder: Path) -> list[str]:
 
 
 class Payload:
-    """Makes a folder when unpickled, or evaluated."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +58,7 @@ class Payload:
 
 
 def poison(checkpoint: Path, change) -> None:
-    """Change what is in a checkpoint and make its manifest fit."""
+    """Change the content of a checkpoint and update its manifest."""
     content = torch.load(checkpoint / "rank0.pt", weights_only=False)
     change(content["state"])
     torch.save(content, checkpoint / "rank0.pt")

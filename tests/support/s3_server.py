@@ -1,4 +1,4 @@
-"""An S3 server on loopback that counts what is put into it, and can fail or stall on purpose."""
+"""A local S3 server that records uploads and can fail or stall on purpose."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ENVIRONMENT = {
 
 
 class S3Server:
-    """moto's S3 behind a door.
+    """moto's S3 server behind a filter.
 
     Attributes:
         url: address of the server.
         puts: keys stored so far, in the order their uploads began.
-        on_put: called with each key before it is stored; may block, or return an HTTP status to answer with instead.
-        on_get: the same for each key that is read, or asked about.
+        on_put: called with each key before it is stored; may block, or return an HTTP status to answer instead.
+        on_get: the same for each GET and HEAD request.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class S3Server:
         }
 
     def close(self) -> None:
-        """Stop answering."""
+        """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -76,7 +76,7 @@ class S3Server:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """A running server; the environment points to it, with credentials that open nothing else."""
+    """Run a server, with its address and test credentials in the environment."""
     server = S3Server()
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT, S3_ENDPOINT_URL=server.url)

@@ -16,10 +16,10 @@ BATCHES_PER_EPOCH = 6
 
 
 def small_run(folder: Path, tokenizer_folder: Path) -> list[str]:
-    """What is laid over the recipe: 24 lists in two epochs of 6 batches, a checkpoint every 2 batches, no export.
+    """Return overrides for 24 lists, two epochs of 6 batches, a checkpoint every 2 batches and no export.
 
     Args:
-        folder: shards and the model to start from are written there.
+        folder: receives the shards and the initial model.
         tokenizer_folder: HF folder of the recipe's tokenizer.
     """
     shutil.copytree(tokenizer_folder, folder / "base")

@@ -61,7 +61,7 @@ def metrics(tmp_path: Path, event: str = "batch") -> list[dict]:
     return [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == event]
 
 
-def test_a_line_a_batch(tmp_path):
+def test_one_line_per_batch(tmp_path):
     trainer = new_run(tmp_path)
     finish(trainer)
     lines = metrics(tmp_path)
@@ -78,7 +78,7 @@ def test_a_line_a_batch(tmp_path):
     assert [line["lr"] for line in lines] == pytest.approx([1e-2 * (1 - batch / 8) for batch in (0, *range(7))])
 
 
-def test_every_line_is_there_before_the_next_batch(tmp_path):
+def test_lines_are_flushed_before_the_next_batch(tmp_path):
     seen = []
 
     class Look(Callback):
@@ -89,7 +89,7 @@ def test_every_line_is_there_before_the_next_batch(tmp_path):
     assert seen == [[], [1], [1, 2], [1, 2, 3]]
 
 
-def test_what_callbacks_log_is_in_the_line_of_its_batch(tmp_path):
+def test_metrics_of_callbacks_are_in_the_line_of_their_batch(tmp_path):
     class Speak(Callback):
         def batch_end(self, state, logger) -> None:
             logger.log_metrics({"mine": torch.tensor(state.timestamp.batch.value), "text": "left out"})
@@ -103,7 +103,7 @@ def test_what_callbacks_log_is_in_the_line_of_its_batch(tmp_path):
     assert (line["batch"], line["epoch"], line["of the epoch"]) == (4, 1, 1.5)
 
 
-def test_evaluations_have_lines_of_their_own(tmp_path):
+def test_evaluations_have_separate_lines(tmp_path):
     evaluators = [Evaluator(label=name, dataloader=new_loader(4), metric_names=["MeanLoss"]) for name in ("a", "b")]
     trainer = new_run(tmp_path, "2ep", eval_dataloader=evaluators, eval_interval="3ba")
     trainer.eval()
@@ -116,7 +116,7 @@ def test_evaluations_have_lines_of_their_own(tmp_path):
     assert len(metrics(tmp_path)) == 8
 
 
-def test_what_is_not_finite_is_null_and_named(tmp_path):
+def test_values_that_are_not_finite_are_null_and_named(tmp_path):
     finish(new_run(tmp_path, "1ep", model=TwoLosses(bad_batch=2)))
     lines = metrics(tmp_path)
     assert lines[1]["loss/train/ranknet"] is None
@@ -151,7 +151,7 @@ def test_a_resumed_run_continues_the_file(tmp_path, resume_at, torn):
 
 
 @pytest.mark.parametrize("name", ["ep0-ba4-rank0.pt", "ep1-ba4-rank0.pt"])
-def test_an_evaluation_at_the_end_of_an_epoch_is_there_once(tmp_path, name):
+def test_an_evaluation_at_the_end_of_an_epoch_is_not_duplicated(tmp_path, name):
     """Whether the checkpoint was saved before that evaluation (ep0) or after it (ep1)."""
 
     def run(**options):
@@ -165,13 +165,13 @@ def test_an_evaluation_at_the_end_of_an_epoch_is_there_once(tmp_path, name):
     assert [line["batch"] for line in metrics(tmp_path)] == list(range(1, 9))
 
 
-def test_a_run_from_the_start_begins_the_file_anew(tmp_path):
+def test_a_new_run_replaces_the_file(tmp_path):
     finish(new_run(tmp_path, "1ep"))
     finish(new_run(tmp_path, "1ba"))
     assert [line["batch"] for line in metrics(tmp_path)] == [1]
 
 
-def test_only_rank_0_writes_and_speaks(tmp_path, monkeypatch):
+def test_only_rank_0_writes_and_prints(tmp_path, monkeypatch):
     monkeypatch.setattr("rankllm_composer.training.progress.dist", SimpleNamespace(get_global_rank=lambda: 1))
     stream = Terminal()
     finish(new_run(tmp_path, "1ep", loggers=[MetricsFile(tmp_path / "m" / "metrics.jsonl"), ProgressLine(stream)]))
@@ -201,7 +201,7 @@ def shown(tmp_path, stream, duration: str = "2ep", **options) -> str:
     return stream.getvalue()
 
 
-def test_plain_lines_tell_where_training_is(tmp_path):
+def test_plain_lines_show_progress(tmp_path):
     lines = shown(tmp_path, io.StringIO(), interval_seconds=0).splitlines()
     assert len(lines) == 8
     pattern = (
@@ -227,13 +227,13 @@ def test_a_terminal_has_one_line_redrawn(tmp_path):
     assert all(len(line) < 80 for line in drawn)
 
 
-def test_narrow_terminals_are_not_overrun(tmp_path, monkeypatch):
+def test_lines_fit_narrow_terminals(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     drawn = shown(tmp_path, Terminal(), "1ba").rstrip("\n").split("\r\x1b[K")[1:]
     assert [len(line) for line in drawn] == [29]
 
 
-def test_quality_is_shown_once_measured(tmp_path):
+def test_ranking_quality_is_shown_once_measured(tmp_path):
     class Measure(Callback):
         def batch_end(self, state, logger) -> None:
             if state.timestamp.batch == 2:
@@ -252,13 +252,13 @@ def test_quality_is_shown_once_measured(tmp_path):
         ("64tok", ["batch 1 ", "ETA 0:00:30"]),
     ],
 )
-def test_the_end_is_foreseen_whatever_the_length_is_counted_in(tmp_path, duration, expected):
+def test_the_eta_works_for_every_unit_of_duration(tmp_path, duration, expected):
     # One look, 10 s after the start, when one of six, four or four batches is done.
     first = shown(tmp_path, io.StringIO(), duration).splitlines()[0]
     assert all(part in first for part in expected)
 
 
-def test_a_resumed_run_foresees_its_end_from_where_it_began(tmp_path):
+def test_the_eta_of_a_resumed_run_counts_from_its_start(tmp_path):
     finish(new_run(tmp_path, "4ba", save_folder=str(tmp_path / "c"), save_interval="4ba"))
     (checkpoint,) = (tmp_path / "c").glob("ep*-ba4-*")
     first = shown(tmp_path, io.StringIO(), "2ep", load_path=str(checkpoint)).splitlines()[0]
@@ -267,7 +267,7 @@ def test_a_resumed_run_foresees_its_end_from_where_it_began(tmp_path):
     assert "ETA 0:00:30" in first
 
 
-def test_lines_read_back_without_a_torn_last_one(tmp_path):
+def test_an_incomplete_last_line_is_not_read(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = json.dumps({"event": "batch", "batch": 1, "epoch": 0})
     path.write_text(whole + "\n" + whole[:10])

@@ -48,7 +48,7 @@ def test_equals_the_schedule_of_transformers(name):
     assert rates(schedule, ours, 120) == pytest.approx(rates(REFERENCES[name](theirs), theirs, 120), rel=1e-12)
 
 
-def test_a_longer_run_goes_on_with_its_own_rate():
+def test_a_longer_run_resumes_with_its_new_rate():
     def schedule_of(optimizer, epochs):
         return build_schedule(
             optimizer,

@@ -82,7 +82,7 @@ def test_when_windows_are_ranked(interval, duration, expected, tmp_path):
     assert [json.loads(line)["batch"] for line in path.read_text().splitlines()] == expected
 
 
-def test_what_is_told_is_what_the_model_does(tmp_path):
+def test_logged_figures_equal_an_evaluation_of_the_model(tmp_path):
     """Logged, kept for the export, and written window by window: all of the weights of that moment."""
     memory, path = InMemoryLogger(), tmp_path / "evaluations.jsonl"
     validation = new_validation("1ep", num_shuffles=3, seed=7, details=path)
@@ -107,7 +107,7 @@ def test_what_is_told_is_what_the_model_does(tmp_path):
     assert sum(map(sum, details["positions"]["first_token"])) == 3 * (4 + 2 + 3)
 
 
-def test_training_does_not_notice():
+def test_training_is_unaffected():
     """With dropout drawing from torch's generator: the same weights, bit by bit, as without any evaluation."""
     plain = trained(dropout=0.2)
     watched = trained(validation=new_validation("1ba", num_shuffles=2), dropout=0.2)
@@ -119,7 +119,7 @@ def test_training_does_not_notice():
 
 
 @pytest.mark.parametrize("grades, best_by, stops", GRADED)
-def test_a_best_by_that_the_windows_cannot_tell_stops_before_training(monkeypatch, grades, best_by, stops):
+def test_best_by_needs_windows_with_a_relevant_candidate(monkeypatch, grades, best_by, stops):
     records = [replace(record, grades=own) for record, own in zip(RECORDS, grades)]
     windows = SimpleNamespace(num_samples=len(records), record=records.__getitem__)
     monkeypatch.setattr(assembly, "build_dataset", lambda *_: windows)
@@ -133,7 +133,7 @@ def test_a_best_by_that_the_windows_cannot_tell_stops_before_training(monkeypatc
         assert assembly.build_validation(recipe, new_contract(tokenizer), tokenizer) is not None
 
 
-def test_what_a_resumed_run_comes_by_again_counts_once(tmp_path):
+def test_an_evaluation_repeated_after_resuming_counts_once(tmp_path):
     path = tmp_path / "evaluations.jsonl"
     lines = [{"batch": 4, "x": "lost"}, {"batch": 2, "x": "first"}, {"batch": 4, "x": "again"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"batch": 6, "ndc')
