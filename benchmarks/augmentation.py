@@ -1,13 +1,13 @@
-"""What does showing lists otherwise change: in quality, and in how much the order shown decides?
+"""How do shuffled passages and other identifiers change quality and position bias?
 
     python benchmarks/augmentation.py [--updates 1250] [--seeds 1] [--threads N] [--smollm2 FOLDER] [key=value …]
 
-The demo's model from random weights. Its training lists come in a good order, as a first stage gives them: sorted by
-grade, then neighbours swapped with probability 0.3. A model can copy that order instead of reading. Held-out windows
-come in an order drawn by chance; each is ranked by the first token as shown, reversed, and in 4 more random orders.
-Rows: as the shards hold the lists, and with `data.train.shuffle_passages`, each with letters, which the shards hold,
-and with numbers, which they become as they are read. The tokenizer has one token for each letter and each number.
-With `--smollm2`, as in `objectives.py`, a real model and its lists as they are: in the first stage's order.
+Trains the demo's model from random weights. Its training lists are in a good order, like that of a first stage: sorted
+by grade, then neighbors swapped with probability 0.3. A model can copy that order instead of reading the passages.
+Held-out windows are in random order; each is ranked by its first token as presented, reversed, and in 4 more random
+orders. Rows: lists as in the shards, and with `data.train.shuffle_passages`, each with letters, as in the shards, and
+with numbers, converted when they are read. The tokenizer has one token per letter and per number. With `--smollm2`, as
+in `objectives.py`: a real model and its lists in the first stage's order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SWAP = 0.3
 
 
 def order_well(run: Path, judgments: Path, seed: int) -> None:
-    """Rewrite a run so that its order is that of the grades, but for swaps of neighbours."""
+    """Rewrite a first-stage run in the order of the grades, with random swaps of neighbors."""
     source, grades = random.Random(seed), load_judgments(judgments)
     lines = []
     for qid, docids in load_run(run).items():

@@ -1,15 +1,15 @@
-"""Which objective and which ranking loss, on equal compute?
+"""Which objective and which ranking loss are best with equal compute?
 
     python benchmarks/objectives.py [--updates 1250] [--seeds 1] [--threads N] [--runs NAME;…] [key=value …]
 
-The demo's model from random weights, on the demo's lists, once for each objective and loss: the same lists in the same
+Trains the demo's model from random weights on the demo's lists, once per objective and loss: the same lists in the same
 order, the same number of updates and the same learning rate, which was chosen for combined training with weighted
-RankNet. Figures are of held-out windows after the last update. Losses have scales of their own and a weight each,
-which is one choice (ListNet's 0.1 is the published one), not searched. What `ranking` alone writes is not a
-ranking: it never learns to generate, and the client's first-token reading needs the `[` that it does not write.
+RankNet. Metrics are of held-out windows after the last update. Losses differ in scale; the weight of each is one choice
+(ListNet's 0.1 is the published one), without a search. `ranking` alone does not learn to generate a ranking, and the
+client's first-token decoding needs the `[` that such a model does not write.
 
-With `--smollm2 FOLDER`, which `smollm2.py` wrote, a real model instead: SmolLM2 after the lessons, trained on the
-recipe's lists, and held-out windows of a judged collection. Each `key=value` is laid over the recipe of every run.
+With `--smollm2 FOLDER`, written by `smollm2.py`, a real model instead: SmolLM2 after its warm-up, trained on the
+recipe's lists, and held-out windows of a judged collection. Each `key=value` overrides the recipe of every run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FIGURES = ("first_token/ndcg@10", "first_token/tau", "generation/ndcg@10", "gene
 
 
 def overrides(objective: str, loss: str, weight: float, options: str) -> list[str]:
-    """What is laid over the demo's recipe for a run."""
+    """Overrides of the demo's recipe for a run."""
     return [
         f"objective.name={objective}",
         f"objective.ranking_loss={loss}",

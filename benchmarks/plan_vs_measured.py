@@ -1,12 +1,12 @@
-"""Does a rank take the memory that was planned?
+"""How close is the planned memory of a rank to the measured memory?
 
     python benchmarks/plan_vs_measured.py
 
-The plan of each case against a real run of it on CPU ranks: Composer's Trainer, FSDP2 or DDP, gloo.
+Compares the plan of each case with a real run on CPU ranks: Composer's Trainer, FSDP2 or DDP, gloo.
 
-Measured = the shards of the weights before `fit`, plus the highest sum of what PyTorch's CPU allocator gave and
-took back during it (torch.profiler, profile_memory; see `highest_in_use`), the larger of the ranks. Prints a table;
-exit code 1 if a plan is off by more than 10 %.
+Measured memory is the shards of the weights before `fit`, plus the peak of the allocations of PyTorch's CPU allocator
+during it (torch.profiler, profile_memory; see `highest_in_use`); the maximum over the ranks. Prints a table; exits with
+code 1 if a plan is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def workload(case: dict[str, Any]) -> Any:
-    """The plan's view of a case."""
+    """The workload that is planned for a case."""
     from peft import LoraConfig
     from transformers import MistralConfig
 
@@ -69,7 +69,7 @@ def workload(case: dict[str, Any]) -> Any:
 
 
 def measure(case: dict[str, Any]) -> int:
-    """Highest bytes of this rank in two updates of a real run. A collective."""
+    """Peak bytes of the fullest rank in two updates of a real run. A collective."""
     from composer import DataSpec, Trainer
     from composer.utils import dist
     from composer.utils.parallelism import FSDP2Config
@@ -83,7 +83,7 @@ def measure(case: dict[str, Any]) -> int:
     from rankllm_composer.preflight.memory import placeholder_lists
 
     work = workload(case)
-    each = len(work.lengths)
+    lists_per_microbatch = len(work.lengths)
     rows = placeholder_lists(work) * (2 if work.accumulates else 1)
     base = AutoModelForCausalLM.from_config(work.config).float().train()
     checkpoint_activations(base, work.activation_checkpointing)
@@ -94,7 +94,7 @@ def measure(case: dict[str, Any]) -> int:
     )
     spec = DataSpec(
         loader,
-        split_batch=lambda batch, _: packing.split_batch(batch, max_lists=each),
+        split_batch=lambda batch, _: packing.split_batch(batch, max_lists=lists_per_microbatch),
         get_num_samples_in_batch=packing.num_samples_in_batch,
         get_num_tokens_in_batch=packing.num_tokens_in_batch,
     )
@@ -105,7 +105,7 @@ def measure(case: dict[str, Any]) -> int:
         max_duration="2ba",
         optimizers=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True),
         device="cpu",
-        device_train_microbatch_size=each,
+        device_train_microbatch_size=lists_per_microbatch,
         accumulate_train_batch_on_tokens=True,
         parallelism_config={"fsdp": sharding} if work.fsdp else None,
         progress_bar=False,
@@ -124,7 +124,7 @@ def measure(case: dict[str, Any]) -> int:
 
 
 def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
-    """What PyTorch's CPU allocator did, in order: addresses, and bytes given, or taken back where below 0."""
+    """Events of PyTorch's CPU allocator in order: (address, bytes), negative if freed."""
     found: list[tuple[int, int, int]] = []
     left = list(profile.profiler.kineto_results.experimental_event_tree())
     while left:
@@ -136,10 +136,10 @@ def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
 
 
 def highest_in_use(events: Iterable[tuple[int, int]]) -> int:
-    """Highest sum of bytes in use over (address, bytes) as `allocations` tells them, from 0.
+    """Peak of the bytes in use over the events of `allocations`, starting at 0.
 
-    The profiler does not see what other threads free, such as those of a collective: memory that is given out again
-    counts as freed by then. What is freed without having been given lowers the sum.
+    The profiler does not see what other threads free, such as those of a collective: memory that is allocated again
+    counts as freed. Memory that is freed without an allocation lowers the sum.
     """
     in_use = highest = 0
     sizes: dict[int, int] = {}
@@ -163,7 +163,7 @@ def highest_in_use(events: Iterable[tuple[int, int]]) -> int:
 
 
 def run(name: str) -> int:
-    """`measure` of a case in processes of their own."""
+    """Run `measure` for a case in separate processes."""
     ranks = workload(CASES[name]).num_ranks
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "bytes.json")

@@ -1,4 +1,4 @@
-"""What benchmarks print, and how they run what they compare: the machine, a table, processes of their own."""
+"""Describe the machine, print tables, and run functions in separate processes; shared by the benchmarks."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from report import machine
 
 FOLDER = Path(__file__).parent
-# name: what is asked of it beside its defaults
+# name → arguments
 BENCHMARKS: dict[str, list[str]] = {
     "packed_step": ["--repeats", "1"],
     "machine_limit": [],
@@ -40,8 +40,8 @@ BENCHMARKS: dict[str, list[str]] = {
 LIMIT_SECONDS = 3600
 HEAD = """# Measured
 
-Written by `make bench`; one file of this folder a question, whose docstring says how it is measured. Each runs alone.
-Figures of one table come from one run on one machine; compare ratios, not figures, across machines.
+Written by `make bench`: one section per benchmark in this folder. The docstring of each file describes the measurement.
+The figures of a table come from one run on one machine; across machines, compare ratios, not figures.
 """
 
 
@@ -53,7 +53,7 @@ def question(name: str) -> str:
 
 
 def run(name: str, arguments: list[str]) -> tuple[str, bool]:
-    """A benchmark's section of the results, and whether it succeeded; what it prints is shown as it comes."""
+    """Run a benchmark and print its output; return its section of the results and whether it succeeded."""
     heading = f"<!-- {name} -->\n## {question(name)}\n\n    python benchmarks/{' '.join([f'{name}.py', *arguments])}\n"
     here, started = machine(), time.monotonic()
     process = subprocess.Popen(
@@ -73,7 +73,7 @@ def run(name: str, arguments: list[str]) -> tuple[str, bool]:
         code = process.wait()
     finally:
         limit.cancel()
-        if process.poll() is None:  # we were told to stop, and so is what we started
+        if process.poll() is None:  # this process was stopped: stop the benchmark too
             os.killpg(process.pid, signal.SIGTERM)
     output = "".join(lines).strip()
     if "|---" not in output:

@@ -1,4 +1,4 @@
-"""A model trained one way after another: what the comparisons of objectives and of augmentation run."""
+"""Train a model in several ways and compare: shared by the benchmarks of objectives and augmentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rankllm_composer.recipe.load import load_recipe
 
 TRAIN = Path(__file__).parents[1] / "rankllm_composer" / "train.py"
 NUM_TRAIN_QUERIES, NUM_TEST_QUERIES = 20000, 200
-LISTS = 16  # an update; fewer than the demo has, which learns more from as many lists
+LISTS = 16  # per update, fewer than in the demo: more updates from the same lists
 
 
 def recipe_path(name: str) -> Path:
@@ -28,7 +28,7 @@ def recipe_path(name: str) -> Path:
 
 
 def prepare(folder: Path, num_train: int, with_numbers: bool) -> Collection:
-    """Write the demo's collection, and the folder of its model without weights, into `folder`."""
+    """Write the demo's collection and its model folder, without weights, into `folder`."""
     sizes = CollectionOptions(num_train_queries=num_train, num_test_queries=NUM_TEST_QUERIES)
     files = build_collection(folder / "collection", sizes)
     build_model_folder(folder / "model", files.words, with_numbers=with_numbers)
@@ -42,7 +42,7 @@ def source_files(split: str, scratch: Path, **files: Path) -> list[str]:
 
 
 def places(folder: Path, files: Collection) -> list[str]:
-    """Overrides that lay the collection under `yamls/demo.yaml`, its held-out queries as windows of `data.eval`."""
+    """Overrides of `yamls/demo.yaml` that train on the collection and evaluate its held-out queries."""
     found = [f"model.name_or_path={folder / 'model'}"]
     for split, run, queries in (
         ("train", files.train_run, files.train_queries),
@@ -78,13 +78,13 @@ def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int, 
 
     Args:
         name: of the run; its folder is `folder / name`.
-        overrides: `key=value` laid over the recipe.
+        overrides: `key=value` that override the recipe.
         threads: of the process.
         recipe: its name, as in `yamls/`.
     Returns:
         Figures of the last evaluation, without their prefix.
     Raises:
-        CalledProcessError: the run failed; what it said is on stderr.
+        CalledProcessError: the run failed; its errors are on stderr.
     """
     run = folder / name
     command = [sys.executable, str(Path(sys.executable).with_name("composer")), "-n", "1", str(TRAIN)]
@@ -113,12 +113,12 @@ def compare(
 ) -> None:
     """Command of a comparison: train each way, print a row of figures of held-out windows, means over the seeds.
 
-    The demo's model and lists, or those that `smollm2.py` wrote. Further `key=value` are laid over the recipe last.
+    The demo's model and lists, or those that `smollm2.py` wrote. Further `key=value` override the recipe last.
 
     Args:
         text: what the command does.
         what: names the first column.
-        ways: by name, what is laid over the recipe.
+        ways: name → overrides of the recipe.
         figures: of the last evaluation.
         change: called with each of the demo's collections before it is used.
         with_numbers: the demo's model has a token for each number that may be an identifier.
