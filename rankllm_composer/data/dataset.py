@@ -1,4 +1,4 @@
-"""Shards → tokenised lists → batches for Composer: each list of an epoch once, in an order that survives a restart."""
+"""Shards to tokenized lists to batches for Composer: each list once per epoch, in an order that survives a restart."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from rankllm_composer.shards.index import record_from_sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Counted as a row so that every rank has as many, never trained.
+# Evens out the number of rows per rank; counted but never trained.
 PADDING = TokenizedList(encoded=None, record_id="", record_key=0)
 
 
 class LoaderError(RuntimeError):
-    """The input pipeline of a rank stalled or lost a worker."""
+    """The data loader of a rank timed out or lost a worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,10 @@ class ListDataset(ExactStreamingDataset):
         self.encoding = encoding
 
     def record(self, at: Any) -> Record:
-        """The record of a sample number, as this epoch shows it.
+        """Return the record of a sample number, augmented for the current epoch.
 
         Raises:
-            PromptError: it cannot be laid out anew.
+            PromptError: the record cannot be augmented.
             ShardError: its shard cannot be read.
         """
         record = record_from_sample(super().__getitem__(at))
@@ -104,12 +104,11 @@ class ListDataset(ExactStreamingDataset):
         )
 
     def __getitem__(self, at: Any) -> TokenizedList:
-        """Row of a sample number: the list, tokenised.
+        """Return the tokenized list of a sample number.
 
         Raises:
-            ShardError: the list is too long and `too_long` is "refuse", or it cannot be laid out anew.
-            PromptError: the record cannot be encoded.
-            ShardError: its shard cannot be read.
+            PromptError: the record cannot be augmented or encoded.
+            ShardError: the list is too long and `too_long` is "refuse", or its shard cannot be read.
         """
         record = self.record(at)
         encoded = encode_record(record, self.encoding.tokenizer, self.encoding.objective)
@@ -118,9 +117,8 @@ class ListDataset(ExactStreamingDataset):
         if length > limit:
             if self.encoding.too_long == "refuse":
                 raise ShardError(
-                    f"record {record.id!r}: {length} tokens, data.max_length_tokens allows {limit}; "
-                    "raise it, leave out and count such lists (data.too_long: drop), or build shards with fewer words "
-                    "a passage"
+                    f"record {record.id!r} has {length} tokens; data.max_length_tokens is {limit}. Raise it, leave out "
+                    "and count such lists (data.too_long: drop), or build shards with fewer words per passage."
                 )
             return TokenizedList(encoded=None, record_id=record.id, record_key=record_key(record.id))
         return TokenizedList(
@@ -133,14 +131,14 @@ class ListDataset(ExactStreamingDataset):
 
 
 class ListLoader(streaming.StreamingDataLoader):
-    """The loader of a rank. Errors of its workers come as they were raised there, without the workers' traceback."""
+    """The data loader of a rank. Errors of its workers are raised again without the traceback of the worker."""
 
     def __iter__(self) -> Iterator[dict[str, list[TokenizedList]]]:  # type: ignore[override]
-        """Batches of this rank for the next epoch.
+        """Yield the batches of this rank for the next epoch.
 
         Raises:
-            LoaderError: no batch came within the timeout, or a worker died.
-            PromptError, ShardError, PromptError, ShardError: as `ListDataset`.
+            LoaderError: no batch arrived within the timeout, or a worker died.
+            PromptError, ShardError: see `ListDataset`.
         """
         try:
             yield from super().__iter__()
@@ -152,12 +150,12 @@ class ListLoader(streaming.StreamingDataLoader):
             if not str(error).startswith("DataLoader "):
                 raise
             raise LoaderError(
-                f"rank {dist.get_global_rank()}: {error}; a download that hangs, a machine without memory left or too "
-                "few data.num_workers can be the cause; where all is well but slow, raise data.loader_timeout_seconds"
+                f"rank {dist.get_global_rank()}: {error}. Possible causes: a download that hangs, a machine out of "
+                "memory, too few data.num_workers. If loading is only slow, raise data.loader_timeout_seconds."
             ) from error
 
     def close(self) -> None:
-        """End the workers now. A later `iter` starts new ones."""
+        """Stop the workers. A later `iter` starts new ones."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             _end_workers(iterator, os.getpid())
@@ -165,26 +163,26 @@ class ListLoader(streaming.StreamingDataLoader):
     def _get_iterator(self) -> Any:
         iterator = super()._get_iterator()
         if self.num_workers:
-            # Where the collector takes a loader, its queues may go first, and then torch waits 5 seconds a worker.
+            # If garbage collection removes the queues before the loader, torch waits 5 seconds per worker.
             weakref.finalize(self, _end_workers, iterator, os.getpid())
         return iterator
 
 
 def _end_workers(iterator: Any, process: int) -> None:
-    if os.getpid() == process:  # a forked worker knows the loaders of its parent, too
+    if os.getpid() == process:  # a forked worker has copies of its parent's loaders
         iterator._shutdown_workers()
 
 
 def collate(rows: list[TokenizedList]) -> dict[str, list[TokenizedList]]:
-    """A batch of one rank, as `packing.split_batch` takes it."""
+    """Return a batch of one rank, the input of `packing.split_batch`."""
     return {"sequences": rows}
 
 
 def lists_per_rank(global_lists: int) -> int:
-    """Rows of each rank in an optimizer step.
+    """Return the rows per rank in an optimizer step.
 
     Raises:
-        ShardError: the global batch cannot be dealt evenly to the ranks.
+        ShardError: the global batch is not a multiple of the number of ranks.
     """
     num_ranks = dist.get_world_size()
     for problem in BatchOptions(global_lists=global_lists).rank_problems(num_ranks):
@@ -201,36 +199,36 @@ def build_train_data_spec(
     prefetch_factor: int = 2,
     loader_timeout_seconds: float = 600,
 ) -> DataSpec:
-    """Loader and DataSpec over a dataset: what `composer.Trainer` takes as `train_dataloader`.
+    """Return the loader of a dataset as a DataSpec, the `train_dataloader` of `composer.Trainer`.
 
-    Workers are forked (where the platform's default is that): they start within milliseconds and share the tokenizer's
-    memory, touch no GPU, and open connections of their own. They live through all epochs.
+    Workers are forked if that is the platform's default: they start within milliseconds, share the tokenizer's memory,
+    do not touch the GPU, and open their own connections. They live until training ends.
 
     Args:
-        dataset: the lists; its `batch_size` is the rows of this rank in an optimizer step.
-        microbatch_lists, microbatch_tokens: exactly one; what a packed microbatch holds at most.
-        num_workers: processes of this rank that read and tokenise; 0 = in the training process.
-        prefetch_factor: batches each of them keeps ready.
-        loader_timeout_seconds: longest wait for a batch before the run stops; 0 = wait forever. Needs workers.
+        dataset: the lists; its `batch_size` is the number of rows per rank and optimizer step.
+        microbatch_lists, microbatch_tokens: the most that a packed microbatch holds; set exactly one.
+        num_workers: processes of this rank that read and tokenize; 0 = read in the training process.
+        prefetch_factor: batches that each worker keeps ready.
+        loader_timeout_seconds: longest wait for a batch before the run stops; 0 = wait forever. Used only with workers.
     Returns:
         A DataSpec with batches `{"sequences": [TokenizedList, …]}` and the microbatches of `packing.split_batch`.
     Raises:
-        ShardError: an epoch holds fewer lists than one global batch, or a microbatch may not hold the longest list.
+        ShardError: an epoch has fewer lists than one global batch, or the limit of a microbatch is invalid.
     """
     global_lists = dataset.batch_size * dist.get_world_size()
     if dataset.epoch_size < global_lists:
         raise ShardError(
-            f"data.train: found {dataset.epoch_size} lists an epoch, allowed is at least one global batch of "
-            f"{global_lists}; lower batch.global_lists, or add lists"
+            f"data.train has {dataset.epoch_size} lists per epoch; expected at least one global batch of "
+            f"{global_lists}. Lower batch.global_lists or add lists."
         )
     batch = BatchOptions(microbatch_lists=microbatch_lists, microbatch_tokens=microbatch_tokens)
     for problem in batch.problems(dataset.encoding.max_length_tokens):
         raise ShardError(str(problem))
-    # Tokenisers warn at a fork, once they have used threads of their own; the workers are the parallelism here.
+    # Tokenizers that have used threads warn when the process forks; here the workers provide the parallelism.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    of_workers: dict[str, Any] = {}
+    worker_options: dict[str, Any] = {}
     if num_workers:
-        of_workers = {
+        worker_options = {
             "prefetch_factor": prefetch_factor,
             "persistent_workers": True,
             "timeout": loader_timeout_seconds,
@@ -240,8 +238,8 @@ def build_train_data_spec(
         batch_size=dataset.batch_size,
         collate_fn=collate,
         num_workers=num_workers,
-        generator=torch.Generator(),  # so that starting an epoch draws nothing from the run's random numbers
-        **of_workers,
+        generator=torch.Generator(),  # so that starting an epoch does not advance the run's random state
+        **worker_options,
     )
 
     def split(batch: Mapping[str, Any], microbatch_size: int | float) -> list[dict[str, Any]]:
@@ -257,5 +255,5 @@ def build_train_data_spec(
 
 
 def _without_traceback(error: ValueError) -> str:
-    """What an error of a worker said there: torch puts the worker's whole traceback in front."""
+    """Return the message of a worker's error, which torch prefixes with the traceback of the worker."""
     return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()

@@ -1,7 +1,7 @@
-"""A StreamingDataset that hands out every sample of an epoch once, to every rank equally many, or raises.
+"""A StreamingDataset that yields every sample once per epoch, equally many rows per rank, or raises.
 
-Streaming 0.13 evens out epochs by repeating samples, names the wrong epoch in a checkpoint between two epochs, and ends
-an epoch early, without an error or in a wait without end, when a shard cannot be read.
+Streaming 0.13 evens out epochs by repeating samples, records the wrong epoch in a checkpoint between two epochs, and,
+if a shard cannot be read, ends an epoch early without an error or waits forever.
 """
 
 from __future__ import annotations
@@ -31,75 +31,74 @@ from rankllm_composer.data.streams import Stream, cause, check_streams
 from rankllm_composer.errors import ShardError
 from rankllm_composer.options import StreamOptions
 
+log = logging.getLogger(__name__)
+
 
 def interleave(num_samples: int, num_canonical_nodes: int) -> NDArray[np.int64]:
-    """Places of an epoch in the order they are trained: one from each canonical node's span in turn.
+    """Return the positions of an epoch in training order: one from the span of each canonical node in turn.
 
     Args:
-        num_samples: E, samples in the epoch; canonical node k has the span E*k//C up to E*(k+1)//C.
-        num_canonical_nodes: C. The order depends on it, and not on how many ranks there are.
+        num_samples: E, samples per epoch; canonical node k has the span E*k//C up to E*(k+1)//C.
+        num_canonical_nodes: C. The order depends on it, but not on the number of ranks.
     Returns:
-        (E,) int64, each of 0 … E-1 once.
+        (E,) int64, a permutation of 0 … E-1.
     """
     bounds = np.arange(num_canonical_nodes + 1) * num_samples // num_canonical_nodes
     starts, sizes = bounds[:-1], np.diff(bounds)
     steps = np.arange(sizes.max(initial=0))[:, None]  # (longest span, C)
-    places: NDArray[np.int64] = (starts + steps)[steps < sizes].astype(np.int64)
-    return places
+    positions: NDArray[np.int64] = (starts + steps)[steps < sizes].astype(np.int64)
+    return positions
 
 
 def rank_rows(
     order: NDArray[np.int64], seen: int, *, node: int, num_nodes: int, rank_of_node: int, ranks_per_node: int
 ) -> tuple[NDArray[np.int64], int]:
-    """The samples of one rank in what is left of an epoch.
+    """Return the samples of one rank in the rest of an epoch.
 
     Args:
-        order: (E,) the epoch's samples in the order they are trained, over all ranks.
-        seen: how many of them were trained before; the rows that even out the last batch may count on top.
+        order: (E,) samples of the epoch in training order, over all ranks.
+        seen: number of rows trained so far, including rows that padded the last batch.
     Returns:
-        The rank's samples, and how many rows (0 or 1) it needs after them to have as many as any other rank.
+        The samples of the rank, and the number of padding rows (0 or 1) that makes all ranks equally long.
     """
-    left = order[seen:]
+    rest = order[seen:]
     num_ranks = num_nodes * ranks_per_node
-    own = left[node + num_nodes * rank_of_node :: num_ranks]
-    return own, -(-len(left) // num_ranks) - len(own)
+    samples = rest[node + num_nodes * rank_of_node :: num_ranks]
+    return samples, -(-len(rest) // num_ranks) - len(samples)
 
 
 def worker_rows(
     samples: NDArray[np.int64], num_padding: int, batch_size: int, worker: int, num_workers: int
 ) -> tuple[NDArray[np.int64], int]:
-    """The part of a rank's samples that one of its loader workers reads: every `num_workers`-th batch.
+    """Return the samples of a rank that one of its loader workers reads: every `num_workers`-th batch.
 
     Returns:
-        The worker's samples, and how many of the rank's padding rows follow them.
+        The samples of the worker, and the number of the rank's padding rows that follow them.
     """
-    batch_of = np.arange(len(samples) + num_padding) // batch_size
-    mine = batch_of % num_workers == worker
-    return samples[mine[: len(samples)]], int(mine[len(samples) :].sum())
-
-
-log = logging.getLogger(__name__)
+    batch_of_row = np.arange(len(samples) + num_padding) // batch_size
+    is_read = batch_of_row % num_workers == worker
+    return samples[is_read[: len(samples)]], int(is_read[len(samples) :].sum())
 
 
 class _SharedStream(streaming.Stream):
-    """Unpacks a shard under a name of its own: several machines that see one folder may unpack it at the same time."""
+    """Decompresses a shard under a unique name, as machines that share a folder may do so at the same time."""
 
     def _decompress_shard_part(self, zip_info: Any, zip_filename: str, raw_filename: str, compression: Any) -> None:
-        own = Path(f"{raw_filename}.{secrets.token_hex(8)}")
+        unique = Path(f"{raw_filename}.{secrets.token_hex(8)}")
         try:
-            super()._decompress_shard_part(zip_info, zip_filename, str(own), compression)
-            own.replace(raw_filename)
+            super()._decompress_shard_part(zip_info, zip_filename, str(unique), compression)
+            unique.replace(raw_filename)
         except BaseException:
-            for path in (own, Path(f"{own}.tmp")):  # the second is what streaming writes first
+            for path in (unique, Path(f"{unique}.tmp")):  # streaming writes the second one first
                 path.unlink(missing_ok=True)
             raise
 
 
 class ExactStreamingDataset(streaming.StreamingDataset):
-    """Samples of MDS shards; an epoch holds each once, or as often as the proportions of its streams say.
+    """Samples of MDS shards: each once per epoch, or as often as the proportions of the streams require.
 
-    The order depends on seed, epoch and `num_canonical_nodes`, not on the number of ranks or workers. Ranks that lack a
-    sample in the last batch end with a `padding_row`, so that all have equally many rows.
+    The order depends on seed, epoch and `num_canonical_nodes`, not on the number of ranks or workers. Ranks without a
+    sample in the last batch end with a `padding_row`, so that all ranks have equally many rows.
 
     Args:
         streams: where the shards are; all of them have a proportion, or none has.
@@ -110,7 +109,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         predownload: rows ahead of the current one for which a worker fetches shards; None = 8 batches.
         validate_hash: compare each file with its hash when it is fetched and when a process first uses it.
     Raises:
-        ShardError: a stream is not what its index says (see `streams.check_stream`), or the cache limit cannot work.
+        ShardError: a stream does not match its index (see `streams.check_stream`), or the cache limit is too low.
     """
 
     padding_row: Any = None
@@ -162,41 +161,42 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         self._sources = tuple(streams)
         self._fingerprint = ",".join(found.fingerprint for found in contents)
         self._epoch = 0
-        self._num_rows_due = self._num_padding_due = 0
+        self._num_rows_expected = self._num_padding = 0
         self._failure: BaseException | None = None
         self._checked_shards: set[int] = set()
 
     def __iter__(self) -> Iterator[Any]:
-        """The rows of this worker for the next epoch, or for what is left of the one resumed.
+        """Yield the rows of this worker for the next epoch, or for the rest of a resumed one.
 
         Raises:
-            ShardError: a shard could not be fetched, is damaged, or fewer rows came than are due.
+            ShardError: a shard cannot be fetched or is damaged, or fewer rows were read than expected.
         """
         for stream in self.streams:
-            stream._downloader.clean_up()  # connections that a forked worker has of its parent are the parent's
-        self._failure, self._num_rows_due, self._num_padding_due = None, 0, 0
+            stream._downloader.clean_up()  # connections inherited by a forked worker belong to its parent
+        self._failure, self._num_rows_expected, self._num_padding = None, 0, 0
         num_rows = 0
         try:
             for row in super().__iter__():
                 yield row
                 num_rows += 1
         except Exception as error:
-            self._event.set()  # ends the threads that fetch ahead
+            self._event.set()  # stops the threads that prefetch
             if self._failure is None or not isinstance(error, RuntimeError):
                 raise
         if isinstance(self._failure, ShardError):
             raise self._failure
-        if num_rows != self._num_rows_due:
+        if num_rows != self._num_rows_expected:
             raise ShardError(
-                f"rank {dist.get_global_rank()}: epoch {self._epoch} gave {num_rows} of {self._num_rows_due} samples"
-                f"{f' ({self._failure!r})' if self._failure else ''}; check the shards (rankllm-composer shards verify)"
+                f"rank {dist.get_global_rank()}: epoch {self._epoch} gave {num_rows} samples; expected "
+                f"{self._num_rows_expected}{f' ({self._failure!r})' if self._failure else ''}. "
+                "Check the shards (rankllm-composer shards verify)."
             )
-        for _ in range(self._num_padding_due):
+        for _ in range(self._num_padding):
             yield self.padding_row
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
-        # Streaming's own division repeats samples. This one needs no shared memory: every worker computes it.
-        self._shared_barrier(self._unique_worker_world.workers_per_node)  # the epoch counter has moved for all
+        # Streaming's partition repeats samples. This one needs no shared memory: every worker computes it.
+        self._shared_barrier(self._unique_worker_world.workers_per_node)  # all workers have advanced the epoch counter
         world = self._parallel_worker_world
         samples, num_padding = rank_rows(
             self._epoch_order(epoch),
@@ -209,11 +209,11 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         samples, num_padding = worker_rows(
             samples, num_padding, self.batch_size, world.worker_of_rank, world.workers_per_rank
         )
-        self._epoch, self._num_rows_due, self._num_padding_due = epoch, len(samples), num_padding
+        self._epoch, self._num_rows_expected, self._num_padding = epoch, len(samples), num_padding
         return samples
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """(epoch_size,) sample numbers in the order they are trained, over all ranks."""
+        """Return the (epoch_size,) sample numbers in training order, over all ranks."""
         assert self.num_canonical_nodes is not None and self.shuffle_block_size is not None  # set as the epoch starts
         shuffle_units, samples = self.resample_streams(epoch)
         nodes = min(self.num_canonical_nodes, self.epoch_size)
@@ -226,52 +226,52 @@ class ExactStreamingDataset(streaming.StreamingDataset):
     # --- resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where training is, for a checkpoint between two batches; see `streaming.StreamingDataset.state_dict`."""
+        """Return the position in training for a checkpoint between two batches; see `StreamingDataset`."""
         state = super().state_dict(num_samples, from_beginning)
-        if state["sample_in_epoch"] == 0:  # between epochs, where streaming names the one that has just ended
+        if state["sample_in_epoch"] == 0:  # between epochs, where streaming records the one that has just ended
             state["epoch"] = max(state["epoch"], self.next_epoch)
         return {**state, "epoch_size": self.epoch_size, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Continue from a checkpoint, at the next `iter`.
+        """Resume from a checkpoint at the next `iter`.
 
         Raises:
-            ShardError: the checkpoint is of other shards, so the rest of its epoch cannot be known.
+            ShardError: the checkpoint was trained on other shards, so the rest of its epoch is unknown.
         """
-        known = {name: obj.get(name) for name in ("epoch_size", "fingerprint")}
-        if known != {"epoch_size": self.epoch_size, "fingerprint": self._fingerprint}:
+        saved = {name: obj.get(name) for name in ("epoch_size", "fingerprint")}
+        if saved != {"epoch_size": self.epoch_size, "fingerprint": self._fingerprint}:
             places = ", ".join(source.place for source in self._sources)
             raise ShardError(
-                f"{places}: the checkpoint was trained on other shards ({known['epoch_size']} samples an epoch, here "
-                f"{self.epoch_size}; or the same number, built otherwise); put those shards back, or start a new run"
+                f"{places}: the checkpoint was trained on other shards (it has {saved['epoch_size']} samples per "
+                f"epoch; these shards have {self.epoch_size}). Restore the original shards or start a new run."
             )
         super().load_state_dict(obj)
 
     # --- shards -------------------------------------------------------------------------------------------------------
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """The sample as its shard holds it. Its shard is compared with its hash when this process first uses it."""
+        """Return a sample of a shard. The hash of the shard is checked when this process first uses it."""
         shard_id = int(self.spanner[sample_id][0])
         if shard_id not in self._checked_shards:
             self._check_shard(shard_id)
         return super().get_item(sample_id, retry)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch and unpack a shard.
+        """Fetch and decompress a shard.
 
         Raises:
-            ShardError: it cannot be had. What was fetched of it is removed, so that no later run takes it for good.
+            ShardError: it cannot be fetched or decompressed. Partial files are removed, so that no later run uses them.
         """
         while True:
             was_cached = any(path.exists() for path in self._files(shard_id))
             try:
                 return super().prepare_shard(shard_id, blocking)
-            except Exception as error:  # each backend has errors of its own
+            except Exception as error:  # each backend raises different errors
                 self._discard(shard_id)
-                # Streaming leaves it "in preparation", on which every other worker would wait for ever.
+                # Streaming leaves the state at "preparing", for which every other worker would wait forever.
                 self._shard_states[shard_id] = _ShardState.REMOTE
                 if was_cached and self._source(shard_id).is_cache:
-                    continue  # the copy may have been bad while the remote is good
+                    continue  # the cached copy may be damaged while the remote one is intact
                 is_gone = not was_cached and not self._source(shard_id).is_cache
                 reason = "it is missing" if is_gone else cause(error, self._source(shard_id))
                 raise self._shard_error(shard_id, reason) from error
@@ -291,13 +291,13 @@ class ExactStreamingDataset(streaming.StreamingDataset):
                 return
             if self._source(shard_id).is_cache:
                 self.evict_shard(shard_id)
-            elif len(self._files(shard_id)) > 1:  # it was unpacked from the file beside it
+            elif len(self._files(shard_id)) > 1:  # it was decompressed from the file beside it
                 raw.unlink(missing_ok=True)
             else:
                 raise self._shard_error(shard_id, "its content does not match its hash")
-            log.warning("%s: does not match its hash, is fetched or unpacked again", raw)
+            log.warning("%s does not match its hash; fetching or decompressing it again", raw)
         raise self._shard_error(
-            shard_id, "it is removed from the cache as fast as it is fetched; raise data.train.cache_limit"
+            shard_id, "it is evicted from the cache as fast as it is fetched; raise data.train.cache_limit"
         )
 
     def _discard(self, shard_id: int) -> None:
@@ -319,11 +319,11 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         place = self._source(shard_id).place
         raw, packed = self.shards[shard_id].file_pairs[0]
         return ShardError(
-            f"rank {dist.get_global_rank()}: shard {(packed or raw).basename} of {place} cannot be used: {reason}; see "
-            f"what is wrong (rankllm-composer shards verify {place}), repair it, start again from the last checkpoint"
+            f"rank {dist.get_global_rank()}: shard {(packed or raw).basename} of {place} cannot be used: {reason}. "
+            f"Find the damage (rankllm-composer shards verify {place}), repair it, and resume from the last checkpoint."
         )
 
-    # Streaming's background threads: an error in one of them must reach `__iter__`, and none may wait for a dead one.
+    # Streaming's background threads: an error in one must reach `__iter__`, and none may wait for a dead one.
 
     def on_exception(self, future: Future) -> None:
         error = future.exception()
@@ -339,7 +339,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
             raise
 
     def _ready_thread(self, it: Any) -> None:
-        # Streaming's own waits without end for a shard that another worker failed to fetch.
+        # Streaming's method waits forever for a shard that another worker failed to fetch.
         try:
             while it.ready_index < it.total and not it.should_exit() and not self._event.is_set():
                 shard_id = int(self.spanner[it.sample_ids[it.ready_index]][0])
@@ -355,14 +355,14 @@ class ExactStreamingDataset(streaming.StreamingDataset):
 
 
 def _check_cache_limit(cache_limit: str, streams: Sequence[Stream], largest_shard_bytes: int) -> None:
-    only_here = [stream.place for stream in streams if not stream.is_cache]
-    if only_here:
+    without_remote = [stream.place for stream in streams if not stream.is_cache]
+    if without_remote:
         raise ShardError(
-            f"data.train.cache_limit: found {cache_limit!r} for {', '.join(only_here)}, which has no remote: shards "
-            "above the limit would be deleted for good; leave the limit out, or give data.train.remote"
+            f"data.train.cache_limit is {cache_limit!r}, but {', '.join(without_remote)} has no remote: shards above "
+            "the limit would be deleted for good. Remove the limit or set data.train.remote."
         )
     if bytes_to_int(cache_limit) < 4 * largest_shard_bytes:
         raise ShardError(
-            f"data.train.cache_limit: found {cache_limit!r}, allowed is {4 * largest_shard_bytes} bytes (4 times the "
-            "largest shard, packed and unpacked) or more; raise it"
+            f"data.train.cache_limit is {cache_limit!r}; expected at least {4 * largest_shard_bytes} bytes (4 times "
+            "the largest shard, compressed and decompressed). Raise it."
         )

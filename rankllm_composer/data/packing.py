@@ -28,14 +28,14 @@ IGNORED_TARGET = -100
 
 @dataclass(frozen=True, slots=True)
 class TokenizedList:
-    """One dataset row on its way to the model.
+    """A tokenized list: one row of the dataset.
 
     Args:
-        encoded: token ids and targets; None = a row that is counted but not trained (too long, or a repeat).
+        encoded: token ids and targets; None = a row that is counted but not trained (too long, or padding).
         record_id: the record's id, for messages.
-        record_key: 63-bit hash of the id; seeds what must not depend on how a batch is split.
-        grades: (N,) relevance grades in presentation order, where the shards hold them.
-        docids: (N,) document ids in presentation order, where the shards hold them.
+        record_key: 63-bit hash of the id, a seed that does not depend on how a batch is split.
+        grades: (N,) relevance grades in presentation order; None = the shards have none.
+        docids: (N,) document ids in presentation order; None = the shards have none.
     """
 
     encoded: EncodedRecord | None
@@ -46,19 +46,19 @@ class TokenizedList:
 
 
 def balance(lengths: list[int], num_bins: int, *, max_lists: int | None = None) -> list[list[int]]:
-    """Deal sequences into bins of nearly equal token counts: longest first, each to the emptiest bin.
+    """Distribute sequences over bins of nearly equal token counts: longest first, each to the emptiest bin.
 
     Args:
         lengths: tokens of each sequence.
-        num_bins: how many bins; some stay empty when there are fewer sequences.
-        max_lists: a bin takes at most this many sequences. None = any number.
+        num_bins: number of bins; some stay empty if there are fewer sequences.
+        max_lists: most sequences per bin. None = no limit.
     Returns:
-        For each bin the indices into `lengths`, ascending.
+        Per bin, ascending indices into `lengths`.
     Raises:
         ValueError: the bins cannot hold all sequences.
     """
     if max_lists is not None and len(lengths) > num_bins * max_lists:
-        raise ValueError(f"{len(lengths)} sequences do not fit {num_bins} microbatches of {max_lists}")
+        raise ValueError(f"{len(lengths)} sequences do not fit into {num_bins} microbatches of {max_lists} lists")
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     emptiest = [(0, index) for index in range(num_bins)]
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -70,24 +70,31 @@ def balance(lengths: list[int], num_bins: int, *, max_lists: int | None = None) 
 
 
 def _largest(lengths: list[int], bins: list[list[int]]) -> int:
+    """Return the tokens of the fullest bin."""
     return max((sum(lengths[i] for i in members) for members in bins), default=0)
 
 
+def check_limits(max_lists: int | None, max_tokens: int | None) -> None:
+    """Raise ValueError unless exactly one of the two limits of a microbatch is set."""
+    if (max_lists is None) == (max_tokens is None):
+        state = "neither is" if max_lists is None else "both are"
+        raise ValueError(f"batch: set exactly one of microbatch_lists and microbatch_tokens ({state} set)")
+
+
 def count_microbatches(lengths: list[int], *, max_lists: int | None, max_tokens: int | None) -> int:
-    """The fewest microbatches that respect the limit; at least 1.
+    """Return the smallest number of microbatches that respects the limit; at least 1.
 
     Raises:
-        ValueError: neither or both limits are given, or one sequence alone exceeds `max_tokens`.
+        ValueError: neither or both limits are set, or a single sequence exceeds `max_tokens`.
     """
-    if (max_lists is None) == (max_tokens is None):
-        raise ValueError("batch: set exactly one of microbatch_lists and microbatch_tokens")
+    check_limits(max_lists, max_tokens)
     if max_lists is not None:
         return max(1, math.ceil(len(lengths) / max_lists))
     assert max_tokens is not None
     if lengths and max(lengths) > max_tokens:
         raise ValueError(
-            f"batch.microbatch_tokens: a sequence of {max(lengths)} tokens exceeds the budget of {max_tokens}; "
-            "raise batch.microbatch_tokens or lower data.max_length_tokens"
+            f"batch.microbatch_tokens is {max_tokens}, but a list has {max(lengths)} tokens. "
+            "Raise batch.microbatch_tokens or lower data.max_length_tokens."
         )
     num_bins = max(1, math.ceil(sum(lengths) / max_tokens))
     while _largest(lengths, balance(lengths, num_bins)) > max_tokens:
@@ -96,18 +103,19 @@ def count_microbatches(lengths: list[int], *, max_lists: int | None, max_tokens:
 
 
 def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
-    """Lay sequences end to end as one microbatch.
+    """Concatenate sequences into one microbatch.
 
     Args:
-        sequences: the sequences to train; each has `encoded`. None at all gives one token that supervises nothing.
+        sequences: the sequences to train, each with `encoded`. An empty list gives one token without a target.
     Returns:
         input_ids, position_ids: (1, T) int64; positions restart with each sequence.
         cu_seqlens: (S + 1,) int32.
-        logit_positions: (R,) int64, places in T whose logits the loss needs.
+        logit_positions: (R,) int64, positions in T whose logits the loss needs.
         target_ids: (R,) int64, the token to predict there; -100 = none.
         score_rows: (S,) int64, which of the R rows holds the identifier scores of a list.
         identifier_token_ids, ranks: (S, N) int64; candidate_mask: (S, N) bool; grades: (S, N) float32, NaN = none.
-        lengths, record_keys, record_ids: lists, one entry a sequence.
+        lengths, record_keys, record_ids: lists with one entry per sequence.
+        num_tokens: T, or 0 without sequences.
     """
     empty = not sequences
     encoded = [s.encoded for s in sequences]
@@ -163,19 +171,19 @@ def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
 def split_batch(
     batch: Mapping[str, Any], *, max_lists: int | None = None, max_tokens: int | None = None
 ) -> list[dict[str, Any]]:
-    """Split a rank's batch into packed microbatches; a collective, called by every rank for the same step.
+    """Split the batch of a rank into packed microbatches. A collective: every rank calls it for the same step.
 
-    Every rank gets the same number of microbatches, so that the collectives of a sharded forward always meet; a rank
-    with too few sequences runs microbatches that supervise nothing.
+    Every rank gets the same number of microbatches, so that the collectives of a sharded forward pass match; a rank
+    with too few sequences runs microbatches without targets.
 
     Args:
         batch: {"sequences": [TokenizedList, …]} of this rank.
-        max_lists: lists in a microbatch, at most.
-        max_tokens: tokens in a microbatch, at most. Exactly one of the two limits is given.
+        max_lists: most lists per microbatch.
+        max_tokens: most tokens per microbatch. Set exactly one of the two limits.
     Returns:
-        Microbatches as `pack` makes them, with `language_modelling_scale` and `ranking_scale`: what the sums over a
-        microbatch's target tokens and lists are multiplied by so that Composer's average over microbatches and ranks
-        is the mean over the global batch.
+        Microbatches of `pack`, with `language_modelling_scale` and `ranking_scale`: the factors of the sums over the
+        target tokens and over the lists of a microbatch with which Composer's average over microbatches and ranks is
+        the mean over the global batch.
     Raises:
         ValueError: see `count_microbatches`.
     """
@@ -183,30 +191,30 @@ def split_batch(
     trained = [s for s in rows if s.encoded is not None]
     lengths = [len(s.encoded.input_ids) for s in trained]
     num_targets = sum(length - s.encoded.response_start for length, s in zip(lengths, trained))
-    own = count_microbatches(lengths, max_lists=max_lists, max_tokens=max_tokens)
-    (num_microbatches,) = reduce_over_ranks([own], "MAX")
+    num_needed = count_microbatches(lengths, max_lists=max_lists, max_tokens=max_tokens)
+    (num_microbatches,) = reduce_over_ranks([num_needed], "MAX")
     num_targets, num_lists = reduce_over_ranks([num_targets, len(trained)], "SUM")
     bins = balance(lengths, num_microbatches, max_lists=max_lists)
     if max_tokens is not None and _largest(lengths, bins) > max_tokens:
-        # Dealing into more bins can, rarely, overfill one; the tighter split plus empty ones respects the budget.
-        bins = balance(lengths, own) + [[] for _ in range(num_microbatches - own)]
-    spread = dist.get_world_size() * num_microbatches
+        # More bins can, rarely, overfill one; the smaller number plus empty bins respects the limit.
+        bins = balance(lengths, num_needed) + [[] for _ in range(num_microbatches - num_needed)]
+    num_parts = dist.get_world_size() * num_microbatches
     microbatches = []
     for members in bins:
         microbatch = pack([trained[i] for i in members])
-        microbatch["language_modelling_scale"] = spread / num_targets if num_targets else 0.0
-        microbatch["ranking_scale"] = spread / num_lists if num_lists else 0.0
+        microbatch["language_modelling_scale"] = num_parts / num_targets if num_targets else 0.0
+        microbatch["ranking_scale"] = num_parts / num_lists if num_lists else 0.0
         microbatches.append(microbatch)
     return microbatches
 
 
 def num_samples_in_batch(batch: Mapping[str, Any]) -> int:
-    """Dataset rows in a device batch, untrained ones too (Composer resumes by it); lists in a microbatch."""
+    """Return the lists of a microbatch, or the rows of a device batch, untrained ones included."""
     return len(batch["sequences"]) if "sequences" in batch else len(batch["record_ids"])
 
 
 def num_tokens_in_batch(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens that are computed (`total`), and the weight of a microbatch to Composer: 1 (see the module's text)."""
+    """Return the computed tokens (`total`) and the weight of a microbatch for Composer, 1 (see the module)."""
     if "sequences" in batch:
         total = sum(len(s.encoded.input_ids) for s in batch["sequences"] if s.encoded is not None)
     else:

@@ -1,9 +1,8 @@
-"""Claims on what processes of one machine share, each held by a lock that the kernel drops when its holder dies.
+"""Claims on shared memory and caches of one machine, each a lock that the kernel releases when its holder dies.
 
-Streaming keeps the state of an epoch in shared memory, under names counted up from 0: what a killed run leaves behind
-blocks those names or is taken for live state, and two runs that start together take the same ones. Here every dataset
-claims a random number for its names; a claim that nobody holds any more belongs to a dead run and is cleared away,
-one that is held is left alone.
+Streaming keeps the state of an epoch in shared memory under names that count up from 0. Leftovers of a killed run block
+those names or pass for live state, and two runs that start together choose the same ones. Here every dataset claims a
+random number for its names. A claim without a holder belongs to a dead run and is removed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 from rankllm_composer.storage.locks import FileLock, try_lock
 
-# Above what streaming counts to by itself; 10 digits keep the longest name within the 31 characters of macOS.
+# Above the numbers that streaming reaches; 10 digits keep the longest name within the 31 characters of macOS.
 _FIRST_NUMBER, _LAST_NUMBER = 10**6, 10**10 - 1
 
 
@@ -29,9 +28,9 @@ _caches: dict[Path, FileLock] = {}
 
 
 def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> FileLock | None:
-    """Claim a folder that shards are cached in, until this process ends; None if another run holds it.
+    """Claim the cache folder of shards until this process ends; return None if another run holds it.
 
-    The wait is for the loader workers of a killed run, which live on for some seconds.
+    The wait covers the loader workers of a killed run, which survive it for some seconds.
     """
     digest = hashlib.blake2b(os.path.realpath(folder).encode(), digest_size=12).hexdigest()
     path = _claims_folder() / f"cache-{digest}"
@@ -46,19 +45,19 @@ def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> FileLock | No
 
 @contextlib.contextmanager
 def private_shared_memory() -> Iterator[None]:
-    """Streaming datasets made within take shared-memory names that no other run, living or dead, has."""
+    """Give streaming datasets created in this context shared-memory names of no other run, live or dead."""
     from streaming.base import dataset
 
-    ours = dataset.get_shm_prefix
+    original = dataset.get_shm_prefix
     dataset.get_shm_prefix = _register_names
     try:
         yield
     finally:
-        dataset.get_shm_prefix = ours
+        dataset.get_shm_prefix = original
 
 
 def clear_dead_claims() -> int:
-    """Remove the shared memory and locks of runs that died. Returns how many were found."""
+    """Remove the shared memory and locks of dead runs; return their number."""
     num_dead = 0
     for path in _claims_folder().glob("names-*"):
         claim = try_lock(path)
@@ -72,7 +71,7 @@ def clear_dead_claims() -> int:
 def _register_names(
     streams_local: list[str], streams_remote: Sequence[str | None], world: Any, retry: int = 0
 ) -> tuple[int, Any]:
-    """Stands in for streaming's `get_shm_prefix`: same arguments, same answer, a number that is ours alone."""
+    """Replace streaming's `get_shm_prefix`: same arguments and result, but with a claimed random number."""
     from streaming.base.constant import LOCALS
     from streaming.base.distributed import all_gather_object
     from streaming.base.shared.memory import SharedMemory as StreamingSharedMemory
@@ -97,11 +96,11 @@ def _claim_number() -> int:
         number = _FIRST_NUMBER + secrets.randbelow(_LAST_NUMBER - _FIRST_NUMBER)
         claim = try_lock(_claims_folder() / f"names-{number}")
         if claim is not None:
-            atexit.register(_give_back, claim, number)
+            atexit.register(_release_number, claim, number)
             return number
 
 
-def _give_back(claim: FileLock, number: int) -> None:
+def _release_number(claim: FileLock, number: int) -> None:
     if claim.is_held:
         _remove_names(number)
         claim.remove()

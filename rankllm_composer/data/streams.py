@@ -1,7 +1,7 @@
-"""Streams of shards, looked at before they are trained on: what the index says is there, and nothing else is believed.
+"""Streams of shards, checked before training: every shard of the index exists and has the right size.
 
-A shard that is missing or damaged would end an epoch early, in the middle of a long run and without an error. So every
-shard is asked for before the first batch: by size, in the folder or the object store that holds it.
+A missing or damaged shard would end an epoch early, in the middle of a long run and without an error. Therefore the
+size of every shard is requested before the first batch, from the folder or the object store that holds it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from rankllm_composer.storage.object_store import is_remote, isolate_client_rng,
 log = logging.getLogger(__name__)
 
 
-_REQUESTS_AT_ONCE = 16
+_PARALLEL_REQUESTS = 16
 
 
-_TOLD_AT_MOST = 5
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One set of shards.
+    """A set of shards.
 
     Args:
-        local: folder that holds the shards, or caches those of `remote`.
-        remote: folder or URL that holds them; None = they are in `local`.
-        proportion: share of the epoch's samples; None for all streams = every sample of every stream once.
+        local: folder that holds the shards, or the cache of `remote`.
+        remote: folder or URL that holds the shards; None = they are in `local`.
+        proportion: share of the samples of an epoch; None for all streams = every sample of every stream once.
     """
 
     local: str
@@ -50,7 +50,7 @@ class Stream:
 
     @property
     def place(self) -> str:
-        """Where the shards are, for messages: without user name and password."""
+        """Folder or URL of the shards, without user name and password; for messages."""
         return without_credentials(self.root)
 
     @property
@@ -61,13 +61,13 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class StreamContents:
-    """What the index of a stream promises.
+    """Contents of a stream, by its index.
 
     Attributes:
-        num_samples: lists in all its shards.
-        largest_shard_bytes: bytes of the largest shard in a cache, while it is unpacked.
-        hash_algorithm: one that all files have a hash of; None = damage inside a file cannot be noticed.
-        fingerprint: of names, sizes and hashes: another set, or the same built otherwise, has another.
+        num_samples: lists in all shards.
+        largest_shard_bytes: bytes of the largest shard, compressed and decompressed.
+        hash_algorithm: a hash that the index has for every file; None = damage inside a file cannot be detected.
+        fingerprint: hash of names, sizes and hashes; it differs between sets and between builds of a set.
     """
 
     num_samples: int
@@ -79,10 +79,10 @@ class StreamContents:
 def check_streams(
     streams: Sequence[Stream], *, download_retry: int = 2, download_timeout_seconds: float = 60
 ) -> tuple[StreamContents, ...]:
-    """Check all streams once a node and tell every rank what was found; a collective of all ranks.
+    """Check all streams once per node and return the result on every rank. A collective.
 
     Raises:
-        ShardError: on every rank, whichever found it.
+        ShardError: a node found a problem; raised on every rank.
     """
     from streaming.base.distributed import all_gather_object, get_local_rank
 
@@ -102,42 +102,41 @@ def check_streams(
     differing = list(dict.fromkeys(found for found, _ in answers if found))
     if len(differing) > 1:
         places = ", ".join(stream.place for stream in streams)
-        raise ShardError(f"{places}: the nodes of this run hold different shards there; copy one set to all of them")
+        raise ShardError(f"{places}: the nodes of this run have different shards. Copy one set to all of them.")
     return differing[0]
 
 
 def check_stream(stream: Stream, download_retry: int = 2, download_timeout_seconds: float = 60) -> StreamContents:
-    """Check that a stream is complete: index, paths that stay in the folder, and every shard with its right size.
+    """Check that a stream is complete: a valid index, paths inside the folder, and every shard of the right size.
 
-    Of a stream with a cache, files of the wrong size are removed from the cache, as if they had never been fetched.
-    Contents are not read here; hashes are compared when a shard is used.
+    Files of the wrong size are removed from a cache. Contents are not read; hashes are checked when a shard is used.
 
     Args:
         stream: the stream.
-        download_retry: how often a failed request for the index is tried again.
+        download_retry: how often a failed request is retried.
         download_timeout_seconds: longest wait for the index.
     Returns:
-        What the stream holds.
+        The contents of the stream.
     Raises:
-        ShardError: no index or a damaged one, shards missing or of another size, no access, or a cache that another run
-            uses or that holds another set.
+        ShardError: the index is missing or damaged, shards are missing or have another size, access is denied, or
+            another run or another set uses the cache.
     """
     if stream.is_cache:
         if claim_cache(stream.local) is None:
             raise ShardError(
-                f"cache folder {stream.local}: another run that is still alive uses it; end that run, or give this one "
-                "a folder of its own (data.train.local)"
+                f"cache folder {stream.local}: another running process uses it. End that run, or set another folder "
+                "(data.train.local)."
             )
         shards = _fetch_index(stream, download_retry, download_timeout_seconds)
         _clean_cache(Path(stream.local), shards)
     else:
         shards = read_index(Path(stream.local) / INDEX_NAME)
     if not shards:
-        raise ShardError(f"{stream.place}: the index lists no shards; build the set (rankllm-composer shards build)")
+        raise ShardError(f"{stream.place}: the index lists no shards. Build the set (rankllm-composer shards build).")
     _check_sizes(stream, shards, download_retry)
     algorithm = _hash_algorithm(shards)
     if algorithm is None:
-        log.warning("%s: its shards have no hashes, so damage inside a shard cannot be noticed", stream.place)
+        log.warning("%s: the index has no hashes, so damage inside a shard cannot be detected", stream.place)
     files = [(s.published.basename, s.published.num_bytes, sorted(s.published.hashes.items())) for s in shards]
     return StreamContents(
         num_samples=sum(shard.num_samples for shard in shards),
@@ -159,10 +158,10 @@ def _fetch_index(stream: Stream, download_retry: int, timeout: float) -> tuple[S
             fetch = retry(clean_up_fn=downloader.clean_up, num_attempts=download_retry + 1)(downloader.download)
             fetch(url, str(fetched), timeout)
             downloader.clean_up()
-        except Exception as error:  # each backend has errors of its own
+        except Exception as error:  # each backend raises different errors
             raise ShardError(
-                f"{stream.place}: the index cannot be fetched: {cause(error, stream)}; check the URL, the credentials "
-                "and the network; if the set is not there yet, build it (rankllm-composer shards build)"
+                f"{stream.place}: the index cannot be fetched: {cause(error, stream)}. Check the URL, the credentials "
+                "and the network. If the set does not exist yet, build it (rankllm-composer shards build)."
             ) from error
         text = fetched.read_bytes()
     shards = parse_index(text, f"{stream.place}/{INDEX_NAME}")
@@ -170,15 +169,15 @@ def _fetch_index(stream: Stream, download_retry: int, timeout: float) -> tuple[S
     cached.with_name(INDEX_NAME + ".tmp").unlink(missing_ok=True)
     if cached.exists():
         try:
-            known = read_index(cached)
+            cached_shards = read_index(cached)
         except ShardError:
-            log.warning("%s: the cached index is damaged and is fetched again", cached)
+            log.warning("%s is damaged; fetching it again", cached)
             cached.unlink()
         else:
-            if known != shards:
+            if cached_shards != shards:
                 raise ShardError(
                     f"cache folder {stream.local}: it holds shards of another set than {stream.place}, or of an "
-                    "earlier build; remove the folder, or name another (data.train.local)"
+                    "earlier build. Remove the folder, or set another one (data.train.local)."
                 )
     return shards
 
@@ -191,7 +190,7 @@ def _clean_cache(folder: Path, shards: Sequence[Shard]) -> None:
             path = folder / file.basename
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             if path.is_file() and path.stat().st_size != file.num_bytes:
-                log.warning("%s: %d bytes of %d, is fetched again", path, path.stat().st_size, file.num_bytes)
+                log.warning("%s has %d of %d bytes; fetching it again", path, path.stat().st_size, file.num_bytes)
                 path.unlink()
 
 
@@ -202,14 +201,14 @@ def _check_sizes(stream: Stream, shards: Sequence[Shard], download_retry: int) -
     try:
         size_of = _size_reader(stream)
         if size_of is None:
-            log.warning("%s: no sizes can be asked for here; its shards are checked as they are fetched", stream.place)
+            log.warning("%s: this store does not report sizes; shards are checked as they are fetched", stream.place)
             return
-        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
             sizes = list(pool.map(retry(num_attempts=download_retry + 1)(size_of), [file.basename for file in files]))
-    except Exception as error:  # each backend has errors of its own
+    except Exception as error:  # each backend raises different errors
         raise ShardError(
-            f"{stream.place}: its shards cannot be asked for: {cause(error, stream)}; check the URL, the credentials "
-            "and the network"
+            f"{stream.place}: the sizes of the shards cannot be read: {cause(error, stream)}. Check the URL, the "
+            "credentials and the network."
         ) from error
     bad = [
         f"{file.basename} is missing" if size is None else f"{file.basename} has {size} bytes of {file.num_bytes}"
@@ -217,15 +216,15 @@ def _check_sizes(stream: Stream, shards: Sequence[Shard], download_retry: int) -
         if size != file.num_bytes
     ]
     if bad:
-        told = ", ".join(bad[:_TOLD_AT_MOST]) + (", …" if len(bad) > _TOLD_AT_MOST else "")
+        named = ", ".join(bad[:_MOST_NAMED]) + (", …" if len(bad) > _MOST_NAMED else "")
         raise ShardError(
-            f"{stream.place}: {len(bad)} of {len(files)} shards are not as the index says: {told}; see what is wrong "
-            f"(rankllm-composer shards verify {stream.place}), then build or upload these shards again"
+            f"{stream.place}: {len(bad)} of {len(files)} shards do not match the index: {named}. Find the damage "
+            f"(rankllm-composer shards verify {stream.place}), then build or upload these shards again."
         )
 
 
 def _size_reader(stream: Stream) -> Callable[[str], int | None] | None:
-    """A function from a path inside the set to its size in bytes, None = missing; None where a store tells no sizes."""
+    """Return a function from a path in the set to bytes (None = missing), or None if the store reports no sizes."""
     root = stream.root
     if not is_remote(root):
 
@@ -252,7 +251,7 @@ def _size_reader(stream: Stream) -> Callable[[str], int | None] | None:
                 return None
         from botocore.exceptions import ClientError
 
-        try:  # Composer's own way opens the whole object
+        try:  # Composer's method opens the object
             return int(store.client.head_object(Bucket=bucket, Key=name)["ContentLength"])
         except ClientError as error:
             if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
@@ -267,12 +266,12 @@ def _hash_algorithm(shards: Sequence[Shard]) -> str | None:
 
     files = [file for shard in shards for file in (shard.raw, shard.packed) if file is not None]
     common = set.intersection(*(set(file.hashes) for file in files))
-    # The xx family is several times faster than the rest, and damage is no attack.
+    # The xx family is several times faster, and detecting damage needs no cryptographic hash.
     return next(iter(sorted(filter(is_hash, common), key=lambda name: (not name.startswith("xx"), name))), None)
 
 
 def cause(error: BaseException, stream: Stream) -> str:
-    """An error of a library in one line, without credentials of the stream's URL."""
-    text = " ".join(str(error).split()) or "no further word"
+    """Return an error of a library as one line, without the credentials of the stream's URL."""
+    text = " ".join(str(error).split()) or "no message"
     text = text.replace(stream.root, stream.place)
     return f"{type(error).__name__}: {text}"

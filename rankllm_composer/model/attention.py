@@ -1,8 +1,8 @@
-"""Attention over sequences packed end to end, for devices where flash-attn is absent.
+"""Attention over packed sequences, for devices without flash-attn.
 
-Registered with transformers under the name `packed_sdpa`; it takes the variable-length arguments that transformers
-hands to flash-attn (`cu_seq_lens_q`, `max_length_q`, …), so the model's forward call is one and the same on every
-device. No (T, T) mask is ever made: each sequence is one call of PyTorch's scaled-dot-product attention.
+Registered with transformers as `packed_sdpa`. It accepts the variable-length arguments that transformers passes to
+flash-attn (`cu_seq_lens_q`, `max_length_q`, …), so the forward call of the model is the same on every device. No (T, T)
+mask is allocated: each sequence is one call of PyTorch's scaled-dot-product attention.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _windowed_attention(
 ) -> torch.Tensor:
     """Causal attention to the last `window` tokens (self included), in query blocks of `window` tokens.
 
-    A block of queries sees at most 2 * window - 1 keys, so memory is linear in the length of the sequence.
+    A block of queries attends to at most 2 * window - 1 keys, so memory is linear in the length of the sequence.
     """
     length = query.shape[-2]
     blocks = []
@@ -60,35 +60,35 @@ def packed_sdpa(
     scaling: float | None = None,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
-    """Causal self-attention inside each sequence of a pack; no token sees another sequence.
+    """Causal self-attention within each sequence of a pack; no token attends to another sequence.
 
     Args:
         query: (1, H, T, d).
-        key: (1, K, T, d), K key-value heads; H is a multiple of K (grouped-query attention).
+        key: (1, K, T, d) with K key-value heads; H is a multiple of K (grouped-query attention).
         value: (1, K, T, d).
         cu_seqlens: (S + 1,) int32, cumulative lengths 0 … T.
         scaling: factor on the scores; None = 1 / sqrt(d).
-        sliding_window: a token sees at most this many tokens, itself included. None = all before it.
+        sliding_window: most tokens that a token attends to, itself included. None = all before it.
     Returns:
         (1, T, H, d).
     Raises:
         ValueError: the pack's first dimension is not 1, or cu_seqlens does not end at T.
     """
     if query.shape[0] != 1:
-        raise ValueError(f"packed_sdpa: a pack has first dimension 1, found {query.shape[0]}")
+        raise ValueError(f"packed_sdpa: the first dimension of a pack is {query.shape[0]}; expected 1.")
     num_heads, total, head_dim = query.shape[1:]
     num_groups = num_heads // key.shape[1]
-    # The CPU flash kernel knows no grouped-query attention (enable_gqa falls back to the (L, L) math path), but takes
-    # stride-0 heads: key-value heads become the batch, the query heads that share one become its heads.
+    # The CPU flash kernel lacks grouped-query attention (enable_gqa falls back to the (L, L) math path), but accepts
+    # stride-0 heads: key-value heads become the batch, and the query heads that share one become its heads.
     query = query.view(key.shape[1], num_groups, total, head_dim)
     key = key.transpose(0, 1).expand(-1, num_groups, -1, -1)
     value = value.transpose(0, 1).expand(-1, num_groups, -1, -1)
     bounds = cu_seqlens.tolist()
     if bounds[-1] != total:
-        raise ValueError(f"packed_sdpa: cu_seqlens ends at {bounds[-1]}, the pack holds {total} tokens")
+        raise ValueError(f"packed_sdpa: cu_seqlens ends at {bounds[-1]}, but the pack has {total} tokens.")
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     outputs = []
-    # split() and not slices: the gradient of each slice would be as large as the pack.
+    # split() instead of slices: the gradient of each slice would be as large as the pack.
     for q, k, v in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)):
         if sliding_window is not None and q.shape[2] > sliding_window:
             output = _windowed_attention(q, k, v, sliding_window, scaling)
@@ -111,18 +111,18 @@ def _packed_sdpa_forward(
     cu_seq_lens_q: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature around `packed_sdpa`; what it cannot honour it refuses."""
+    """Adapt `packed_sdpa` to the attention signature of transformers; unsupported arguments raise ValueError."""
     if softcap is not None:
         raise ValueError(
-            f"{type(module).__name__} caps its attention scores (softcap={softcap}); packed_sdpa cannot. "
-            "Use flash_attention_2 on CUDA, or another model family."
+            f"{type(module).__name__} caps its attention scores (softcap={softcap}), which packed_sdpa does not "
+            "support. Use flash_attention_2 on CUDA, or another model family."
         )
     if dropout:
-        raise ValueError(f"packed_sdpa: attention_dropout is {dropout}; set it to 0 in model.config_overrides")
+        raise ValueError(f"packed_sdpa: attention_dropout is {dropout}; expected 0. Set it in model.config_overrides.")
     if attention_mask is not None:
-        raise ValueError("packed_sdpa: a pack needs no attention mask, but one was given")
+        raise ValueError("packed_sdpa: attention_mask is set; expected None, as a pack needs no mask.")
     if query.shape[2] != key.shape[2]:
-        raise ValueError("packed_sdpa: a pack is computed whole; a key-value cache needs another attention")
+        raise ValueError("packed_sdpa: queries and keys differ in length; a key-value cache is not supported.")
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32)
     output = packed_sdpa(query, key, value, cu_seq_lens_q, scaling=scaling, sliding_window=sliding_window)
@@ -130,26 +130,26 @@ def _packed_sdpa_forward(
 
 
 def choose_attention(name: str, device: str) -> str:
-    """The attention that transformers should use for a packed forward.
+    """Return the attention that transformers should use for a packed forward pass.
 
     Args:
-        name: "auto" (flash-attn where it is importable and the device is CUDA, else packed_sdpa) or one of the two.
+        name: "flash_attention_2", "packed_sdpa", or "auto" = flash-attn if it is installed and the device is a GPU.
         device: "gpu" or "cpu".
     Returns:
         "flash_attention_2" or "packed_sdpa"; the latter is registered with transformers.
     Raises:
-        ValueError: flash_attention_2 is asked for and cannot run here, or the name is unknown.
+        ValueError: flash_attention_2 is requested and cannot run here, or the name is unknown.
     """
     AttentionInterface.register(PACKED_SDPA, _packed_sdpa_forward)
-    flash_is_here = importlib.util.find_spec("flash_attn") is not None
+    has_flash = importlib.util.find_spec("flash_attn") is not None
     if name == "auto":
-        return FLASH_ATTENTION if flash_is_here and device == "gpu" else PACKED_SDPA
-    if name == FLASH_ATTENTION and not (flash_is_here and device == "gpu"):
-        found = "flash-attn is not installed" if not flash_is_here else f"the device is {device}"
+        return FLASH_ATTENTION if has_flash and device == "gpu" else PACKED_SDPA
+    if name == FLASH_ATTENTION and not (has_flash and device == "gpu"):
+        reason = "flash-attn is not installed" if not has_flash else f"the device is {device}"
         raise ValueError(
-            f"model.attention: flash_attention_2 needs flash-attn and a CUDA device, but {found}. "
+            f"model.attention: flash_attention_2 needs flash-attn and a CUDA device, but {reason}. "
             "Install the `gpu` extra, or use auto or packed_sdpa."
         )
     if name not in ATTENTION_NAMES:
-        raise ValueError(f"model.attention: found {name!r}, allowed are {', '.join(ATTENTION_NAMES)}")
+        raise ValueError(f"model.attention is {name!r}; expected one of {', '.join(ATTENTION_NAMES)}.")
     return name

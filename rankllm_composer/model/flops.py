@@ -1,4 +1,4 @@
-"""Floating-point operations of a packed step: what the arithmetic needs, with no padding counted."""
+"""Floating-point operations of a packed step, without padding."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def layer_matmul_parameters(config: PretrainedConfig) -> int:
-    """Weights of the matrix products of all layers of a Llama-like decoder (Llama, Mistral, Qwen).
+    """Number of weights in the matrix products of all layers of a Llama-like decoder (Llama, Mistral, Qwen).
 
-    per layer: D·H·d (query) + 2·D·K·d (key, value) + H·d·D (output) + 3·D·F (gate, up, down)
+    Per layer: D·H·d (query) + 2·D·K·d (key, value) + H·d·D (output) + 3·D·F (gate, up, down)
     """
     hidden: int = config.hidden_size
     heads: int = config.num_attention_heads
@@ -25,7 +25,7 @@ def layer_matmul_parameters(config: PretrainedConfig) -> int:
 
 
 def forward_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: int) -> int:
-    """Operations of one forward pass over sequences of these lengths.
+    """Floating-point operations of one forward pass over sequences of these lengths.
 
         2 · P per token in the layers + 4 · H·d · Σ min(i, window) for causal attention + 2 · D · V per logits row
 
@@ -34,7 +34,7 @@ def forward_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: 
         lengths: tokens of each sequence.
         num_logits: rows of the LM head that are computed.
     Returns:
-        Multiplications and additions, each counted.
+        Multiplications and additions, each counted as one.
     """
     heads: int = config.num_attention_heads
     head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -52,5 +52,5 @@ def forward_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: 
 
 
 def training_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: int) -> int:
-    """Forward plus backward (twice the forward). Recomputed activations are not counted: they are no useful work."""
+    """Floating-point operations of forward and backward (twice the forward), without recomputed activations."""
     return 3 * forward_flops(config, lengths, num_logits)

@@ -22,11 +22,11 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; its pad token defaults to the EOS token.
 
     Raises:
-        ModelError: it cannot be loaded; the message says what to check.
+        ModelError: it cannot be loaded.
     """
     name_or_path = options.tokenizer or options.name_or_path
     if options.trust_remote_code:
-        warn_of_foreign_code(name_or_path)
+        warn_trust_remote_code(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
@@ -34,7 +34,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelError(
             f"model.tokenizer: cannot load {name_or_path!r}: {first_line(error)}. "
-            "Check the name, your access to it (HF_TOKEN), or give a local folder."
+            "Check the name and your access to it (HF_TOKEN), or set a local folder."
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -57,13 +57,13 @@ def load_causal_lm(
     """
     name_or_path, trust = options.name_or_path, options.trust_remote_code
     if trust:
-        warn_of_foreign_code(name_or_path)
+        warn_trust_remote_code(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=options.revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.name_or_path: cannot load {name_or_path!r}: {first_line(error)}. "
-            "Check the name, your access to it (HF_TOKEN), or give a local folder."
+            "Check the name and your access to it (HF_TOKEN), or set a local folder."
         ) from error
     override_config(config, options.config_overrides)
     if on_meta or options.random_weights:
@@ -87,8 +87,8 @@ def load_causal_lm(
     return model.to(dtype).train()
 
 
-def warn_of_foreign_code(name_or_path: str) -> None:
-    """Warn, before it happens, that code will be run which came with a model."""
+def warn_trust_remote_code(name_or_path: str) -> None:
+    """Warn that Python code shipped with a model is about to run."""
     warnings.warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=3)
 
 
@@ -101,7 +101,7 @@ def override_config(config: PretrainedConfig, overrides: Mapping[str, Any]) -> N
     unknown = sorted(set(overrides) - set(config.to_dict()))
     if unknown:
         raise ModelError(
-            f"model.config_overrides: {', '.join(unknown)} is no key of {type(config).__name__}; "
-            "see config.json of the model for the keys it has"
+            f"model.config_overrides contains {', '.join(unknown)}; expected keys of {type(config).__name__}. "
+            "The config.json of the model lists them."
         )
     config.update(dict(overrides))

@@ -1,16 +1,16 @@
 """Ranking losses over batches of candidate lists.
 
-Every loss takes scores (B, N), the teacher's ranks (B, N) and a mask (B, N), and works on all lists and pairs at once.
-Shared conventions:
+Every loss has the arguments scores (B, N), the teacher's ranks (B, N) and a mask (B, N), and computes all lists and
+pairs at once. Shared conventions:
 
-- Arithmetic is in float32 (float64 for float64 scores), whatever the scores come in, and so is the result.
-- The real candidates of a list hold the ranks 0 … n-1, each once. What stands at masked places is never read: neither
-  its score (NaN and inf included) nor its rank reaches the loss or the gradient.
-- A list with fewer than two candidates has nothing to rank: its loss is 0 and its gradient zero.
-- `reduction="mean"` is the mean over all B lists, those zeros included; "sum" adds them up; "none" gives (B,).
-- Losses whose target is a relevance make it from the ranks: the gain of a candidate is 1 / (rank + 1), 0-based.
-  `target="self_sorted"` is the published training code's: a candidate's relevance is the value found at its rank in the
-  model's own scores sorted descending, with gradient through it unless `detach_target`.
+- Arithmetic and result are float32 (float64 for float64 scores), whatever the type of the scores.
+- The real candidates of a list have the ranks 0 … n-1. Values at masked positions, including NaN and inf, affect
+  neither the loss nor the gradient.
+- The loss and gradient of a list with fewer than two candidates are 0.
+- `reduction="mean"` is the mean over all B lists, including those zeros; "sum" is their sum; "none" gives (B,).
+- Losses with a relevance target derive it from the ranks: the gain of a candidate is 1 / (rank + 1), 0-based. With
+  `target="self_sorted"`, as in the published training code, the relevance of a candidate is the value at its rank among
+  the model's own scores sorted descending; gradient flows through it unless `detach_target` is set.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ TARGETS = ("ranks", "self_sorted")
 def _prepare(
     name: str, scores: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Check the arguments that all losses share; scores in the computing dtype, 0 at masked places like the ranks."""
+    """Check the shared arguments; return scores in the computing dtype, ranks and mask, with 0 at masked positions."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction is {reduction!r}, allowed are {', '.join(REDUCTIONS)}")
+        raise ValueError(f"{name}: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}.")
     shape = tuple(scores.shape)
     if scores.dim() != 2 or shape[1] == 0 or not scores.is_floating_point():
-        raise ValueError(f"{name}: scores are {scores.dtype} of shape {shape}, allowed are floats (B, N), N >= 1")
+        raise ValueError(f"{name}: scores are {scores.dtype} of shape {shape}; expected floats (B, N), N >= 1.")
     if ranks.shape != scores.shape or ranks.dtype != torch.int64:
         found = f"{ranks.dtype} of shape {tuple(ranks.shape)}"
-        raise ValueError(f"{name}: ranks are {found}, allowed are int64 shaped as the scores, {shape}")
+        raise ValueError(f"{name}: ranks are {found}; expected int64 of shape {shape}, as the scores.")
     if mask is None:
         mask = torch.ones_like(ranks, dtype=torch.bool)
     if mask.shape != scores.shape or mask.dtype != torch.bool:
         found = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        raise ValueError(f"{name}: mask is {found}, allowed are booleans shaped as the scores, {shape}")
+        raise ValueError(f"{name}: mask is {found}; expected bool of shape {shape}, as the scores.")
     if scores.dtype != torch.float64:
         scores = scores.float()
-    # where() and not a product: 0 * NaN is NaN, and so would be the gradient.
+    # where() instead of a product: 0 * NaN is NaN, and so would be the gradient.
     return torch.where(mask, scores, 0.0), torch.where(mask, ranks, 0), mask
 
 
 def _check_target(name: str, target: str, detach_target: bool) -> None:
     if target not in TARGETS:
-        raise ValueError(f"{name}: target is {target!r}, allowed are {', '.join(TARGETS)}")
+        raise ValueError(f"{name}: target is {target!r}; expected one of {', '.join(TARGETS)}.")
     if detach_target and target == "ranks":
         warnings.warn(
             f"{name}: detach_target has no effect with target='ranks', which carries no gradient", stacklevel=3
@@ -73,18 +73,18 @@ def _reduce(losses: torch.Tensor, mask: torch.Tensor, reduction: str) -> torch.T
 
 
 def _ordered_pairs(relevance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B, N, N) bool: [b, i, j] is True where both are real and i is more relevant than j."""
+    """Return (B, N, N) bool: [b, i, j] is True if both are real and i is more relevant than j."""
     real = mask.unsqueeze(2) & mask.unsqueeze(1)
     return real & (relevance.unsqueeze(2) > relevance.unsqueeze(1))
 
 
 def _mean_over_pairs(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """(B, N, N) values → (B,) means over the chosen pairs, 0 where there is none."""
+    """Return the (B,) means of (B, N, N) values over the selected pairs; 0 for lists without pairs."""
     return torch.where(pairs, values, 0.0).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
 
 
 def _descending(scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each list's scores from high to low, masked places last, and the candidates they come from; both (B, N)."""
+    """Return the scores of each list in descending order, masked ones last, and their candidates; both (B, N)."""
     order = scores.detach().masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
     return scores.gather(1, order), order
 
@@ -92,7 +92,7 @@ def _descending(scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor,
 def _self_sorted_relevance(
     scores: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor, detach_target: bool
 ) -> torch.Tensor:
-    """(B, N): the value at each candidate's rank among the list's own scores sorted descending."""
+    """Return (B, N): the value at the rank of each candidate among the scores of its list, sorted descending."""
     relevance = _descending(scores, mask)[0].gather(1, ranks)
     return relevance.detach() if detach_target else relevance
 
@@ -105,7 +105,7 @@ def ranknet_loss(
     weighted: bool = True,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """RankNet over a list: logistic loss on every pair the teacher orders.
+    """RankNet: logistic loss on every pair of candidates that the teacher orders.
 
         loss = mean over pairs (i better than j) of w_ij * softplus(-(s_i - s_j)),  w_ij = 1 / (r_i + r_j)
 
@@ -118,7 +118,7 @@ def ranknet_loss(
         weighted: False sets every w_ij to 1.
         reduction: "none", "mean" (over all B lists) or "sum".
     Returns:
-        Scalar in nats; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+        Scalar in nats; (B,) if reduction="none". Lists with fewer than two candidates give 0.
     Raises:
         ValueError: shapes or types differ from the above, or reduction is unknown.
     Source:
@@ -140,26 +140,25 @@ def lambdarank_loss(
     detach_target: bool = False,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """LambdaRank over a list: RankNet's pair loss, each pair weighed by what its order is worth in nDCG.
+    """LambdaRank: the pair loss of RankNet, each pair weighted by the effect of its order on nDCG.
 
         loss = mean over pairs (i more relevant than j) of w_ij * log2(1 + exp(-(s_i - s_j)))
         w_ij = |1 / log2(1 + d) - 1 / log2(2 + d)| * |g_i - g_j| / maxDCG
 
-    d is how many places i and j lie apart in the order of the scores, maxDCG the DCG of the teacher's order.
-    With target="ranks" the gain is g = 1 / (rank + 1); with "self_sorted" it is g = 2^max(y, 0) - 1 of the
-    relevance y found in the model's own sorted scores, so a list of negative scores has no gain and loss 0.
-    Unlike the published code, nothing overflows at high scores (there it is NaN from about 130) and no pair is
-    cut off at a probability of 1e-10.
+    d is the distance between i and j in the order of the scores, maxDCG the DCG of the teacher's order. With
+    target="ranks" the gain is g = 1 / (rank + 1); with "self_sorted" it is g = 2^max(y, 0) - 1 of the relevance y in
+    the model's own sorted scores, so a list of negative scores has no gain and loss 0. The published code gives NaN for
+    scores above about 130 and clamps probabilities at 1e-10; this code does neither.
 
     Args:
         scores: (B, N) float logits, higher is better.
         ranks: (B, N) int64, 0 = best.
         mask: (B, N) bool, True = real candidate. None = all real.
         target: "ranks" or "self_sorted" (published).
-        detach_target: no gradient through a self-sorted target. The published code lets it through.
+        detach_target: stop the gradient through a self-sorted target. The published code does not.
         reduction: "none", "mean" (over all B lists) or "sum".
     Returns:
-        Scalar in bits; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+        Scalar in bits; (B,) if reduction="none". Lists with fewer than two candidates give 0.
     Raises:
         ValueError: shapes or types differ from the above, or target or reduction is unknown.
     Source:
@@ -180,7 +179,7 @@ def lambdarank_loss(
     gains = gains / max_dcg.clamp(min=1e-10)
 
     places = _descending(scores, mask)[1].argsort(dim=1).to(scores.dtype)  # (B, N), 0 = highest score
-    # At least 1: on the diagonal, which no pair uses, the discount would be 1 / log2(1 + 0).
+    # At least 1: on the diagonal, which no pair uses, the discount would be 1 / log2(1).
     distance = (places.unsqueeze(2) - places.unsqueeze(1)).abs().clamp(min=1.0)  # (B, N, N)
     discounts = 1.0 / torch.log2(1.0 + distance) - 1.0 / torch.log2(2.0 + distance)
     weights = discounts * (gains.unsqueeze(2) - gains.unsqueeze(1)).abs()
@@ -197,22 +196,22 @@ def listnet_loss(
     detach_target: bool = False,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """ListNet over a list: cross-entropy of the top-one probabilities, the target's against the scores'.
+    """ListNet: cross-entropy between the top-one probabilities of the target and of the scores.
 
         loss = -sum over i of p_i * log softmax(s)_i
 
     With target="ranks" p_i is proportional to the gain 1 / (rank + 1); with "self_sorted" p = softmax(y) of the
-    relevance y found in the model's own sorted scores.
+    relevance y in the model's own sorted scores.
 
     Args:
         scores: (B, N) float logits, higher is better.
         ranks: (B, N) int64, 0 = best.
         mask: (B, N) bool, True = real candidate. None = all real.
         target: "ranks" or "self_sorted" (published).
-        detach_target: no gradient through a self-sorted target. The published code lets it through.
+        detach_target: stop the gradient through a self-sorted target. The published code does not.
         reduction: "none", "mean" (over all B lists) or "sum".
     Returns:
-        Scalar in nats; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+        Scalar in nats; (B,) if reduction="none". Lists with fewer than two candidates give 0.
     Raises:
         ValueError: shapes or types differ from the above, or target or reduction is unknown.
     Source:
@@ -221,11 +220,11 @@ def listnet_loss(
     _check_target("listnet_loss", target, detach_target)
     scores, ranks, mask = _prepare("listnet_loss", scores, ranks, mask, reduction)
     if target == "ranks":
-        # Its softmax is proportional to 1 / (rank + 1).
+        # The softmax of this is proportional to 1 / (rank + 1).
         relevance = -torch.log((ranks + 1).to(scores.dtype))
     else:
         relevance = _self_sorted_relevance(scores, ranks, mask, detach_target)
-    # The lowest finite number and not -inf: a list without candidates must not become 0 / 0.
+    # The lowest finite number instead of -inf: a list without candidates must not become 0 / 0.
     lowest = torch.finfo(scores.dtype).min
     probabilities = torch.where(mask, relevance, lowest).softmax(dim=1)
     log_probabilities = torch.where(mask, torch.where(mask, scores, lowest).log_softmax(dim=1), 0.0)
@@ -239,11 +238,11 @@ def listmle_loss(
     mask: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """ListMLE over a list: negative log-likelihood of the teacher's permutation under Plackett-Luce.
+    """ListMLE: negative log-likelihood of the teacher's permutation under Plackett-Luce.
 
         loss = sum over i of [log sum over {j: r_j >= r_i} of exp(s_j)  -  s_i]
 
-    A sum over the list's places, as a likelihood is: it grows with the length of the list.
+    As a log-likelihood it is a sum over positions, which grows with the length of the list.
 
     Args:
         scores: (B, N) float logits, higher is better.
@@ -251,7 +250,7 @@ def listmle_loss(
         mask: (B, N) bool, True = real candidate. None = all real.
         reduction: "none", "mean" (over all B lists) or "sum".
     Returns:
-        Scalar in nats; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+        Scalar in nats; (B,) if reduction="none". Lists with fewer than two candidates give 0.
     Raises:
         ValueError: shapes or types differ from the above, or reduction is unknown.
     Source:
@@ -271,11 +270,11 @@ def adr_mse_loss(
     mask: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Approximate discounted rank MSE over a list: how far each candidate's smooth rank is from the teacher's.
+    """Approximate discounted rank MSE: distance of each candidate's smooth rank from the teacher's rank.
 
         loss = mean over i of (r_i - a_i)^2 / log2(r_i + 1),  a_i = 1 + sum over j != i of sigmoid(s_j - s_i)
 
-    with 1-based ranks r. Scores far apart saturate the sigmoid, so the gradient of a confident wrong order is tiny.
+    with 1-based ranks r. Scores far apart saturate the sigmoid, so the gradient of a confidently wrong order is tiny.
 
     Args:
         scores: (B, N) float logits, higher is better.
@@ -283,7 +282,7 @@ def adr_mse_loss(
         mask: (B, N) bool, True = real candidate. None = all real.
         reduction: "none", "mean" (over all B lists) or "sum".
     Returns:
-        Scalar in squared ranks; (B,) if reduction="none". Fewer than two candidates give 0 and no gradient.
+        Scalar in squared ranks; (B,) if reduction="none". Lists with fewer than two candidates give 0.
     Raises:
         ValueError: shapes or types differ from the above, or reduction is unknown.
     Source:
@@ -291,7 +290,7 @@ def adr_mse_loss(
     """
     scores, ranks, mask = _prepare("adr_mse_loss", scores, ranks, mask, reduction)
     is_ahead = torch.sigmoid(scores.unsqueeze(1) - scores.unsqueeze(2))  # (B, N, N), [b, i, j] = sigmoid(s_j - s_i)
-    # A candidate meets itself with sigmoid(0) = 0.5.
+    # The sum includes the candidate itself: sigmoid(0) = 0.5.
     smooth_ranks = 0.5 + torch.where(mask.unsqueeze(1), is_ahead, 0.0).sum(dim=2)  # (B, N)
     teacher_ranks = (ranks + 1).to(scores.dtype)
     errors = (teacher_ranks - smooth_ranks).square() / torch.log2(teacher_ranks + 1.0)

@@ -1,4 +1,4 @@
-"""NEFTune: uniform noise on the token embeddings while training, as a function and as a Composer Algorithm."""
+"""NEFTune: uniform noise on the token embeddings during training, as a function and as a Composer Algorithm."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from composer.loggers import Logger
 
 
 def noise_seed(seed: int, batch: int, record_key: int) -> int:
-    """The seed of one sequence's noise; it depends on nothing but its arguments.
+    """Return the seed of the noise of one sequence; it depends on the arguments only.
 
     Args:
         seed: the run's seed.
         batch: optimizer steps taken before this one.
-        record_key: what identifies the record.
+        record_key: hash of the record's id.
     Returns:
-        63 bits, well mixed: generators may use the low 32 only, and neighbouring seeds must not give related noise.
+        63 well-mixed bits: generators may use only the low 32, and adjacent seeds must not give related noise.
     """
     digest = hashlib.blake2b(f"{seed},{batch},{record_key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -31,32 +31,32 @@ def neftune_noise(embeddings: torch.Tensor, lengths: list[int], alpha: float, se
 
         out = embeddings + u * alpha / sqrt(L * D),  u uniform in [-1, 1)
 
-    L is the number of tokens of that sequence, so its noise is the same in whatever pack it stands. The noise is drawn
-    in float32 on the embeddings' device, and the sum is rounded once to their type; the gradient passes unchanged.
+    L is the number of tokens of that sequence, so its noise does not depend on the rest of the pack. The noise is drawn
+    in float32 on the device of the embeddings, and the sum is rounded once to their type; the gradient is unchanged.
 
     Args:
-        embeddings: (1, T, D) or (T, D) float, S sequences end to end.
+        embeddings: (1, T, D) or (T, D) float, S concatenated sequences.
         lengths: tokens of each of the S sequences; they sum to T.
         alpha: scale of the noise. The expected length of a sequence's noise, as one vector, is alpha / sqrt(3).
-        seeds: one a sequence; the same seed, length and kind of device give the same noise.
+        seeds: one per sequence; the same seed, length and type of device give the same noise.
     Returns:
-        Shaped and typed as the embeddings.
+        A tensor with the shape and type of the embeddings.
     Raises:
-        ValueError: the embeddings are no pack, lengths do not sum to T or hold a zero, or seeds are not one a sequence.
+        ValueError: wrong shape, lengths that do not sum to T or contain a zero, or not one seed per sequence.
     Source:
         Jain et al. 2023 (arXiv:2310.05914).
     """
     shape = tuple(embeddings.shape)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
-        raise ValueError(f"neftune_noise: embeddings have shape {shape}, allowed are (1, T, D) and (T, D)")
+        raise ValueError(f"neftune_noise: embeddings have shape {shape}; expected (1, T, D) or (T, D).")
     if sum(lengths) != shape[-2] or min(lengths, default=1) < 1:
         raise ValueError(
-            f"neftune_noise: lengths {lengths} sum to {sum(lengths)}, allowed are positive ones that sum to the pack's "
-            f"{shape[-2]} tokens"
+            f"neftune_noise: lengths {lengths} sum to {sum(lengths)}; expected positive lengths that sum to the "
+            f"{shape[-2]} tokens of the pack."
         )
     if len(seeds) != len(lengths):
         raise ValueError(
-            f"neftune_noise: found {len(seeds)} seeds for {len(lengths)} sequences, allowed is one for each"
+            f"neftune_noise: there are {len(seeds)} seeds for {len(lengths)} sequences; expected one per sequence."
         )
     generator = torch.Generator(device=embeddings.device)
     noised = []
@@ -69,24 +69,25 @@ def neftune_noise(embeddings: torch.Tensor, lengths: list[int], alpha: float, se
 
 
 class NEFTune(Algorithm):
-    """Noise on the input embeddings of every training microbatch, by `neftune_noise`.
+    """Add `neftune_noise` to the input embeddings of every training microbatch.
 
-    The noise of a sequence is seeded by (seed, batch, record) alone: it is the same however the batch is split into
-    microbatches and over ranks, in the recomputation of activation checkpointing, and after a resume.
+    The noise of a sequence is seeded by (seed, batch, record) only. It does not depend on how the batch is split into
+    microbatches and over ranks, and is repeated in activation checkpointing and after a resume.
 
     Events:
-        INIT: hooks the model's input embedding, before the model is wrapped for data parallelism or sharding.
-        BEFORE_FORWARD: notes the microbatch's sequences; from here to
-        AFTER_BACKWARD the hook adds noise, if the embedding is in training mode and gradients are on.
-    Evaluation, generation and forwards outside the training loop are untouched, and so are the weights and state dicts;
-    a copy of the model (deepcopy, pickle) carries no noise with it.
+        INIT: registers a hook on the input embedding, before the model is wrapped for DDP or FSDP2.
+        BEFORE_FORWARD: records the sequences of the microbatch and enables the hook, which adds noise while the
+            embedding is in training mode and gradients are enabled.
+        AFTER_BACKWARD: disables the hook.
+    Evaluation, generation and forward passes outside the training loop are unaffected, as are weights and state dicts;
+    a copy of the model (deepcopy, pickle) adds no noise.
 
     The model is a ComposerModel whose `model` has `get_input_embeddings()`; its microbatch is a mapping with "lengths"
-    (tokens of each packed sequence) and "record_keys" (an integer for each).
+    (tokens of each packed sequence) and "record_keys" (one integer per sequence).
 
     Args:
         alpha: scale of the noise, above 0; the published runs use 5.
-        seed: the run's seed.
+        seed: seed of the run.
     Raises:
         ValueError: alpha is not above 0.
     """
@@ -94,8 +95,7 @@ class NEFTune(Algorithm):
     def __init__(self, alpha: float, seed: int) -> None:
         if not 0 < alpha < math.inf:
             raise ValueError(
-                f"neftune.alpha: found {alpha}, allowed is a finite number above 0; "
-                "leave neftune out to train without noise"
+                f"neftune.alpha is {alpha}; expected a finite number above 0. Remove neftune to train without noise."
             )
         self.alpha = alpha
         self.seed = seed
@@ -107,11 +107,11 @@ class NEFTune(Algorithm):
         return f"NEFTune(alpha={self.alpha}, seed={self.seed})"
 
     def match(self, event: Event, state: State) -> bool:
-        """True at the three events named above."""
+        """Return True for the three events listed above."""
         return event in (Event.INIT, Event.BEFORE_FORWARD, Event.AFTER_BACKWARD)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Hook the embedding, or open or close the time in which the hook adds noise."""
+        """Register the hook, or enable or disable it."""
         if event == Event.INIT:
             embedding: torch.nn.Module = state.model.model.get_input_embeddings()  # type: ignore[union-attr, operator]
             embedding.register_forward_hook(_EmbeddingHook(self))
@@ -124,14 +124,14 @@ class NEFTune(Algorithm):
             self._is_in_microbatch = False
 
     def noised(self, embedding: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
-        """The embedding's output as training sees it: with noise inside a training microbatch, else as it is."""
+        """Return the output of the embedding, with noise inside a training microbatch."""
         if not (self._is_in_microbatch and embedding.training and torch.is_grad_enabled()):
             return output
         return neftune_noise(output, self._lengths, self.alpha, self._seeds)
 
 
 class _EmbeddingHook:
-    """The forward hook; where its module is copied or pickled, an idle hook takes its place."""
+    """Forward hook that is replaced by an idle hook when its module is copied or pickled."""
 
     def __init__(self, algorithm: NEFTune) -> None:
         self.algorithm = algorithm

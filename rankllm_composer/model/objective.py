@@ -22,7 +22,7 @@ class Objective:
         ranking:    ranking_weight * mean over lists of ranking_loss(identifier scores, teacher's ranks)
         combined:   the sum of the two
 
-    Identifier scores are the logits of the identifiers' tokens at the list's score position.
+    Identifier scores are the logits of the identifier tokens at the score position of a list.
 
     Args:
         name: "generation", "ranking" or "combined".
@@ -42,11 +42,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
-            raise ValueError(f"objective.name: found {self.name!r}, allowed are {', '.join(OBJECTIVES)}")
+            raise ValueError(f"objective.name is {self.name!r}; expected one of {', '.join(OBJECTIVES)}.")
         if self.ranking_loss not in LOSSES:
-            raise ValueError(
-                f"objective.ranking_loss: found {self.ranking_loss!r}, allowed are {', '.join(sorted(LOSSES))}"
-            )
+            raise ValueError(f"objective.ranking_loss is {self.ranking_loss!r}; expected one of {', '.join(LOSSES)}.")
 
     @property
     def trains_language_modelling(self) -> bool:
@@ -57,14 +55,14 @@ class Objective:
         return self.name != "generation"
 
     def __call__(self, logits: torch.Tensor, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Loss parts of one packed microbatch, each scaled so that Composer's average is the global batch's mean.
+        """Return the losses of a packed microbatch, scaled so that Composer's average is the mean of the global batch.
 
         Args:
             logits: (R, V) at the batch's logit positions; for `ranking`, (R, C) with `batch["identifier_columns"]`.
             batch: a microbatch of `packing.split_batch`.
         Returns:
-            "total", which is trained, and the parts "language_modelling" (nats per token) and "ranking" (nats per list,
-            or the loss's own unit) that the objective has, unweighted. Scalars in float32.
+            "total", which is minimized, and the unweighted parts of the objective: "language_modelling" (nats per
+            token) and "ranking" (unit of the loss, per list). Scalars in float32.
         """
         parts: dict[str, torch.Tensor] = {}
         total = logits.new_zeros((), dtype=torch.float32)
@@ -77,7 +75,7 @@ class Objective:
             parts["ranking"] = per_list.sum() * batch["ranking_scale"]
             total = total + self.ranking_weight * parts["ranking"]
         if not batch["record_ids"]:
-            total = total + 0.0 * logits.float().sum()  # every rank runs a backward pass, also with nothing to learn
+            total = total + 0.0 * logits.float().sum()  # every rank needs a backward pass, even without lists
         return {"total": total, **parts}
 
     def _ranking(self, scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -86,13 +84,13 @@ class Objective:
 
 
 def identifier_scores(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The scores of each list's candidates: logits of their identifiers at the score position.
+    """Return the scores of the candidates: logits of their identifiers at the score position of each list.
 
     Args:
         logits: (R, V), or (R, C) where `batch["identifier_columns"]` maps identifiers to columns.
         batch: a packed microbatch.
     Returns:
-        (S, N) float32; padding candidates hold the score of token 0, to be masked by `batch["candidate_mask"]`.
+        (S, N) float32; padding candidates have the score of token 0, to be masked by `batch["candidate_mask"]`.
     """
     columns = batch.get("identifier_columns", batch["identifier_token_ids"])  # (S, N)
     return logits[batch["score_rows"]].gather(1, columns).float()

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM as a Composer model that is trained, and read, as a listwise reranker."""
+"""A Hugging Face causal LM as a Composer model for listwise reranking."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """The transformer layers of a causal LM, first to last, also under PEFT."""
+    """Return the transformer layers of a causal LM, first to last, with or without PEFT."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
-    """Recompute, not keep, the activations of a share of the layers, spread evenly over the depth.
+    """Recompute the activations of a share of the layers in the backward pass, spread evenly over the depth.
 
     Args:
         model: the causal LM.
@@ -37,7 +37,7 @@ def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
         ValueError: the fraction is outside [0, 1].
     """
     if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"model.activation_checkpointing: found {fraction}, allowed is a fraction from 0 to 1")
+        raise ValueError(f"model.activation_checkpointing is {fraction}; expected a fraction from 0 to 1.")
     if fraction == 0.0:
         return
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -46,18 +46,18 @@ def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
 
 
 class ListwiseReranker(HuggingFaceModel):
-    """Packed forward, logits only where the loss needs them, and an objective's loss.
+    """Computes packed forward passes, logits only where the loss needs them, and the loss of an objective.
 
     Args:
-        model: any decoder-only HF causal LM whose forward takes `logits_to_keep` (Mistral, Llama, Qwen, … families).
+        model: any decoder-only HF causal LM whose forward accepts `logits_to_keep` (Mistral, Llama, Qwen, …).
         tokenizer: its tokenizer; saved with checkpoints.
-        objective: what is trained.
+        objective: the training objective.
         attention: "auto", "flash_attention_2" or "packed_sdpa".
-        device: "gpu" or "cpu", where the forward will run.
-        bf16_on_cpu: run the forward under PyTorch's autocast to bfloat16 on a CPU, where Composer's `amp_bf16` is none.
-        peft_config: a PEFT LoRA configuration. None = all weights are trained.
+        device: device of the forward pass, "gpu" or "cpu".
+        bf16_on_cpu: use PyTorch's autocast to bfloat16 on a CPU, where Composer's `amp_bf16` has no effect.
+        peft_config: a PEFT LoRA configuration. None = train all weights.
     Raises:
-        ValueError: the attention cannot run here, or the tokenizer has more tokens than the model.
+        ValueError: the attention cannot run on this device, or the tokenizer has more tokens than the model.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class ListwiseReranker(HuggingFaceModel):
 
     @contextmanager
     def _head_rows(self, token_ids: torch.Tensor) -> Iterator[None]:
-        """While open, the LM head computes only the rows of these (C,) tokens: (…, D) → (…, C)."""
+        """In this context the LM head computes only the rows of these (C,) tokens: (…, D) → (…, C)."""
         head = self.output_head
         bias: torch.Tensor | None = getattr(head, "bias", None)
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
-            weight: torch.Tensor = head.weight  # type: ignore[assignment]  # read here: under FSDP2 it is whole only now
+            weight: torch.Tensor = head.weight  # type: ignore[assignment]  # read here: under FSDP2 it is unsharded only now
             return F.linear(hidden, weight[token_ids], None if bias is None else bias[token_ids])
 
         head.forward = forward  # type: ignore[method-assign]
@@ -111,13 +111,13 @@ class ListwiseReranker(HuggingFaceModel):
             del head.forward
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """One packed microbatch through the model.
+        """Run the model on one packed microbatch.
 
         Args:
-            batch: a microbatch of `packing.split_batch`. For `ranking` its key "identifier_columns" is set: (S, N)
-                columns of the returned logits.
+            batch: a microbatch of `packing.split_batch`. For `ranking` the key "identifier_columns" is added to it: (S,
+                N) columns of the returned logits.
         Returns:
-            {"logits": (R, V)}, or (R, C) of the batch's C different identifiers where only `ranking` is trained.
+            {"logits": (R, V)}; for `ranking` (R, C), with C the number of distinct identifiers in the batch.
         """
         call = functools.partial(
             self.model,
@@ -140,18 +140,18 @@ class ListwiseReranker(HuggingFaceModel):
                     logits = call().logits
         return {"logits": logits[0]}
 
-    def loss(  # type: ignore[override]  # a dict is what the Trainer logs by name
+    def loss(  # type: ignore[override]  # the Trainer logs the values of a dict by name
         self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """The objective's loss parts of this microbatch; Composer trains `total` and logs all."""
+        """Return the losses of the objective; Composer minimizes `total` and logs all."""
         return self.objective(outputs["logits"], batch)
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> Any:
-        """As `forward`; the Trainer's evaluation calls it."""
+        """Run `forward`; called by the Trainer's evaluation."""
         return self.forward(batch) if outputs is None else outputs
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
-        """Floating-point operations of training on a device batch, forward and backward (Composer's SpeedMonitor)."""
+        """Return the FLOPs of forward and backward on a device batch, for Composer's SpeedMonitor."""
         lengths = [len(s.encoded.input_ids) for s in batch["sequences"] if s.encoded is not None]
         num_logits = sum(
             max(1, len(s.encoded.input_ids) - s.encoded.response_start)
@@ -160,5 +160,5 @@ class ListwiseReranker(HuggingFaceModel):
         )
         if all(weight.requires_grad for weight in self.model.parameters()):
             return training_flops(self.config, lengths, num_logits)
-        # Frozen weights need no gradient of their own, which is a third of the products.
+        # Frozen weights need no weight gradient, which is a third of the products.
         return 2 * forward_flops(self.config, lengths, num_logits)

@@ -268,11 +268,11 @@ def plan_recipe(
 def _load_config(recipe: Recipe) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    from rankllm_composer.model.loading import warn_of_foreign_code
+    from rankllm_composer.model.loading import warn_trust_remote_code
 
     model = recipe.model
     if model.trust_remote_code:
-        warn_of_foreign_code(model.name_or_path)
+        warn_trust_remote_code(model.name_or_path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code

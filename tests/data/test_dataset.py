@@ -94,7 +94,7 @@ def test_a_list_too_long_is_counted_and_not_trained(new_dataset, workers):
 def test_a_list_too_long_is_refused_by_name(new_dataset, workers):
     length = len(new_dataset()[LONG].encoded.input_ids)
     loader = new_loader(new_dataset(max_length_tokens=300, too_long="refuse"), num_workers=workers)
-    expected = rf"^record 'q6': {length} tokens, data\.max_length_tokens allows 300; raise it, .*data\.too_long: drop"
+    expected = rf"^record 'q6' has {length} tokens; data\.max_length_tokens is 300\. Raise it, .*data\.too_long: drop"
     with pytest.raises(ShardError, match=expected):
         read(loader)
 
@@ -179,7 +179,7 @@ def test_the_spec_counts_rows_and_tokens(new_dataset):
 @pytest.mark.parametrize(
     ("dataset_options", "options", "told"),
     [
-        ({"batch_size": 11}, {}, r"data\.train: found 10 lists an epoch, allowed is at least one global batch of 11"),
+        ({"batch_size": 11}, {}, r"data\.train has 10 lists per epoch; expected at least one global batch of 11"),
         ({}, {"microbatch_tokens": 64}, "expected exactly one of the two"),
         ({}, {"microbatch_lists": None}, "expected exactly one of the two"),
         (

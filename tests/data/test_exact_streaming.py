@@ -95,7 +95,9 @@ def test_between_epochs_the_next_one_is_resumed(sets):
 
 def test_a_checkpoint_of_other_shards_is_refused(sets, tmp_path):
     state = new_loader(Stream(local=str(sets / "lists_10"))).dataset.state_dict(4, True)
-    with pytest.raises(ShardError, match=r"lists_11: the checkpoint was trained on other shards \(10 samples an epoch"):
+    with pytest.raises(
+        ShardError, match=r"lists_11: the checkpoint was trained on other shards \(it has 10 samples per epoch"
+    ):
         new_loader(Stream(local=str(sets / "lists_11"))).load_state_dict(state)
     rebuilt = write_shards(tmp_path / "rebuilt", range(1, 11))
     with pytest.raises(ShardError, match="put those shards back, or start a new run"):
@@ -204,7 +206,7 @@ def test_the_cache_stays_below_its_limit(remote, workers):
 
 
 def test_a_cache_limit_that_cannot_work(remote):
-    with pytest.raises(ShardError, match=r"data\.train\.cache_limit: found '1kb', allowed is \d+ bytes"):
+    with pytest.raises(ShardError, match=r"data\.train\.cache_limit is '1kb'; expected at least \d+ bytes"):
         new_loader(remote, cache_limit="1kb")
     with pytest.raises(ShardError, match="no remote: shards above the limit would be deleted for good"):
         new_loader(Stream(local=remote.remote), cache_limit="1gb")

@@ -55,7 +55,7 @@ def test_balance_is_close_to_even():
 
 
 def test_a_sequence_over_the_budget_names_the_remedy():
-    with pytest.raises(ValueError, match="sequence of 900 tokens exceeds the budget of 800; raise"):
+    with pytest.raises(ValueError, match=r"batch\.microbatch_tokens is 800, but a list has 900 tokens\. Raise"):
         count_microbatches([10, 900], max_lists=None, max_tokens=800)
     with pytest.raises(ValueError, match="exactly one of microbatch_lists and microbatch_tokens"):
         count_microbatches([10], max_lists=1, max_tokens=100)

@@ -48,7 +48,7 @@ def test_wrong_bounds_are_refused():
     tensor = torch.zeros(1, 2, 5, 4)
     with pytest.raises(ValueError, match="ends at 4, the pack holds 5"):
         packed_sdpa(tensor, tensor, tensor, torch.tensor([0, 4]))
-    with pytest.raises(ValueError, match="first dimension 1, found 2"):
+    with pytest.raises(ValueError, match="first dimension of a pack is 2; expected 1"):
         packed_sdpa(tensor.expand(2, -1, -1, -1), tensor, tensor, torch.tensor([0, 5]))
 
 
@@ -57,5 +57,5 @@ def test_choice_of_attention():
     assert choose_attention("packed_sdpa", "gpu") == PACKED_SDPA
     with pytest.raises(ValueError, match="flash_attention_2 needs flash-attn and a CUDA device"):
         choose_attention("flash_attention_2", "cpu")
-    with pytest.raises(ValueError, match="'eager', allowed are auto"):
+    with pytest.raises(ValueError, match="'eager'; expected one of auto"):
         choose_attention("eager", "cpu")

@@ -389,14 +389,14 @@ SCORES, RANKS = torch.zeros(2, 3), torch.tensor([[0, 1, 2], [2, 1, 0]])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((SCORES[0], RANKS[0], {}), r"scores are torch.float32 of shape \(3,\), allowed are floats \(B, N\)"),
+        ((SCORES[0], RANKS[0], {}), r"scores are torch.float32 of shape \(3,\); expected floats \(B, N\)"),
         ((SCORES.long(), RANKS, {}), r"scores are torch.int64 of shape \(2, 3\)"),
         ((SCORES[:, :0], RANKS[:, :0], {}), r"scores are torch.float32 of shape \(2, 0\)"),
         ((SCORES, RANKS[:, :2], {}), r"ranks are torch.int64 of shape \(2, 2\), .* shaped as the scores, \(2, 3\)"),
         ((SCORES, RANKS.float(), {}), r"ranks are torch.float32"),
         ((SCORES, RANKS, {"mask": RANKS}), r"mask is torch.int64"),
         ((SCORES, RANKS, {"mask": RANKS[:1] > 0}), r"mask is torch.bool of shape \(1, 3\)"),
-        ((SCORES, RANKS, {"reduction": "average"}), r"reduction is 'average', allowed are none, mean, sum"),
+        ((SCORES, RANKS, {"reduction": "average"}), r"reduction is 'average'; expected one of none, mean, sum"),
     ],
 )
 def test_wrong_arguments_are_named(loss, arguments, message):
@@ -407,7 +407,7 @@ def test_wrong_arguments_are_named(loss, arguments, message):
 
 @pytest.mark.parametrize("loss", [lambdarank_loss, listnet_loss])
 def test_wrong_targets_are_named(loss):
-    with pytest.raises(ValueError, match=rf"^{loss.__name__}: target is 'scores', allowed are ranks, self_sorted"):
+    with pytest.raises(ValueError, match=rf"^{loss.__name__}: target is 'scores'; expected one of ranks, self_sorted"):
         loss(SCORES, RANKS, target="scores")
     with pytest.warns(UserWarning, match="detach_target has no effect with target='ranks'"), warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -104,11 +104,11 @@ def test_neighbouring_seeds_give_unrelated_noise():
 @pytest.mark.parametrize(
     ("shape", "lengths", "seeds", "message"),
     [
-        ((2, 5, 4), [5], [1], r"embeddings have shape \(2, 5, 4\), allowed are \(1, T, D\) and \(T, D\)"),
+        ((2, 5, 4), [5], [1], r"embeddings have shape \(2, 5, 4\); expected \(1, T, D\) or \(T, D\)"),
         ((5,), [5], [1], r"embeddings have shape \(5,\)"),
         ((1, 5, 4), [2, 2], [1, 2], r"lengths \[2, 2\] sum to 4, .* the pack's 5 tokens"),
-        ((1, 5, 4), [5, 0], [1, 2], r"lengths \[5, 0\] .* allowed are positive ones"),
-        ((1, 5, 4), [2, 3], [1], "found 1 seeds for 2 sequences"),
+        ((1, 5, 4), [5, 0], [1, 2], r"lengths \[5, 0\] .* expected positive lengths"),
+        ((1, 5, 4), [2, 3], [1], "there are 1 seeds for 2 sequences"),
     ],
 )
 def test_wrong_arguments_are_named(shape, lengths, seeds, message):
@@ -118,7 +118,7 @@ def test_wrong_arguments_are_named(shape, lengths, seeds, message):
 
 @pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf])
 def test_no_noise_is_said_by_leaving_neftune_out(alpha):
-    with pytest.raises(ValueError, match=r"^neftune.alpha: found .*above 0; leave neftune out to train without noise"):
+    with pytest.raises(ValueError, match=r"^neftune.alpha is .*above 0\. Remove neftune to train without noise"):
         NEFTune(alpha, SEED)
 
 

@@ -212,7 +212,7 @@ def test_published_training_steps(trajectory, max_lists, mistral_v3_tokenizer):
 def test_load_errors_name_the_key(tmp_path):
     with pytest.raises(ModelError, match=r"model\.name_or_path: cannot load .*give a local folder"):
         load_causal_lm(ModelOptions(name_or_path=tmp_path / "absent"))
-    with pytest.raises(ModelError, match=r"config_overrides: hidden_sise is no key of MistralConfig"):
+    with pytest.raises(ModelError, match=r"config_overrides contains hidden_sise; expected keys of MistralConfig"):
         load_causal_lm(ModelOptions(name_or_path=GOLDEN / "tiny_mistral", config_overrides={"hidden_sise": 3}))
     tied = load_causal_lm(
         ModelOptions(name_or_path=GOLDEN / "tiny_mistral", random_weights=True, config_overrides={"hidden_size": 64})
