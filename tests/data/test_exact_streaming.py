@@ -59,7 +59,7 @@ def test_more_canonical_nodes_than_samples(sets):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("name", "batch_size", "canonical_nodes"), [("lists_10", 4, None), ("lists_11", 2, 4)])
-def test_a_resumed_epoch_goes_on_where_it_was(sets, name, batch_size, canonical_nodes, workers):
+def test_a_resumed_epoch_continues_where_it_stopped(sets, name, batch_size, canonical_nodes, workers):
     options = {"batch_size": batch_size, "num_canonical_nodes": canonical_nodes, "workers": workers}
     stream = Stream(local=str(sets / name))
     epochs = read(new_loader(stream, **options), 3)
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_other_shards_is_refused(sets, tmp_path):
     ):
         new_loader(Stream(local=str(sets / "lists_11"))).load_state_dict(state)
     rebuilt = write_shards(tmp_path / "rebuilt", range(1, 11))
-    with pytest.raises(ShardError, match="put those shards back, or start a new run"):
+    with pytest.raises(ShardError, match="Restore the original shards or start a new run"):
         new_loader(Stream(local=str(rebuilt))).load_state_dict(state)
 
 
@@ -404,7 +404,7 @@ def test_two_ranks_mix_sets_of_a_store_through_small_caches(two_ranks_in_a_store
         assert 0 < held <= limit + (at_once - 1) * limit // 4
 
 
-def test_an_epoch_goes_on_with_another_number_of_workers(sets):
+def test_an_epoch_resumes_with_another_number_of_workers(sets):
     stream = Stream(local=str(sets / "lists_13"))
     (epoch,) = read(new_loader(stream, batch_size=2))
     for before, after in ((2, 0), (0, 3), (2, 1)):

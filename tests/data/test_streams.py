@@ -71,11 +71,11 @@ def test_faults_of_a_set(fault, cached, shards, tmp_path):
     assert str(shards) in str(error.value) and remedy in str(error.value)
 
 
-def test_shards_without_hashes_are_told(tmp_path, caplog):
+def test_missing_hashes_are_logged(tmp_path, caplog):
     shards = write_shards(tmp_path / "set", range(3), hashes=())
     with caplog.at_level(logging.WARNING):
         assert check_stream(Stream(local=str(shards))).hash_algorithm is None
-    assert "damage inside a shard cannot be noticed" in caplog.text
+    assert "damage inside a shard cannot be detected" in caplog.text
 
 
 @pytest.fixture()

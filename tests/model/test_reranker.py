@@ -210,7 +210,7 @@ def test_published_training_steps(trajectory, max_lists, mistral_v3_tokenizer):
 
 
 def test_load_errors_name_the_key(tmp_path):
-    with pytest.raises(ModelError, match=r"model\.name_or_path: cannot load .*give a local folder"):
+    with pytest.raises(ModelError, match=r"model\.name_or_path: cannot load .*set a local folder"):
         load_causal_lm(ModelOptions(name_or_path=tmp_path / "absent"))
     with pytest.raises(ModelError, match=r"config_overrides contains hidden_sise; expected keys of MistralConfig"):
         load_causal_lm(ModelOptions(name_or_path=GOLDEN / "tiny_mistral", config_overrides={"hidden_sise": 3}))
@@ -240,7 +240,7 @@ class ForeignTokenizer(PreTrainedTokenizerFast):
 
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer], ids=["model", "tokenizer"])
-def test_code_that_comes_with_a_model_is_run_only_where_asked_for_and_announced(tmp_path, monkeypatch, load):
+def test_code_shipped_with_a_model_runs_only_on_request_and_with_a_warning(tmp_path, monkeypatch, load):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, trap = tmp_path / "foreign_model", tmp_path / "was run"
     new_tokenizer().save_pretrained(folder)
