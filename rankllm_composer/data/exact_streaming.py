@@ -243,7 +243,8 @@ class ExactStreamingDataset(streaming.StreamingDataset):
             places = ", ".join(source.place for source in self._sources)
             raise ShardError(
                 f"{places}: the checkpoint was trained on other shards (it has {saved['epoch_size']} samples per "
-                f"epoch; these shards have {self.epoch_size}, or are another build). Restore the original shards or start a new run."
+                f"epoch; these shards have {self.epoch_size}, or are another build). Restore the "
+                "original shards or start a new run."
             )
         super().load_state_dict(obj)
 
