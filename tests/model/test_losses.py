@@ -392,7 +392,7 @@ SCORES, RANKS = torch.zeros(2, 3), torch.tensor([[0, 1, 2], [2, 1, 0]])
         ((SCORES[0], RANKS[0], {}), r"scores are torch.float32 of shape \(3,\); expected floats \(B, N\)"),
         ((SCORES.long(), RANKS, {}), r"scores are torch.int64 of shape \(2, 3\)"),
         ((SCORES[:, :0], RANKS[:, :0], {}), r"scores are torch.float32 of shape \(2, 0\)"),
-        ((SCORES, RANKS[:, :2], {}), r"ranks are torch.int64 of shape \(2, 2\), .* of shape \(2, 3\), as the scores"),
+        ((SCORES, RANKS[:, :2], {}), r"ranks are torch.int64 of shape \(2, 2\); .* of shape \(2, 3\), as the scores"),
         ((SCORES, RANKS.float(), {}), r"ranks are torch.float32"),
         ((SCORES, RANKS, {"mask": RANKS}), r"mask is torch.int64"),
         ((SCORES, RANKS, {"mask": RANKS[:1] > 0}), r"mask is torch.bool of shape \(1, 3\)"),

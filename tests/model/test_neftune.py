@@ -106,7 +106,7 @@ def test_neighbouring_seeds_give_unrelated_noise():
     [
         ((2, 5, 4), [5], [1], r"embeddings have shape \(2, 5, 4\); expected \(1, T, D\) or \(T, D\)"),
         ((5,), [5], [1], r"embeddings have shape \(5,\)"),
-        ((1, 5, 4), [2, 2], [1, 2], r"lengths \[2, 2\] sum to 4, .* the 5 tokens of the pack"),
+        ((1, 5, 4), [2, 2], [1, 2], r"lengths \[2, 2\] sum to 4; .* the 5 tokens of the pack"),
         ((1, 5, 4), [5, 0], [1, 2], r"lengths \[5, 0\] .* expected positive lengths"),
         ((1, 5, 4), [2, 3], [1], "there are 1 seeds for 2 sequences"),
     ],
