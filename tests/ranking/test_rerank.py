@@ -472,7 +472,7 @@ BAD_FILES = {
     "document without text": (
         lambda path: load_documents(path, ["1"]),
         '{"docid": "1", "x": 1}\n',
-        r"f:line 1: document '1': .*allowed is a text",
+        r"f:line 1: document '1': .*expected text under one of",
     ),
     "document missing": (
         lambda path: load_documents(path, ["1", "2"]),
@@ -630,7 +630,7 @@ def test_invalid_measures_and_options_stop_before_the_work(exported, tmp_path):
     job = RerankFiles(**write_files(tmp_path), output=tmp_path / "out.trec")
     with pytest.raises(RunError, match="nGCG"):
         rerank_files(exported, job, measures=("nGCG@10",))
-    with pytest.raises(ModelError, match="window_size: found 27"):
+    with pytest.raises(ModelError, match="window_size is 27"):
         rerank_files(exported, job, RerankOptions(window_size=27))
     assert not (tmp_path / "out.trec.progress.jsonl").exists()
 
