@@ -33,10 +33,7 @@ from rankllm_composer.checkpoints.folder import complete_checkpoints
 
 LAYOUTS = {
     "FSDP2": [],
-    "DDP + LoRA": [
-        "parallelism.fsdp=false",
-        "model.lora={rank: 4, dropout: 0.3, target_modules: [q_proj, v_proj]}",
-    ],
+    "DDP + LoRA": ["parallelism.fsdp=false", "model.lora={rank: 4, dropout: 0.3, target_modules: [q_proj, v_proj]}"],
 }
 STORE = "FSDP2, object store"
 LAST_BATCH = 12

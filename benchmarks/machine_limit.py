@@ -23,15 +23,7 @@ from typing import Any
 import torch
 from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
 from steps import new_stepper
-from workload import (
-    RESPONSE_TOKENS,
-    SHAPES,
-    WARM_UP_LENGTHS,
-    new_lists,
-    new_model,
-    recomputed_flops,
-    typical_lengths,
-)
+from workload import RESPONSE_TOKENS, SHAPES, WARM_UP_LENGTHS, new_lists, new_model, recomputed_flops, typical_lengths
 
 from rankllm_composer.model.flops import training_flops
 

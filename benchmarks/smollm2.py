@@ -136,14 +136,7 @@ class Material:
 
 
 def prepare(
-    folder: Path,
-    source_folder: Path,
-    recipe: Recipe,
-    *,
-    num_known: int,
-    num_words: int,
-    num_lists: int,
-    seed: int,
+    folder: Path, source_folder: Path, recipe: Recipe, *, num_known: int, num_words: int, num_lists: int, seed: int
 ) -> Material:
     """Write everything the recipe names but the model; returns what the two lessons before it take.
 
@@ -309,11 +302,7 @@ def measure(
             output=output,
         ),
         RerankOptions(
-            window_size=source.window,
-            stride=source.window // 2,
-            top_k=top_k,
-            decoding="first_token",
-            dtype="bfloat16",
+            window_size=source.window, stride=source.window // 2, top_k=top_k, decoding="first_token", dtype="bfloat16"
         ),
         measures=[MEASURE],
         progress_bar=False,

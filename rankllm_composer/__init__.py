@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from rankllm_composer.training.run import TrainedRun, train
 
 __version__ = "0.1.0"
-
 __all__ = [
     "LOSSES",
     "BuildOptions",
@@ -77,7 +76,6 @@ __all__ = [
     "ranknet_loss",
     "train",
 ]
-
 _MODULES = {
     "errors": "RankLLMComposerError CheckpointError ModelError PromptError RecipeError RecordError RunError ShardError "
     "SourceError StoreError",

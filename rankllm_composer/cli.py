@@ -26,8 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
 shards_app = typer.Typer(help="Build, merge and check sets of training lists (MDS shards).", no_args_is_help=True)
 
 
@@ -77,8 +75,6 @@ def _progress(text: str) -> None:
 
 
 Output = Annotated[str, typer.Option(help="Folder or URL (s3://, gs://, …) of the set.")]
-
-
 Target = Annotated[str, typer.Argument(help="Folder or URL of the set.")]
 
 
@@ -175,8 +171,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="GPU: h100-80gb, a100-80gb, rtx4090-24gb, …")] = "h100-80gb",
     mfu: Annotated[float | None, typer.Option(help="Assumed MFU (default 0.4; not measured).")] = None,
     lists: Annotated[
-        int | None,
-        typer.Option(min=1, help="Training lists, if neither shards nor source are on this machine."),
+        int | None, typer.Option(min=1, help="Training lists, if neither shards nor source are on this machine.")
     ] = None,
 ) -> None:
     """Estimate steps, memory per rank, FLOPs and hours."""
@@ -245,8 +240,7 @@ def export(
     merge_lora: Annotated[
         bool | None,
         typer.Option(
-            "--merge-lora/--adapter-only",
-            help="Merge a LoRA adapter into the model or not; default: the recipe's.",
+            "--merge-lora/--adapter-only", help="Merge a LoRA adapter into the model or not; default: the recipe's."
         ),
     ] = None,
 ) -> None:

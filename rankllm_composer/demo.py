@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
 """One token of the word-level tokenizer: a word or a sign, with the space before it."""
 
-
 PIECE_WITH_NUMBERS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]| "
 """The same, with a number as one token."""
-
 
 CHAT_TEMPLATE = (
     "[INST]{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['content'] }}"
@@ -186,12 +184,7 @@ def _write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def build_model_folder(
-    folder: Path,
-    words: tuple[str, ...],
-    *,
-    with_numbers: bool = False,
-) -> None:
+def build_model_folder(folder: Path, words: tuple[str, ...], *, with_numbers: bool = False) -> None:
     """Write the configuration and tokenizer of a small Mistral that reads the client's prompts about these words.
 
     The vocabulary contains the words of the prompt template, all letters as identifiers, and `words`. The sizes, the
@@ -252,8 +245,6 @@ def build_model_folder(
 
 
 MEASURE = "nDCG@10"
-
-
 NUM_THREADS = 2
 
 

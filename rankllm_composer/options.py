@@ -20,7 +20,6 @@ ObjectiveName = Literal["generation", "ranking", "combined"]
 """What a model is trained for: language modeling of the permutation, a ranking loss, or both."""
 
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
-
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 """For every class of options: unknown names, NaN and infinities are refused."""
 
@@ -45,8 +44,6 @@ PathText = Annotated[Text, BeforeValidator(lambda value: os.fspath(value) if isi
 """A path or URL as text, or a `pathlib.Path`."""
 
 AttentionName = Literal["auto", "flash_attention_2", "packed_sdpa"]
-
-
 Decoding = Literal["first_token", "generation"]
 """How a ranking is read from a model: from the logits of the first identifier, or from a generated answer."""
 

@@ -7,26 +7,17 @@ import re
 from collections.abc import Mapping
 
 REDACTED = "[redacted]"
-
-
 _SECRET_WORD = (
     r"(?:secret|password|passwd|passphrase|credential|signature|api[_-]?key|access[_-]?key|account[_-]?key|"
     r"private[_-]?key|(?:access|api|auth|bearer|bot|hf|hub|id|refresh|secret|security|session|private)[_-]?token)"
 )
-
-
 _SIGNED_QUERY = re.compile(
     r"(?:^|[&;])(?:x-amz-|x-goog-|awsaccesskeyid|googleaccessid|key-pair-id|policy=|sig=|se=|key=|apikey=|token=|"
     rf"[\w-]*{_SECRET_WORD})",
     re.IGNORECASE,
 )
-
-
 _URL = re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?\"'<>`]+)\?([^\s\"'<>`)]+)", re.IGNORECASE)
-
-
 _USER_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@\"'<>`]+@", re.IGNORECASE)
-
 
 # name = value, name: value, "name": "value"; null, none, true and false stay.
 _NAMED = re.compile(
@@ -34,8 +25,6 @@ _NAMED = re.compile(
     r"(\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;}&]+)",
     re.IGNORECASE,
 )
-
-
 _SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"

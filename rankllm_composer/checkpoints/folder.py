@@ -21,11 +21,8 @@ from rankllm_composer.errors import CheckpointError
 from rankllm_composer.storage.atomic import publish_folder, write_atomic
 
 log = logging.getLogger(__name__)
-
-
 MANIFEST = "checkpoint.json"
 FORMAT = 1
-
 _NAME = re.compile(r"ep(\d{1,18})-ba(\d{1,18})", re.ASCII)
 _STAGE = ".partial"
 

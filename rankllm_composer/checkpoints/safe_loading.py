@@ -29,7 +29,6 @@ _INDEX_TYPES = {
     },
     "torch.serialization": {"_get_layout"},
 }
-
 INDEX_NAME = ".metadata"
 
 

@@ -22,8 +22,6 @@ from rankllm_composer.storage.locks import FileLock, try_lock
 
 # Above the numbers that streaming reaches; 10 digits keep the longest name within the 31 characters of macOS.
 _FIRST_NUMBER, _LAST_NUMBER = 10**6, 10**10 - 1
-
-
 _caches: dict[Path, FileLock] = {}
 
 

@@ -21,11 +21,7 @@ from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, read_i
 from rankllm_composer.storage.object_store import is_remote, isolate_client_rng, without_credentials
 
 log = logging.getLogger(__name__)
-
-
 _PARALLEL_REQUESTS = 16
-
-
 _MOST_NAMED = 5
 
 

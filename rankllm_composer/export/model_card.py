@@ -17,17 +17,9 @@ from rankllm_composer.redaction import redact
 from rankllm_composer.storage.atomic import write_atomic
 
 TOLERANCE = 0.025  # share of a published figure that a run may differ by
-
-
 MEASURE = "nDCG@10"
-
-
 _RANK_ZEPHYR = {"dl19-splade": 0.7781, "dl20-splade": 0.8147, "dl19-bm25": 0.7365, "dl20-bm25": 0.7080}
-
-
 _FIRST_MISTRAL = {"dl20-splade": 0.7851, "dl19-bm25": 0.7294, "dl20-bm25": 0.7043, "beir-11": 0.5564}
-
-
 _BY_RECIPE = {"rank_zephyr": _RANK_ZEPHYR, "rank_zephyr_stage2": _RANK_ZEPHYR, "first_mistral": _FIRST_MISTRAL}
 
 

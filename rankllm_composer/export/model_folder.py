@@ -20,11 +20,7 @@ from rankllm_composer.export.weights import (
     read_checkpoint_weights,
 )
 from rankllm_composer.prompts.client_names import warn_misread
-from rankllm_composer.prompts.contract import (
-    CONTRACT_FILE,
-    DecodingContract,
-    chat_template_sha256,
-)
+from rankllm_composer.prompts.contract import CONTRACT_FILE, DecodingContract, chat_template_sha256
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.atomic import staged_folder
 
@@ -32,11 +28,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
 Dtype = Literal["bfloat16", "float16", "float32"]
-
-
 BEST = "best"
 
 
@@ -93,7 +85,7 @@ def write_model_folder(
     if len(model.tokenizer) > model.config.vocab_size:
         raise ModelError(
             f"tokenizer {model.tokenizer.name_or_path} has {len(model.tokenizer)} tokens but the model only "
-            f"{model.config.vocab_size}. Resize the embeddings before training.",
+            f"{model.config.vocab_size}. Resize the embeddings before training."
         )
     dtype = DTYPES[model.dtype]
     cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
@@ -133,7 +125,7 @@ def export_checkpoint(
     elif adapter:
         raise ModelError(
             f"{checkpoint} holds {len(adapter)} tensors of an adapter; expected full weights. Give the adapter's "
-            "configuration to export the adapter, or the base model to merge it into.",
+            "configuration to export the adapter, or the base model to merge it into."
         )
     return write_model_folder(folder, weights, model, card)
 
@@ -153,7 +145,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, contract: DecodingContra
     if chat_template_sha256(tokenizer) != contract.chat_template_sha256:
         raise ModelError(
             f"tokenizer {tokenizer.name_or_path} has another chat template than the contract; expected the one of "
-            "training. Make the contract from this tokenizer.",
+            "training. Make the contract from this tokenizer."
         )
 
 
@@ -215,13 +207,13 @@ def _write_model(stage: Path, weights: Weights, model: ServedModel, max_shard_si
     if missing or unknown:
         raise ModelError(
             f"weights: {len(missing)} missing {missing[:3]} and {len(unknown)} unknown {unknown[:3]}; expected those "
-            f"of {type(skeleton).__name__}. Give the configuration of the model that was trained.",
+            f"of {type(skeleton).__name__}. Give the configuration of the model that was trained."
         )
     for name, parameter in skeleton.named_parameters():
         if name in weights and weights[name].shape != parameter.shape:
             raise ModelError(
                 f"weights: {name} of shape {tuple(weights[name].shape)}, but the configuration has "
-                f"{tuple(parameter.shape)}. Give the configuration of the model that was trained.",
+                f"{tuple(parameter.shape)}. Give the configuration of the model that was trained."
             )
     skeleton.save_pretrained(stage, state_dict=weights, max_shard_size=max_shard_size, safe_serialization=True)
 

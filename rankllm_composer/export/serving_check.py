@@ -40,14 +40,8 @@ if TYPE_CHECKING:
 
 # A request with brackets, mojibake and line breaks, which tokenizers and templates can treat differently.
 QUERY = "who said [that] in cafÃ© no. 3?"
-
-
 PASSAGES = ("see [12] and [a], 2 < 3", "cafÃ© â€œquotedâ€\x9d, \ufb01ne, 日本語 🙂", "  two\n\nlines ")
-
-
 _COLORS = {"-": "\033[31m", "+": "\033[32m", " ": ""}
-
-
 _PLAIN = "\033[0m"
 
 

@@ -19,16 +19,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Weights = dict[str, torch.Tensor]
-
-
 _MODEL_PREFIX = "state.model."
 
 
 def gather_full_state_dict(
-    model: torch.nn.Module,
-    *,
-    merge_lora: bool = True,
-    dtype: torch.dtype | None = None,
+    model: torch.nn.Module, *, merge_lora: bool = True, dtype: torch.dtype | None = None
 ) -> Weights:
     """Full weights on the CPU, named as in the HF model; a collective: every rank has to call it.
 
@@ -123,7 +118,7 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
     if foreign:
         raise ModelError(
             f"{foreign[0]}: {len(foreign)} adapter tensors do not add to a weight; expected plain LoRA. "
-            "Export the adapter separately.",
+            "Export the adapter separately."
         )
     merged.update({name.replace(".base_layer.", "."): tensor for name, tensor in rest.items()})
     return {name.removeprefix("base_model.model."): tensor for name, tensor in merged.items()}
@@ -235,5 +230,5 @@ def check_tied(weights: Mapping[str, torch.Tensor], config: PretrainedConfig, he
     if not torch.equal(weights[head], weights[embedding]):
         raise ModelError(
             f"{head} differs from {embedding}, although the configuration ties them. "
-            "Call tie_weights() before training, or set tie_word_embeddings to false.",
+            "Call tie_weights() before training, or set tie_word_embeddings to false."
         )

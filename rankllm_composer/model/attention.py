@@ -15,11 +15,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 PACKED_SDPA = "packed_sdpa"
-
-
 FLASH_ATTENTION = "flash_attention_2"
-
-
 ATTENTION_NAMES = ("auto", FLASH_ATTENTION, PACKED_SDPA)
 
 

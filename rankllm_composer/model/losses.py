@@ -26,8 +26,6 @@ import torch.nn.functional as F
 from rankllm_composer.model.loss_table import RANKING_LOSSES
 
 REDUCTIONS = ("none", "mean", "sum")
-
-
 TARGETS = ("ranks", "self_sorted")
 
 
@@ -232,11 +230,7 @@ def listnet_loss(
 
 
 def listmle_loss(
-    scores: torch.Tensor,
-    ranks: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    reduction: str = "mean",
+    scores: torch.Tensor, ranks: torch.Tensor, *, mask: torch.Tensor | None = None, reduction: str = "mean"
 ) -> torch.Tensor:
     """ListMLE: negative log-likelihood of the teacher's permutation under Plackett-Luce.
 
@@ -264,11 +258,7 @@ def listmle_loss(
 
 
 def adr_mse_loss(
-    scores: torch.Tensor,
-    ranks: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    reduction: str = "mean",
+    scores: torch.Tensor, ranks: torch.Tensor, *, mask: torch.Tensor | None = None, reduction: str = "mean"
 ) -> torch.Tensor:
     """Approximate discounted rank MSE: distance of each candidate's smooth rank from the teacher's rank.
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["prompt", "supervised", "score", "identifier"]
 
-
 # Kind → legend, ANSI color, marks in output without color.
 KINDS: dict[Kind, tuple[str, str, tuple[str, str]]] = {
     "prompt": ("prompt", "\033[2m", ("", "")),
@@ -38,8 +37,6 @@ KINDS: dict[Kind, tuple[str, str, tuple[str, str]]] = {
     "score": ("score position", "\033[1;7;33m", ("⟪", "⟫")),
     "identifier": ("identifier, supervised", "\033[1;36m", ("⟦", "⟧")),
 }
-
-
 _PLAIN = "\033[0m"
 
 

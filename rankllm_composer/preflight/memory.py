@@ -149,9 +149,7 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
         prepare_fully_shard(
             model,
             FSDP2Config(
-                device_mesh=mesh,
-                reshard_after_forward=work.reshard_after_forward,
-                mixed_precision=work.mixed_precision,
+                device_mesh=mesh, reshard_after_forward=work.reshard_after_forward, mixed_precision=work.mixed_precision
             ),
             Precision(work.precision),
             generate_composer_model_policy(model),

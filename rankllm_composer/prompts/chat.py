@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
 
 _PROBE = "rankllmprobe"  # a word that no template contains
-
-
 _OPEN_END = "End the generation prompt of the chat template with a line break or a special token"
 
 
@@ -130,9 +128,7 @@ def identifier_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) 
 
 
 def identifier_token_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    num_candidates: int,
-    style: IdentifierStyle = "letters",
+    tokenizer: PreTrainedTokenizerBase, num_candidates: int, style: IdentifierStyle = "letters"
 ) -> tuple[int, ...]:
     """Tokens of a list's identifiers, for objectives and decodings that read a score per identifier.
 

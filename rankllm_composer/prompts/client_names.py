@@ -16,7 +16,6 @@ CLIENT_NAMES = {
 }
 """Name → what the client makes of a model whose path contains it."""
 
-
 _ANY_CASE = ("lit5-distill", "lit5-score")
 
 

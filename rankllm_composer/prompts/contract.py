@@ -21,11 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTRACT_FILE = "reranker.json"
-
-
 FORMAT = 1
-
-
 CLIENT_TEMPLATES = {"letters": "rank_zephyr_alpha_template.yaml", "numbers": "rank_zephyr_template.yaml"}
 
 
@@ -76,23 +72,23 @@ class DecodingContract:
         if not 1 <= self.stride <= self.window_size:
             raise ModelError(
                 f"stride is {self.stride} with a window of {self.window_size}; expected 1 to {self.window_size}, so "
-                "that no candidate falls between windows",
+                "that no candidate falls between windows"
             )
         if self.window_size > len(self.identifiers):
             raise ModelError(
                 f"window_size is {self.window_size} but there are only {len(self.identifiers)} identifiers. Make the "
-                "window smaller.",
+                "window smaller."
             )
         if self.identifier_token_ids is None:
             if self.objective != "generation":
                 raise ModelError(
                     f"identifier_token_ids is null, but the objective {self.objective} scores candidates by them; null "
-                    "is valid only for generation",
+                    "is valid only for generation"
                 )
         elif len(set(self.identifier_token_ids)) != len(self.identifiers):
             raise ModelError(
                 f"identifier_token_ids has {len(set(self.identifier_token_ids))} distinct tokens for "
-                f"{len(self.identifiers)} identifiers; expected one token per identifier",
+                f"{len(self.identifiers)} identifiers; expected one token per identifier"
             )
 
     def to_json(self) -> str:
@@ -114,14 +110,14 @@ class DecodingContract:
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
             raise ModelError(
-                f"{place}: format is {found!r}; expected {FORMAT}. Read it with the package version that wrote it.",
+                f"{place}: format is {found!r}; expected {FORMAT}. Read it with the package version that wrote it."
             )
         names = {field.name for field in dataclasses.fields(cls)}
         given = set(values) - {"format"}
         if given != names:
             raise ModelError(
                 f"{place}: missing keys {sorted(names - given)}, unknown keys {sorted(given - names)}. Export the "
-                "model again.",
+                "model again."
             )
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value := values[name], list) else value for name in names
@@ -143,7 +139,7 @@ def read_contract(folder: str | Path) -> DecodingContract:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ModelError(
-            f"{path}: no contract ({error.strerror}); expected a folder that this package exported",
+            f"{path}: no contract ({error.strerror}); expected a folder that this package exported"
         ) from None
     return DecodingContract.from_json(text, str(path))
 
@@ -212,7 +208,7 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise ModelError(
             f"tokenizer {tokenizer.name_or_path} has no chat template; expected one that writes a user turn and a "
-            "generation prompt. Set tokenizer.chat_template to that of the model's family.",
+            "generation prompt. Set tokenizer.chat_template to that of the model's family."
         )
     return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
 

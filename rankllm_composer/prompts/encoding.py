@@ -63,10 +63,7 @@ def render_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_prompt(
-    system: str,
-    user: str,
-    tokenizer: PreTrainedTokenizerBase,
-    append_bracket: bool,
+    system: str, user: str, tokenizer: PreTrainedTokenizerBase, append_bracket: bool
 ) -> NDArray[np.int32]:
     """Token ids of a prompt, for inference.
 
@@ -87,9 +84,7 @@ def encode_prompt(
 
 
 def encode_record(
-    record: Record | Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    objective: ObjectiveName,
+    record: Record | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, objective: ObjectiveName
 ) -> EncodedRecord:
     """Token ids and supervision of a record.
 

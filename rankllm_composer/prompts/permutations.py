@@ -16,16 +16,9 @@ from typing import Literal, get_args
 from rankllm_composer.errors import PromptError
 
 IdentifierStyle = Literal["letters", "numbers"]
-
-
 MAX_CANDIDATES: dict[str, int] = {"letters": 26, "numbers": 99}
-
-
 SEPARATOR = " > "
-
-
 _BRACKETED = re.compile(r"\[([^\[\]]*)\]")
-
 
 # Digits besides 0-9 in the client: runs of look-alikes, each with the digit of its first character.
 _DIGIT_RUNS = (
@@ -36,11 +29,7 @@ _DIGIT_RUNS = (
     ("０１２３４５６７８９", 0),
     ("🄀🄁🄂🄃🄄🄅🄆🄇🄈🄉", 0),
 )
-
-
-_DIGITS = str.maketrans(
-    {char: str(first + i) for run, first in _DIGIT_RUNS for i, char in enumerate(run)},
-)
+_DIGITS = str.maketrans({char: str(first + i) for run, first in _DIGIT_RUNS for i, char in enumerate(run)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +63,12 @@ def identifiers(num_candidates: int, style: IdentifierStyle = "letters") -> tupl
         PromptError: style is unknown, or the list is empty or longer than the style can name.
     """
     if style not in MAX_CANDIDATES:
-        raise PromptError(
-            f"identifier style is {style!r}; expected one of {', '.join(get_args(IdentifierStyle))}",
-        )
+        raise PromptError(f"identifier style is {style!r}; expected one of {', '.join(get_args(IdentifierStyle))}")
     limit = MAX_CANDIDATES[style]
     if not 1 <= num_candidates <= limit:
         raise PromptError(
             f"number of candidates is {num_candidates}; expected 1 to {limit} with {style}. "
-            + ("Use a shorter window." if style == "numbers" else "Use a shorter window, or numbers (1 to 99)."),
+            + ("Use a shorter window." if style == "numbers" else "Use a shorter window, or numbers (1 to 99).")
         )
     if style == "letters":
         return tuple(string.ascii_uppercase[:num_candidates])
@@ -100,7 +87,7 @@ def identifier_style(text: str) -> IdentifierStyle:
         if re.fullmatch(r"[0-9]{1,2}", match[1]):
             return "numbers"
     raise PromptError(
-        f"permutation: {_shorten(text)} names no candidate; expected a text like '[B] > [A]' or '[2] > [1]'",
+        f"permutation: {_shorten(text)} names no candidate; expected a text like '[B] > [A]' or '[2] > [1]'"
     )
 
 
@@ -133,7 +120,7 @@ def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "
     if SEPARATOR.join(f"[{name}]" for name in found) != text:
         raise PromptError(
             f"permutation is {_shorten(text)}; expected bracketed identifiers joined by ' > ' and nothing else, "
-            f"e.g. '{SEPARATOR.join(f'[{name}]' for name in reversed(names[:2]))}'. Correct the response.",
+            f"e.g. '{SEPARATOR.join(f'[{name}]' for name in reversed(names[:2]))}'. Correct the response."
         )
     every = identifiers(MAX_CANDIDATES[style], style)
     faults = {
@@ -146,7 +133,7 @@ def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "
     if wrong:
         raise PromptError(
             f"permutation is {_shorten(text)} for {num_candidates} candidates ({wrong}); expected each of "
-            f"[{names[0]}] to [{names[-1]}] once. Correct the response or remove the record.",
+            f"[{names[0]}] to [{names[-1]}] once. Correct the response or remove the record."
         )
     return tuple(index_of[name] for name in found)
 

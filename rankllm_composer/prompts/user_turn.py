@@ -18,34 +18,23 @@ from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyl
 SYSTEM_MESSAGE = (
     "You are RankLLM, an intelligent assistant that can rank passages based on their relevancy to the query"
 )
-
-
 _KIND = {"letters": "an alphabetical", "numbers": "a numerical"}
-
-
 _EXAMPLE = {"letters": "[B] > [A]", "numbers": "[2] > [1]"}
-
-
 _OPENING = (
     "I will provide you with {num} passages, each indicated by {kind} identifier []. "
     "Rank the passages based on their relevance to the search query: "
 )
-
-
 _CLOSING = (
     "\nRank the {num} passages above based on their relevance to the search query. "
     "All the passages should be included and listed using identifiers, in descending order of relevance. "
     "The output format should be [] > [], e.g., {example}, "
     "Answer concisely and directly and only respond with the ranking results, do not say any word or explain."
 )
-
-
 _OPENING_PATTERN = re.compile(
     re.escape(_OPENING.format(num="NUM", kind="KIND"))
     .replace("NUM", "([1-9][0-9]{0,3})")
-    .replace("KIND", "(an alphabetical|a numerical)"),
+    .replace("KIND", "(an alphabetical|a numerical)")
 )
-
 
 # The same parts in prompts of other versions.
 _ANY_OPENING = re.compile(
@@ -55,26 +44,15 @@ _ANY_OPENING = re.compile(
     re.IGNORECASE,
 )
 
-
 # These begin with a fixed character, so that long texts are searched fast.
 _ANY_QUERY_AGAIN = re.compile(r"\n[Ss]earch [Qq]uery:")
-
-
 _ANY_CLOSING = re.compile(r"Rank the (?P<num>[1-9][0-9]{0,3}) passages above\b")
-
-
 _FIRST_MARK = re.compile(r"\n\[(?:(?P<letters>A)|1)\](?=\s)")
-
-
 _MARKS: dict[IdentifierStyle, re.Pattern[str]] = {
     "letters": re.compile(r"\n\[([A-Z])\](?=\s)"),
     "numbers": re.compile(r"\n\[([1-9][0-9]?)\](?=\s)"),
 }
-
-
 _NUMBER_IN_BRACKETS = re.compile(r"\[(\d+)\]")
-
-
 _DOCUMENT_FIELDS = ("text", "segment", "contents", "content", "body", "passage")
 
 

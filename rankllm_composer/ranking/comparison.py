@@ -121,8 +121,6 @@ def paired_permutation_test(
 
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10")
-
-
 NUM_QUERIES_SHOWN = 5  # of those that gained most, and as many of those that lost most
 
 

@@ -96,9 +96,7 @@ class Reranker:
         self.model = model
         self.tokenizer = tokenizer
         self.contract = dataclasses.replace(
-            contract,
-            window_size=options.window_size or contract.window_size,
-            stride=options.stride or contract.stride,
+            contract, window_size=options.window_size or contract.window_size, stride=options.stride or contract.stride
         )
         self.options = options
         self.name = name
@@ -260,20 +258,10 @@ class Reranker:
         model, tokenizer, options = self.model, self.tokenizer, self.options
         if self.decoding == "first_token":
             return score_windows_first_token(
-                model,
-                tokenizer,
-                windows,
-                self.contract,
-                batch_tokens=options.batch_tokens,
-                attention=options.attention,
+                model, tokenizer, windows, self.contract, batch_tokens=options.batch_tokens, attention=options.attention
             )
         return generate_windows(
-            model,
-            tokenizer,
-            windows,
-            self.contract,
-            constrained=options.constrained,
-            batch_tokens=options.batch_tokens,
+            model, tokenizer, windows, self.contract, constrained=options.constrained, batch_tokens=options.batch_tokens
         )
 
 

@@ -13,19 +13,11 @@ from rankllm_composer.recipe.bundled import find_recipe, recipe_folder, recipe_p
 from rankllm_composer.redaction import REDACTED
 
 SCHEMA_NAME = "recipe.schema.json"
-
-
 RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
-
-
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or a name from `recipes list`.")]
-
-
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that override those of the file.")
 ]
-
-
 recipes_app = typer.Typer(help="List, copy and check recipes.", no_args_is_help=True)
 
 

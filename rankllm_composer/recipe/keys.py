@@ -18,11 +18,7 @@ from pydantic_core import PydanticUndefined as REQUIRED
 from rankllm_composer.recipe.sections import Recipe
 
 _TYPE_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-
-
 _BOUND_WORDS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
-
-
 _JSON_BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 

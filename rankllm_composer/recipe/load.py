@@ -277,8 +277,6 @@ def _escape(value: Any) -> Any:
 
 
 RECIPE_NAME = "recipe.yaml"
-
-
 MAY_CHANGE = (
     "run.folder",
     "run.max_duration",

@@ -31,21 +31,14 @@ from rankllm_composer.options import (
 from rankllm_composer.prompts.permutations import IdentifierStyle
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
-
-
 CallbackName = Literal["speed_monitor", "memory_monitor", "lr_monitor", "optimizer_monitor", "nan_monitor"]
-
-
 Arguments = Annotated[
     dict[str, Any],
     BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=dict[str, Any] | None),
 ]
 """Arguments of a Composer class; null = none."""
 
-
 Share = Annotated[Number, Ge(0), Lt(1)]
-
-
 _TIMES = {"ep": "3ep", "ba": "50ba", "sp": "4000sp", "tok": "1000000tok", "dur": "0.1dur"}
 
 
@@ -206,8 +199,7 @@ class Parallelism:
     fsdp: Flag = option("Shard weights, gradients and optimizer over the ranks (FSDP2); false = copies (DDP).", True)
     reshard_after_forward: Flag = option("Free gathered weights between the forward and the backward pass.", True)
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = option(
-        "Precision of FSDP2: DEFAULT = compute low, reduce in fp32; PURE = both low; FULL = both fp32.",
-        "DEFAULT",
+        "Precision of FSDP2: DEFAULT = compute low, reduce in fp32; PURE = both low; FULL = both fp32.", "DEFAULT"
     )
     precision: Literal["fp32", "amp_bf16"] = option("Precision of the forward pass; weights are fp32.", "amp_bf16")
     device: Literal["gpu", "cpu", "auto"] = option("Where to train; auto = GPU if there is one.", "auto")

@@ -17,14 +17,7 @@ from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.shards.blocks import BlockWriter, count_duplicates, cut_blocks, quarantine_line, write_blocks
 from rankllm_composer.shards.index import INDEX_NAME, Shard, dump_index, index_digest, parse_index
-from rankllm_composer.shards.manifest import (
-    IDS_NAME,
-    MANIFEST_NAME,
-    QUARANTINE_NAME,
-    BuildReport,
-    BuildStats,
-    Manifest,
-)
+from rankllm_composer.shards.manifest import IDS_NAME, MANIFEST_NAME, QUARANTINE_NAME, BuildReport, BuildStats, Manifest
 from rankllm_composer.shards.publish import (
     WORKING_INDEX_NAME,
     find_set,
@@ -37,7 +30,6 @@ from rankllm_composer.sources.records import RecordSource, open_source
 from rankllm_composer.storage.object_store import LocalFolder, open_folder
 
 DEFAULTS = BuildOptions()
-
 _PROGRESS_SECONDS = 5.0
 
 # Worker processes take seconds to import streaming; in that time one process writes about this many blocks.
@@ -54,10 +46,7 @@ def index_exists(target: str | Path) -> bool:
 
 
 def build_shards(
-    output: str | Path,
-    source: SourceOptions,
-    options: BuildOptions = DEFAULTS,
-    report: Callable[[str], None] = print,
+    output: str | Path, source: SourceOptions, options: BuildOptions = DEFAULTS, report: Callable[[str], None] = print
 ) -> BuildReport:
     """Build a set of shards from training records or from retrieval files.
 

@@ -16,7 +16,6 @@ from rankllm_composer.errors import ShardError
 from rankllm_composer.prompts.record import Record
 
 INDEX_NAME = "index.json"
-
 COLUMNS: dict[str, str] = {
     "id": "str",
     "qid": "str",
@@ -26,7 +25,6 @@ COLUMNS: dict[str, str] = {
     "docids": "json",
     "grades": "json",
 }
-
 REMEDY = "Fetch it again, or rebuild the set with rankllm-composer shards build."
 
 

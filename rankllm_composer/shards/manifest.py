@@ -13,13 +13,9 @@ from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.index import REMEDY, Shard, parse_json
 
 MANIFEST_NAME = "build.json"
-
 QUARANTINE_NAME = "quarantine.jsonl"
-
 IDS_NAME = "ids.bin"  # of a part: 64-bit hashes of its record ids, so that a merge can count duplicates
-
 _BUCKET_CHARS = 1000
-
 _KEYS = {
     "num_records": "records",
     "num_quarantined": "quarantined",

@@ -36,13 +36,9 @@ from rankllm_composer.storage.locks import try_lock
 from rankllm_composer.storage.object_store import Folder, LocalFolder, StoredFile, open_folder
 
 WORKING_INDEX_NAME = "index.json.new"
-
 _WORK_NAME = ".building"
-
 _LOCK_NAME = ".lock"
-
 _SHARD_FILE = re.compile(r"shard\.\d{5,}\.[0-9a-f]{1,16}\.mds(\.[a-z0-9]+)?")
-
 _PART_FOLDER = re.compile(r"part-(\d+)-of-(\d+)(?=/)")
 
 

@@ -28,9 +28,7 @@ from rankllm_composer.shards.manifest import MANIFEST_NAME, Manifest, parse_mani
 from rankllm_composer.storage.object_store import Folder, open_folder
 
 MAX_LISTED = 5
-
 _REFETCH = "Fetch or build it again."
-
 _REBUILD = "Build the set again."
 
 

@@ -16,7 +16,6 @@ from rankllm_composer.sources.json_array import JsonArrayError, iterate_array
 from rankllm_composer.sources.records import Dropped, Item, RecordSource, describe_file
 
 FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-
 MAX_LINE_BYTES = 1 << 26
 
 

@@ -9,7 +9,6 @@ from typing import Any, TextIO
 from rankllm_composer.errors import SourceError
 
 MAX_ELEMENT_CHARS = 1 << 26
-
 _CHUNK_CHARS = 1 << 20
 
 # A value that the end of the buffer cuts off fails there, or at most one escape or literal before it.

@@ -41,8 +41,6 @@ from rankllm_composer.sources.retrieval_files import (
 )
 
 _BATCH_ROWS = 10_000
-
-
 _SCHEMA = """
     CREATE TABLE queries (number INTEGER PRIMARY KEY, qid TEXT UNIQUE, text TEXT);
     CREATE TABLE run (query INTEGER, rank INTEGER, line INTEGER, docid TEXT,

@@ -16,9 +16,7 @@ from rankllm_composer.errors import StoreError
 from rankllm_composer.storage.locks import try_lock
 
 log = logging.getLogger(__name__)
-
 _LOCK = ".lock"
-
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

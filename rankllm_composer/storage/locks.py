@@ -9,9 +9,7 @@ import time
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-
 POLL_SECONDS = 0.1
-
 _devices_without_locks: set[int] = set()
 
 

@@ -225,11 +225,7 @@ def build_validation(
 
 
 def build_callbacks(
-    recipe: Recipe,
-    contract: DecodingContract,
-    model: ListwiseReranker,
-    num_lists: int,
-    validation: Validation | None,
+    recipe: Recipe, contract: DecodingContract, model: ListwiseReranker, num_lists: int, validation: Validation | None
 ) -> list[Callback]:
     """Build all callbacks, in order: guards, evaluation, export, those of the recipe, checkpoints, stop on request."""
     from composer import callbacks

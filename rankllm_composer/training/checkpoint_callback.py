@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from composer.loggers import Logger
 
 log = logging.getLogger(__name__)
-
 UNSHARDED_FILE = "rank0.pt"
 
 

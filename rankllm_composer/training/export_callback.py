@@ -16,13 +16,7 @@ from composer.utils import dist
 from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import ModelError
 from rankllm_composer.export.model_card import CardFacts, render_card
-from rankllm_composer.export.model_folder import (
-    BEST,
-    DTYPES,
-    ServedModel,
-    local_path,
-    write_model_folder,
-)
+from rankllm_composer.export.model_folder import BEST, DTYPES, ServedModel, local_path, write_model_folder
 from rankllm_composer.export.weights import Weights, causal_lm_class, gather_full_state_dict, hf_module
 from rankllm_composer.prompts.client_names import warn_misread
 

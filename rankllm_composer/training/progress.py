@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from composer.loggers import Logger
 
 log = logging.getLogger(__name__)
-
-
 LOSS_PREFIX = "loss/train/"
-
 _OTHER_TIMES = "time/"
 
 

@@ -22,8 +22,6 @@ ACTIVITIES = {
     Event.BATCH_END: "evaluation, checkpoint or export after the batch",
     Event.EPOCH_END: "evaluation, checkpoint or export after the epoch",
 }
-
-
 NOTICE_SECONDS = 1.0
 """How far apart the timeouts of ranks that wait for the same one may be."""
 

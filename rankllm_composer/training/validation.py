@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from rankllm_composer.prompts.record import Record
 
 PREFIX = "eval/"
-
-
 EVALUATIONS_FILE = "evaluations.jsonl"
 
 
@@ -75,12 +73,7 @@ class Validation(Callback):
             self._last_batch = batch
             model: Any = hf_module(state.model)
             results = evaluate_windows(
-                model,
-                self._tokenizer,
-                self._records,
-                self._contract,
-                self._options,
-                lockstep=dist.get_world_size() > 1,
+                model, self._tokenizer, self._records, self._contract, self._options, lockstep=dist.get_world_size() > 1
             )
             results = [result for part in dist.all_gather_object(results) for result in part]
             self.figures = {PREFIX + name: value for name, value in summarize(results).items()}

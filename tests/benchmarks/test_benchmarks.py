@@ -295,11 +295,7 @@ RUNS = {
         ["--shape", "toy", "--lists", "2", "--steps", "1"],
         r"\| 2 ranks, 1 thread each, FSDP2 \|( [^|]+ \|){4}",
     ),
-    "plan_vs_measured": (
-        {"CASES": {"LoRA on one rank": None}},
-        [],
-        r"LoRA on one rank +[\d.]+ +[\d.]+ +[+-]\d\.\d%",
-    ),
+    "plan_vs_measured": ({"CASES": {"LoRA on one rank": None}}, [], r"LoRA on one rank +[\d.]+ +[\d.]+ +[+-]\d\.\d%"),
     "objectives": (
         {},
         ["--updates", "2", "--queries", "64", "--threads", "1", "--runs", "combined, ListNet"],

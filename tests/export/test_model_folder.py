@@ -111,8 +111,7 @@ def test_the_tokenizer_writes_the_prompts_of_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("eos_of_base", "expected"),
-    [(None, 2), (2, 2), (5, [2, 5]), ([5, 2], [5, 2]), ([5, 6], [2, 5, 6])],
+    ("eos_of_base", "expected"), [(None, 2), (2, 2), (5, [2, 5]), ([5, 2], [5, 2]), ([5, 6], [2, 5, 6])]
 )
 def test_answers_end_where_training_ended_them(tmp_path, eos_of_base, expected):
     base = GenerationConfig(eos_token_id=eos_of_base, do_sample=True, temperature=0.6, top_p=0.9)
@@ -146,11 +145,7 @@ def test_mismatched_parts_are_refused_and_nothing_is_left(tmp_path):
     for changes, error, message in (
         ({"weights": without}, ModelError, r"1 missing \['model.norm.weight'\] and 0 unknown"),
         ({"weights": weights | {"x": torch.ones(1)}}, ModelError, r"and 1 unknown \['x'\].*MistralForCausalLM"),
-        (
-            {"weights": weights | {"model.norm.weight": torch.ones(3)}},
-            ModelError,
-            r"model.norm.weight of shape \(3,\)",
-        ),
+        ({"weights": weights | {"model.norm.weight": torch.ones(3)}}, ModelError, r"model.norm.weight of shape \(3,\)"),
         ({"weights": drifted, "config": tied.config}, ModelError, "lm_head.weight differs"),
         ({"tokenizer": other_template}, ModelError, "another chat template than the contract"),
         ({"tokenizer": bigger}, ModelError, "has 72 tokens but the model only 40"),
@@ -400,12 +395,7 @@ def test_two_ranks_export_what_they_trained(tmp_path):
     assert done.stderr.count("batch 2/2") == 4
     # The sharded checkpoint holds the same weights as the export beside it.
     model = load(tmp_path / "fsdp2" / "epoch_0")
-    folder = export_checkpoint(
-        tmp_path / "checkpoints" / "ep1-ba2",
-        tmp_path / "from_shards",
-        served(model),
-        "#",
-    )
+    folder = export_checkpoint(tmp_path / "checkpoints" / "ep1-ba2", tmp_path / "from_shards", served(model), "#")
     assert torch.equal(probe_logits(load(folder)), probe_logits(model))
     for rank in (0, 1):
         raised = (tmp_path / f"raised_{rank}").read_text()

@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.packed_models import FAMILIES, SIZES, gradients, new_model, packed_losses, plain_losses, random_sequences
 from support.tiny_training import new_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    MistralConfig,
-)
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.errors import ModelError

@@ -12,12 +12,7 @@ from support.contracts import new_contract
 from support.tiny_training import CHAT_TEMPLATE, new_tokenizer
 
 from rankllm_composer.errors import ModelError, PromptError
-from rankllm_composer.prompts.contract import (
-    CONTRACT_FILE,
-    decoding_contract,
-    num_bos_tokens,
-    read_contract,
-)
+from rankllm_composer.prompts.contract import CONTRACT_FILE, decoding_contract, num_bos_tokens, read_contract
 
 
 @pytest.mark.parametrize(
@@ -30,8 +25,7 @@ def test_only_ranking_needs_the_bracket_appended(objective, append_bracket, scor
 
 
 @pytest.mark.parametrize(
-    ("style", "template"),
-    [("letters", "rank_zephyr_alpha_template.yaml"), ("numbers", "rank_zephyr_template.yaml")],
+    ("style", "template"), [("letters", "rank_zephyr_alpha_template.yaml"), ("numbers", "rank_zephyr_template.yaml")]
 )
 def test_prompt_template_is_the_clients_for_the_identifiers(style, template):
     assert decoding_contract(new_tokenizer(), "generation", style).prompt_template == template

@@ -341,10 +341,7 @@ FAULTS: dict[str, tuple[list[tuple[str, str]], str]] = {
     "letters beyond Z": ([(" 3 passages", " 27 passages")], "is 27; expected 1 to 26 with letters"),
     "no number": ([("with 3 passages", "with passages")], "opening like the client's"),
     "no passages": ([(" 3 passages", " 0 passages")], "opening like the client's"),
-    "two queries": (
-        [("Search Query: who", "Search Query: what")],
-        "'what was first.' after them; expected one query",
-    ),
+    "two queries": ([("Search Query: who", "Search Query: what")], "'what was first.' after them; expected one query"),
     "no query again": ([("Search Query:", "")], "closing like the client's"),
     "no closing": ([("Rank the 3 passages above", "")], "closing like the client's"),
     "another task": ([("I will provide you with", "Below are")], "opening like the client's"),

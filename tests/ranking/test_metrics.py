@@ -189,10 +189,7 @@ def test_compare_does_not_depend_on_the_order_of_queries():
         (lambda: paired_permutation_test([1.0], [1.0, 2.0]), "paired_permutation_test: the values have shapes"),
         (lambda: paired_permutation_test([1.0], [math.nan]), "paired_permutation_test: .*finite values in both"),
         (lambda: paired_permutation_test([1], [2], num_permutations=0), "num_permutations is 0; expected 1 or more"),
-        (
-            lambda: compare({"q1": 1}, {"q1": 1, "q2": 0}),
-            r"the systems have 1 and 2 queries, of which 1 .*\['q2'\]",
-        ),
+        (lambda: compare({"q1": 1}, {"q1": 1, "q2": 0}), r"the systems have 1 and 2 queries, of which 1 .*\['q2'\]"),
         (lambda: compare({}, {}), "compare: the systems have 0 and 0 queries"),
     ],
 )

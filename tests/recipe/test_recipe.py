@@ -523,18 +523,8 @@ def test_unknown_key_in_a_stream(tmp_path: Path) -> None:
         ("data.train.streams=x", "data.train.streams", "'x'", "list, each section"),
         ("data.train.streams=[x]", "data.train.streams[0]", "'x'", "section"),
         ("data.train.cache_limit=lots", "data.train.cache_limit", "'lots'", "text such as 100gb, or null"),
-        (
-            "run.max_duration=0ep",
-            "run.max_duration",
-            "'0ep'",
-            "text such as 3ep, 50ba or 4000sp",
-        ),
-        (
-            "schedule.warmup=50",
-            "schedule.warmup",
-            "'50'",
-            "text such as 3ep, 50ba, 4000sp or 0.1dur",
-        ),
+        ("run.max_duration=0ep", "run.max_duration", "'0ep'", "text such as 3ep, 50ba or 4000sp"),
+        ("schedule.warmup=50", "schedule.warmup", "'50'", "text such as 3ep, 50ba, 4000sp or 0.1dur"),
         ("schedule.name=cosin", "schedule.name", "'cosin'", "one of cosine, linear, constant"),
         ("parallelism.mixed_precision=pure", "parallelism.mixed_precision", "'pure'", "one of DEFAULT, PURE, FULL"),
         (

@@ -170,11 +170,7 @@ def test_a_bad_record_is_reported_with_file_index_id_and_reason(tmp_path, ending
         ("array.jsonl", json.dumps([conversation(0)]), "Name it .json"),
         ("broken.jsonl", '{"id": \n', "broken.jsonl:record 0 (line 1): invalid JSON"),
         ("deep.jsonl", "[" * 100_000, "deep.jsonl:record 0"),
-        (
-            "latin.json",
-            '[{"id": "\xe9"}]'.encode("latin-1"),
-            "latin.json:after record 0: the file cannot be read",
-        ),
+        ("latin.json", '[{"id": "\xe9"}]'.encode("latin-1"), "latin.json:after record 0: the file cannot be read"),
         ("latin.jsonl", '{"id": "\xe9"}'.encode("latin-1"), "latin.jsonl:record 0 (line 1): invalid JSON"),
         ("cut.jsonl.gz", gzip.compress(b"\n" * 9)[:-12], "cannot be read from here on"),
         ("plain.jsonl.gz", b'{"id": 1}', "cannot be read from here on"),

@@ -7,13 +7,7 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.model.losses import LOSSES

@@ -120,14 +120,7 @@ class KnownReranker(torch.nn.Module):
         self.num_forwards = 0
 
     def forward(
-        self,
-        input_ids,
-        logits_to_keep,
-        use_cache,
-        attention_mask=None,
-        past_key_values=None,
-        cu_seq_lens_q=None,
-        **_,
+        self, input_ids, logits_to_keep, use_cache, attention_mask=None, past_key_values=None, cu_seq_lens_q=None, **_
     ):
         self.num_forwards += 1
         if not use_cache:
