@@ -56,6 +56,9 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         causal_lm = base.get_base_model()
     else:
         causal_lm = load_causal_lm(keys, on_meta=True)
+    adapter_config = None if merge_lora else assembly.build_peft_config(recipe)
+    if adapter_config is not None:
+        adapter_config.base_model_name_or_path = causal_lm.name_or_path
     served = ServedModel(
         config=causal_lm.config,
         tokenizer=tokenizer,
@@ -63,7 +66,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         generation_config=_generation_config(recipe, causal_lm),
         dtype=assembly.export_dtype(recipe),
         model_class=type(causal_lm),
-        adapter_config=None if merge_lora else assembly.build_peft_config(recipe),
+        adapter_config=adapter_config,
     )
     facts = replace(
         assembly.card_facts(recipe, contract, num_lists),

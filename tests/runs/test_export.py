@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -51,7 +52,11 @@ def assert_same_model(exported: Path, expected: Path) -> None:
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     assert read_contract(exported) == read_contract(expected)
-    for name in files - {weights, "README.md"}:
+    if "adapter_config.json" in files:  # PEFT writes a set in any order
+        ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (exported, expected))
+        assert sorted(ours.pop("target_modules")) == sorted(theirs.pop("target_modules"))
+        assert ours == theirs
+    for name in files - {weights, "README.md", "adapter_config.json"}:
         assert (exported / name).read_bytes() == (expected / name).read_bytes(), name
 
 
