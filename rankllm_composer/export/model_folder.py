@@ -164,7 +164,7 @@ def _served_config(model: ServedModel) -> tuple[PretrainedConfig, GenerationConf
     generation = copy.deepcopy(model.generation_config or GenerationConfig.from_model_config(served))
     generation._from_model_config = False
     generation.do_sample = False
-    defaults = GenerationConfig()
+    defaults = GenerationConfig()  # type: ignore[no-untyped-call]
     for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
         for holder in (generation, served):
             if name in vars(holder):
@@ -189,7 +189,8 @@ def _write_model(stage: Path, weights: Weights, model: ServedModel, max_shard_si
     skeleton_config._attn_implementation = "eager"
     with torch.device("meta"), no_init_weights():
         if model.model_class is None:
-            skeleton = AutoModelForCausalLM.from_config(skeleton_config, torch_dtype=served.torch_dtype)
+            make: Any = AutoModelForCausalLM.from_config
+            skeleton = make(skeleton_config, torch_dtype=served.torch_dtype)
         else:
             skeleton = model.model_class._from_config(skeleton_config, torch_dtype=served.torch_dtype)
     skeleton.config = served

@@ -82,7 +82,7 @@ def causal_lm_class(model: torch.nn.Module) -> type[PreTrainedModel]:
     inner: Any = hf_module(model)
     if hasattr(inner, "peft_config"):
         inner = inner.get_base_model()
-    mro: Any = type(inner).__mro__
+    mro: tuple[type[PreTrainedModel], ...] = type(inner).__mro__
     return next(kind for kind in mro if not issubclass(kind, FSDPModule))
 
 
@@ -151,10 +151,12 @@ def _lora_scalings(model: torch.nn.Module, adapter: str) -> dict[str, float]:
 
 
 def _adapter_weights(model: torch.nn.Module, weights: Weights, adapter: str) -> Weights:
-    from peft import get_peft_model_state_dict
+    import peft
 
+    get_state_dict: Any = peft.get_peft_model_state_dict
     # "auto" would ask a hub whether the vocabulary grew.
-    return get_peft_model_state_dict(model, state_dict=weights, adapter_name=adapter, save_embedding_layers=False)
+    state: Weights = get_state_dict(model, state_dict=weights, adapter_name=adapter, save_embedding_layers=False)
+    return state
 
 
 def read_checkpoint_weights(checkpoint: str | Path) -> Weights:
