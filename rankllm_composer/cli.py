@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from rankllm_composer import __version__
 from rankllm_composer.cli_options import flag, with_options
-from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
+from rankllm_composer.options import FROM_RUN, BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.recipe.bundled import find_recipe, recipe_path
 from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
 from rankllm_composer.redaction import redact
@@ -82,7 +82,6 @@ Target = Annotated[str, typer.Argument(help="Folder or URL of the set.")]
 @with_options(num_processes="processes", hashes="hash")
 def shards_build(context: typer.Context, output: Output, source: SourceOptions, options: BuildOptions) -> None:
     """Build shards from training records, or from a first-stage run with judgments or a teacher's run."""
-    from rankllm_composer.recipe.advice import FROM_RUN
     from rankllm_composer.shards.build import build_shards
 
     if source.input is not None:

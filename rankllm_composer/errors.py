@@ -14,14 +14,9 @@ class RankLLMComposerError(ValueError):
 
 
 class Problem(NamedTuple):
-    """One thing wrong with a recipe or with options; as text, "KEY is A; expected B. Do C."
+    """One thing wrong with a recipe or with options, as text "KEY is FOUND; expected EXPECTED. REMEDY"
 
-    Args:
-        key: dotted key.
-        found: what it is.
-        expected: what it may be.
-        remedy: what to do, as a sentence.
-        involved: further dotted keys that the finding rests on.
+    `involved` names further dotted keys that the finding rests on.
     """
 
     key: str
@@ -45,13 +40,7 @@ class RecipeError(RankLLMComposerError):
 
 
 class RecordError(RankLLMComposerError):
-    """A record that cannot be trained on.
-
-    Attributes:
-        place: file (or data set) and index of the record, counted from 0: `train.json:record 17`.
-        record_id: its id, None if it has none.
-        reason: what was found, what is allowed, what to do.
-    """
+    """A record that cannot be trained on, at a `place` such as `train.json:record 17`, counted from 0."""
 
     def __init__(self, place: str, record_id: str | None, reason: str) -> None:
         super().__init__(place, record_id, reason)

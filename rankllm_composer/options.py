@@ -20,6 +20,18 @@ ObjectiveName = Literal["generation", "ranking", "combined"]
 """What a model is trained for: language modeling of the permutation, a ranking loss, or both."""
 
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+FROM_RUN = (
+    "window",
+    "stride",
+    "lists_per_query",
+    "depth",
+    "max_passage_words",
+    "identifiers",
+    "seed",
+    "require_relevant",
+)
+"""Options of a source that only matter for lists made from a first-stage run."""
+
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 """For every class of options: unknown names, NaN and infinities are refused."""
 

@@ -352,7 +352,7 @@ def test_links_and_paths_lead_somewhere(page):
             assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), code
 
 
-KEYS = [row.key for row in describe_keys()]
+KEYS = [row.name for row in describe_keys()]
 SECTIONS = {key.partition(".")[0] for key in KEYS}
 
 

@@ -1,4 +1,7 @@
-"""The rules between the keys of a recipe: what contradicts, what does not divide, which files are missing."""
+"""The rules between the keys of a recipe: what contradicts, what does not divide, which files are missing.
+
+Also what is allowed but deserves a warning: keys without effect, and what causes trouble later.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from urllib.parse import urlsplit
 
 from rankllm_composer.errors import Problem, RecipeError
 from rankllm_composer.model.loss_table import RANKING_LOSSES
-from rankllm_composer.options import SourceOptions
+from rankllm_composer.options import FROM_RUN, SourceOptions
+from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.recipe.keys import plain_tree, show
 from rankllm_composer.recipe.sections import Evaluation, Export, Recipe, Split
 from rankllm_composer.recipe.validate import shown
@@ -60,9 +64,6 @@ def contradictions(recipe: Recipe) -> list[Problem]:
 def check_world(recipe: Recipe, world_size: int) -> None:
     """Check that the global batch divides over the ranks.
 
-    Args:
-        recipe: a checked recipe.
-        world_size: number of ranks that train.
     Raises:
         RecipeError: it does not; the message names the nearest batch sizes that do.
     """
@@ -288,3 +289,45 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
             is_id = name == "input" and value is not None and not value.endswith((".json", ".jsonl"))
             if value is not None and "://" not in value and not is_id:
                 yield f"{section}.source.{name}", value
+
+
+def without_effect(recipe: Recipe) -> dict[str, str]:
+    """Dotted keys that this recipe never uses, with the reason. A section stands for all its keys."""
+    reasons: dict[str, str] = {}
+    if recipe.objective.name == "generation":
+        keys = ["objective.ranking_weight", "objective.ranking_loss", "objective.ranking_loss_options"]
+        reasons |= dict.fromkeys(keys, "objective.name is generation")
+    if recipe.objective.name == "ranking":
+        reasons["objective.language_modelling_weight"] = "objective.name is ranking"
+    if recipe.schedule.name == "constant":
+        reasons["schedule.final_lr_fraction"] = "schedule.name is constant"
+    if not recipe.parallelism.fsdp:
+        keys = ["parallelism.reshard_after_forward", "parallelism.mixed_precision"]
+        reasons |= dict.fromkeys(keys, "parallelism.fsdp is false")
+    if recipe.model.lora is None and recipe.checkpoint.export is not None:
+        reasons["checkpoint.export.merge_lora"] = "model.lora is null"
+    if recipe.evaluation is None:
+        reasons["data.eval"] = "evaluation is null"
+    for section, split in named_splits(recipe):
+        if split.source is not None and split.source.input is not None:
+            keys = [f"{section}.source.{name}" for name in FROM_RUN]
+            reasons |= dict.fromkeys(keys, f"{section}.source.input is set")
+        elif split.source is not None:
+            reasons[f"{section}.source.split"] = f"{section}.source.input is null"
+    return reasons
+
+
+def surprises(recipe: Recipe) -> Iterator[str]:
+    """One sentence for everything that works in training and causes trouble later."""
+    misread = describe_misread(recipe.export_folder or "")
+    if misread is not None:
+        yield f"checkpoint.export.folder: {misread}"
+    styles = [
+        split.identifiers or (split.source.identifiers if split.source and split.source.run else None)
+        for _, split in named_splits(recipe)
+    ]
+    if recipe.objective.name != "generation" and "numbers" in styles:
+        yield (
+            f"objective.name: {recipe.objective.name} scores identifiers at one token, where the inference client "
+            "reads only letters; numbers can be served by generation alone"
+        )

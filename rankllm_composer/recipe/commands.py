@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import RecipeError, RunError
 from rankllm_composer.recipe.bundled import find_recipe, recipe_folder, recipe_path
 from rankllm_composer.redaction import REDACTED
 
@@ -50,10 +50,8 @@ def recipes_copy(
     if target.exists() and not force:
         raise RunError(f"destination is {target}; expected a file that does not exist. Choose another, or add --force.")
     schema = (source.parent / SCHEMA_NAME).resolve().as_posix()  # the copy is beside no schema
-    text = re.sub(
-        rf"(?m)^(# yaml-language-server: \$schema=){SCHEMA_NAME}$", rf"\g<1>{schema}", source.read_text("utf-8")
-    )
-    target.write_text(text, encoding="utf-8")
+    line = rf"(?m)^(# yaml-language-server: \$schema=){SCHEMA_NAME}$"
+    target.write_text(re.sub(line, rf"\g<1>{schema}", source.read_text("utf-8")), encoding="utf-8")
     typer.echo(str(target))
 
 
@@ -66,7 +64,6 @@ def recipes_check(
     ] = None,
 ) -> None:
     """Print the merged recipe with the origin of each value, and everything that is wrong with it (exit code 2)."""
-    from rankllm_composer.errors import RecipeError
     from rankllm_composer.recipe.checks import check_world, is_secret, missing_files
     from rankllm_composer.recipe.keys import show
     from rankllm_composer.recipe.load import merge_recipe

@@ -15,9 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from rankllm_composer.errors import Problem, RecipeError, RunError, first_line
-from rankllm_composer.recipe.advice import surprises, without_effect
 from rankllm_composer.recipe.bundled import recipe_path
-from rankllm_composer.recipe.checks import contradictions
+from rankllm_composer.recipe.checks import contradictions, surprises, without_effect
 from rankllm_composer.recipe.keys import default_tree, find_key, plain_tree, show
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.recipe.validate import dotted, shown, validate
@@ -30,13 +29,7 @@ class RecipeWarning(UserWarning):
 
 
 class ExplainedKey(NamedTuple):
-    """A key of a merged recipe.
-
-    Args:
-        key: dotted key.
-        value: in plain mappings, lists and scalars.
-        origin: "default", "yaml" or "override".
-    """
+    """A dotted key of a merged recipe, its plain value, and its origin: "default", "yaml" or "override"."""
 
     key: str
     value: Any
@@ -45,14 +38,7 @@ class ExplainedKey(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedRecipe:
-    """A recipe and everything known about it, even if it cannot be used.
-
-    Args:
-        recipe: the recipe; defaults replace what is wrong.
-        keys: every value and its origin; wrong values as they were given.
-        problems: what is wrong. The recipe is usable only if this is empty.
-        warnings: one sentence for each key that has no effect or causes trouble later.
-    """
+    """A recipe, its `keys` as they were given, and what is wrong with it; defaults replace what is wrong."""
 
     recipe: Recipe
     keys: list[ExplainedKey]
@@ -79,15 +65,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for sentence in merged.warnings:
         warnings.warn(f"{path}: {sentence}", RecipeWarning, stacklevel=2)
     return merged.recipe
-
-
-def explain(path: str | Path, overrides: Sequence[str] = ()) -> list[ExplainedKey]:
-    """Every key of the merged recipe with its value and where that came from.
-
-    Raises:
-        RecipeError: the file is not a readable YAML mapping.
-    """
-    return merge_recipe(path, overrides).keys
 
 
 def merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergedRecipe:
@@ -255,13 +232,10 @@ def _explained(recipe: Recipe, tree: Any, origins: Mapping[Steps, str], wrong: s
 
 def _ignored(keys: Sequence[ExplainedKey], reasons: Mapping[str, str]) -> Iterator[str]:
     for key, reason in reasons.items():
-        given = [
-            row
-            for row in keys
-            if row.origin != "default" and row.value not in (None, {}, []) and f"{row.key}.".startswith(f"{key}.")
-        ]
-        if given:
-            value = f" = {show(given[0].value)}" if given[0].key == key else ""
+        within = (row for row in keys if f"{row.key}.".startswith(f"{key}."))
+        given = next((row for row in within if row.origin != "default" and row.value not in (None, {}, [])), None)
+        if given is not None:
+            value = f" = {show(given.value)}" if given.key == key else ""
             yield f"{key}{value} has no effect: {reason}"
 
 
@@ -293,13 +267,10 @@ MAY_CHANGE = (
 
 
 def check_same_recipe(existing: str, current: str, place: str) -> None:
-    """Refuse to resume a run with another recipe.
+    """Refuse to resume the run in `place` with another recipe.
 
-    Args:
-        existing, current: resolved recipes, of the run and of the command.
-        place: key and folder of the first, for messages.
     Raises:
-        RunError: they differ in a key that may not change, or the first is damaged.
+        RunError: the resolved recipes differ in a key that may not change, or the existing one is damaged.
     """
     remedy = "Resume with the same recipe, or choose another run.name, run.folder or checkpoint.folder"
     try:

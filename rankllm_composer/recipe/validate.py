@@ -19,14 +19,7 @@ _STAND_INS = {bool: False, int: 1, float: 1.0, str: "unknown"}
 
 
 def validate(kind: type, tree: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
-    """Create options from plain values.
-
-    Args:
-        kind: class of the outermost section.
-        tree: nested mappings as they came from YAML.
-    Returns:
-        The options, in which a default or a stand-in replaces whatever is wrong, and all problems.
-    """
+    """Options from plain values, with a default or a stand-in for whatever is wrong, and all problems."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
         return adapter.validate_python(tree), []
@@ -50,9 +43,8 @@ def problems_in(error: ValidationError, kind: type) -> Iterator[Problem]:
         names = [step for step in steps[length:] if isinstance(step, str)]
         place = dotted([*steps[:length], *names])
         if dataclasses.is_dataclass(key.element) and length < len(steps):
-            yield Problem(
-                dotted(steps), shown(given), "section", f"Write the keys of a section in {place}[{steps[-1]}]."
-            )
+            remedy = f"Write the keys of a section in {place}[{steps[-1]}]."
+            yield Problem(dotted(steps), shown(given), "section", remedy)
         elif wrong["type"] == "missing" and length == len(steps):
             yield Problem(place, "missing", key.expected, "Set it: there is no default.")
         elif names:
@@ -86,13 +78,10 @@ def _unknown(kind: type, steps: Sequence[str | int]) -> Problem:
     *above, name = steps
     prefix = f"{dotted(above)}." if above else ""
     key = find_key(above, kind) if above and not isinstance(above[-1], int) else None
-    section = kind
-    if above:
-        holder = typing.cast(Key, key or find_key(above[:-1], kind))
-        section = _scalar(holder)
+    section = _scalar(typing.cast(Key, key or find_key(above[:-1], kind))) if above else kind
     names = list(keys_of(section)) if dataclasses.is_dataclass(section) else []
     names = names or list(typing.get_args(typing.get_args(section)[0]))  # those that a mapping may have
-    known = [row.key for row in describe_keys(kind)]
+    known = [row.name for row in describe_keys(kind)]
     near = [f"{prefix}{match}" for match in difflib.get_close_matches(str(name), names, 1)]
     near = near or [other for other in known if other.rpartition(".")[2] == name]
     near = near or difflib.get_close_matches(dotted(steps), known, 1, cutoff=0.75)
@@ -115,10 +104,8 @@ def _repair(kind: type, tree: Any, steps: Sequence[str | int]) -> None:
 
 def _stand_in(annotation: Any) -> Any:
     if dataclasses.is_dataclass(annotation):
-        required = {
-            name: key for name, key in keys_of(typing.cast(type, annotation)).items() if key.default is REQUIRED
-        }
-        return {name: _stand_in(key.annotation) for name, key in required.items()}
+        keys = keys_of(typing.cast(type, annotation)).values()
+        return {key.name: _stand_in(key.annotation) for key in keys if key.default is REQUIRED}
     return _STAND_INS[annotation]
 
 

@@ -21,10 +21,9 @@ from omegaconf import OmegaConf
 from rankllm_composer.errors import Problem, RecipeError
 from rankllm_composer.model.loss_table import RANKING_LOSSES
 from rankllm_composer.options import OBJECTIVES
-from rankllm_composer.recipe.advice import without_effect
-from rankllm_composer.recipe.checks import check_world, missing_files, parse_time
+from rankllm_composer.recipe.checks import check_world, missing_files, parse_time, without_effect
 from rankllm_composer.recipe.keys import describe_keys, keys_as_markdown, keys_as_text, keys_of
-from rankllm_composer.recipe.load import RecipeWarning, explain, load_recipe, merge_recipe, recipe_to_yaml
+from rankllm_composer.recipe.load import RecipeWarning, load_recipe, merge_recipe, recipe_to_yaml
 from rankllm_composer.recipe.sections import CallbackName, LoggerName, Recipe
 
 YAMLS = sorted((Path(__file__).parents[2] / "yamls").glob("*.yaml"))
@@ -77,34 +76,36 @@ def test_every_key_is_documented_and_frozen(kind: type) -> None:
 def test_numbers_with_a_unit_name_it_in_their_key() -> None:
     units = {"tokens": "_tokens", "seconds": "_seconds", "lists": "lists"}
     for row in describe_keys():
-        if "whole number" in row.type and row.unit in units:
-            assert units[row.unit] in row.key, row
+        if "whole number" in row.expected and row.unit in units:
+            assert units[row.unit] in row.name, row
 
 
 def test_key_table() -> None:
-    rows = {row.key: row for row in describe_keys()}
+    rows = {row.name: row for row in describe_keys()}
     assert len(rows) == len(describe_keys())
-    assert rows["optimizer.lr"] == ("optimizer.lr", "number above 0", "required", "", "Highest learning rate.")
-    assert rows["optimizer.betas"].default == "[0.9, 0.999]"
-    assert rows["optimizer.betas"].type == "list of 2, each number at least 0 and below 1"
-    assert rows["neftune"].default == "null"
-    assert rows["neftune.alpha"].default == "5.0"
-    assert rows["data.train.streams[].local"].default == "required"
-    assert rows["data.train.identifiers"].type == "one of letters, numbers, or null"
-    assert rows["run.max_duration"].type == "text such as 3ep, 50ba or 4000sp"
+    rate = rows["optimizer.lr"]
+    assert (rate.expected, rate.shown_default, rate.unit) == ("number above 0", "required", "")
+    assert rate.meaning == "Highest learning rate."
+    assert rows["optimizer.betas"].shown_default == "[0.9, 0.999]"
+    assert rows["optimizer.betas"].expected == "list of 2, each number at least 0 and below 1"
+    assert rows["neftune"].shown_default == "null"
+    assert rows["neftune.alpha"].shown_default == "5.0"
+    assert rows["data.train.streams[].local"].shown_default == "required"
+    assert rows["data.train.identifiers"].expected == "one of letters, numbers, or null"
+    assert rows["run.max_duration"].expected == "text such as 3ep, 50ba or 4000sp"
 
 
 def test_key_table_as_text_and_page() -> None:
     text, page = keys_as_text(), keys_as_markdown()
     for row in describe_keys():
-        assert f"  {row.key}={row.default}" in text
-        meaning = row.help.replace("<", "\\<")
-        assert f"| `{row.key}` | `{row.default}` | {row.unit} | {meaning} | {row.type} |" in page
+        assert f"  {row.name}={row.shown_default}" in text
+        meaning = row.meaning.replace("<", "\\<")
+        assert f"| `{row.name}` | `{row.shown_default}` | {row.unit} | {meaning} | {row.expected} |" in page
     assert max(map(len, text.splitlines())) <= 120
 
 
 def test_names_of_losses_and_objectives_are_listed():
-    types = {row.key: row.type for row in describe_keys()}
+    types = {row.name: row.expected for row in describe_keys()}
     assert types["objective.ranking_loss"] == f"one of {', '.join(RANKING_LOSSES)}"
     assert types["objective.name"] == f"one of {', '.join(OBJECTIVES)}"
 
@@ -163,7 +164,7 @@ def test_recipe_is_usable_without_a_warning(path: Path) -> None:
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_recipe_sets_every_key_it_uses(path: Path) -> None:
-    unstated = {row.key for row in explain(path) if row.origin == "default"}
+    unstated = {row.key for row in merge_recipe(path).keys if row.origin == "default"}
     recipe = load_recipe(path)
     unstated -= set(without_effect(recipe))
     for section, split in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
@@ -363,7 +364,7 @@ def test_references_to_other_keys_and_the_environment(tmp_path: Path, monkeypatc
 def test_explain_names_the_origin_of_every_key(tmp_path: Path) -> None:
     path = write(tmp_path, SMALLEST + "neftune: null\n")
     overrides = ["optimizer.lr=2e-3", "model.config_overrides.num_hidden_layers=2", "optimizer.betas.0=0.8"]
-    rows = {row.key: (row.value, row.origin) for row in explain(path, overrides)}
+    rows = {row.key: (row.value, row.origin) for row in merge_recipe(path, overrides).keys}
     assert rows["run.name"] == ("small", "yaml")
     assert rows["run.seed"] == (42, "default")
     assert rows["neftune"] == (None, "yaml")
@@ -376,14 +377,15 @@ def test_explain_names_the_origin_of_every_key(tmp_path: Path) -> None:
 
 def test_explain_of_a_replaced_section(tmp_path: Path) -> None:
     path = write(tmp_path, SMALLEST + "neftune: {alpha: 3}\nschedule: {name: linear, warmup: 5ba}\n")
-    rows = {row.key: (row.value, row.origin) for row in explain(path, ["schedule={name: cosine}", "neftune=null"])}
+    merged = merge_recipe(path, ["schedule={name: cosine}", "neftune=null"])
+    rows = {row.key: (row.value, row.origin) for row in merged.keys}
     assert rows["schedule.name"] == ("cosine", "override")
     assert rows["schedule.warmup"] == ("50ba", "default")
     assert rows["neftune"] == (None, "override")
 
 
 def test_explain_shows_wrong_values_as_they_were_given(smallest: Path) -> None:
-    rows = {row.key: row.value for row in explain(smallest, ["run.seed=soon"])}
+    rows = {row.key: row.value for row in merge_recipe(smallest, ["run.seed=soon"]).keys}
     assert rows["run.seed"] == "soon"
 
 
@@ -551,12 +553,12 @@ def test_wrong_values(smallest: Path, override: str, key: str, found: str, expec
     assert problem.remedy
 
 
-@pytest.mark.parametrize("row", [row for row in describe_keys() if "[]" not in row.key], ids=lambda row: row.key)
+@pytest.mark.parametrize("row", [row for row in describe_keys() if "[]" not in row.name], ids=lambda row: row.name)
 def test_every_key_refuses_values_of_another_type(row: Any, smallest: Path) -> None:
     """A mapping fits no number, text or list; a text fits no section, mapping or number."""
-    takes_mapping = "mapping" in row.type or row.type.startswith("section")
-    override = f"{row.key}=x" if takes_mapping else f"{row.key}={{x: 1}}"
-    assert row.key in problems(smallest, override)
+    takes_mapping = "mapping" in row.expected or row.expected.startswith("section")
+    override = f"{row.name}=x" if takes_mapping else f"{row.name}={{x: 1}}"
+    assert row.name in problems(smallest, override)
 
 
 def test_yaml_numbers_for_texts_ask_for_quotes(tmp_path: Path) -> None:
