@@ -216,7 +216,7 @@ def build_model_folder(folder: Path, words: tuple[str, ...], *, with_numbers: bo
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -226,7 +226,7 @@ def build_model_folder(folder: Path, words: tuple[str, ...], *, with_numbers: bo
         chat_template=CHAT_TEMPLATE,
     )
     fast.save_pretrained(folder)  # type: ignore[attr-defined]
-    MistralConfig(
+    MistralConfig(  # type: ignore[no-untyped-call]
         vocab_size=len(vocabulary),
         hidden_size=64,
         intermediate_size=128,

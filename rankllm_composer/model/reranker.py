@@ -104,7 +104,7 @@ class ListwiseReranker(HuggingFaceModel):
             weight: torch.Tensor = head.weight  # type: ignore[assignment]  # read here: under FSDP2 it is unsharded only now
             return F.linear(hidden, weight[token_ids], None if bias is None else bias[token_ids])
 
-        head.forward = forward  # type: ignore[method-assign]
+        head.forward = forward
         try:
             yield
         finally:

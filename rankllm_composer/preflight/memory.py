@@ -139,7 +139,8 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     from composer.utils.parallelism import FSDP2Config
 
     dtype = torch.bfloat16 if work.frozen_precision == "bf16" else torch.float32
-    causal_lm = AutoModelForCausalLM.from_config(work.config).to(dtype).train()
+    from_config: Any = AutoModelForCausalLM.from_config
+    causal_lm = from_config(work.config).to(dtype).train()
     checkpoint_activations(causal_lm, work.activation_checkpointing)
     model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa", peft_config=work.peft_config)
     if work.attention == "flash_attention_2":
@@ -186,10 +187,10 @@ def _forward_and_backward(
 
     amp = torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "amp_bf16")
     with amp, mock.patch.object(torch, "unique", unique):  # its output size depends on data
-        outputs = model(batch)
+        outputs: dict[str, torch.Tensor] = model(batch)
         tracker.count_logits(True)
         loss = model.loss(outputs, batch)["total"]
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     tracker.count_logits(False)
     return outputs
 
@@ -247,9 +248,7 @@ class _FlashAttentionAllocations(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_lists: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_lists: int) -> torch.Tensor:
         total, num_heads, _ = query.shape
         output = torch.empty_like(query, memory_format=torch.contiguous_format)  # (T, H, d)
         log_sum_exp = query.new_empty((num_heads, total), dtype=torch.float32)
@@ -281,7 +280,7 @@ def _fake_flash_attention(
         tensor[0].transpose(0, 1).to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor[0].transpose(0, 1)
         for tensor in (query, key, value)
     ]
-    return _FlashAttentionAllocations.apply(*half, len(arguments["cu_seq_lens_q"]) - 1)[None], None
+    return _FlashAttentionAllocations.apply(*half, len(arguments["cu_seq_lens_q"]) - 1)[None], None  # type: ignore[no-untyped-call]
 
 
 class _ReadableBounds(list):  # type: ignore[type-arg]

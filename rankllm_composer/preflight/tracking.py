@@ -43,7 +43,7 @@ class MemoryTracker(MemTracker):
         def start(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             self.count_logits(True)
             if inputs[0].requires_grad:
-                inputs[0].register_hook(stop)
+                inputs[0].register_hook(stop)  # type: ignore[no-untyped-call]
 
         def stop(*_: Any) -> None:
             self.count_logits(False)
@@ -72,7 +72,7 @@ class ReplicaTracker(MemoryTracker):
         self.track_external(model)
         for weight in model.parameters():
             if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(self._count_gradient)
+                weight.register_post_accumulate_grad_hook(self._count_gradient)  # type: ignore[no-untyped-call]
 
     def _count_gradient(self, weight: torch.Tensor) -> None:
         assert weight.grad is not None
@@ -102,5 +102,5 @@ class ShardTracker(MemoryTracker, FSDPMemTracker):
         self, t: torch.Tensor, reftype: _RefType, update_existing: bool = False
     ) -> set[Any]:
         if reftype is _FSDPRefType.UNSHARDED_PARAM and t.requires_grad and not t._post_accumulate_grad_hooks:
-            t.register_post_accumulate_grad_hook(self._count_gradient)
+            t.register_post_accumulate_grad_hook(self._count_gradient)  # type: ignore[no-untyped-call]
         return super()._update_and_maybe_create_winfos(t, reftype, update_existing)

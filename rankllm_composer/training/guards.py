@@ -91,7 +91,7 @@ class LossGuard(Callback):
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a sharded tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _shown(ids: list[str]) -> str:
