@@ -30,7 +30,7 @@ demo: setup  ## train a small reranker from scratch on CPU and show what it lear
 test: setup browser  ## run all tests
 	$(BIN)/python -m pytest
 
-# One test opens a report in Chromium. Installed with apt-get if it is missing and we are root (about 20 s).
+# One test opens a report in Chromium. It is installed with apt-get if it is missing and you are root (about 20 s).
 browser:
 	@command -v chromium chromium-browser >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium; }
