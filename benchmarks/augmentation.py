@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from report import on_one_heap
+from report import restart_with_one_heap
 from trained import compare
 
 from rankllm_composer.sources.retrieval_files import load_judgments, load_run
@@ -66,5 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    on_one_heap()
+    restart_with_one_heap()
     main()

@@ -1,10 +1,10 @@
-"""What does it change on CPU that freed memory is kept for what comes next?
+"""How do allocator settings change the time and memory of a step on CPU?
 
     python benchmarks/heap.py [--shape SHAPE] [--lists 1] [--repeats 2] [--threads N]
 
-One packed step (forward, backward, optimizer, every layer recomputed) with the C library's own settings, and with those
-that `make demo` and the other benchmarks run under: `report.ONE_HEAP`, one heap of large pages that is never given
-back. Every figure is the second step of a process of its own; the two alternate, and figures are medians.
+Runs one packed step (forward, backward, optimizer; every layer recomputed) with glibc's default settings, and with those
+of `make demo` and the other benchmarks (`report.ONE_HEAP`): a single heap of large pages that keeps freed memory for
+reuse. Each value is from the second step of a separate process. The two settings alternate; values are medians.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import os
 import statistics
 
 from packed_step import Measured, measure
-from report import NUM_CORES, ONE_HEAP, in_own_process, print_columns, print_head, print_row
+from report import NUM_CORES, ONE_HEAP, print_header, print_machine, print_row, run_in_process
 from workload import SHAPES, typical_lengths
 
-SETTINGS = {"the C library's own": False, "one heap of large pages": True}
+SETTINGS = {"glibc defaults": False, "single heap, large pages": True}
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options = parser.parse_args()
-    print_head(options.threads)
+    print_machine(options.threads)
     lengths = typical_lengths(options.lists)
     results: dict[str, list[Measured]] = {name: [] for name in SETTINGS}
     for _ in range(options.repeats):
@@ -38,10 +38,10 @@ def main() -> None:
                 if is_one_heap:
                     os.environ[variable] = value
             arguments = "packed", options.shape, lengths, 1.0, options.threads
-            results[name].append(in_own_process(measure, *arguments, threads=options.threads))
+            results[name].append(run_in_process(measure, *arguments, threads=options.threads))
     seconds = {name: statistics.median(result.seconds for result in rows) for name, rows in results.items()}
     print(f"{options.shape}, {len(lengths)} lists, {sum(lengths):,} tokens\n")
-    print_columns(["freed memory", "seconds a step", "tokens/s", "speed", "peak GiB"])
+    print_header(["allocator", "seconds per step", "tokens/s", "speed", "peak GiB"])
     for name, rows in results.items():
         print_row(
             [

@@ -1,15 +1,15 @@
-"""Does the input ever make a step wait?
+"""Does a training step ever wait for input?
 
     python benchmarks/input_pipeline.py [--lists 400] [--workers 0,1,2] [--batch-size 16] [--shape SHAPE]
 
-Writes shards (zstd, xxh64) of synthetic lists: 20 passages whose words are lognormal (median 70, sigma 0.6) times a
-factor of the query (sigma 0.35), at most 300, at some 1.35 tokens a word. Then reads epochs of them through
-`data.build_train_data_spec` as a rank does: read, check hashes, chat template, repair text, tokenize, collate, hand
-over. By number of workers; the first epoch, which starts them, is reported apart, and the rate is that of the epochs
-after it. Lists over 4,096 tokens are tokenized, counted and left out, as in training; rates count the tokens delivered.
-Tokens per CPU second of loader and workers together are what a core does when others have the machine, too. Default
-tokenizer: Mistral-7B-Instruct-v0.3's. Last comes what a training step eats: one packed list of a model of --shape, on
-all cores.
+Writes shards (zstd, xxh64) of synthetic lists with 20 passages each. The number of words in a passage is lognormal
+(median 70, sigma 0.6), times a lognormal factor per query (sigma 0.35), at most 300; a word has about 1.35 tokens. Then
+reads epochs through `data.build_train_data_spec` as a rank does: read, check hashes, apply the chat template, repair
+text, tokenize, collate. One row per number of workers. The first epoch includes starting the workers and is reported
+separately; rates are those of the later epochs. Lists over 4,096 tokens are tokenized, counted and skipped, as in
+training; rates count only tokens that are delivered. Tokens per CPU second, of loader and workers together, is the
+speed of one core even if the machine is shared. The default tokenizer is that of Mistral-7B-Instruct-v0.3. The last
+line compares with the speed of a training step: one packed list of a model of --shape, on all cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from report import NUM_CORES, in_own_process
+from report import NUM_CORES, run_in_process
 from steps import new_stepper
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from workload import SHAPES, new_lists, new_model, typical_lengths
@@ -44,7 +44,7 @@ EPOCHS = 2
 
 
 def new_records(num: int, tokenizer: PreTrainedTokenizerBase) -> list[Record]:
-    """Synthetic lists; two words of three are one token, the third is two."""
+    """Create synthetic lists in which two thirds of the words have one token, the others two."""
     rng = np.random.default_rng(0)
     pieces = (piece[1:] for piece in sorted(tokenizer.get_vocab()) if piece[0] in "▁Ġ")
     words = [piece for piece in pieces if piece.isascii() and piece.isalpha() and len(piece) > 1]
@@ -67,7 +67,7 @@ def new_records(num: int, tokenizer: PreTrainedTokenizerBase) -> list[Record]:
 
 
 def write_shards(records: list[Record], folder: Path) -> None:
-    """Write the records as `rankllm-composer shards build` does, a shard per MiB."""
+    """Write the records as `rankllm-composer shards build` does, with 1 MiB per shard."""
     from streaming import MDSWriter
 
     with MDSWriter(
@@ -78,7 +78,7 @@ def write_shards(records: list[Record], folder: Path) -> None:
 
 
 def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, workers: int) -> tuple[float, ...]:
-    """Seconds to the first batch and of the first epoch; lists, tokens a list, tokens a second and a CPU second."""
+    """Return seconds to the first batch, seconds of the first epoch, lists, tokens per list, tokens/s, tokens/CPU s."""
     cpu = cpu_seconds()
     encoding = ListEncoding(tokenizer=tokenizer, objective="combined", max_length_tokens=MAX_LENGTH_TOKENS)
     dataset = ListDataset([Stream(local=str(folder))], encoding, batch_size=batch_size)
@@ -96,13 +96,13 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, w
             num_lists += len(trained)
             num_tokens += sum(len(row.encoded.input_ids) for row in trained)
     seconds = time.perf_counter() - start
-    loader.close()  # the CPU time of a process counts once it has ended
+    loader.close()  # the CPU time of workers is available once they have ended
     cpu = (cpu_seconds() - cpu) * EPOCHS / (EPOCHS + 1)
     return first_batch, first_epoch, num_lists / EPOCHS, num_tokens / num_lists, num_tokens / seconds, num_tokens / cpu
 
 
 def step_rate(shape: str, threads: int) -> float:
-    """Tokens a second of a packed training step on one typical list, after a step that is not timed."""
+    """Return tokens per second of a packed training step on one typical list, after an untimed step."""
     import torch
 
     torch.set_num_threads(threads)
@@ -115,7 +115,7 @@ def step_rate(shape: str, threads: int) -> float:
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and its ended children."""
+    """Return the CPU seconds of this process and of its finished children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -137,12 +137,12 @@ def main() -> None:
         tokenizer = build_tokenizer("mistral_v3")
 
     records = new_records(options.lists, tokenizer)
-    some = records[:50]
+    sample = records[:50]
     start = cpu_seconds()
-    for record in some:
+    for record in sample:
         encode_record(record, tokenizer, "combined")
-    print(f"encode_record alone: {(cpu_seconds() - start) / len(some) * 1e3:.2f} CPU ms a list\n")
-    print("| workers | first batch, s | first epoch, s | lists trained | tokens a list | tokens/s | tokens/CPU s |")
+    print(f"encode_record alone: {(cpu_seconds() - start) / len(sample) * 1e3:.2f} CPU ms per list\n")
+    print("| workers | first batch, s | first epoch, s | lists trained | tokens per list | tokens/s | tokens/CPU s |")
     print("|---|---|---|---|---|---|---|")
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -152,11 +152,11 @@ def main() -> None:
             rates[workers] = rest[2]
             figures = [f"{first_batch:.2f}", f"{first_epoch:.2f}", *(f"{figure:,.0f}" for figure in rest)]
             print(f"| {workers} | {' | '.join(figures)} |", flush=True)
-    eaten = in_own_process(step_rate, options.shape, NUM_CORES, threads=NUM_CORES)
+    consumed = run_in_process(step_rate, options.shape, NUM_CORES, threads=NUM_CORES)
     workers, delivered = max(rates.items())
     print(
-        f"\nA training step of {options.shape} on {NUM_CORES} threads eats {eaten:,.0f} tokens/s; "
-        f"{workers} workers deliver {delivered / eaten:,.0f} times as much."
+        f"\nA training step of {options.shape} on {NUM_CORES} threads consumes {consumed:,.0f} tokens/s; "
+        f"{workers} workers deliver {delivered / consumed:,.0f} times as many."
     )
 
 

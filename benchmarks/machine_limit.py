@@ -1,16 +1,16 @@
-"""How close does the packed step come to what the cores can multiply?
+"""How close does the packed step come to the matrix-multiplication speed of the cores?
 
     python benchmarks/machine_limit.py [--cases SHAPE:LISTS:CHECKPOINTING,…] [--repeats 3] [--threads N]
 
-The limit is the fastest of a square product of 2,048 and of the model's own matrix products on the same cores: every
-(tokens × in) · (in × out) of a layer and of the LM head, forward and both of its gradients, into memory already there,
-each the best of several runs. It is taken anew before each step, and a share is that step's FLOPs / seconds / the GEMM
-rate just measured; medians over the repeats.
+The limit is the speed of the fastest matrix product on the same cores: a square one of size 2,048, or one of the model's
+own, (tokens × in) · (in × out) of each linear layer and of the LM head, forward and both gradients. Outputs are
+preallocated; each product takes the best of several runs. The limit is measured again before each step. A step's share is
+FLOPs / seconds / that limit; values are medians over the repeats.
 
-Useful FLOPs are those of `rankllm_composer.model.flops`: matrix products of real tokens, forward and twice that
-backward, and the causal half of attention. Recomputed activations are not useful work; the last column adds
-them, for the cases that recompute. Everything else a step does (norms, rotary embedding, softmax, optimizer) takes time
-and counts nothing.
+Useful FLOPs are those of `rankllm_composer.model.flops`: matrix products of real tokens (forward, and twice that for the
+backward pass) and the causal half of attention. Recomputed activations are not useful work; the last column adds them,
+for the cases that recompute. Everything else in a step (norms, rotary embedding, softmax, optimizer) takes time but
+counts as zero FLOPs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 import torch
-from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
+from report import NUM_CORES, print_header, print_machine, print_row, restart_with_one_heap
 from steps import new_stepper
 from workload import RESPONSE_TOKENS, SHAPES, WARM_UP_LENGTHS, new_lists, new_model, recomputed_flops, typical_lengths
 
@@ -33,7 +33,7 @@ SQUARE = 2048
 
 
 def products(shape: str, num_tokens: int, num_logits: int) -> dict[str, tuple[int, int, int]]:
-    """(m, k, n) of a square product and of a shape's: forward, gradient of the input, gradient of the weight."""
+    """Return (m, k, n) by name: a square product, and forward, input gradient and weight gradient of each layer type."""
     sizes = SHAPES[shape][1]
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     head_dim = hidden // sizes["num_attention_heads"]
@@ -44,16 +44,16 @@ def products(shape: str, num_tokens: int, num_logits: int) -> dict[str, tuple[in
         "down": (num_tokens, inner, hidden),
         "LM head": (num_logits, hidden, sizes["vocab_size"]),
     }
-    found = {"square": (SQUARE, SQUARE, SQUARE)}
+    sizes_by_name = {"square": (SQUARE, SQUARE, SQUARE)}
     for name, (m, k, n) in linear.items():
-        found[name] = (m, k, n)
-        found[f"{name}, input's gradient"] = (m, n, k)
-        found[f"{name}, weight's gradient"] = (n, m, k)
-    return found
+        sizes_by_name[name] = (m, k, n)
+        sizes_by_name[f"{name}, input gradient"] = (m, n, k)
+        sizes_by_name[f"{name}, weight gradient"] = (n, m, k)
+    return sizes_by_name
 
 
 def gemm_rate(shape: str, num_tokens: int, num_logits: int) -> tuple[float, str]:
-    """FLOPs a second of the fastest product, and which it is."""
+    """Return the FLOP/s of the fastest product, and its name."""
     best = (0.0, "")
     for name, (m, k, n) in products(shape, num_tokens, num_logits).items():
         left, right, result = torch.rand(m, k), torch.rand(k, n), torch.empty(m, n)
@@ -65,7 +65,7 @@ def gemm_rate(shape: str, num_tokens: int, num_logits: int) -> tuple[float, str]
 
 
 def measure(shape: str, lengths: list[int], checkpointing: float, repeats: int) -> dict[str, Any]:
-    """GEMM rate and step by turns: medians."""
+    """Measure the GEMM rate and the step alternately; return medians."""
     model = new_model(shape)
     config, num_logits = model.config, RESPONSE_TOKENS * len(lengths)
     step = new_stepper("packed", model, activation_checkpointing=checkpointing)
@@ -77,10 +77,10 @@ def measure(shape: str, lengths: list[int], checkpointing: float, repeats: int) 
     fastest = ""
     for _ in range(repeats):
         peak, fastest = gemm_rate(shape, sum(lengths), num_logits)
-        taken, _ = step(lists)
-        seconds.append(taken)
+        step_seconds, _ = step(lists)
+        seconds.append(step_seconds)
         peaks.append(peak)
-        shares.append(useful / taken / peak)
+        shares.append(useful / step_seconds / peak)
     share = statistics.median(shares)
     return {
         "seconds": statistics.median(seconds),
@@ -100,8 +100,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print_head(options.threads)
-    print_columns(
+    print_machine(options.threads)
+    print_header(
         [
             "shape",
             "fastest product",
@@ -120,24 +120,24 @@ def main() -> None:
     for case in options.cases.split(","):
         shape, num_lists, checkpointing = case.split(":")
         lengths = typical_lengths(int(num_lists))
-        found = measure(shape, lengths, float(checkpointing), options.repeats)
+        result = measure(shape, lengths, float(checkpointing), options.repeats)
         print_row(
             [
                 shape,
-                found["fastest"],
+                result["fastest"],
                 f"{float(checkpointing):.0%}",
                 num_lists,
                 f"{sum(lengths):,}",
-                f"{found['tera']:.2f}",
-                f"{found['seconds']:.1f}",
-                f"{found['peak'] / 1e9:.0f}",
-                f"{found['tera'] / found['seconds'] * 1e3:.0f}",
-                f"**{found['share']:.2f}**",
-                f"{found['with_recomputed']:.2f}",
+                f"{result['tera']:.2f}",
+                f"{result['seconds']:.1f}",
+                f"{result['peak'] / 1e9:.0f}",
+                f"{result['tera'] / result['seconds'] * 1e3:.0f}",
+                f"**{result['share']:.2f}**",
+                f"{result['with_recomputed']:.2f}",
             ]
         )
 
 
 if __name__ == "__main__":
-    on_one_heap()
+    restart_with_one_heap()
     main()

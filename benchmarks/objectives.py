@@ -14,7 +14,7 @@ recipe's lists, and held-out windows of a judged collection. Each `key=value` ov
 
 from __future__ import annotations
 
-from report import on_one_heap
+from report import restart_with_one_heap
 from trained import compare
 
 # name: objective, ranking loss, its weight, its options
@@ -47,5 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    on_one_heap()
+    restart_with_one_heap()
     main()

@@ -2,21 +2,20 @@
 
     python benchmarks/packed_step.py [--cases SHAPE:LISTS:CHECKPOINTING,…] [--repeats 2] [--threads N]
 
-Both steps (`steps.py`) train the same lists (`workload.py`) on the same weights with the same objective: forward,
-backward and optimizer step of one microbatch. The plain loop pads to the longest list and makes logits at every place,
-as the published training does; its attention is transformers' default on this machine. CHECKPOINTING is the share of
-layers whose activations are recomputed, 1 in the published runs, for both; two numbers, 1/0.5, are the plain loop's and
-the packed step's. Column "by FLOPs" is the speed that the arithmetic alone would give: matrix products and the causal
-half of attention of what each computes, recomputed layers too. 30 layers cost much and the LM head little, four layers
-the other way round, so the same saving shows in one as a fraction and in the other as a multiple.
+Both steps (`steps.py`) train the same lists (`workload.py`) with the same weights and objective: forward, backward and
+optimizer step of one microbatch. The plain loop pads to the longest list and computes logits at every position, as the
+published training does; its attention is transformers' default on this machine. CHECKPOINTING is the share of layers
+whose activations are recomputed (1 in the published runs); two numbers such as 1/0.5 set the plain loop and the packed
+step separately. The column "by FLOPs" is the speedup expected from arithmetic alone: matrix products and the causal half
+of attention that each step computes, including recomputed layers. With 30 layers the LM head is a small part of the
+cost, with four a large one, so the same saving gives a small speedup in one case and a large one in the other.
 
-Every figure comes from a process of its own that takes the step twice, and the second counts: the first touches memory
-that the system has to clear, as no later step of a training does, and the more so the more it takes. Plain and packed
-alternate, and figures are medians over the repeats. The losses of both must agree to 1 in 10,000, or the benchmark
-stops. Useful tokens are real ones, whatever was computed. Peak memory is the highest resident memory of the process
-(`ru_maxrss`) with all that it holds: libraries, weights, gradients and Adam's two moments too, which are the same for
-both; column "before" is the peak ahead of the step. For resident memory to be what is in use, freed memory is kept for
-what comes next in both (`report.ONE_HEAP`).
+Each value is from a separate process that runs the step twice and reports the second: the first uses memory that the
+system must clear, which later steps of a training run do not. Plain and packed alternate; values are medians over the
+repeats. The benchmark stops if the two losses differ by more than 1 in 10,000. Useful tokens are real ones, whatever was
+computed. Peak memory is the peak resident memory of the process (`ru_maxrss`), including libraries, weights, gradients
+and Adam's two moments, which are the same for both; column "before" is the peak before the step. So that resident memory
+equals memory in use, freed memory is kept for reuse in both (`report.ONE_HEAP`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-from report import NUM_CORES, in_own_process, on_one_heap, peak_gib, print_columns, print_head, print_row
+from report import NUM_CORES, peak_gib, print_header, print_machine, print_row, restart_with_one_heap, run_in_process
 from steps import STEPS, new_stepper
 from workload import (
     RESPONSE_TOKENS,
@@ -47,7 +46,7 @@ TOLERANCE = 1e-4
 
 
 class Measured(NamedTuple):
-    """Steps in a process of its own: seconds of the second, loss, GiB resident before them, GiB at the peak."""
+    """Seconds and loss of the second step, and peak resident GiB before the steps and after them."""
 
     seconds: float
     loss: float
@@ -56,7 +55,7 @@ class Measured(NamedTuple):
 
 
 def measure(kind: str, shape: str, lengths: list[int], checkpointing: float, threads: int) -> Measured:
-    """A step of a kind, "plain" or "packed", in this process."""
+    """Measure a "plain" or "packed" step in this process."""
     torch.set_num_threads(threads)
     step = new_stepper(kind, new_model(shape), activation_checkpointing=checkpointing)
     step(new_lists(WARM_UP_LENGTHS, shape))
@@ -68,7 +67,7 @@ def measure(kind: str, shape: str, lengths: list[int], checkpointing: float, thr
 
 
 def computed_flops(kind: str, shape: str, lengths: list[int], checkpointing: float) -> float:
-    """Operations of one step of a kind: padding, every logit and recomputed layers where it computes them."""
+    """Count the FLOPs of a "plain" or "packed" step, including padding, logits and recomputed layers if it has them."""
     if kind == "plain":
         lengths, num_logits = [max(lengths)] * len(lengths), max(lengths) * len(lengths)
     else:
@@ -84,13 +83,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options = parser.parse_args()
-    print_head(options.threads)
-    print_columns(
+    print_machine(options.threads)
+    print_header(
         [
             "shape",
             "recomputed layers",
             "lists",
-            "useful of padded tokens",
+            "useful / padded tokens",
             "plain tokens/s",
             "packed tokens/s",
             "**speed**",
@@ -112,7 +111,7 @@ def main() -> None:
         for _ in range(options.repeats):
             for kind, results in (("plain", plain), ("packed", packed)):
                 arguments = kind, shape, lengths, recomputed[kind], options.threads
-                results.append(in_own_process(measure, *arguments, threads=options.threads))
+                results.append(run_in_process(measure, *arguments, threads=options.threads))
         if any(abs(p.loss / q.loss - 1) > TOLERANCE for p in plain for q in packed):
             sys.exit(f"{case}: the losses differ, plain {plain[0].loss}, packed {packed[0].loss}")
         plain_seconds, packed_seconds = (statistics.median(r.seconds for r in rows) for rows in (plain, packed))
@@ -138,5 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    on_one_heap()
+    restart_with_one_heap()
     main()

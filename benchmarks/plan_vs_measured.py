@@ -5,7 +5,7 @@
 Compares the plan of each case with a real run on CPU ranks: Composer's Trainer, FSDP2 or DDP, gloo.
 
 Measured memory is the shards of the weights before `fit`, plus the peak of the allocations of PyTorch's CPU allocator
-during it (torch.profiler, profile_memory; see `highest_in_use`); the maximum over the ranks. Prints a table; exits with
+during it (torch.profiler, profile_memory; see `peak_in_use`); the maximum over the ranks. Prints a table; exits with
 code 1 if a plan is off by more than 10 %.
 """
 
@@ -38,23 +38,23 @@ CASES: dict[str, dict[str, Any]] = {
     "combined, all layers recomputed": {"activation_checkpointing": 1.0},
     "combined, half of the layers recomputed": {"activation_checkpointing": 0.5},
     "ranking": {"objective": "ranking"},
-    "generation, one microbatch an update": {"objective": "generation", "accumulates": False},
+    "generation, one microbatch per update": {"objective": "generation", "accumulates": False},
     "weights kept between forward and backward": {"reshard_after_forward": False, "activation_checkpointing": 1.0},
     "short lists, where weights dominate": {"length": 48},
-    "copies (DDP)": {"fsdp": False, "activation_checkpointing": 1.0},
+    "replicated weights (DDP)": {"fsdp": False, "activation_checkpointing": 1.0},
     "LoRA on one rank": {"lora": True, "num_ranks": 1, "fsdp": False, "activation_checkpointing": 1.0},
 }
 
 
 def workload(case: dict[str, Any]) -> Any:
-    """The workload that is planned for a case."""
+    """Return the workload of a case."""
     from peft import LoraConfig
     from transformers import MistralConfig
 
     from rankllm_composer.model.objective import Objective
     from rankllm_composer.preflight.memory import Workload
 
-    rest = {key: value for key, value in case.items() if key not in ("objective", "length", "lora")}
+    options = {key: value for key, value in case.items() if key not in ("objective", "length", "lora")}
     adapters = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     defaults = {"num_ranks": 2, "precision": "fp32", "attention": "packed_sdpa"}
     return Workload(
@@ -64,12 +64,12 @@ def workload(case: dict[str, Any]) -> Any:
         num_targets=40,
         num_candidates=10,
         peft_config=adapters if case.get("lora") else None,
-        **{**defaults, **rest},
+        **{**defaults, **options},
     )
 
 
 def measure(case: dict[str, Any]) -> int:
-    """Peak bytes of the fullest rank in two updates of a real run. A collective."""
+    """Run two updates; return the peak bytes of the rank that uses the most memory. A collective."""
     from composer import DataSpec, Trainer
     from composer.utils import dist
     from composer.utils.parallelism import FSDP2Config
@@ -113,35 +113,35 @@ def measure(case: dict[str, Any]) -> int:
     )
     average_sharded_gradients(model)
     kept = [p.to_local() if isinstance(p, DTensor) else p for p in (*model.parameters(), *model.buffers())]
-    # Not the buckets that DDP makes when it wraps: it replaces them in the first steps, and freeing them is not seen.
+    # DDP's initial buckets are left out: it replaces them in the first steps, and the profiler does not see them freed.
     in_use = sum(tensor.untyped_storage().nbytes() for tensor in kept)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.fit()
     trainer.close()
-    largest = torch.tensor(in_use + highest_in_use(allocations(profile)))
+    largest = torch.tensor(in_use + peak_in_use(allocations(profile)))
     dist.all_reduce(largest, reduce_operation="MAX")
     return int(largest)
 
 
 def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
-    """Events of PyTorch's CPU allocator in order: (address, bytes), negative if freed."""
-    found: list[tuple[int, int, int]] = []
-    left = list(profile.profiler.kineto_results.experimental_event_tree())
-    while left:
-        event = left.pop()
-        left += event.children
+    """Return the events of PyTorch's CPU allocator in order: (address, bytes), with negative bytes if freed."""
+    events: list[tuple[int, int, int]] = []
+    pending = list(profile.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending += event.children
         if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    return [(address, size) for _, address, size in sorted(found, key=lambda row: row[0])]
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(events, key=lambda row: row[0])]
 
 
-def highest_in_use(events: Iterable[tuple[int, int]]) -> int:
-    """Peak of the bytes in use over the events of `allocations`, starting at 0.
+def peak_in_use(events: Iterable[tuple[int, int]]) -> int:
+    """Return the peak of the bytes in use over the events of `allocations`, starting at 0.
 
-    The profiler does not see what other threads free, such as those of a collective: memory that is allocated again
-    counts as freed. Memory that is freed without an allocation lowers the sum.
+    The profiler misses memory that other threads free, such as those of a collective. So an allocation first frees any
+    block that it overlaps. Freeing a block without a recorded allocation lowers the sum.
     """
-    in_use = highest = 0
+    in_use = peak = 0
     sizes: dict[int, int] = {}
     starts: list[int] = []  # of `sizes`, ascending
     for address, size in events:
@@ -158,18 +158,18 @@ def highest_in_use(events: Iterable[tuple[int, int]]) -> int:
         starts.insert(first, address)
         sizes[address] = size
         in_use += size
-        highest = max(highest, in_use)
-    return highest
+        peak = max(peak, in_use)
+    return peak
 
 
 def run(name: str) -> int:
     """Run `measure` for a case in separate processes."""
-    ranks = workload(CASES[name]).num_ranks
+    num_ranks = workload(CASES[name]).num_ranks
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "bytes.json")
         launcher = Path(sys.executable).with_name("composer")
         subprocess.run(
-            [sys.executable, launcher, "-n", str(ranks), __file__, name, result],
+            [sys.executable, launcher, "-n", str(num_ranks), __file__, name, result],
             check=True,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -181,13 +181,13 @@ def main() -> int:
     from rankllm_composer.preflight.memory import plan_memory
 
     worst = 0.0
-    print(f"{'case':<44} {'planned MB':>10} {'measured MB':>11} {'off':>7}")
+    print(f"{'case':<44} {'planned MB':>10} {'measured MB':>11} {'error':>7}")
     for name, case in CASES.items():
         planned, measured = plan_memory(workload(case)).peak, run(name)
-        off = planned / measured - 1
-        worst = max(worst, abs(off))
-        print(f"{name:<44} {planned / 1e6:>10.1f} {measured / 1e6:>11.1f} {off:>+7.1%}", flush=True)
-    print(f"the largest difference is {worst:.1%}; allowed is {TOLERANCE:.0%}")
+        error = planned / measured - 1
+        worst = max(worst, abs(error))
+        print(f"{name:<44} {planned / 1e6:>10.1f} {measured / 1e6:>11.1f} {error:>+7.1%}", flush=True)
+    print(f"the largest error is {worst:.1%}; the limit is {TOLERANCE:.0%}")
     return int(worst > TOLERANCE)
 
 
@@ -196,9 +196,9 @@ def worker(name: str, result: str) -> None:
 
     torch.set_num_threads(1)
     dist.initialize_dist("cpu")
-    highest = measure(CASES[name])
+    peak = measure(CASES[name])
     if dist.get_global_rank() == 0:
-        Path(result).write_text(json.dumps(highest))
+        Path(result).write_text(json.dumps(peak))
 
 
 if __name__ == "__main__":

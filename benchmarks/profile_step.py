@@ -1,11 +1,11 @@
-"""Where does the time of one step go, in a plain Hugging Face loop and in the packed step?
+"""Which operations take the time of a step, in a plain Hugging Face loop and in the packed step?
 
     python benchmarks/profile_step.py [--shape SHAPE] [--lists 1] [--checkpointing 1] [--top 8] [--threads N]
 
-One step of each under torch.profiler, after the same step without it (it touches memory that the system has to clear).
-An operator belongs to the part of the model that called it; one of the backward pass to the part whose forward made it.
-Self CPU time counts an operator without those it calls; it includes the threads it waits for. The profiler itself takes
-time: `packed_step.py` has the speeds.
+Profiles one step of each with torch.profiler, after one without it (the first uses memory that the system must clear).
+An operator is attributed to the part of the model that called it; in the backward pass, to the part whose forward pass
+created it. Self CPU time excludes the operators that an operator calls; it includes the time it waits for threads. The
+profiler itself takes time; for speeds see `packed_step.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
+from report import NUM_CORES, print_header, print_machine, print_row, restart_with_one_heap
 from steps import STEPS, new_stepper
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AttentionInterface, PreTrainedModel
@@ -29,11 +29,11 @@ LINEAR, ATTENTION, HEAD = "linear layers", "attention", "LM head and losses"
 NORMS, ACTIVATION = "norms, rotary embedding", "activation of the MLP"
 OPTIMIZER, REST = "optimizer", "rest (embedding, residuals)"
 PARTS = (LINEAR, ATTENTION, HEAD, NORMS, ACTIVATION, OPTIMIZER, REST)
-NODE = "autograd::engine::evaluate_function: "  # of the backward pass, before its name
+NODE = "autograd::engine::evaluate_function: "  # prefix of the names of backward nodes
 
 
 def named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, its operators recorded under a part's name."""
+    """Wrap a function so that its operators are recorded under a part's name."""
 
     def recorded(*arguments: Any, **options: Any) -> Any:
         with record_function(part):
@@ -44,13 +44,13 @@ def named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def named_parts(model: PreTrainedModel) -> Iterator[None]:
-    """While open, a model's operators are recorded under the innermost part around them."""
+    """Record a model's operators under the innermost part that contains them."""
     parts: dict[torch.nn.Module, str] = {model: HEAD, model.model: REST, **dict.fromkeys(decoder_layers(model), REST)}
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, torch.nn.Linear):
             parts[module] = HEAD if name == "lm_head" else LINEAR
-        elif kind.endswith(("Norm", "RotaryEmbedding", "Attention")):  # in Attention the rotary embedding is applied
+        elif kind.endswith(("Norm", "RotaryEmbedding", "Attention")):  # Attention applies the rotary embedding
             parts[module] = NORMS
         elif kind.endswith("MLP"):
             parts[module] = ACTIVATION
@@ -68,15 +68,15 @@ def named_parts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def enclosing_part(event: Any) -> str | None:
-    """The innermost part around an operator."""
+    """Return the innermost part that contains an operator."""
     while event is not None and event.name not in PARTS:
         event = event.cpu_parent
     return event and event.name
 
 
 def by_operator(events: list[Any]) -> Counter[tuple[str, str]]:
-    """Self CPU seconds of each part's operators."""
-    # A node of the backward pass has the number of the operator that made it: the last to start with that number.
+    """Sum the self CPU seconds of operators by (part, operator)."""
+    # A backward node has the sequence number of its forward operator: the last one that starts with that number.
     forward_parts = {event.sequence_nr: part for event in events if (part := enclosing_part(event))}
     seconds: Counter[tuple[str, str]] = Counter()
     for event in events:
@@ -91,7 +91,7 @@ def by_operator(events: list[Any]) -> Counter[tuple[str, str]]:
 
 
 def measure(kind: str, shape: str, lengths: list[int], checkpointing: float) -> Counter[tuple[str, str]]:
-    """Self CPU seconds of one step of a kind, "plain" or "packed", by part and operator."""
+    """Profile one "plain" or "packed" step; return self CPU seconds by (part, operator)."""
     model = new_model(shape)
     step = new_stepper(kind, model, activation_checkpointing=checkpointing)
     lists = new_lists(lengths, shape)
@@ -105,7 +105,7 @@ def measure(kind: str, shape: str, lengths: list[int], checkpointing: float) -> 
 
 
 def main() -> None:
-    """Print the seconds by part, then the operators that take the most."""
+    """Print the seconds by part, then the slowest operators."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--lists", type=int, default=1)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print_head(options.threads)
+    print_machine(options.threads)
     lengths = typical_lengths(options.lists)
     print(
         f"{options.shape}, {len(lengths)} lists, {sum(lengths):,} tokens ({useful_share(lengths):.0%} of padded), "
@@ -126,18 +126,18 @@ def main() -> None:
     def cells(kind: str, seconds: float) -> list[str]:
         return [f"{seconds:.2f}", f"{seconds / totals[kind]:.0%}"]
 
-    print_columns(["part, self CPU seconds", *(name for kind in STEPS for name in (kind, "share"))])
+    print_header(["part, self CPU seconds", *(name for kind in STEPS for name in (kind, "share"))])
     for part in PARTS:
         seconds = {kind: sum(s for (p, _), s in found[kind].items() if p == part) for kind in STEPS}
         print_row([part, *(cell for kind in STEPS for cell in cells(kind, seconds[kind]))])
-    print_row(["all", *(cell for kind in STEPS for cell in cells(kind, totals[kind]))])
+    print_row(["total", *(cell for kind in STEPS for cell in cells(kind, totals[kind]))])
     for kind in STEPS:
         print(f"\nOperators of the {kind} step:\n")
-        print_columns(["operator", "part", "self CPU seconds", "share"], num_text=2)
+        print_header(["operator", "part", "self CPU seconds", "share"], num_text=2)
         for (part, operator), seconds in found[kind].most_common(options.top):
             print_row([f"`{operator}`", part, *cells(kind, seconds)])
 
 
 if __name__ == "__main__":
-    on_one_heap()
+    restart_with_one_heap()
     main()

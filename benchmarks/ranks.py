@@ -1,11 +1,12 @@
-"""What does a second rank give, with DDP and with FSDP2?
+"""How much does a second rank speed up training, with DDP and with FSDP2?
 
     python benchmarks/ranks.py [--shape SHAPE] [--lists 4] [--steps 2]
 
-Useful tokens a second of the packed step in Composer's Trainer on gloo: the same global batch dealt to one rank or two,
-a microbatch a list, every layer recomputed. A second rank takes the second core, so the fair comparison is one rank of
-two threads. Each line is a run of its own under the `composer` launcher: a step that does not count, then those whose
-median does, from the end of a step to the end of the next (batch, forward, backward, collectives, optimizer).
+Measures useful tokens per second of the packed step in Composer's Trainer with gloo. The same global batch is split over
+one or two ranks, with one list per microbatch and every layer recomputed. A second rank uses the second core, so the
+fair comparison is with one rank of two threads. Each row is a separate run under the `composer` launcher. The first step
+is not counted; the value is the median of the others, from the end of one step to the end of the next (batch, forward,
+backward, collectives, optimizer).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import on_one_heap, print_columns, print_head, print_row
+from report import print_header, print_machine, print_row, restart_with_one_heap
 from workload import SHAPES, new_lists, new_model, typical_lengths
 
-# name: ranks, threads a rank, sharded
+# name: number of ranks, threads per rank, whether the model is sharded
 RUNS = {
     "1 rank, 1 thread": (1, 1, False),
     "1 rank, 2 threads": (1, 2, False),
@@ -34,7 +35,7 @@ RUNS = {
 
 
 def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded: bool) -> list[float]:
-    """Seconds of each step but the first, on this rank. A collective."""
+    """Train on this rank; return the seconds of each step except the first. A collective."""
     import torch
     from composer import Callback, DataSpec, Trainer
     from composer.utils import dist
@@ -58,7 +59,7 @@ def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded:
             return num_steps + 1
 
     class Clock(Callback):
-        """When each step ended."""
+        """Records the end time of each step."""
 
         def __init__(self) -> None:
             self.ends: list[float] = []
@@ -98,15 +99,16 @@ def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded:
 
 
 def launch(name: str, shape: str, lengths: list[int], num_steps: int) -> float:
-    """Median seconds of a step of a run of `RUNS`, under the launcher."""
+    """Start a run of `RUNS` under the launcher; return the median seconds per step."""
     num_ranks, threads, _ = RUNS[name]
     launcher = Path(sys.executable).with_name("composer")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "seconds.json"
-        order = json.dumps([name, shape, lengths, num_steps, str(result)])
+        arguments = json.dumps([name, shape, lengths, num_steps, str(result)])
         subprocess.run(
-            [sys.executable, launcher, "-n", str(num_ranks), __file__, order],
+            [sys.executable, launcher, "-n", str(num_ranks), __file__, arguments],
             check=True,
+            stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
         return statistics.median(json.loads(result.read_text()))
@@ -119,10 +121,10 @@ def main() -> None:
     parser.add_argument("--lists", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
     options = parser.parse_args()
-    print_head("1 or 2")
+    print_machine("1 or 2")
     lengths = typical_lengths(options.lists)
-    print(f"{options.shape}, {len(lengths)} lists a global batch, {sum(lengths):,} tokens\n")
-    print_columns(["run", "seconds a step", "tokens/s", "to 1 rank, 1 thread", "to 1 rank, 2 threads"])
+    print(f"{options.shape}, {len(lengths)} lists per global batch, {sum(lengths):,} tokens\n")
+    print_header(["run", "seconds per step", "tokens/s", "vs 1 rank, 1 thread", "vs 1 rank, 2 threads"])
     seconds: dict[str, float] = {}
     for name in RUNS:
         seconds[name] = launch(name, options.shape, lengths, options.steps)
@@ -133,11 +135,11 @@ def main() -> None:
         print_row([name, f"{seconds[name]:.2f}", f"{sum(lengths) / seconds[name]:,.0f}", *ratios])
 
 
-def worker(order: str) -> None:
-    """One rank of a run."""
+def worker(arguments: str) -> None:
+    """Train on one rank; rank 0 writes the seconds."""
     from composer.utils import dist
 
-    name, shape, lengths, num_steps, result = json.loads(order)
+    name, shape, lengths, num_steps, result = json.loads(arguments)
     _, threads, sharded = RUNS[name]
     seconds = train(shape, lengths, num_steps, threads, sharded)
     if dist.get_global_rank() == 0:
@@ -148,5 +150,5 @@ if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].startswith("["):
         worker(sys.argv[1])
     else:
-        on_one_heap()
+        restart_with_one_heap()
         main()

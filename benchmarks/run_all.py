@@ -1,11 +1,11 @@
-"""Run every benchmark and write RESULTS.md beside this file: `make bench`.
+"""Run every benchmark and write RESULTS.md in this folder: `make bench`.
 
     python benchmarks/run_all.py [--only packed_step,ranks] [--threads N] [--output FILE]
 
-One after the other, each in a process of its own, on a machine that should have nothing else to do: the load average
-ahead of each is written down with it. RESULTS.md is written anew after every benchmark; with --only, the sections of
-the others stay; with --threads 1 CPU time counts, for a machine that has something else to do. A benchmark that fails
-or takes longer than its limit is written down as such, and the exit code is 1.
+Benchmarks run one after the other, each in a separate process. The machine should be otherwise idle; the load average
+before each is recorded with it. RESULTS.md is updated after every benchmark; with --only, the sections of the others are
+kept. With --threads 1, CPU time is measured instead of elapsed time, for a machine that is not idle. If a benchmark fails
+or exceeds its time limit, its section says so, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ BENCHMARKS: dict[str, list[str]] = {
     "shard_build": ["--processes", "1"],
 }
 LIMIT_SECONDS = 3600
-HEAD = """# Measured
+HEAD = """# Benchmark results
 
 Written by `make bench`: one section per benchmark in this folder. The docstring of each file describes the measurement.
-The figures of a table come from one run on one machine; across machines, compare ratios, not figures.
+Each table is from one run on one machine; across machines, compare ratios, not absolute values.
 """
 
 
 def question(name: str) -> str:
-    """The first line of a benchmark's docstring."""
+    """Return the first line of a benchmark's docstring."""
     text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
     assert text is not None
     return text.splitlines()[0]
@@ -55,7 +55,7 @@ def question(name: str) -> str:
 def run(name: str, arguments: list[str]) -> tuple[str, bool]:
     """Run a benchmark and print its output; return its section of the results and whether it succeeded."""
     heading = f"<!-- {name} -->\n## {question(name)}\n\n    python benchmarks/{' '.join([f'{name}.py', *arguments])}\n"
-    here, started = machine(), time.monotonic()
+    description, started = machine(), time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", FOLDER / f"{name}.py", *arguments],
         stdout=subprocess.PIPE,
@@ -78,15 +78,15 @@ def run(name: str, arguments: list[str]) -> tuple[str, bool]:
     output = "".join(lines).strip()
     if "|---" not in output:
         output = f"```\n{output}\n```"
-    if here.split(";")[0] not in output:
-        output = f"{here}\n\n{output}"
+    if description.split(";")[0] not in output:
+        output = f"{description}\n\n{output}"
     if code:
         output += f"\n\n**Failed** with exit code {code} after {time.monotonic() - started:.0f} s."
     return f"{heading}\n{output}\n", code == 0
 
 
 def sections(path: Path) -> dict[str, str]:
-    """The sections of an earlier results file, by benchmark."""
+    """Read the sections of an existing results file, by benchmark."""
     if not path.exists():
         return {}
     parts = re.split(r"^(?=<!-- (\w+) -->$)", path.read_text(), flags=re.MULTILINE)[1:]
@@ -94,26 +94,28 @@ def sections(path: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    """Write the results; 1 if a benchmark failed."""
+    """Write the results; return 1 if a benchmark failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(BENCHMARKS))
-    parser.add_argument("--threads", help="of the benchmarks that take it; default: all cores")
+    parser.add_argument("--threads", help="number of threads, for benchmarks with this option; default: all cores")
     parser.add_argument("--output", type=Path, default=FOLDER / "RESULTS.md")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(BENCHMARKS):
-        parser.error(f"--only: {', '.join(sorted(unknown))} is no benchmark; there are {', '.join(BENCHMARKS)}")
+        parser.error(
+            f"--only: unknown benchmark {', '.join(sorted(unknown))}; expected some of {', '.join(BENCHMARKS)}"
+        )
     failed = []
     for name in chosen:
         print(f"\n=== {name}", flush=True)
-        takes_threads = '"--threads"' in (FOLDER / f"{name}.py").read_text()
-        threads = ["--threads", options.threads] if options.threads and takes_threads else []
+        has_threads = '"--threads"' in (FOLDER / f"{name}.py").read_text()
+        threads = ["--threads", options.threads] if options.threads and has_threads else []
         section, succeeded = run(name, [*BENCHMARKS[name], *threads])
-        found = {**sections(options.output), name: section}
+        results = {**sections(options.output), name: section}
         if not succeeded:
             failed.append(name)
-        written = [found[each] for each in BENCHMARKS if each in found]
+        written = [results[benchmark] for benchmark in BENCHMARKS if benchmark in results]
         options.output.write_text("\n".join([HEAD, *written]))
     print(f"\n{options.output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))

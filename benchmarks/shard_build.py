@@ -1,4 +1,4 @@
-"""How fast are shards built, and how much memory does it take, as the number of records grows?
+"""How do the speed and memory of a shard build change with the number of records?
 
     python benchmarks/shard_build.py [--records 10000,100000,1000000] [--processes 1,2] [--folder DIR]
 
@@ -40,7 +40,7 @@ def write_source(path: Path, num_records: int) -> None:
         passages = [" ".join(words[place : place + 30 + place % 51]) for place in places]
         order = sorted(range(NUM_PASSAGES), key=places.__getitem__)
         turns = (SYSTEM_MESSAGE, render_user_turn(passages[0][:40], passages), format_permutation(order))
-        conversation = [{"from": who, "value": text} for who, text in zip(("system", "human", "gpt"), turns)]
+        conversation = [{"from": role, "value": text} for role, text in zip(("system", "human", "gpt"), turns)]
         bodies.append(json.dumps(conversation))
     with path.open("w") as file:
         for i in range(num_records):

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from gguf_model import unpack_gguf_model
 from known_item import KnownItems, build_known_items
-from report import NUM_CORES, on_one_heap, print_columns, print_head, print_row
+from report import NUM_CORES, print_header, print_machine, print_row, restart_with_one_heap
 from word_lists import Index, WordList, assembled_lists, judged_lists, lists_from_texts, skip_empty
 
 from rankllm_composer.data.packing import TokenizedList, split_batch
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options, overrides = parser.parse_known_args()
     recipe = load_recipe(RECIPE, overrides)
-    print_head(options.threads, str(recipe.parallelism.precision))
+    print_machine(options.threads, str(recipe.parallelism.precision))
     torch.set_num_threads(options.threads)
     files, model = options.folder / "collection", Path(recipe.model.name_or_path)
     if not (model / "config.json").exists():
@@ -362,7 +362,7 @@ def main() -> None:
     start = f"model.name_or_path={begin}"
     models["trained"], minutes = train_once([*overrides, start], options.threads)
     print(f"\ntrained for {minutes:.0f} minutes\n")
-    print_columns(["queries", "model", f"first stage {MEASURE}", f"reranked {MEASURE}", "won", "lost", "p"], num_text=2)
+    print_header(["queries", "model", f"first stage {MEASURE}", f"reranked {MEASURE}", "won", "lost", "p"], num_text=2)
     for what, name in parts.items():
         for label, exported in models.items():
             output = files / f"{name}_{label.replace(' ', '_')}.trec"
@@ -371,5 +371,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    on_one_heap()
+    restart_with_one_heap()
     main()

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from report import NUM_CORES, print_columns, print_head, print_row
+from report import NUM_CORES, print_header, print_machine, print_row
 
 from rankllm_composer.demo import Collection, CollectionOptions, build_collection, build_model_folder
 from rankllm_composer.recipe.load import load_recipe
@@ -132,10 +132,10 @@ def compare(
     parser.add_argument("--smollm2", type=Path, help="folder that smollm2.py wrote: its model and lists instead")
     options, further = parser.parse_known_args()
     recipe = "demo" if options.smollm2 is None else "smollm2_cpu"
-    print_head(options.threads, str(load_recipe(recipe_path(recipe)).parallelism.precision))
+    print_machine(options.threads, str(load_recipe(recipe_path(recipe)).parallelism.precision))
     print(f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, held-out windows of 4 candidates\n")
     columns = ("presented/ndcg@10", *figures)
-    print_columns([what, *columns])
+    print_header([what, *columns])
     for name in options.runs.split(";"):
         found: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as scratch:
