@@ -23,12 +23,12 @@ from rankllm_composer.sources.retrieval_files import load_judgments, load_run
 SHUFFLED = "data.train.shuffle_passages=true"
 NUMBERS = ["data.train.identifiers=numbers", "data.eval.identifiers=numbers"]
 RUNS = {
-    "as the shards hold them": [],
+    "as in the shards": [],
     "passages shuffled": [SHUFFLED],
     "letters to numbers": NUMBERS,
     "passages shuffled, letters to numbers": [SHUFFLED, *NUMBERS],
 }
-FIGURES = (
+METRICS = (
     "first_token/ndcg@10",
     "first_token/shuffled/ndcg@10",
     "first_token/shuffled/ndcg@10_deviation",
@@ -36,31 +36,31 @@ FIGURES = (
     "first_token/reversed/tau",
     "generation/ndcg@10",
 )
-SWAP = 0.3
+SWAP_PROBABILITY = 0.3
 
 
-def order_well(run: Path, judgments: Path, seed: int) -> None:
+def sort_by_grade(run: Path, judgments: Path, seed: int) -> None:
     """Rewrite a first-stage run in the order of the grades, with random swaps of neighbors."""
-    source, grades = random.Random(seed), load_judgments(judgments)
+    rng, grades = random.Random(seed), load_judgments(judgments)
     lines = []
     for qid, docids in load_run(run).items():
         ordered = sorted(docids, key=lambda docid: -grades[qid][docid])
-        for place in range(len(ordered) - 1):
-            if source.random() < SWAP:
-                ordered[place : place + 2] = reversed(ordered[place : place + 2])
+        for i in range(len(ordered) - 1):
+            if rng.random() < SWAP_PROBABILITY:
+                ordered[i : i + 2] = reversed(ordered[i : i + 2])
         lines += [f"{qid} Q0 {docid} {i + 1} {len(ordered) - i} ordered" for i, docid in enumerate(ordered)]
     run.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
     """Print the table."""
-    ways = {name: [*keys, "evaluation.num_shuffles=4"] for name, keys in RUNS.items()}
+    variants = {name: [*keys, "evaluation.num_shuffles=4"] for name, keys in RUNS.items()}
     compare(
         __doc__,
         "training lists",
-        ways,
-        FIGURES,
-        lambda files: order_well(files.train_run, files.judgments, seed=42),
+        variants,
+        METRICS,
+        lambda files: sort_by_grade(files.train_run, files.judgments, seed=42),
         with_numbers=True,
     )
 

@@ -71,9 +71,8 @@ def main() -> None:
             ]
         )
     ratio = rates[True] / rates[False]
-    print(
-        f"\nCompiled layers are {ratio:.2f}× as fast: compiling {'pays' if ratio > 1.02 else 'does not pay'} off here."
-    )
+    verdict = "pays off" if ratio > 1.02 else "does not pay off"
+    print(f"\nCompiled layers are {ratio:.2f}× as fast: compiling {verdict} here.")
 
 
 if __name__ == "__main__":

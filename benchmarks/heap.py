@@ -2,9 +2,9 @@
 
     python benchmarks/heap.py [--shape SHAPE] [--lists 1] [--repeats 2] [--threads N]
 
-Runs one packed step (forward, backward, optimizer; every layer recomputed) with glibc's default settings, and with those
-of `make demo` and the other benchmarks (`report.ONE_HEAP`): a single heap of large pages that keeps freed memory for
-reuse. Each value is from the second step of a separate process. The two settings alternate; values are medians.
+Runs one packed step (forward, backward, optimizer; every layer recomputed) with glibc's default settings, and with
+those of `make demo` and the other benchmarks (`report.ONE_HEAP`): a single heap of large pages that keeps freed memory
+for reuse. Each value is from the second step of a separate process. The two settings alternate; values are medians.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/kill_soak.py --kills 24 --seed 1
 
 Each kill sends SIGKILL to one rank, all ranks or the launcher, or SIGTERM to all ranks: after a random batch, while a
-checkpoint is being written, or at a random second of the startup. Runs use FSDP2, FSDP2 with copies of the checkpoints
+checkpoint is being written, or at a random second after the start. Runs use FSDP2, FSDP2 with copies of the checkpoints
 in a local object store, or DDP with LoRA and dropout, on two ranks. Every other kill of a run with copies also deletes
 its folder. A finished run must equal its reference bit for bit: metrics.jsonl without times (as far as it was not
 deleted), weights, optimizer, schedule and random numbers. The exit code is 1 if one differs.
@@ -39,10 +39,10 @@ STORE = "FSDP2, object store"
 LAST_BATCH = 12
 
 
-def wait_for_moment(run: Run, moment: str, chance: random.Random) -> bool:
-    """Wait for a random moment of a kind; False if the run ended before."""
-    batch = min(run.batches() + chance.randint(1, 4), LAST_BATCH - 1)
-    deadline = time.monotonic() + chance.uniform(0, 12)
+def wait_for_moment(run: Run, moment: str, rng: random.Random) -> bool:
+    """Wait for a random moment of the given kind; return False if the run ended first."""
+    batch = min(run.batches() + rng.randint(1, 4), LAST_BATCH - 1)
+    deadline = time.monotonic() + rng.uniform(0, 12)
     while run.process.poll() is None:
         if moment == "batch" and run.batches() >= batch:
             return True
@@ -54,8 +54,8 @@ def wait_for_moment(run: Run, moment: str, chance: random.Random) -> bool:
     return False
 
 
-def strike(run: Run, victim: str, chance: random.Random) -> None:
-    """Kill a part of a run, if it is still alive."""
+def interrupt(run: Run, victim: str, rng: random.Random) -> None:
+    """Send a signal to part of a run, if it is still alive."""
     import psutil
 
     try:
@@ -63,61 +63,61 @@ def strike(run: Run, victim: str, chance: random.Random) -> None:
         if victim == "launcher":
             run.process.kill()
         elif victim == "one rank":
-            kill([chance.choice(ranks)] if ranks else [])
+            kill([rng.choice(ranks)] if ranks else [])
         else:
-            kill(ranks, signal.SIGTERM if victim == "asked" else signal.SIGKILL)
+            kill(ranks, signal.SIGTERM if victim == "all ranks (SIGTERM)" else signal.SIGKILL)
     except psutil.NoSuchProcess:
         pass
 
 
 def differing_parts(folder: Path, reference: Path) -> list[str]:
     """Return what differs between two finished runs."""
-    ours, theirs = comparable_metrics(folder), comparable_metrics(reference)
-    found = [] if ours == theirs[len(theirs) - len(ours) :] else ["metrics.jsonl"]
-    ends = [complete_checkpoints(place / "run" / "checkpoints")[-1][0] for place in (folder, reference)]
-    return found + differences(*(checkpoint_content(end) for end in ends))
+    lines, expected = comparable_metrics(folder), comparable_metrics(reference)
+    different = [] if lines == expected[len(expected) - len(lines) :] else ["metrics.jsonl"]
+    ends = [complete_checkpoints(parent / "run" / "checkpoints")[-1][0] for parent in (folder, reference)]
+    return different + differences(*(checkpoint_content(end) for end in ends))
 
 
 def soak(folder: Path, num_kills: int, seed: int) -> int:
-    """Return the number of finished runs that differ from their reference."""
-    chance = random.Random(seed)
+    """Kill and resume runs; return the number of finished runs that differ from their reference."""
+    rng = random.Random(seed)
     material = folder / "material"
     material.mkdir()
-    overlay = small_run(material, real_tokenizers.tokenizer_folder("mistral_v3", folder))
+    overrides = small_run(material, real_tokenizers.tokenizer_folder("mistral_v3", folder))
     references = {}
-    for layout, more in LAYOUTS.items():
-        run = Run(RECIPE, [*overlay, *more], folder / f"reference {layout}")
+    for layout, extra in LAYOUTS.items():
+        run = Run(RECIPE, [*overrides, *extra], folder / f"reference {layout}")
         assert run.finish() == 0, run.output()
         references[layout] = run.folder
-    struck: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     finished = num_bad = 0
-    while sum(struck.values()) < num_kills:
-        layout = chance.choice([*LAYOUTS, STORE])
-        place, deaths = folder / f"run-{finished}", []
-        more = LAYOUTS.get(layout) or ([f"checkpoint.folder=s3://soak/{place.name}"] if layout == STORE else [])
+    while sum(counts.values()) < num_kills:
+        layout = rng.choice([*LAYOUTS, STORE])
+        run_folder, kills = folder / f"run-{finished}", []
+        extra = LAYOUTS.get(layout) or ([f"checkpoint.folder=s3://soak/{run_folder.name}"] if layout == STORE else [])
         while True:
-            run = Run(RECIPE, [*overlay, *more], place)
-            victim = chance.choice(["one rank", "all ranks", "launcher", "asked"])
-            moment = chance.choice(["batch", "batch", "checkpoint", "second"])
-            if len(deaths) < 4 and wait_for_moment(run, moment, chance):
+            run = Run(RECIPE, [*overrides, *extra], run_folder)
+            victim = rng.choice(["one rank", "all ranks", "launcher", "all ranks (SIGTERM)"])
+            moment = rng.choice(["batch", "batch", "checkpoint", "second"])
+            if len(kills) < 4 and wait_for_moment(run, moment, rng):
                 at = run.batches()
-                strike(run, victim, chance)
+                interrupt(run, victim, rng)
                 run.finish()
-                deaths.append(f"{victim} at {moment} {at}")
-                struck[f"{victim}, {moment}"] += 1
-                if layout == STORE and chance.random() < 0.5:
-                    shutil.rmtree(place / "run", ignore_errors=True)
-                    deaths[-1] += ", its folder deleted"
+                kills.append(f"{victim} at {moment} {at}")
+                counts[f"{victim}, {moment}"] += 1
+                if layout == STORE and rng.random() < 0.5:
+                    shutil.rmtree(run_folder / "run", ignore_errors=True)
+                    kills[-1] += ", folder deleted"
                 continue
             code = run.finish()
             if code != 0:
                 print(run.output())
                 raise SystemExit(f"an uninterrupted run ended with {code}")
             break
-        different = differing_parts(place, references["FSDP2" if layout == STORE else layout])
+        different = differing_parts(run_folder, references["FSDP2" if layout == STORE else layout])
         finished, num_bad = finished + 1, num_bad + bool(different)
-        print(f"{layout}: {'; '.join(deaths) or 'not killed'}: {different or 'equal'}", flush=True)
-    print(f"{sum(struck.values())} kills in {finished} runs, {num_bad} runs differ: {dict(sorted(struck.items()))}")
+        print(f"{layout}: {'; '.join(kills) or 'not killed'}: {different or 'equal'}", flush=True)
+    print(f"{sum(counts.values())} kills in {finished} runs, {num_bad} runs differ: {dict(sorted(counts.items()))}")
     return num_bad
 
 

@@ -2,15 +2,15 @@
 
     python benchmarks/machine_limit.py [--cases SHAPE:LISTS:CHECKPOINTING,…] [--repeats 3] [--threads N]
 
-The limit is the speed of the fastest matrix product on the same cores: a square one of size 2,048, or one of the model's
-own, (tokens × in) · (in × out) of each linear layer and of the LM head, forward and both gradients. Outputs are
-preallocated; each product takes the best of several runs. The limit is measured again before each step. A step's share is
-FLOPs / seconds / that limit; values are medians over the repeats.
+The limit is the speed of the fastest matrix product on the same cores: a square one of size 2,048, or one of the
+model's own, (tokens × in) · (in × out) of each linear layer and of the LM head, forward and both gradients. Outputs are
+preallocated; each product takes the best of several runs. The limit is measured again before each step. A step's share
+is FLOPs / seconds / that limit; values are medians over the repeats.
 
-Useful FLOPs are those of `rankllm_composer.model.flops`: matrix products of real tokens (forward, and twice that for the
-backward pass) and the causal half of attention. Recomputed activations are not useful work; the last column adds them,
-for the cases that recompute. Everything else in a step (norms, rotary embedding, softmax, optimizer) takes time but
-counts as zero FLOPs.
+Useful FLOPs are those of `rankllm_composer.model.flops`: matrix products of real tokens (forward, and twice that for
+the backward pass) and the causal half of attention. Recomputed activations are not useful work; the last column adds
+them, for the cases that recompute. Everything else in a step (norms, rotary embedding, softmax, optimizer) takes time
+but counts as zero FLOPs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SQUARE = 2048
 
 
 def products(shape: str, num_tokens: int, num_logits: int) -> dict[str, tuple[int, int, int]]:
-    """Return (m, k, n) by name: a square product, and forward, input gradient and weight gradient of each layer type."""
+    """Return (m, k, n) of a square product, and of each linear layer: forward, input gradient, weight gradient."""
     sizes = SHAPES[shape][1]
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     head_dim = hidden // sizes["num_attention_heads"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 from report import restart_with_one_heap
 from trained import compare
 
-# name: objective, ranking loss, its weight, its options
+# name: objective, ranking loss, weight of the loss, options of the loss
 RUNS = {
     "generation": ("generation", "ranknet", 1.0, ""),
     "ranking, weighted RankNet": ("ranking", "ranknet", 1.0, "weighted: true"),
@@ -28,11 +28,11 @@ RUNS = {
     "combined, ListMLE": ("combined", "listmle", 0.1, ""),
     "combined, ADR-MSE": ("combined", "adr_mse", 0.1, ""),
 }
-FIGURES = ("first_token/ndcg@10", "first_token/tau", "generation/ndcg@10", "generation/malformed", "agreement/tau")
+METRICS = ("first_token/ndcg@10", "first_token/tau", "generation/ndcg@10", "generation/malformed", "agreement/tau")
 
 
 def overrides(objective: str, loss: str, weight: float, options: str) -> list[str]:
-    """Overrides of the demo's recipe for a run."""
+    """Return the recipe overrides of a run."""
     return [
         f"objective.name={objective}",
         f"objective.ranking_loss={loss}",
@@ -43,7 +43,7 @@ def overrides(objective: str, loss: str, weight: float, options: str) -> list[st
 
 def main() -> None:
     """Print the table."""
-    compare(__doc__, "objective and loss", {name: overrides(*way) for name, way in RUNS.items()}, FIGURES)
+    compare(__doc__, "objective and loss", {name: overrides(*settings) for name, settings in RUNS.items()}, METRICS)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ Both steps (`steps.py`) train the same lists (`workload.py`) with the same weigh
 optimizer step of one microbatch. The plain loop pads to the longest list and computes logits at every position, as the
 published training does; its attention is transformers' default on this machine. CHECKPOINTING is the share of layers
 whose activations are recomputed (1 in the published runs); two numbers such as 1/0.5 set the plain loop and the packed
-step separately. The column "by FLOPs" is the speedup expected from arithmetic alone: matrix products and the causal half
-of attention that each step computes, including recomputed layers. With 30 layers the LM head is a small part of the
-cost, with four a large one, so the same saving gives a small speedup in one case and a large one in the other.
+step separately. The column "by FLOPs" is the speedup expected from arithmetic alone: matrix products and the causal
+half of attention that each step computes, including recomputed layers. With 30 layers the LM head is a small part of
+the cost, with four a large one, so the same saving gives a small speedup in one case and a large one in the other.
 
 Each value is from a separate process that runs the step twice and reports the second: the first uses memory that the
 system must clear, which later steps of a training run do not. Plain and packed alternate; values are medians over the
-repeats. The benchmark stops if the two losses differ by more than 1 in 10,000. Useful tokens are real ones, whatever was
-computed. Peak memory is the peak resident memory of the process (`ru_maxrss`), including libraries, weights, gradients
-and Adam's two moments, which are the same for both; column "before" is the peak before the step. So that resident memory
-equals memory in use, freed memory is kept for reuse in both (`report.ONE_HEAP`).
+repeats. The benchmark stops if the two losses differ by more than 1 in 10,000. Useful tokens are real ones, whatever
+was computed. Peak memory is the peak resident memory of the process (`ru_maxrss`), including libraries, weights,
+gradients and Adam's two moments, which are the same for both; column "before" is the peak before the step. So that
+resident memory equals memory in use, freed memory is kept for reuse in both (`report.ONE_HEAP`).
 """
 
 from __future__ import annotations

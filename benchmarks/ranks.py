@@ -2,11 +2,11 @@
 
     python benchmarks/ranks.py [--shape SHAPE] [--lists 4] [--steps 2]
 
-Measures useful tokens per second of the packed step in Composer's Trainer with gloo. The same global batch is split over
-one or two ranks, with one list per microbatch and every layer recomputed. A second rank uses the second core, so the
-fair comparison is with one rank of two threads. Each row is a separate run under the `composer` launcher. The first step
-is not counted; the value is the median of the others, from the end of one step to the end of the next (batch, forward,
-backward, collectives, optimizer).
+Measures useful tokens per second of the packed step in Composer's Trainer with gloo. The same global batch is split
+over one or two ranks, with one list per microbatch and every layer recomputed. A second rank uses the second core, so
+the fair comparison is with one rank of two threads. Each row is a separate run under the `composer` launcher. The first
+step is not counted; the value is the median of the others, from the end of one step to the end of the next (batch,
+forward, backward, collectives, optimizer).
 """
 
 from __future__ import annotations

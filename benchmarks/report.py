@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 NUM_CORES = len(os.sched_getaffinity(0))
-# How glibc handles freed memory affects the time of a CPU step and, even more, its resident memory. By default it returns
-# large blocks to the system immediately, which clears them page by page on the next allocation, and it keeps one heap
-# per thread. `heap.py` measures the difference.
+# How glibc handles freed memory affects the time of a CPU step and, even more, its resident memory. By default it
+# returns large blocks to the system immediately, which clears them page by page on the next allocation, and it keeps
+# one heap per thread. `heap.py` measures the difference.
 ONE_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "20000000000",

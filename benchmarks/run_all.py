@@ -3,9 +3,9 @@
     python benchmarks/run_all.py [--only packed_step,ranks] [--threads N] [--output FILE]
 
 Benchmarks run one after the other, each in a separate process. The machine should be otherwise idle; the load average
-before each is recorded with it. RESULTS.md is updated after every benchmark; with --only, the sections of the others are
-kept. With --threads 1, CPU time is measured instead of elapsed time, for a machine that is not idle. If a benchmark fails
-or exceeds its time limit, its section says so, and the exit code is 1.
+before each is recorded with it. RESULTS.md is updated after every benchmark; with --only, the sections of the others
+are kept. With --threads 1, CPU time is measured instead of elapsed time, for a machine that is not idle. If a benchmark
+fails or exceeds its time limit, its section says so, and the exit code is 1.
 """
 
 from __future__ import annotations

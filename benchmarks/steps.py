@@ -1,8 +1,8 @@
-"""The two training steps that are compared: ours, and a plain Hugging Face loop that works as the published one does.
+"""The two training steps that are compared: the packed step, and a plain Hugging Face loop like the published one.
 
-Both train the combined objective of FirstMistral, LM + 10 × weighted RankNet, on the same lists with the same fused
-AdamW. Its learning rate is 0: the arithmetic is that of any other, and the weights stay, so that losses can be compared
-after any number of steps.
+Both train FirstMistral's combined objective, LM + 10 × weighted RankNet, on the same lists with the same fused AdamW.
+The learning rate is 0: the arithmetic is the same as for any other rate, but the weights do not change, so losses can
+be compared after any number of steps.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ STEPS = ("plain", "packed")
 
 
 def plain_loss(model: PreTrainedModel, lists: list[TokenizedList]) -> torch.Tensor:
-    """Right-padded to the longest list, logits at every place, then list by list and pair by pair, as published.
+    """Compute the loss as the published code does: padded lists, logits at every position, loops over lists and pairs.
 
-    The LM part takes the log-softmax of all logits but the last place's, and its sum over the vocabulary besides, for a
-    label smoothing of 0 that counts all the same; scores are read from the full logits at each list's score position.
-    Attention is transformers' default where flash-attn is absent, SDPA, and causal as flash-attn's in the published
-    runs: no real token sees the padding after it. A padding mask of ones says so; with a true one, or none at all,
-    transformers 4.53 would make an (L, L) mask, and SDPA would compute both halves of it.
+    Lists are padded on the right to the longest. The LM part computes the log-softmax of all logits except those of the
+    last position, and its sum over the vocabulary for label smoothing, even though the smoothing is 0. Scores are read
+    from the full logits at each list's score position. Attention is SDPA, transformers' default without flash-attn, and
+    causal, like flash-attn in the published runs: no real token attends to the padding after it. The attention mask is
+    all ones, because with a real padding mask, or none, transformers 4.53 would build an (L, L) mask, and SDPA would
+    compute both halves of it.
     """
     longest = max(len(item.encoded.input_ids) for item in lists)
     input_ids = torch.zeros(len(lists), longest, dtype=torch.int64)  # (B, L)
@@ -43,11 +44,11 @@ def plain_loss(model: PreTrainedModel, lists: list[TokenizedList]) -> torch.Tens
         labels[row, item.encoded.response_start : len(ids)] = ids[item.encoded.response_start :]
     logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits  # (B, L, V)
     shifted, targets = logits[:, :-1].contiguous(), labels[:, 1:]
-    surprise = -F.log_softmax(shifted, dim=-1)
+    nll = -F.log_softmax(shifted, dim=-1)
     is_target = targets != -100
-    per_token = surprise.gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(is_target, 0.0)
-    smoothing = surprise.sum(-1, dtype=torch.float32).where(is_target, 0.0).sum()
-    language_modelling = per_token.sum() / is_target.sum() + SMOOTHING * smoothing
+    per_token = nll.gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(is_target, 0.0)
+    smoothing = nll.sum(-1, dtype=torch.float32).where(is_target, 0.0).sum()
+    language_modeling = per_token.sum() / is_target.sum() + SMOOTHING * smoothing
     list_losses = []
     for row, item in enumerate(lists):
         token_ids = torch.from_numpy(item.encoded.identifier_token_ids).long()
@@ -59,27 +60,27 @@ def plain_loss(model: PreTrainedModel, lists: list[TokenizedList]) -> torch.Tens
             if ranks[better] < ranks[worse]
         ]
         list_losses.append(torch.stack(pair_losses).mean())
-    return language_modelling + RANKING_WEIGHT * torch.stack(list_losses).mean()
+    return language_modeling + RANKING_WEIGHT * torch.stack(list_losses).mean()
 
 
 def packed_loss(reranker: ListwiseReranker, lists: list[TokenizedList]) -> torch.Tensor:
-    """All lists as one packed microbatch of ours."""
+    """Compute the loss of all lists as one packed microbatch."""
     (batch,) = split_batch({"sequences": lists}, max_lists=len(lists))
     return reranker.loss(reranker(batch), batch)["total"]
 
 
 @dataclass
 class Stepper:
-    """A model, its optimizer and the loss that one of the two steps computes."""
+    """A model, its optimizer, and the loss function of one of the two steps."""
 
     model: torch.nn.Module
     loss: Callable[[torch.nn.Module, list[TokenizedList]], torch.Tensor]
     optimizer: torch.optim.Optimizer
 
     def __call__(self, lists: list[TokenizedList]) -> tuple[float, float]:
-        """One optimizer step. Returns seconds and the loss.
+        """Run one optimizer step; return its seconds and the loss.
 
-        Seconds are of CPU time where there is one thread: others on the machine then change them little.
+        With one thread, CPU time is measured, which depends little on other processes of the machine.
         """
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         started = clock()
@@ -93,13 +94,13 @@ class Stepper:
 def new_stepper(
     kind: str, model: PreTrainedModel, *, activation_checkpointing: float = 0.0, compile_layers: bool = False
 ) -> Stepper:
-    """A step ready to run.
+    """Create one of the two steps.
 
     Args:
         kind: "plain" or "packed".
         model: from `workload.new_model`.
         activation_checkpointing: share of layers whose activations are recomputed.
-        compile_layers: torch.compile of each layer; packed only.
+        compile_layers: compile each layer with torch.compile; packed only.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     checkpoint_activations(model, activation_checkpointing)

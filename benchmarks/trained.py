@@ -1,4 +1,4 @@
-"""Train a model in several ways and compare: shared by the benchmarks of objectives and augmentation."""
+"""Train a model with several settings and compare the results; used by `objectives.py` and `augmentation.py`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rankllm_composer.recipe.load import load_recipe
 
 TRAIN = Path(__file__).parents[1] / "rankllm_composer" / "train.py"
 NUM_TRAIN_QUERIES, NUM_TEST_QUERIES = 20000, 200
-LISTS = 16  # per update, fewer than in the demo: more updates from the same lists
+LISTS = 16  # per update; fewer than in the demo, for more updates from the same lists
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe of `yamls/`."""
+    """Return the path of a recipe in `yamls/`."""
     return Path(__file__).parents[1] / "yamls" / f"{name}.yaml"
 
 
@@ -36,53 +36,53 @@ def prepare(folder: Path, num_train: int, with_numbers: bool) -> Collection:
 
 
 def source_files(split: str, scratch: Path, **files: Path) -> list[str]:
-    """Overrides that name the files a split's shards are built from; the shards go to `scratch`."""
-    given = [f"data.{split}.source.{name}={path}" for name, path in files.items()]
-    return [f"data.{split}.local={scratch / split}", *given]
+    """Return overrides that set the source files of a split; its shards are built in `scratch`."""
+    overrides = [f"data.{split}.source.{name}={path}" for name, path in files.items()]
+    return [f"data.{split}.local={scratch / split}", *overrides]
 
 
-def places(folder: Path, files: Collection) -> list[str]:
-    """Overrides of `yamls/demo.yaml` that train on the collection and evaluate its held-out queries."""
-    found = [f"model.name_or_path={folder / 'model'}"]
+def demo_overrides(folder: Path, files: Collection) -> list[str]:
+    """Return overrides of `yamls/demo.yaml` that train on the collection and evaluate its held-out queries."""
+    overrides = [f"model.name_or_path={folder / 'model'}"]
     for split, run, queries in (
         ("train", files.train_run, files.train_queries),
         ("eval", files.test_run, files.test_queries),
     ):
-        found += source_files(split, folder, run=run, queries=queries, judgments=files.judgments, docs=files.docs)
-        found += [f"data.{split}.source.window=4", f"data.{split}.source.stride=4"]
-    return [*found, "data.eval.shuffle=false"]
+        overrides += source_files(split, folder, run=run, queries=queries, judgments=files.judgments, docs=files.docs)
+        overrides += [f"data.{split}.source.window=4", f"data.{split}.source.stride=4"]
+    return [*overrides, "data.eval.shuffle=false"]
 
 
-def places_of_smollm2(folder: Path, scratch: Path) -> list[str]:
-    """Overrides for `yamls/smollm2_cpu.yaml`: what `smollm2.py` wrote into `folder`; shards go to `scratch`."""
-    found = [
+def smollm2_overrides(folder: Path, scratch: Path) -> list[str]:
+    """Return overrides of `yamls/smollm2_cpu.yaml` that use the model and lists that `smollm2.py` wrote to `folder`."""
+    overrides = [
         f"model.name_or_path={folder.resolve() / 'start'}",
         "checkpoint.interval=1ep",
         "evaluation.decodings=[first_token, generation]",
     ]
     for split, name in (("train", "train"), ("eval", "heldout")):
-        start = folder.resolve() / "collection" / name
-        found += source_files(
+        prefix = folder.resolve() / "collection" / name
+        overrides += source_files(
             split,
             scratch,
-            run=Path(f"{start}_run.trec"),
-            queries=Path(f"{start}_queries.jsonl"),
-            judgments=Path(f"{start}_qrels.trec"),
-            docs=Path(f"{start}_docs.jsonl"),
+            run=Path(f"{prefix}_run.trec"),
+            queries=Path(f"{prefix}_queries.jsonl"),
+            judgments=Path(f"{prefix}_qrels.trec"),
+            docs=Path(f"{prefix}_docs.jsonl"),
         )
-    return found
+    return overrides
 
 
 def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int, recipe: str) -> dict[str, float]:
-    """Train a recipe.
+    """Train a recipe in a separate process.
 
     Args:
-        name: of the run; its folder is `folder / name`.
+        name: name of the run; its folder is `folder / name`.
         overrides: `key=value` that override the recipe.
-        threads: of the process.
-        recipe: its name, as in `yamls/`.
+        threads: number of OpenMP threads.
+        recipe: name of the recipe in `yamls/`.
     Returns:
-        Figures of the last evaluation, without their prefix.
+        Metrics of the last evaluation, without the prefix `eval/`.
     Raises:
         CalledProcessError: the run failed; its errors are on stderr.
     """
@@ -96,67 +96,68 @@ def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int, 
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        found = json.loads(line)
-        figures.update({key.removeprefix("eval/"): value for key, value in found.items() if key.startswith("eval/")})
-    return figures
+        logged = json.loads(line)
+        metrics.update({key.removeprefix("eval/"): value for key, value in logged.items() if key.startswith("eval/")})
+    return metrics
 
 
 def compare(
-    text: str | None,
-    what: str,
-    ways: Mapping[str, Sequence[str]],
-    figures: Sequence[str],
-    change: Callable[[Collection], None] | None = None,
+    description: str | None,
+    first_column: str,
+    variants: Mapping[str, Sequence[str]],
+    metrics: Sequence[str],
+    prepare_collection: Callable[[Collection], None] | None = None,
     with_numbers: bool = False,
 ) -> None:
-    """Command of a comparison: train each way, print a row of figures of held-out windows, means over the seeds.
+    """Run the command line of a comparison: train each variant and print its metrics on held-out windows.
 
-    The demo's model and lists, or those that `smollm2.py` wrote. Further `key=value` override the recipe last.
+    Uses the demo's model and lists, or those that `smollm2.py` wrote. Metrics are means over the seeds. `key=value`
+    arguments override the recipe of every variant.
 
     Args:
-        text: what the command does.
-        what: names the first column.
-        ways: name → overrides of the recipe.
-        figures: of the last evaluation.
-        change: called with each of the demo's collections before it is used.
-        with_numbers: the demo's model has a token for each number that may be an identifier.
+        description: help text of the command.
+        first_column: heading of the first column.
+        variants: name → overrides of the recipe.
+        metrics: names of the metrics to print, from the last evaluation.
+        prepare_collection: called with the demo's collection before it is used.
+        with_numbers: whether the demo's tokenizer has one token for each number that may be an identifier.
     """
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=1250)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     parser.add_argument("--queries", type=int, default=NUM_TRAIN_QUERIES)
-    parser.add_argument("--runs", default=";".join(ways))
-    parser.add_argument("--smollm2", type=Path, help="folder that smollm2.py wrote: its model and lists instead")
-    options, further = parser.parse_known_args()
+    parser.add_argument("--runs", default=";".join(variants))
+    parser.add_argument("--smollm2", type=Path, help="folder written by smollm2.py; use its model and lists instead")
+    options, extra = parser.parse_known_args()
     recipe = "demo" if options.smollm2 is None else "smollm2_cpu"
     print_machine(options.threads, str(load_recipe(recipe_path(recipe)).parallelism.precision))
     print(f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, held-out windows of 4 candidates\n")
-    columns = ("presented/ndcg@10", *figures)
-    print_header([what, *columns])
+    columns = ("presented/ndcg@10", *metrics)
+    print_header([first_column, *columns])
     for name in options.runs.split(";"):
-        found: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             if options.smollm2 is None:
                 files = prepare(folder, options.queries, with_numbers)
-                if change is not None:
-                    change(files)
-                given = places(folder, files)
+                if prepare_collection is not None:
+                    prepare_collection(files)
+                overrides = demo_overrides(folder, files)
             else:
-                given = places_of_smollm2(options.smollm2, folder)
-            given += [
+                overrides = smollm2_overrides(options.smollm2, folder)
+            overrides += [
                 f"run.max_duration={options.updates}ba",
                 f"schedule.warmup={min(100, options.updates // 2)}ba",
                 f"evaluation.interval={options.updates}ba",
-                *ways[name],
-                *further,
+                *variants[name],
+                *extra,
             ]
             for seed in range(options.seeds):
-                measured = train_once(f"seed-{seed}", folder, [*given, f"run.seed={seed}"], options.threads, recipe)
+                measured = train_once(f"seed-{seed}", folder, [*overrides, f"run.seed={seed}"], options.threads, recipe)
                 for key in columns:
                     if key in measured:
-                        found.setdefault(key, []).append(measured[key])
-        print_row([name, *(f"{statistics.mean(found[key]):.3f}" if key in found else "–" for key in columns)])
+                        values.setdefault(key, []).append(measured[key])
+        print_row([name, *(f"{statistics.mean(values[key]):.3f}" if key in values else "–" for key in columns)])

@@ -18,8 +18,8 @@ K1, B = 0.9, 0.4  # of BM25, as in Anserini
 DEPTH = 20  # candidates per query that lists are sampled from
 RANK_WEIGHT = 3.0  # subtracted from the score per unit of log(rank)
 JUDGED_WEIGHT = 100.0  # added to the score per grade: more than words can outweigh
-MOST_WORDS = 6  # from one passage in a query
-MOST_MISSED = 10_000  # consecutive draws without a list
+MAX_WORDS = 6  # from one passage in a query
+MAX_EMPTY = 10_000  # consecutive draws without a list
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,26 @@ class Index:
     def __init__(self, texts: Mapping[str, str]) -> None:
         counts = {docid: Counter(words_of(text)) for docid, text in texts.items()}
         self.mean_length = sum(found.total() for found in counts.values()) / len(counts)
-        self.places: defaultdict[str, list[tuple[str, int, int]]] = defaultdict(list)
+        self.postings: defaultdict[str, list[tuple[str, int, int]]] = defaultdict(list)
         for docid, found in counts.items():
             for word, count in found.items():
-                self.places[word].append((docid, count, found.total()))
+                self.postings[word].append((docid, count, found.total()))
         num = len(counts)
-        self.rarity = {word: math.log(1 + (num - len(at) + 0.5) / (len(at) + 0.5)) for word, at in self.places.items()}
-        self.unseen = math.log(1 + (num + 0.5) / 0.5)
+        self.rarity = {
+            word: math.log(1 + (num - len(at) + 0.5) / (len(at) + 0.5)) for word, at in self.postings.items()
+        }
+        self.unseen_rarity = math.log(1 + (num + 0.5) / 0.5)
 
     def _score(self, word: str, count: int, relative_length: float) -> float:
-        return self.rarity.get(word, self.unseen) * count * (K1 + 1) / (count + K1 * (1 - B + B * relative_length))
+        return (
+            self.rarity.get(word, self.unseen_rarity) * count * (K1 + 1) / (count + K1 * (1 - B + B * relative_length))
+        )
 
     def top(self, query: str, count: int, without: str | None = None) -> list[str]:
         """Docids with the highest scores for a query, except `without`."""
         scores: Counter[str] = Counter()
         for word in sorted(set(words_of(query))):
-            for docid, found, length in self.places.get(word, ()):
+            for docid, found, length in self.postings.get(word, ()):
                 scores[docid] += self._score(word, found, length / self.mean_length)  # type: ignore[assignment]
         del scores[without or ""]
         return [docid for docid, _ in scores.most_common(count)]
@@ -74,18 +78,20 @@ class Index:
 
 
 def skip_empty(draws: Iterator[WordList | None], what: str) -> Iterator[WordList]:
-    """Yield the lists among draws, of which some give none.
+    """Yield lists, skipping empty draws.
 
     Raises:
-        SystemExit: too many consecutive draws gave none.
+        SystemExit: too many consecutive draws were empty.
     """
-    missed = 0
-    for found in draws:
-        missed = 0 if found else missed + 1
-        if found:
-            yield found
-        elif missed == MOST_MISSED:
-            raise SystemExit(f"no {what} in {missed:,} draws. The collection is too small, or its texts are too short.")
+    num_empty = 0
+    for drawn in draws:
+        num_empty = 0 if drawn else num_empty + 1
+        if drawn:
+            yield drawn
+        elif num_empty == MAX_EMPTY:
+            raise SystemExit(
+                f"no {what} in {num_empty:,} draws. The collection is too small, or its texts are too short."
+            )
 
 
 def assembled_lists(index: Index, passages: Mapping[str, str], size: int, seed: int) -> Iterator[WordList | None]:
@@ -94,24 +100,24 @@ def assembled_lists(index: Index, passages: Mapping[str, str], size: int, seed: 
     In a quarter of the lists the query has words of only one passage. In half of the others the passages are similar.
     Yields None for a draw that gives no list.
     """
-    source, docids = random.Random(seed), list(passages)
+    rng, docids = random.Random(seed), list(passages)
     while True:
-        shown = source.sample(docids, size)
-        counts = [source.randint(3, MOST_WORDS), *[0] * (size - 1)]
-        if source.random() >= 0.25:
-            counts = source.sample(range(MOST_WORDS + 1), size)
-            if source.random() < 0.5:
+        shown = rng.sample(docids, size)
+        counts = [rng.randint(3, MAX_WORDS), *[0] * (size - 1)]
+        if rng.random() >= 0.25:
+            counts = rng.sample(range(MAX_WORDS + 1), size)
+            if rng.random() < 0.5:
                 near = index.top(passages[shown[0]], DEPTH, without=shown[0])
-                shown[1:] = source.sample(near, min(len(near), size - 1))
-        asked: list[str] = []
+                shown[1:] = rng.sample(near, min(len(near), size - 1))
+        query_words: list[str] = []
         for docid, count in zip(shown, counts):
             words = words_of(passages[docid])
-            asked += source.sample(words, min(count, len(words)))
-        source.shuffle(asked)
-        source.shuffle(shown)
-        query = " ".join(asked)
+            query_words += rng.sample(words, min(count, len(words)))
+        rng.shuffle(query_words)
+        rng.shuffle(shown)
+        query = " ".join(query_words)
         scores = [index.score_shown(query, passages[docid]) for docid in shown]
-        is_clear = len(shown) == size and len(asked) >= 3 and scores.count(max(scores)) == 1
+        is_clear = len(shown) == size and len(query_words) >= 3 and scores.count(max(scores)) == 1
         yield WordList(query, shown, scores) if is_clear else None
 
 
@@ -131,28 +137,28 @@ def lists_from_texts(
         by_rank: order and score the candidates by BM25 rank, too; otherwise their order is random, and only the shared
             words give the score.
     """
-    source, docids = random.Random(seed), list(passages)
+    rng, docids = random.Random(seed), list(passages)
     while True:
-        asking = source.choice(docids)
-        title, text = texts[asking]
+        docid = rng.choice(docids)
+        title, text = texts[docid]
         sentences = [words for part in re.split(r"\s\.\s|(?<=[.?!])\s", text) if len(words := part.split()) >= 6]
         words = title.split()
-        if sentences and source.random() >= 0.3:
-            words = source.choice(sentences)
-            length = min(len(words), source.randint(6, 18))
-            start = source.randint(0, len(words) - length)
+        if sentences and rng.random() >= 0.3:
+            words = rng.choice(sentences)
+            length = min(len(words), rng.randint(6, 18))
+            start = rng.randint(0, len(words) - length)
             words = words[start : start + length]
         query = " ".join(words)
-        ranked = index.top(query, DEPTH, without=asking)
+        ranked = index.top(query, DEPTH, without=docid)
         if len(words_of(query)) < 5 or len(ranked) < size:
             yield None
             continue
-        found = _draw(index, query, ranked, passages, size, source, {}, RANK_WEIGHT if by_rank else 0.0)
+        found = _draw(index, query, ranked, passages, size, rng, {}, RANK_WEIGHT if by_rank else 0.0)
         if len(set(found.scores)) < size:
             yield None
             continue
         if not by_rank:
-            order = source.sample(range(size), size)
+            order = rng.sample(range(size), size)
             found = WordList(query, [found.docids[i] for i in order], [found.scores[i] for i in order])
         yield found
 
@@ -170,14 +176,14 @@ def judged_lists(
 
     Yields None for a query with too few candidates.
     """
-    source, qids = random.Random(seed), list(queries)
+    rng, qids = random.Random(seed), list(queries)
     while True:
-        qid = source.choice(qids)
+        qid = rng.choice(qids)
         ranked = list(run[qid])[:DEPTH]
         if len(ranked) < size:
             yield None
             continue
-        yield _draw(index, queries[qid], ranked, passages, size, source, judgments.get(qid, {}), RANK_WEIGHT)
+        yield _draw(index, queries[qid], ranked, passages, size, rng, judgments.get(qid, {}), RANK_WEIGHT)
 
 
 def _draw(
@@ -186,14 +192,14 @@ def _draw(
     ranked: Sequence[str],
     passages: Mapping[str, str],
     size: int,
-    source: random.Random,
+    rng: random.Random,
     grades: Mapping[str, int],
     rank_weight: float,
 ) -> WordList:
     """Sample consecutive or arbitrary candidates of a ranking, in its order."""
-    places: Iterable[int] = sorted(source.sample(range(len(ranked)), size))
-    if source.random() < 0.5:
-        start = source.randint(0, len(ranked) - size)
+    places: Iterable[int] = sorted(rng.sample(range(len(ranked)), size))
+    if rng.random() < 0.5:
+        start = rng.randint(0, len(ranked) - size)
         places = range(start, start + size)
     scores = [
         JUDGED_WEIGHT * max(0, grades.get(ranked[place], 0))

@@ -1,9 +1,9 @@
-"""What is trained in the benchmarks: models of known shapes with random weights, lists of realistic lengths.
+"""Workloads of the benchmarks: models of known shapes with random weights, and lists of realistic lengths.
 
-A list is 160 prompt tokens, 20 passages at 1.35 tokens a word, and 80 response tokens. A passage's words are lognormal
-(median 70, sigma 0.6) times a factor of its query (lognormal, median 1, sigma 0.35), at most 300: passages differ
-within a list, and lists differ from each other. Lists over 4,096 tokens are left out, as the recipes leave them out.
-Token ids are random; what a step costs does not depend on them.
+A list has 160 prompt tokens, 20 passages with 1.35 tokens per word, and 80 response tokens. The number of words in a
+passage is lognormal (median 70, sigma 0.6), times a lognormal factor per query (median 1, sigma 0.35), at most 300: so
+passages of a list differ in length, and so do lists. Lists over 4,096 tokens are skipped, as in the recipes. Token ids
+are random; the cost of a step does not depend on them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PROMPT_TOKENS, RESPONSE_TOKENS = 160, 80
 TOKENS_PER_WORD = 1.35
 MAX_PASSAGE_WORDS = 300
 MAX_LIST_TOKENS = 4096
-WARM_UP_LENGTHS = [200, 150]  # of a step that is not timed: threads start, Adam makes its moments
+WARM_UP_LENGTHS = [200, 150]  # of an untimed step, which starts threads and allocates Adam's moments
 
-# name: architecture, then its configuration
+# name: architecture, configuration
 SHAPES = {
     "smollm2-135m": (
         "llama",
@@ -54,7 +54,7 @@ SHAPES = {
             "tie_word_embeddings": True,
         },
     ),
-    "mistral-30m": (  # Mistral-7B's proportions and vocabulary: F = 3.5 D, 4 query heads a key-value head, untied
+    "mistral-30m": (  # Mistral-7B's proportions and vocabulary: F = 3.5 D, 4 query heads per key-value head, untied
         "mistral",
         {
             "vocab_size": 32768,
@@ -99,7 +99,7 @@ SHAPES = {
 
 
 def model_config(shape: str) -> PretrainedConfig:
-    """The configuration of a shape."""
+    """Return the configuration of a shape."""
     from transformers import AutoConfig
 
     architecture, sizes = SHAPES[shape]
@@ -107,7 +107,7 @@ def model_config(shape: str) -> PretrainedConfig:
 
 
 def new_model(shape: str) -> PreTrainedModel:
-    """A causal LM of a shape, float32, with the same random weights on every call."""
+    """Create a float32 causal LM of a shape, with the same random weights on every call."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -116,8 +116,10 @@ def new_model(shape: str) -> PreTrainedModel:
 
 
 def recomputed_flops(config: PretrainedConfig, lengths: list[int]) -> int:
-    """What a step with every layer recomputed does again: each layer's forward but for its last product, whose output
-    no gradient needs."""
+    """Count the FLOPs that full activation checkpointing adds to a step.
+
+    Each layer's forward pass is recomputed, except its last matrix product, whose output no gradient needs.
+    """
     from rankllm_composer.model.flops import forward_flops
 
     last_products = 2 * config.intermediate_size * config.hidden_size * config.num_hidden_layers * sum(lengths)
@@ -125,7 +127,7 @@ def recomputed_flops(config: PretrainedConfig, lengths: list[int]) -> int:
 
 
 def list_lengths(num_lists: int, seed: int) -> list[int]:
-    """Tokens of each of some lists, drawn as the module's text says."""
+    """Sample the number of tokens of each list, as the module's docstring describes."""
     rng = np.random.default_rng(seed)
     lengths: list[int] = []
     while len(lengths) < num_lists:
@@ -138,20 +140,20 @@ def list_lengths(num_lists: int, seed: int) -> list[int]:
 
 
 def useful_share(lengths: list[int]) -> float:
-    """Share of real tokens where every list is padded to the longest."""
+    """Return the share of real tokens if every list is padded to the longest."""
     return sum(lengths) / (len(lengths) * max(lengths))
 
 
 def typical_lengths(num_lists: int, num_draws: int = 1000) -> list[int]:
-    """The draw nearest to the mean over draws, in tokens and in the useful share together: no lucky batch."""
+    """Return a representative sample: the one of `num_draws` closest to their mean in tokens and useful share."""
     draws = [list_lengths(num_lists, seed) for seed in range(num_draws)]
-    figures = np.array([(sum(lengths), useful_share(lengths)) for lengths in draws])
-    distance = np.abs(figures / figures.mean(axis=0) - 1).sum(axis=1)
+    statistics = np.array([(sum(lengths), useful_share(lengths)) for lengths in draws])
+    distance = np.abs(statistics / statistics.mean(axis=0) - 1).sum(axis=1)
     return draws[int(distance.argmin())]
 
 
 def new_lists(lengths: list[int], shape: str) -> list[TokenizedList]:
-    """Teacher-ranked lists of these lengths, encoded for the combined objective."""
+    """Create teacher-ranked lists with the given numbers of tokens, encoded for the combined objective."""
     from rankllm_composer.data.packing import TokenizedList
     from rankllm_composer.prompts.encoding import EncodedRecord
 

