@@ -1,4 +1,4 @@
-"""The benchmarks at their smallest: what they compare is the same, what they count is right, what they write holds."""
+"""The benchmarks in their smallest form: equal workloads, correct FLOP counts, and complete output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture()
 def benchmark(monkeypatch):
-    """Loads a benchmark by name, as its own folder lies on the path of one that is run."""
+    """Import a benchmark by name, with its folder on the path, as when it is run as a script."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
     for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
@@ -50,8 +50,8 @@ def test_both_steps_compute_the_same_loss_and_gradient(benchmark, checkpointing)
         torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_the_products_are_those_of_the_model(benchmark):
-    """All forward products, as often as a layer has them, are the FLOPs counted but for attention."""
+def test_matrix_products_match_the_model(benchmark):
+    """The forward products of all layers plus attention give the counted FLOPs."""
     products = benchmark("machine_limit").products("toy", 30, 7)
     config = benchmark("workload").new_model("toy").config
     times = {"query, output": 2, "key, value": 2, "gate, up": 2, "down": 1}
@@ -61,28 +61,28 @@ def test_the_products_are_those_of_the_model(benchmark):
     attention = 4 * config.hidden_size * pairs  # per layer: scores and sums, H·d = D
     assert forward_flops(config, [10, 20], 7) == config.num_hidden_layers * (layers + attention) + flops["LM head"]
     assert products["square"] == (2048, 2048, 2048)
-    for name in (*times, "LM head"):  # both gradients cost what the product costs
+    for name in (*times, "LM head"):  # each gradient costs as much as the forward product
         assert flops[f"{name}, input gradient"] == flops[f"{name}, weight gradient"] == flops[name]
 
 
-def test_the_speed_that_arithmetic_alone_would_give(benchmark):
-    """Lists of 10 and 20 tokens, 5 of them response: what each step multiplies, counted by hand."""
+def test_flops_of_both_steps(benchmark):
+    """Lists of 10 and 20 tokens with 5 response tokens each, against FLOPs counted by hand."""
     packed_step, workload = benchmark("packed_step"), benchmark("workload")
     packed_step.RESPONSE_TOKENS = 5
     sizes = workload.SHAPES["toy"][1]
     hidden, inner, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
-    layer = 2 * (2 * hidden**2 + hidden**2 + 3 * hidden * inner)  # a token; keys and values have half the width
+    layer = 2 * (2 * hidden**2 + hidden**2 + 3 * hidden * inner)  # per token; keys and values have half the width
     pairs = {10: 55, 20: 210}
 
     def forward(lengths):
         return 2 * sum(layer * length + 4 * hidden * pairs[length] for length in lengths)
 
     head = 2 * hidden * vocabulary
-    again = {lengths: forward(lengths) - 2 * 2 * inner * hidden * sum(lengths) for lengths in ((20, 20), (10, 20))}
+    recomputed = {lengths: forward(lengths) - 2 * 2 * inner * hidden * sum(lengths) for lengths in ((20, 20), (10, 20))}
     for share in (0.0, 0.5):
         plain, packed = (packed_step.computed_flops(kind, "toy", [10, 20], share) for kind in ("plain", "packed"))
-        assert plain == 3 * (forward([20, 20]) + head * 40) + share * again[20, 20]
-        assert packed == 3 * (forward([10, 20]) + head * 10) + share * again[10, 20]
+        assert plain == 3 * (forward([20, 20]) + head * 40) + share * recomputed[20, 20]
+        assert packed == 3 * (forward([10, 20]) + head * 10) + share * recomputed[10, 20]
 
 
 @pytest.mark.parametrize(
@@ -90,20 +90,20 @@ def test_the_speed_that_arithmetic_alone_would_give(benchmark):
     [
         ([], 0),
         ([(100, 10), (200, 20), (100, -10), (300, 5)], 30),
-        ([(100, 10), (100, 10), (100, 10)], 10),  # freed where nobody looked, and given out again
-        ([(100, 40), (120, 10), (300, 5)], 40),  # a part of it
-        ([(100, 10), (110, 10), (95, 40), (300, 1)], 41),  # both of them, and more
-        ([(100, 10), (110, 10)], 20),  # neighbours
-        ([(500, -50), (100, 10)], 0),  # what was there before
+        ([(100, 10), (100, 10), (100, 10)], 10),  # freed unseen, then allocated again
+        ([(100, 40), (120, 10), (300, 5)], 40),  # part of a block
+        ([(100, 10), (110, 10), (95, 40), (300, 1)], 41),  # both blocks and more
+        ([(100, 10), (110, 10)], 20),  # adjacent blocks
+        ([(500, -50), (100, 10)], 0),  # allocated before the profile
     ],
 )
-def test_memory_given_out_again_counts_once(benchmark, events, highest):
+def test_memory_allocated_again_counts_once(benchmark, events, highest):
     assert benchmark("plan_vs_measured").peak_in_use(events) == highest
 
 
 @pytest.fixture()
 def known_lists(tmp_path):
-    """40 known-item lists of four passages, each asked for by two of its own words."""
+    """40 known-item lists of four passages; each query is two words of one passage."""
     rows = [{"docid": f"d{i}", "text": " ".join(f"word{i}x{k}" for k in range(9))} for i in range(12)]
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return build_known_items(
@@ -117,23 +117,23 @@ def known_lists(tmp_path):
     )
 
 
-def test_the_first_lesson_goes_from_a_short_prompt_to_the_clients(benchmark, known_lists):
+def test_first_warm_up_stage_moves_from_a_short_prompt_to_the_clients(benchmark, known_lists):
     records = list(benchmark("smollm2").known_records(known_lists, seed=1))
     assert len(records) == len({record.id for record in records}) == 40
-    wording = [(record.system == SYSTEM_MESSAGE, record.has_standard_prompt) for record in records]
-    assert wording[:27] == [(False, False)] * 27 and wording[38:] == [(True, True)] * 2
-    assert {system for system, _ in wording[27:38]} == {True, False}
+    prompts = [(record.system == SYSTEM_MESSAGE, record.has_standard_prompt) for record in records]
+    assert prompts[:27] == [(False, False)] * 27 and prompts[38:] == [(True, True)] * 2
+    assert {system for system, _ in prompts[27:38]} == {True, False}
     queries = load_queries(known_lists.queries)
     for record in records:
         query = queries[record.id]
         passages = re.findall(r"^\[([A-D])\] (.+)$", record.user, re.MULTILINE)
         around = re.sub(r"^\[[A-D]\] .+$", "", record.user, flags=re.MULTILINE)
         assert around.count(query) == 2 and record.response.count(">") == 3
-        asked = [name for name, text in passages if set(query.split()) <= set(text.split())]
-        assert asked == [record.response[1]]
+        relevant = [name for name, text in passages if set(query.split()) <= set(text.split())]
+        assert relevant == [record.response[1]]
 
 
-def test_a_lesson_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_path, golden, mistral_v3_folder, capsys):
+def test_warm_up_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_path, golden, mistral_v3_folder, capsys):
     base = shutil.copytree(mistral_v3_folder, tmp_path / "base")
     for path in (golden / "tiny_mistral").iterdir():
         shutil.copy(path, base)
@@ -150,7 +150,7 @@ def test_a_lesson_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_pat
 
 @pytest.fixture()
 def judged_folder(tmp_path):
-    """A judged collection: 12 queries, 24 candidates each of 60 documents of three sentences."""
+    """A judged collection: 60 documents of three sentences, 12 queries with 24 candidates each."""
     source, folder = random.Random(5), tmp_path / "judged"
     folder.mkdir()
     texts = {f"d{i}": [" ".join(f"w{source.randrange(80)}" for _ in range(8)) for _ in range(3)] for i in range(60)}
@@ -170,7 +170,7 @@ def judged_folder(tmp_path):
     return folder
 
 
-def test_lists_for_a_real_model_keep_held_out_queries_apart(benchmark, judged_folder, tmp_path):
+def test_training_lists_exclude_held_out_queries(benchmark, judged_folder, tmp_path):
     smollm2 = benchmark("smollm2")
     recipe, folder = load_recipe(smollm2.RECIPE, []), tmp_path / "collection"
     found = smollm2.prepare(folder, judged_folder, recipe, num_known=20, num_words=30, num_lists=200, seed=3)
@@ -187,11 +187,11 @@ def test_lists_for_a_real_model_keep_held_out_queries_apart(benchmark, judged_fo
     grades, texts = load_judgments(folder / "train_qrels.trec"), load_texts(folder / "train_docs.jsonl")
     kinds = Counter(qid.split("-")[0] for qid in queries)
     assert kinds == {"judged": 60, "words": 20, "text": 120} and list(run) == list(queries)
-    asking = {collection.queries[qid]: qid for qid in trained}
+    qids = {collection.queries[qid]: qid for qid in trained}
     for qid, docids in run.items():
         assert len(set(docids)) == 4 == len(grades[qid]) and set(docids) <= set(texts)
         if qid.startswith("judged"):
-            judged, ranked = collection.grades[asking[queries[qid]]], collection.run[asking[queries[qid]]]
+            judged, ranked = collection.grades[qids[queries[qid]]], collection.run[qids[queries[qid]]]
             best = max(docids, key=lambda docid: grades[qid][docid])
             assert judged.get(best, 0) == max(judged.get(docid, 0) for docid in docids)
             assert [docid for docid in ranked[:20] if docid in docids] == docids
@@ -207,7 +207,7 @@ def test_lists_for_a_real_model_keep_held_out_queries_apart(benchmark, judged_fo
         assert all(Path(getattr(split.source, key)).exists() for key in ("run", "judgments", "queries", "docs"))
 
 
-def test_a_collection_without_lists_is_told(benchmark):
+def test_a_collection_that_gives_no_lists_is_an_error(benchmark):
     word_lists = benchmark("word_lists")
     texts = {f"d{i}": ("", "too short") for i in range(9)}
     index = word_lists.Index({docid: text for docid, (_, text) in texts.items()})
@@ -221,7 +221,7 @@ def load_texts(path):
     return {row["docid"]: row["text"] for row in map(json.loads, path.read_text().splitlines())}
 
 
-def test_words_score_as_bm25_does(benchmark):
+def test_word_scores_equal_bm25(benchmark):
     word_lists = benchmark("word_lists")
     texts = {"a": "the wing of the jet", "b": "the jet, in a shock wave", "c": "flow past the wing", "d": "heat"}
     index = word_lists.Index(texts)
@@ -231,10 +231,10 @@ def test_words_score_as_bm25_does(benchmark):
     def bm25(query, docid):
         score = 0.0
         for word in set(query.split()):
-            holding = sum(word in words for words in split.values())
+            frequency = sum(word in words for words in split.values())
             count = split[docid].count(word)
             score += (
-                math.log(1 + (4 - holding + 0.5) / (holding + 0.5))
+                math.log(1 + (4 - frequency + 0.5) / (frequency + 0.5))
                 * count
                 * 1.9
                 / (count + 0.9 * (0.6 + 0.4 * len(split[docid]) / mean))
@@ -251,7 +251,7 @@ def test_words_score_as_bm25_does(benchmark):
     assert word_lists.WordList("q", ["a", "b", "c"], [2.0, 7.5, 2.0]).grades() == [0, 1, 0]
 
 
-def test_the_lists_are_alike_on_every_run(benchmark):
+def test_workloads_are_deterministic(benchmark):
     workload = benchmark("workload")
     lengths = workload.typical_lengths(4, num_draws=50)
     assert lengths == workload.typical_lengths(4, num_draws=50)
@@ -276,9 +276,9 @@ TABLES = {
 def test_a_benchmark_prints_its_table(benchmark, monkeypatch, capsys, name):
     arguments, first_cells = TABLES[name]
     module = benchmark(name)
-    if name in ("packed_step", "compile_layers"):  # a process of its own is needed for peak memory alone
+    if name in ("packed_step", "compile_layers"):  # a separate process is only needed to measure peak memory
         monkeypatch.setattr(module, "run_in_process", lambda function, *given, threads: function(*given))
-    if name == "compile_layers":  # what compiling does to a layer has tests of its own; here it would take a minute
+    if name == "compile_layers":  # tested elsewhere; it would take a minute here
         monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: None)
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--threads", "1"])
     module.main()
@@ -288,7 +288,7 @@ def test_a_benchmark_prints_its_table(benchmark, monkeypatch, capsys, name):
         assert re.search(rf"^\| {cell} \|( [^|]+ \|)+$", printed, re.MULTILINE), printed
 
 
-# Those that start processes anyway: what is replaced to start few, their arguments, and the row that must be there.
+# Benchmarks that start processes: replaced attributes (for fewer processes), arguments, and a regex of the printed row.
 RUNS = {
     "ranks": (
         {"RUNS": {"2 ranks, 1 thread each, FSDP2": (2, 1, True)}},
@@ -316,18 +316,18 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_benchmark_of_whole_runs_prints_its_table(benchmark, monkeypatch, capsys, name):
+def test_a_benchmark_of_complete_runs_prints_its_table(benchmark, monkeypatch, capsys, name):
     replaced, arguments, row = RUNS[name]
     module = benchmark(name)
-    for what, value in replaced.items():
-        whole = getattr(module, what)
-        monkeypatch.setattr(module, what, {k: whole[k] for k in value} if isinstance(value, dict) else value)
+    for name, value in replaced.items():
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, {k: original[k] for k in value} if isinstance(value, dict) else value)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     assert not module.main()
     assert re.search(row, capsys.readouterr().out)
 
 
-def test_results_are_written_a_section_a_benchmark(benchmark, monkeypatch, tmp_path):
+def test_results_have_one_section_per_benchmark(benchmark, monkeypatch, tmp_path):
     run_all = benchmark("run_all")
     monkeypatch.setattr(run_all, "FOLDER", tmp_path)
     monkeypatch.setattr(run_all, "BENCHMARKS", {"good": ["--fast"], "bad": []})
@@ -350,19 +350,19 @@ def test_results_are_written_a_section_a_benchmark(benchmark, monkeypatch, tmp_p
     assert "## Is it better?" in text and "Is it good" not in text and "## Is it bad?" in text
 
 
-def test_every_benchmark_of_the_list_is_there_and_asks_a_question(benchmark):
+def test_every_benchmark_exists_and_its_docstring_begins_with_a_question(benchmark):
     run_all = benchmark("run_all")
     for name in run_all.BENCHMARKS:
         assert run_all.question(name).endswith("?")
         assert f"python benchmarks/{name}.py" in ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
 
 
-def test_every_section_of_the_results_has_its_command(benchmark):
+def test_every_section_of_the_results_has_its_question_and_command(benchmark):
     run_all = benchmark("run_all")
     found = run_all.sections(FOLDER / "RESULTS.md")
     written = re.findall(r"^<!-- (\w+) -->$", (FOLDER / "RESULTS.md").read_text(), re.MULTILINE)
     assert written == list(run_all.BENCHMARKS)
     for name, text in found.items():
-        assert f"    python benchmarks/{name}.py" in text
+        assert f"## {run_all.question(name)}\n\n    python benchmarks/{name}.py" in text
         assert re.search(r"\d{4}-\d\d-\d\d", text), f"{name}: no date"
         assert "cores" in text and "Failed" not in text

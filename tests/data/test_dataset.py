@@ -1,4 +1,4 @@
-"""Rows, batches and the DataSpec: what of the shards reaches training, counted by Composer's own Trainer."""
+"""Rows, batches and the DataSpec: every record reaches training, as counted by Composer's Trainer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rankllm_composer.prompts.record import augment_record, record_key
 from rankllm_composer.prompts.user_turn import parse_user_turn
 from rankllm_composer.training.guards import EpochGuard
 
-LONG = 6  # number of the one long record
+LONG = 6  # index of the only long record
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_absent_grades_stay_absent(new_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_list_too_long_is_counted_and_not_trained(new_dataset, workers):
+def test_a_list_that_is_too_long_is_counted_but_not_trained(new_dataset, workers):
     dataset = new_dataset()
     limit = len(dataset[LONG].encoded.input_ids) - 1
     rows = read_rows(new_loader(new_dataset(max_length_tokens=limit), num_workers=workers))
@@ -91,7 +91,7 @@ def test_a_list_too_long_is_counted_and_not_trained(new_dataset, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_list_too_long_is_refused_by_name(new_dataset, workers):
+def test_a_list_that_is_too_long_can_be_an_error(new_dataset, workers):
     length = len(new_dataset()[LONG].encoded.input_ids)
     loader = new_loader(new_dataset(max_length_tokens=300, too_long="refuse"), num_workers=workers)
     expected = rf"^record 'q6' has {length} tokens; data\.max_length_tokens is 300\. Raise it, .*data\.too_long: drop"
@@ -100,7 +100,9 @@ def test_a_list_too_long_is_refused_by_name(new_dataset, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_passages_are_shuffled_anew_every_epoch_and_the_same_after_a_resume(new_dataset, mistral_v3_tokenizer, workers):
+def test_passages_are_shuffled_differently_every_epoch_and_alike_after_a_resume(
+    new_dataset, mistral_v3_tokenizer, workers
+):
     options = {"shuffle_passages": True, "identifiers": "letters"}
     loader = new_loader(new_dataset(**options), num_workers=workers)
     epochs = [{row.record_id: row for row in read_rows(loader)} for _ in range(2)]
@@ -128,10 +130,10 @@ def test_passages_are_shuffled_anew_every_epoch_and_the_same_after_a_resume(new_
         np.testing.assert_array_equal(row.encoded.input_ids, epochs[1][row.record_id].encoded.input_ids)
 
 
-def test_records_are_shown_as_the_keys_of_their_split_say(new_dataset):
-    """What validation ranks, and what the contract is read from: named and ordered as training would have them."""
-    plain, anew = new_dataset(), new_dataset(identifiers="numbers", shuffle_passages=True)
-    before, after = plain.record(0), anew.record(0)
+def test_records_follow_the_identifiers_and_shuffling_of_their_split(new_dataset):
+    """Records for validation and for the decoding contract have the same identifiers and order as in training."""
+    plain, augmented = new_dataset(), new_dataset(identifiers="numbers", shuffle_passages=True)
+    before, after = plain.record(0), augmented.record(0)
     assert "[A] " in before.user and "[1] " in after.user and "[A] " not in after.user
     assert identifier_style(after.response) == "numbers"
     assert before.id == after.id
@@ -139,7 +141,7 @@ def test_records_are_shown_as_the_keys_of_their_split_say(new_dataset):
     assert sorted(first.passages) == sorted(second.passages) and first.passages != second.passages
 
 
-def test_numbers_for_letters(new_dataset, mistral_v3_tokenizer):
+def test_letters_become_numbers(new_dataset, mistral_v3_tokenizer):
     row = new_dataset(identifiers="numbers", objective="generation")[0]
     text = mistral_v3_tokenizer.decode(row.encoded.input_ids[row.encoded.response_start :])
     assert text.startswith("[") and "A" not in text and text.count("[") == 4
@@ -147,15 +149,15 @@ def test_numbers_for_letters(new_dataset, mistral_v3_tokenizer):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("changes", "options", "error", "told"),
+    ("changes", "options", "error", "message"),
     [
         ({"human": "Order these."}, {"shuffle_passages": True}, PromptError, "record 'q1': its passages cannot"),
         ({"gpt": "[A] > [A]"}, {}, PromptError, "record 'q1': response"),
     ],
 )
-def test_a_record_that_cannot_be_used_stops_the_run(new_dataset, tmp_path, changes, options, error, told, workers):
+def test_an_invalid_record_stops_the_run(new_dataset, tmp_path, changes, options, error, message, workers):
     bad = write_shards(tmp_path / "bad", [new_record(0), new_record(1, **changes), new_record(2), new_record(3)])
-    with pytest.raises(error, match=f"^{told}"):
+    with pytest.raises(error, match=f"^{message}"):
         read(new_loader(new_dataset(bad, **options), num_workers=workers))
 
 
@@ -177,7 +179,7 @@ def test_the_spec_counts_rows_and_tokens(new_dataset):
 
 
 @pytest.mark.parametrize(
-    ("dataset_options", "options", "told"),
+    ("dataset_options", "options", "message"),
     [
         ({"batch_size": 11}, {}, r"data\.train has 10 lists per epoch; expected at least one global batch of 11"),
         ({}, {"microbatch_tokens": 64}, "expected exactly one of the two"),
@@ -189,8 +191,8 @@ def test_the_spec_counts_rows_and_tokens(new_dataset):
         ),
     ],
 )
-def test_batches_that_cannot_work(new_dataset, dataset_options, options, told):
-    with pytest.raises(ShardError, match=told):
+def test_impossible_batch_sizes_are_errors(new_dataset, dataset_options, options, message):
+    with pytest.raises(ShardError, match=message):
         new_loader(new_dataset(**dataset_options), **options)
 
 
@@ -213,10 +215,10 @@ class Dying(ListDataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("kind", "told"), [(Stalling, "timed out after 1 seconds"), (Dying, "exited unexpectedly")])
-def test_a_worker_that_stalls_or_dies_is_an_error_of_its_rank(new_dataset, kind, told):
+@pytest.mark.parametrize(("kind", "message"), [(Stalling, "timed out after 1 seconds"), (Dying, "exited unexpectedly")])
+def test_a_worker_that_stalls_or_dies_is_an_error_that_names_the_rank(new_dataset, kind, message):
     loader = new_loader(new_dataset(kind=kind), num_workers=1, loader_timeout_seconds=1 if kind is Stalling else 60)
-    with pytest.raises(LoaderError, match=rf"^rank 0: DataLoader .*{told}.*data\.loader_timeout_seconds"):
+    with pytest.raises(LoaderError, match=rf"^rank 0: DataLoader .*{message}.*data\.loader_timeout_seconds"):
         read(loader)
 
 
@@ -227,8 +229,8 @@ def test_starting_an_epoch_draws_no_random_numbers(new_dataset):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Ledger(ComposerModel):
-    """Notes the ids it is given, batch by batch."""
+class IdRecorder(ComposerModel):
+    """Records the ids of every batch."""
 
     def __init__(self):
         super().__init__()
@@ -244,8 +246,8 @@ class Ledger(ComposerModel):
 
 
 def train(dataset, folder, *, load=None, max_duration="2ep", workers=0):
-    """Train on a dataset; returns the ids in the order they were trained, and the Trainer."""
-    model = Ledger()
+    """Train on a dataset; return the ids in training order, and the Trainer."""
+    model = IdRecorder()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = Trainer(
@@ -271,10 +273,10 @@ def train(dataset, folder, *, load=None, max_duration="2ep", workers=0):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_composer_trains_each_list_once_an_epoch_and_resumes_anywhere(new_dataset, tmp_path, workers):
+def test_composer_trains_each_list_once_per_epoch_and_resumes_anywhere(new_dataset, tmp_path, workers):
     # 10 lists, batches of 4, 4 and 2; list 6 is too long
     options = {"max_length_tokens": 300, "batch_size": 4}
-    seen, trainer = train(new_dataset(**options), tmp_path / "whole", workers=workers)
+    seen, trainer = train(new_dataset(**options), tmp_path / "uninterrupted", workers=workers)
     expected = sorted(f"q{i}" for i in range(10) if i != LONG)
     first, second = seen[:9], seen[9:]
     assert sorted(first) == sorted(second) == expected and first != second
@@ -283,18 +285,21 @@ def test_composer_trains_each_list_once_an_epoch_and_resumes_anywhere(new_datase
     trained = [len([i for i in batch if i]) for batch in batches_of(new_dataset(**options))]
     for batch in (1, 2, 3, 4) if not workers else (2, 3):  # 3 = between the epochs
         resumed, _ = train(
-            new_dataset(**options), tmp_path / "again", load=tmp_path / "whole" / f"ba{batch}.pt", workers=workers
+            new_dataset(**options),
+            tmp_path / "resumed",
+            load=tmp_path / "uninterrupted" / f"ba{batch}.pt",
+            workers=workers,
         )
         assert resumed == seen[sum(trained[:batch]) :]
 
 
 def batches_of(dataset):
-    """Ids that are trained in each batch of two epochs."""
+    """Return the ids trained in each batch of two epochs."""
     loader = new_loader(dataset)
     return [[row.record_id if row.encoded else None for row in batch] for batch in read(loader) + read(loader)]
 
 
-def test_an_epoch_that_ended_early_stops_composer(new_dataset, tmp_path):
+def test_an_epoch_that_ends_early_stops_composer(new_dataset, tmp_path):
     dataset = new_dataset()
     dataset.epoch_size += 1
     with pytest.raises(RunError, match=r"epoch 0: 10 lists were read .*; expected 11"):

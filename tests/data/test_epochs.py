@@ -1,4 +1,4 @@
-"""The order of an epoch, its division, and the guard that counts it."""
+"""The sample order of an epoch, its split over ranks and workers, and the guard that counts samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_interleave(num_samples, num_canonical_nodes, expected):
 
 
 def ranks_of(order, seen, num_nodes, ranks_per_node):
-    """Every rank's (samples, number of padding rows), in the order samples are dealt: node by node, then rank."""
+    """Return (samples, number of padding rows) of every rank, in the order in which samples are assigned."""
     return [
         rank_rows(
             np.array(order),
@@ -46,7 +46,7 @@ def ranks_of(order, seen, num_nodes, ranks_per_node):
 
 
 def test_a_rank_without_a_sample_in_the_last_batch_is_padded():
-    # 7 samples on 2 ranks: 0 2 4 6 and 1 3 5 and one row more
+    # 7 samples on 2 ranks: 0 2 4 6, and 1 3 5 plus a padding row
     (first, no_padding), (second, padding) = ranks_of(range(7), 0, 1, 2)
     assert (first.tolist(), no_padding) == ([0, 2, 4, 6], 0)
     assert (second.tolist(), padding) == ([1, 3, 5], 1)
@@ -67,7 +67,7 @@ def test_every_sample_goes_to_one_row_of_one_rank(num_nodes, ranks_per_node, num
             assert sorted(itertools.chain(*(samples for samples, _ in ranks))) == sorted(left)
             rows = {len(samples) + padding for samples, padding in ranks}
             assert rows == {-(-len(left) // num_ranks)}
-            # The k-th batch of all ranks together is the k-th stretch of the order, however many ranks there are.
+            # The k-th global batch is the k-th slice of the order, for any number of ranks.
             for start in range(0, len(left), global_batch):
                 step = start // num_ranks
                 together = [samples[step : step + batch_size] for samples, _ in ranks]
@@ -80,11 +80,11 @@ def test_every_sample_goes_to_one_row_of_one_rank(num_nodes, ranks_per_node, num
 
 
 def read_by_workers(samples, padding, batch_size, num_workers):
-    """Batches as a DataLoader collects them: one of each worker in turn; a worker without any left is skipped."""
+    """Return batches in DataLoader order: one per worker in turn, skipping workers that have none left."""
     queues = []
     for worker in range(num_workers):
-        own, own_padding = worker_rows(samples, padding, batch_size, worker, num_workers)
-        rows = [*own.tolist(), *[None] * own_padding]
+        worker_samples, num_padding = worker_rows(samples, padding, batch_size, worker, num_workers)
+        rows = [*worker_samples.tolist(), *[None] * num_padding]
         queues.append([rows[i : i + batch_size] for i in range(0, len(rows), batch_size)])
     return [batch for turn in itertools.zip_longest(*queues) for batch in turn if batch is not None]
 
@@ -103,7 +103,7 @@ class Log:
 
 
 def run_epoch(guard, batches, *, epoch_size, num_batches=None, seen=0, steps_in_loader=None):
-    """The events of an epoch as the Trainer runs them; returns what was logged."""
+    """Run the events of an epoch as the Trainer does; return the logged metrics."""
     state = SimpleNamespace(
         device=SimpleNamespace(tensor_to_device=torch.clone),
         dataloader_len=num_batches or len(batches),
@@ -130,12 +130,12 @@ def test_a_short_epoch_stops_the_run():
         run_epoch(EpochGuard(), [[TRAINED, TRAINED], [TRAINED, PADDING]], epoch_size=4)
 
 
-def test_an_epoch_of_nothing_but_long_lists_stops_the_run():
+def test_an_epoch_of_only_long_lists_stops_the_run():
     with pytest.raises(RunError, match=r"all 2 lists are longer than data\.max_length_tokens"):
         run_epoch(EpochGuard(), [[TOO_LONG, TOO_LONG]], epoch_size=2)
 
 
-def test_an_epoch_cut_short_on_purpose_is_not_judged():
+def test_an_epoch_limited_on_purpose_is_not_checked():
     run_epoch(EpochGuard(), [[TRAINED, TRAINED]], epoch_size=8, num_batches=1, steps_in_loader=4)
 
 
@@ -147,5 +147,5 @@ def test_counts_survive_a_resume():
     after.load_state_dict(before.state_dict())
     metrics = run_epoch(after, [[TRAINED, TRAINED]], epoch_size=4, seen=2)
     assert metrics == {"data/lists_trained": 3, "data/lists_too_long": 1}
-    # A checkpoint without counts: what was seen before counts as trained.
+    # If a checkpoint has no counts, earlier samples count as trained.
     assert run_epoch(EpochGuard(), [[TRAINED, TRAINED]], epoch_size=4, seen=2)["data/lists_trained"] == 4

@@ -1,4 +1,4 @@
-"""Every sample of an epoch once, on equally many rows a rank, across restarts; or an error that names the shard."""
+"""Every sample once per epoch, with equal rows per rank, also after restarts; or an error that names the shard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORKER = Path(__file__).parents[1] / "workers" / "read_epochs.py"
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Sets by number of lists, 4 lists a shard; those of the two ranks as well."""
+    """Sets by number of lists, with 4 lists per shard; the two ranks read them too."""
     folder = tmp_path_factory.mktemp("sets")
     for num in (3, 10, 11, 13):
         write_shards(folder / f"lists_{num}", range(num))
@@ -35,7 +35,7 @@ def sets(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_holds_each_sample_once_in_an_order_of_its_own(sets, workers):
+def test_each_epoch_has_every_sample_once_in_a_different_order(sets, workers):
     loader = new_loader(Stream(local=str(sets / "lists_13")), workers=workers)
     epochs = read(loader, 3)
     assert len(loader) == 4
@@ -47,7 +47,7 @@ def test_an_epoch_holds_each_sample_once_in_an_order_of_its_own(sets, workers):
     assert read(new_loader(Stream(local=str(sets / "lists_13")), seed=8), 1) != epochs[:1]
 
 
-def test_without_shuffle_the_order_is_that_of_the_shards(sets):
+def test_without_shuffle_samples_are_in_shard_order(sets):
     loader = new_loader(Stream(local=str(sets / "lists_10")), shuffle=False, num_canonical_nodes=1)
     assert read(loader, 2) == [[ids(0, 1, 2, 3), ids(4, 5, 6, 7), ids(8, 9)]] * 2
 
@@ -59,7 +59,7 @@ def test_more_canonical_nodes_than_samples(sets):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("name", "batch_size", "canonical_nodes"), [("lists_10", 4, None), ("lists_11", 2, 4)])
-def test_a_resumed_epoch_continues_where_it_stopped(sets, name, batch_size, canonical_nodes, workers):
+def test_an_epoch_resumes_where_it_stopped(sets, name, batch_size, canonical_nodes, workers):
     options = {"batch_size": batch_size, "num_canonical_nodes": canonical_nodes, "workers": workers}
     stream = Stream(local=str(sets / name))
     epochs = read(new_loader(stream, **options), 3)
@@ -76,12 +76,14 @@ def test_a_resumed_epoch_continues_where_it_stopped(sets, name, batch_size, cano
             assert read(resumed, 3 - epoch) == [epochs[epoch][stop:], *epochs[epoch + 1 :]]
 
 
-def test_between_epochs_the_next_one_is_resumed(sets):
+def test_a_resume_between_epochs_starts_the_next_one(sets):
     stream = Stream(local=str(sets / "lists_10"))
-    whole = new_loader(stream)
-    epochs = read(whole, 3)
+    uninterrupted = new_loader(stream)
+    epochs = read(uninterrupted, 3)
     loader = new_loader(stream)
-    states = [loader.dataset.state_dict(0, True)]  # as Composer asks: samples seen of the epoch, from its beginning
+    states = [
+        loader.dataset.state_dict(0, True)
+    ]  # as Composer calls it: (samples seen in the epoch, from its beginning)
     for _ in range(2):
         read(loader)
         states.append(loader.dataset.state_dict(0, True))
@@ -93,7 +95,7 @@ def test_between_epochs_the_next_one_is_resumed(sets):
         assert read(resumed, 3 - number) == epochs[number:]
 
 
-def test_a_checkpoint_of_other_shards_is_refused(sets, tmp_path):
+def test_a_checkpoint_of_other_shards_is_an_error(sets, tmp_path):
     state = new_loader(Stream(local=str(sets / "lists_10"))).dataset.state_dict(4, True)
     with pytest.raises(
         ShardError, match=r"lists_11: the checkpoint was trained on other shards \(it has 10 samples per epoch"
@@ -113,7 +115,7 @@ def test_streams_mixed_by_proportion(sets, tmp_path):
         assert len(epoch) == 20
         few = [i for i in epoch if i in ids(*range(10))]
         many = [i for i in epoch if i not in few]
-        assert (len(few), len(set(few))) == (5, 5)  # a quarter of the epoch, none twice
+        assert (len(few), len(set(few))) == (5, 5)  # a quarter of the epoch, without repetition
         assert len(many) == 15 and set(many) == set(ids(*range(100, 110)))
     all_of_both = [Stream(local=str(sets / "lists_10")), Stream(local=str(other))]
     (epoch,) = read(new_loader(all_of_both))
@@ -133,7 +135,7 @@ def files(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fault", ["missing", "damaged"])
-def test_a_shard_lost_on_the_way_stops_the_run(remote, fault, workers):
+def test_a_shard_lost_during_the_epoch_stops_the_run(remote, fault, workers):
     loader = new_loader(remote, workers=workers, batch_size=2, predownload=2)
     shard = Path(remote.remote) / "01" / "shard.00000.mds.zstd"
     shard.unlink() if fault == "missing" else damage(shard)
@@ -145,7 +147,7 @@ def test_a_shard_lost_on_the_way_stops_the_run(remote, fault, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("compression", ["zstd", None])
-def test_a_shard_damaged_in_place_stops_the_run_and_stays(tmp_path, compression, workers):
+def test_a_shard_damaged_in_place_stops_the_run_and_is_kept(tmp_path, compression, workers):
     folder = write_shards(tmp_path / "set", range(10), compression=compression)
     loader = new_loader(Stream(local=str(folder)), workers=workers, batch_size=2)
     (shard,) = (folder / "01").glob("shard*")
@@ -155,15 +157,15 @@ def test_a_shard_damaged_in_place_stops_the_run_and_stays(tmp_path, compression,
     assert shard.exists()
 
 
-def test_what_was_unpacked_in_place_is_unpacked_again(tmp_path):
+def test_shards_unpacked_in_place_can_be_unpacked_again(tmp_path):
     stream = Stream(local=str(write_shards(tmp_path / "set", range(10))))
     epochs = read(new_loader(stream), 1)
     damage(tmp_path / "set" / "01" / "shard.00000.mds")
     assert read(new_loader(stream), 1) == epochs
 
 
-def test_machines_that_share_a_folder_may_unpack_a_shard_at_the_same_time(tmp_path, monkeypatch):
-    """Another one unpacks the shard while this one has written its own copy and not yet put it in place."""
+def test_machines_that_share_a_folder_can_unpack_a_shard_at_the_same_time(tmp_path, monkeypatch):
+    """Another machine unpacks the shard after this one has written its copy but before it renames it."""
     folder = write_shards(tmp_path / "shared", range(4))
     rename, others = os.rename, []
 
@@ -180,7 +182,7 @@ def test_machines_that_share_a_folder_may_unpack_a_shard_at_the_same_time(tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_in_the_cache_is_mended_from_the_remote(remote, workers):
+def test_a_damaged_cache_is_repaired_from_the_remote(remote, workers):
     epochs = read(new_loader(remote), 1)
     damage(Path(remote.local) / "01" / "shard.00000.mds")
     assert read(new_loader(remote, workers=workers), 1) == epochs
@@ -205,7 +207,7 @@ def test_the_cache_stays_below_its_limit(remote, workers):
     assert sum((Path(remote.local) / name).stat().st_size for name in files(remote.local)) <= limit
 
 
-def test_a_cache_limit_that_cannot_work(remote):
+def test_impossible_cache_limits_are_errors(remote):
     with pytest.raises(ShardError, match=r"data\.train\.cache_limit is '1kb'; expected at least \d+ bytes"):
         new_loader(remote, cache_limit="1kb")
     with pytest.raises(ShardError, match="no remote: shards above the limit would be deleted for good"):
@@ -232,18 +234,18 @@ def in_store(store, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_object_store(sets, in_store, workers):
     loader = new_loader(in_store, workers=workers)
-    loader.dataset.get_item(0)  # a connection of this process, which its workers must not use
+    loader.dataset.get_item(0)  # opens a connection in this process, which workers must not use
     assert read(loader, 2) == read(new_loader(Stream(local=str(sets / "lists_13"))), 2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_store_that_fails_for_a_while_costs_no_list(store, in_store, workers):
+def test_temporary_store_failures_lose_no_list(store, in_store, workers):
     loader = new_loader(in_store, workers=workers, download_retry=2)
     refusals = iter([500, 503] * 2)
     store.on_get = lambda key: next(refusals, None) if key.startswith("02/") else None
     (epoch,) = read(loader)
     assert sorted(flat(epoch)) == sorted(ids(*range(13)))
-    assert next(refusals, None) is None  # they were met
+    assert next(refusals, None) is None  # all refusals were used
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -256,7 +258,7 @@ def test_a_store_that_fails_for_a_while_costs_no_list(store, in_store, workers):
     ],
     ids=["503", "403", "stalled"],
 )
-def test_a_store_that_fails_for_good_stops_the_run(store, in_store, answer, reason, workers):
+def test_a_permanent_store_failure_stops_the_run(store, in_store, answer, reason, workers):
     loader = new_loader(in_store, workers=workers, download_timeout_seconds=1)
     store.on_get = lambda key: answer() if key.startswith("02/") else None
     with pytest.raises(ShardError, match=rf"shard 02/shard\.00000\.mds\.zstd of s3://lists cannot be used: .*{reason}"):
@@ -280,7 +282,7 @@ def test_a_full_disk_stops_the_run(remote, monkeypatch, workers):
 
 @pytest.fixture(scope="module")
 def two_ranks(sets, tmp_path_factory):
-    """What two ranks read, and the folder for temporary files that they had."""
+    """What two ranks read, and their folder for temporary files."""
     temporary = tmp_path_factory.mktemp("temporary")
     launcher = Path(sys.executable).with_name("composer")
     subprocess.run(
@@ -299,20 +301,20 @@ def test_two_ranks_share_every_epoch(two_ranks):
     for ranks in cases[:-1]:
         num = int(ranks[0]["states"]["interrupted"]["epoch_size"])
         for epoch in range(2):
-            counts = [[len(batch) for batch in rank["whole"][epoch]] for rank in ranks]
+            counts = [[len(batch) for batch in rank["uninterrupted"][epoch]] for rank in ranks]
             assert counts[0] == counts[1]
-            rows = [row for rank in ranks for row in flat(rank["whole"][epoch])]
+            rows = [row for rank in ranks for row in flat(rank["uninterrupted"][epoch])]
             assert sorted(filter(None, rows)) == sorted(ids(*range(num)))
-            assert len(rows) - num == num % 2  # one row that is not trained where the lists are odd in number
+            assert len(rows) - num == num % 2  # one padding row if the number of lists is odd
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_where_they_were(two_ranks):
+def test_two_ranks_resume_where_they_stopped(two_ranks):
     cases, _ = two_ranks
     for ranks in cases[:-1]:
         for rank in ranks:
-            assert rank["before"] + rank["resumed"][0] == rank["whole"][0]
-            assert rank["resumed"][1] == rank["whole"][1]
+            assert rank["before"] + rank["resumed"][0] == rank["uninterrupted"][0]
+            assert rank["resumed"][1] == rank["uninterrupted"][1]
 
 
 @pytest.mark.slow
@@ -330,12 +332,14 @@ def test_another_number_of_ranks_resumes_the_same_batches(two_ranks, sets):
             num_canonical_nodes=canonical_nodes,
         )
         loader.load_state_dict(ranks[0]["states"]["interrupted"])
-        of_two = [sorted(filter(None, flat(batches))) for batches in zip(*(rank["whole"][0] for rank in ranks))]
-        assert [sorted(batch) for batch in read(loader)[0]] == of_two[num_before:]
+        two_rank_batches = [
+            sorted(filter(None, flat(batches))) for batches in zip(*(rank["uninterrupted"][0] for rank in ranks))
+        ]
+        assert [sorted(batch) for batch in read(loader)[0]] == two_rank_batches[num_before:]
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_at_a_lost_shard_and_leave_nothing(two_ranks):
+def test_two_ranks_stop_at_a_lost_shard_and_leave_no_files(two_ranks):
     cases, temporary = two_ranks
     for rank, answer in enumerate(cases[-1]):
         assert f"rank {rank}: shard 01/shard.00000.mds.zstd of" in answer["error"]
@@ -344,8 +348,7 @@ def test_two_ranks_stop_at_a_lost_shard_and_leave_nothing(two_ranks):
 
 @pytest.fixture(scope="module")
 def two_ranks_in_a_store(tmp_path_factory):
-    """What two ranks read of two sets in an object store, the sets on disk, the caches, and how often shards were asked
-    for."""
+    """What two ranks read of two sets in an object store, the sets on disk, the caches, and requests per shard."""
     from workers.read_store import SETS
 
     folder = tmp_path_factory.mktemp("store")
@@ -378,16 +381,18 @@ def test_two_ranks_mix_sets_of_a_store_through_small_caches(two_ranks_in_a_store
     epochs_by_shares = {}
     for (proportions, _), ranks in zip(CASES, cases):
         for epoch in range(NUM_EPOCHS):
-            assert [[len(batch) for batch in rank[epoch]] for rank in ranks] == [[2] * 9] * 2  # 36 lists, 4 a step
+            assert [[len(batch) for batch in rank[epoch]] for rank in ranks] == [[2] * 9] * 2  # 36 lists, 4 per step
             rows = [row for rank in ranks for row in flat(rank[epoch])]
             if proportions == (0.25, 0.75):
-                own = [row for row in rows if row in few]
-                assert len(rows) == 36 and len(own) == len(set(own)) == 9  # a quarter of the epoch, none twice
+                samples_of_set = [row for row in rows if row in few]
+                assert (
+                    len(rows) == 36 and len(samples_of_set) == len(set(samples_of_set)) == 9
+                )  # a quarter of the epoch, without repetition
                 others = Counter(row for row in rows if row not in few)
                 assert set(others) == set(many) and sorted(others.values()) == [1] * 21 + [2] * 3
             else:
-                assert sorted(rows) == sorted(few + many)  # also by proportions: each set has just its share
-        # The same steps with any number of workers, and as one rank reads the sets from disk.
+                assert sorted(rows) == sorted(few + many)  # also with proportions: each set has exactly its share
+        # The steps are the same for any number of workers, and as if one rank read the sets from disk.
         steps = [[sorted(flat(step)) for step in zip(*(rank[epoch] for rank in ranks))] for epoch in range(NUM_EPOCHS)]
         assert epochs_by_shares.setdefault(proportions, steps) == steps
         assert steps[0] != steps[1]
@@ -395,13 +400,15 @@ def test_two_ranks_mix_sets_of_a_store_through_small_caches(two_ranks_in_a_store
         alone = read(new_loader_of_sets(roots, proportions, batch_size=4), NUM_EPOCHS)
         assert [[sorted(batch) for batch in epoch] for epoch in alone] == steps
     shards = [key for key in fetched if key.endswith(".zstd")]
-    asked_once = 3  # for its size, and by the client before it downloads, and as it does
-    assert len(shards) == 9 and sum(fetched[key] for key in shards) > 9 * len(CASES) * asked_once  # caches let some go
+    requests_per_fetch = 3  # one for the size, two by the client: before and during the download
+    assert (
+        len(shards) == 9 and sum(fetched[key] for key in shards) > 9 * len(CASES) * requests_per_fetch
+    )  # some were evicted from the caches
     limit = int((folder / "limit").read_text())
     for number, (_, workers) in enumerate(CASES):
         held = sum(path.stat().st_size for path in (folder / f"cache {number}").rglob("shard*"))
-        at_once = 2 * max(workers, 1)  # processes that may fetch at the same time
-        assert 0 < held <= limit + (at_once - 1) * limit // 4
+        num_concurrent = 2 * max(workers, 1)  # processes that can fetch at the same time
+        assert 0 < held <= limit + (num_concurrent - 1) * limit // 4
 
 
 def test_an_epoch_resumes_with_another_number_of_workers(sets):

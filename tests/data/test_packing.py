@@ -1,4 +1,4 @@
-"""Balance, packing and normalisers, without a model."""
+"""Balancing, packing and loss normalizers, without a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sequence(length, response_start, num_candidates, *, key=1, grades=None):
     lengths=st.lists(st.integers(1, 500), max_size=40),
     limit=st.one_of(st.tuples(st.integers(1, 9), st.none()), st.tuples(st.none(), st.integers(500, 3000))),
 )
-def test_every_sequence_lands_once_within_the_limit(lengths, limit):
+def test_every_sequence_is_assigned_once_within_the_limit(lengths, limit):
     max_lists, max_tokens = limit
     count = count_microbatches(lengths, max_lists=max_lists, max_tokens=max_tokens)
     bins = balance(lengths, count, max_lists=max_lists)
@@ -46,7 +46,7 @@ def test_every_sequence_lands_once_within_the_limit(lengths, limit):
         assert max_tokens is None or sum(lengths[i] for i in members) <= max_tokens
 
 
-def test_balance_is_close_to_even():
+def test_microbatches_are_balanced():
     lengths = np.random.default_rng(0).integers(500, 4000, 64).tolist()
     tokens = [sum(lengths[i] for i in members) for members in balance(lengths, 8, max_lists=8)]
     assert max(tokens) / (sum(lengths) / 8) < 1.05
@@ -54,14 +54,14 @@ def test_balance_is_close_to_even():
     assert max(tokens) < max(in_order)
 
 
-def test_a_sequence_over_the_budget_names_the_remedy():
+def test_a_sequence_over_the_token_budget_is_an_error():
     with pytest.raises(ValueError, match=r"batch\.microbatch_tokens is 800, but a list has 900 tokens\. Raise"):
         count_microbatches([10, 900], max_lists=None, max_tokens=800)
     with pytest.raises(ValueError, match="exactly one of microbatch_lists and microbatch_tokens"):
         count_microbatches([10], max_lists=1, max_tokens=100)
 
 
-def test_pack_lays_sequences_end_to_end():
+def test_pack_concatenates_sequences():
     grades = np.array([2, 0, 1])
     packed = pack([sequence(6, 3, 3, key=1, grades=grades), sequence(4, 4, 2, key=2)])
     assert packed["input_ids"].tolist() == [[100, 101, 102, 103, 104, 105, 200, 201, 202, 203]]
@@ -80,7 +80,7 @@ def test_pack_lays_sequences_end_to_end():
     assert num_samples_in_batch(packed) == 2
 
 
-def test_an_empty_pack_supervises_nothing():
+def test_an_empty_pack_has_no_targets():
     packed = pack([])
     assert packed["input_ids"].shape == (1, 1) and packed["target_ids"].tolist() == [-100]
     assert packed["score_rows"].shape == (0,) and packed["record_ids"] == [] and packed["lengths"] == [1]
@@ -88,7 +88,7 @@ def test_an_empty_pack_supervises_nothing():
 
 
 @pytest.mark.parametrize("limit", [{"max_lists": 1}, {"max_lists": 2}, {"max_lists": 9}, {"max_tokens": 40}])
-def test_scales_make_means_over_the_global_batch(limit):
+def test_scales_give_means_over_the_global_batch(limit):
     rows = [sequence(10 + 3 * i, 6 + i, 2 + i, key=i + 1) for i in range(5)]
     dropped = TokenizedList(None, "too-long", 99)
     batch = {"sequences": [rows[0], dropped, *rows[1:]]}

@@ -1,4 +1,4 @@
-"""Names and folders that processes share: the dead lose theirs, the living keep them."""
+"""Shared memory and cache folders are released when their process is dead, and kept while it is alive."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rankllm_composer.data.shared_memory import claim_cache, clear_dead_claims
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Claims of this test only, not the machine's."""
+def claims_folder(tmp_path, monkeypatch):
+    """Keep claims in a folder of this test instead of the machine's."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
-def test_the_dead_lose_their_shared_memory(tmp_path):
+def test_shared_memory_of_a_dead_process_is_removed(tmp_path):
     number = int(in_a_child(names_of_a_dataset, then_die=True))
     assert exists(f"{number:06}_locals")
     assert len(list(tmp_path.rglob("names-*"))) == 1
@@ -26,16 +26,16 @@ def test_the_dead_lose_their_shared_memory(tmp_path):
     assert not list(tmp_path.rglob("names-*"))
 
 
-def test_the_living_keep_theirs(tmp_path):
+def test_shared_memory_of_a_living_process_is_kept(tmp_path):
     number = names_of_a_dataset()
     other = names_of_a_dataset()
-    assert number != other and min(number, other) >= 10**6  # streaming itself counts up from 0
+    assert number != other and min(number, other) >= 10**6  # streaming's own numbers start at 0
     assert clear_dead_claims() == 0
     assert in_a_child(clear_dead_claims) == "0"
     assert exists(f"{number:06}_locals") and exists(f"{other:06}_locals")
 
 
-def test_a_cache_folder_has_one_run(tmp_path):
+def test_a_cache_folder_belongs_to_one_run(tmp_path):
     folder = tmp_path / "cache"
     claim = claim_cache(folder)
     assert claim_cache(f"{folder}/.") is claim  # the same run may open it twice

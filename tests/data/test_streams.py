@@ -1,4 +1,4 @@
-"""Streams checked before training: every fault names the place, the shard and what to do."""
+"""Streams are checked before training: every error names the folder, the shard and a fix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def packed(folder, part):
     return folder / f"{part:02}" / "shard.00000.mds.zstd"
 
 
-def test_what_a_complete_set_holds(shards, tmp_path):
+def test_contents_of_a_complete_set(shards, tmp_path):
     contents = check_stream(Stream(local=str(shards)))
     largest = max(
         entry["raw_data"]["bytes"] + entry["zip_data"]["bytes"]
@@ -62,7 +62,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("cached", [False, True], ids=["in place", "cached"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_a_set(fault, cached, shards, tmp_path):
+def test_incomplete_sets_are_errors(fault, cached, shards, tmp_path):
     cause, found, remedy = FAULTS[fault]
     cause(shards)
     stream = Stream(local=str(tmp_path / "cache"), remote=str(shards)) if cached else Stream(local=str(shards))
@@ -80,11 +80,11 @@ def test_missing_hashes_are_logged(tmp_path, caplog):
 
 @pytest.fixture()
 def cache(shards, tmp_path):
-    """A cache that holds all of the set."""
+    """A cache with the complete set."""
     return shutil.copytree(shards, tmp_path / "cache")
 
 
-def test_broken_files_leave_the_cache(shards, cache):
+def test_broken_files_are_removed_from_the_cache(shards, cache):
     packed(cache, 0).write_bytes(b"abc")
     partial = packed(cache, 1).with_name("shard.00000.mds.tmp")
     partial.write_bytes(b"abc")
@@ -100,7 +100,7 @@ def test_a_damaged_cached_index_is_fetched_again(shards, cache):
     assert not (cache / "index.json").exists()
 
 
-def test_a_cache_of_another_set_is_refused(cache, tmp_path):
+def test_a_cache_of_another_set_is_an_error(cache, tmp_path):
     other = write_shards(tmp_path / "other", range(5))
     with pytest.raises(ShardError, match=r"cache folder .*cache: it holds shards of another set than .*other"):
         check_stream(Stream(local=str(cache), remote=str(other)))
@@ -141,6 +141,6 @@ def test_object_store(shards, tmp_path):
             check_streams([nowhere], download_retry=0)
 
 
-def test_damage_of_the_same_size_is_not_seen_yet(shards):
+def test_damage_that_keeps_the_size_is_not_detected_yet(shards):
     damage(packed(shards, 1))
     check_stream(Stream(local=str(shards)))

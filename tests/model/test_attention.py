@@ -44,7 +44,7 @@ def test_equals_dense_masked_attention(heads, key_value_heads, window, lengths):
         torch.testing.assert_close(ours_grad, expected_grad, rtol=1e-9, atol=1e-12)
 
 
-def test_wrong_bounds_are_refused():
+def test_wrong_bounds_are_errors():
     tensor = torch.zeros(1, 2, 5, 4)
     with pytest.raises(ValueError, match="ends at 4, the pack holds 5"):
         packed_sdpa(tensor, tensor, tensor, torch.tensor([0, 4]))

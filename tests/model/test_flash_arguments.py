@@ -1,4 +1,4 @@
-"""What transformers hands to flash-attn for a packed microbatch, seen by a stand-in that computes the same on CPU."""
+"""Arguments that transformers passes to flash-attn for a packed microbatch, checked with a CPU implementation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def flash_attn_varlen_func(
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     outputs = []
     for start, stop in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist()):
-        distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)[None]  # query's place - key's
+        distance = (
+            torch.arange(stop - start)[:, None] - torch.arange(stop - start)[None]
+        )  # query position - key position
         visible = (distance <= left) & (distance >= (0 if causal else -right))
         scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * softmax_scale
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
@@ -67,11 +69,11 @@ def flash_attn_varlen_func(
 
 @pytest.fixture
 def flash(monkeypatch):
-    """flash-attn as transformers and `choose_attention` find it where it is installed; the calls it gets."""
+    """Make flash-attn appear installed to transformers and `choose_attention`; return the recorded calls."""
     signature = inspect.signature(flash_attn_varlen_func)
 
     def recorded(*arguments, **named):
-        call = signature.bind(*arguments, **named)  # a name that flash-attn does not know is a TypeError here
+        call = signature.bind(*arguments, **named)  # an argument that flash-attn does not have is a TypeError
         CALLS.append(call)
         return flash_attn_varlen_func(*call.args, **call.kwargs)
 
@@ -80,7 +82,7 @@ def flash(monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: True if name == "flash_attn" else find_spec(name, *rest)
     )
     monkeypatch.setattr(modeling_flash_attention_utils, "flash_attn_2_varlen_func", recorded)
-    # What transformers works out on import, from the signature of flash_attn_func and from flash-attn's version.
+    # Values that transformers derives on import from the signature of flash_attn_func and flash-attn's version.
     monkeypatch.setattr(modeling_flash_attention_utils, "_flash_supports_window_size", True)
     monkeypatch.setattr(modeling_flash_attention_utils, "flash_241", True)
     CALLS.clear()
@@ -130,7 +132,7 @@ def test_arguments_of_every_call(flash):
         assert given["max_seqlen_q"] == given["max_seqlen_k"] == max(lengths)
         assert given["causal"] is True and given["softmax_scale"] == 8**-0.5
         assert "window_size" not in given
-    # rotary angles restart with each list, though flash-attn itself is told by cu_seqlens alone
+    # positions restart with each list, although flash-attn uses only cu_seqlens
     assert [p.tolist() for p in positions] == [[[i for length in lengths for i in range(length)]]]
 
 
@@ -143,7 +145,7 @@ def test_arguments_in_half_precision(flash):
 
 @pytest.mark.parametrize("limit", [{"max_lists": 1}, {"max_tokens": 60}])
 def test_flash_step_in_microbatches(flash, limit):
-    """One list alone has no second boundary, and transformers could take it for an unpacked batch; it does not."""
+    """A single list has no second boundary, but transformers must still treat it as a packed batch."""
     sequences = random_sequences("combined", num=7)
     reference, model = new_model("mistral"), new_model("mistral")
     expected = packed_losses(reference, sequences, Objective("combined"), limit=limit)
@@ -169,9 +171,9 @@ def windowed(family: str, wider: int = 0) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("family", ["mistral_windowed", "qwen2_windowed"])
-def test_flash_sees_one_token_more_in_a_window(flash, family):
-    """The window is honoured, with one token more than on packed_sdpa: to transformers' masks a window of w tokens
-    holds the token itself; as flash-attn's window_size = (w, w) it holds w tokens and the token itself."""
+def test_flash_windows_are_one_token_longer(flash, family):
+    """Windows have one token more than with packed_sdpa: in transformers' masks a window of w tokens includes the token
+    itself; flash-attn's window_size = (w, w) covers w tokens and the token itself."""
     objective = Objective("combined", ranking_weight=3.0)
     sequences = random_sequences("combined")
     window = FAMILIES[family].sliding_window
@@ -188,7 +190,7 @@ def test_flash_sees_one_token_more_in_a_window(flash, family):
 
 @pytest.mark.parametrize("family", ["mistral_windowed", "qwen2_windowed"])
 def test_a_window_as_long_as_the_lists_changes_nothing(flash, family):
-    """As with the published base models: 4096 tokens of window (Zephyr), lists of at most 4096."""
+    """As for the published base models: Zephyr's window has 4096 tokens, and lists have at most 4096."""
     objective = Objective("combined")
     sequences = random_sequences("combined")
     longest = max(len(s.encoded.input_ids) for s in sequences)

@@ -1,4 +1,4 @@
-"""Our count of operations against torch's own counter on a packed step, and against figures worked out by hand."""
+"""FLOP counts against torch's counter on a packed step, and against values computed by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD_DIM, HEADS, LAYERS, HIDDEN, VOCABULARY = 8, 4, 4, 32, 96  # of test_model's
 def attention_by_query(
     module, query, key, value, attention_mask, scaling, sliding_window=None, cu_seq_lens_q=None, **_
 ):
-    """Each query times the keys it sees and no others, so that torch's counter sees the causal half alone."""
+    """Multiply each query only by the keys it attends to, so that torch's counter counts only the causal half."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1)[0], value.repeat_interleave(groups, 1)[0]  # (H, T, d)
     rows = []
@@ -44,7 +44,7 @@ def packed_batch(num_lists: int = 2):
 
 
 def counted_reranker(family: str, checkpointing: float = 0.0) -> ListwiseReranker:
-    """A model of test_model whose attention torch's counter can count."""
+    """Create a tiny model whose attention torch's counter can count."""
     AttentionInterface.register("by_query", attention_by_query)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), attn_implementation="sdpa")
@@ -55,12 +55,12 @@ def counted_reranker(family: str, checkpointing: float = 0.0) -> ListwiseReranke
 
 
 def rotary_flops(batch) -> int:
-    """Operations that torch counts and we do not: the (d / 2) frequencies times T positions, once a forward."""
+    """Operations that torch counts and we do not: the (d / 2) frequencies times T positions, once per forward pass."""
     return 2 * (HEAD_DIM // 2) * batch["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("family", ["mistral", "mistral_windowed", "mistral_tied", "llama", "qwen3"])
-def test_equals_torchs_counter(family):
+def test_flops_equal_torchs_counter(family):
     batch = packed_batch()
     reranker = counted_reranker(family)
     sizes = reranker.config, batch["lengths"], len(batch["logit_positions"])
@@ -73,8 +73,8 @@ def test_equals_torchs_counter(family):
     assert training_flops(*sizes) == 3 * forward_flops(*sizes)
 
 
-def test_layers_without_a_window_beside_windowed_ones():
-    """Of Qwen2's layers some are windowed and some not; the count takes the window for all: low by attention alone."""
+def test_models_with_and_without_windowed_layers():
+    """Some of Qwen2's layers have a window; the count assumes it for all, so only attention is undercounted."""
     batch = packed_batch()
     reranker = counted_reranker("qwen2_windowed")
     with FlopCounterMode(display=False) as forward:
@@ -84,7 +84,7 @@ def test_layers_without_a_window_beside_windowed_ones():
 
 
 def test_recomputed_activations_are_not_counted():
-    """With every layer checkpointed torch counts more: each layer's forward again, but for its last product, whose
+    """With every layer checkpointed, torch also counts each layer's second forward pass, except its last product, whose
     output no gradient needs."""
     batch = packed_batch()
     reranker = counted_reranker("mistral", checkpointing=1.0)
@@ -98,7 +98,7 @@ def test_recomputed_activations_are_not_counted():
 
 
 def test_padding_is_not_counted():
-    """The plain loop computes each list at the longest one's length, and logits at every place of it."""
+    """The plain loop pads each list to the longest, and computes logits at every position."""
     batch = packed_batch(num_lists=5)
     lengths = batch["lengths"]
     reranker = counted_reranker("llama")
@@ -116,8 +116,8 @@ def test_padding_is_not_counted():
     assert packed < 0.65 * plain.get_total_flops()
 
 
-def test_figures_by_hand():
-    """SmolLM2-135M's shape: 3.54 M weights a layer in products, 106.2 M in all, 28.3 M in the head."""
+def test_flops_computed_by_hand():
+    """SmolLM2-135M's shape: 3.54 M weights per layer in matrix products, 106.2 M in total, 28.3 M in the head."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -129,7 +129,7 @@ def test_figures_by_hand():
     # query and output 576 * 576 each, key and value 576 * 192 each, gate, up and down 576 * 1536 each
     layer = 2 * 331_776 + 2 * 110_592 + 3 * 884_736
     assert layer_matmul_parameters(config) == 30 * layer == 106_168_320
-    # lists of 3 and 2 tokens: query-key pairs 1 + 2 + 3 and 1 + 2; 4 * 576 operations a pair in each of 30 layers
+    # lists of 3 and 2 tokens: query-key pairs 1 + 2 + 3 and 1 + 2; 4 * 576 operations per pair in each of 30 layers
     expected = 2 * 106_168_320 * 5 + 30 * 4 * 576 * 9 + 2 * 576 * 49152 * 4
     assert forward_flops(config, [3, 2], 4) == expected
     assert training_flops(config, [3, 2], 4) == 3 * expected
@@ -145,8 +145,8 @@ def test_flops_of_a_device_batch_are_those_of_its_microbatches():
     assert reranker.flops_per_batch({"sequences": sequences}) == sum(parts)
 
 
-def test_the_training_log_has_the_real_operations():
-    """Composer's SpeedMonitor: each update's own FLOPs, of all its microbatches; MFU is their rate over the card's."""
+def test_the_training_log_has_the_flops_of_each_update():
+    """Composer's SpeedMonitor logs the FLOPs of all microbatches of an update; MFU divides their rate by the GPU's."""
     batches = [{"sequences": random_sequences("combined", num=num)} for num in (4, 3, 5)]
     reranker, logger = counted_reranker("mistral"), InMemoryLogger()
     reranker.model.config._attn_implementation = "packed_sdpa"

@@ -1,4 +1,4 @@
-"""Ranking losses: the published values, slow loops, and the properties that every entry of LOSSES must have."""
+"""Ranking losses: the published values, slow loops, and properties of every entry of LOSSES."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rankllm_composer.model.losses import (
     ranknet_loss,
 )
 
-# Measured with the training code of the published FIRST and RankZephyr models; the file says what each key is.
+# Measured with the training code of the published FIRST and RankZephyr models; the file describes each key.
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ranking_losses.json").read_text())["cases"]
 
 OPTION_VALUES = {"weighted": (True, False), "target": ("ranks", "self_sorted"), "detach_target": (False, True)}
@@ -245,8 +245,8 @@ def test_order_of_presentation_does_not_matter(loss):
 def test_only_differences_of_scores_count(loss):
     if loss.func is lambdarank_loss and loss.keywords["target"] == "self_sorted":
         scores = torch.tensor([[0.3, 0.1, 0.2]])
-        assert loss(scores, torch.tensor([[2, 0, 1]])) > 0  # its gains are made of the scores' own height …
-        assert loss(scores - 1, torch.tensor([[2, 0, 1]])) == 0  # … and end below zero
+        assert loss(scores, torch.tensor([[2, 0, 1]])) > 0  # gains depend on the absolute scores …
+        assert loss(scores - 1, torch.tensor([[2, 0, 1]])) == 0  # … and are cut off at zero
         return
     scores, ranks, mask = random_lists([6, 4, 9], seed=4)
     shift = torch.tensor([[5.0], [-3.0], [0.25]], dtype=torch.float64)
@@ -256,7 +256,7 @@ def test_only_differences_of_scores_count(loss):
 
 
 @each_loss
-def test_masked_places_are_a_shorter_list(loss):
+def test_masked_candidates_equal_a_shorter_list(loss):
     scores, ranks, mask = random_lists([5, 3], width=8, seed=5)
     values, gradient = loss_and_gradient(loss, scores, ranks, mask=mask, reduction="none")
     for row, num in enumerate([5, 3]):
@@ -315,7 +315,7 @@ def test_gradient_descent_finds_the_whole_teacher_order(name):
     assert scores.argsort(descending=True).argsort().tolist() == ranks.tolist()
 
 
-# --- numbers at the edge ----------------------------------------------------------------------------------------------
+# --- extreme values -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -367,9 +367,9 @@ def test_lists_with_nothing_to_rank_give_zero(loss):
 
 
 @each_loss
-def test_no_step_of_the_gradient_is_nan(loss):
+def test_gradients_have_no_intermediate_nan(loss):
     scores, ranks, mask = random_lists([0, 1, 5], width=6, seed=9)
-    with torch.autograd.set_detect_anomaly(True):  # a NaN that is masked away later would stop here
+    with torch.autograd.set_detect_anomaly(True):  # raises even for a NaN that is masked later
         loss(scores.requires_grad_(), ranks, mask=mask).backward()
 
 
@@ -378,14 +378,14 @@ def test_reductions(loss):
     scores, ranks, mask = random_lists([6, 0, 9, 1], seed=10)
     values = loss(scores, ranks, mask=mask, reduction="none")
     assert values.shape == (4,)
-    # Lists without anything to rank count in the mean.
+    # Lists with nothing to rank count in the mean.
     assert loss(scores, ranks, mask=mask).item() == pytest.approx((values[0] + values[2]).item() / 4)
     assert loss(scores, ranks, mask=mask, reduction="sum").item() == pytest.approx((values[0] + values[2]).item())
     assert loss(scores[:0], ranks[:0], mask=mask[:0]).item() == 0
 
 
 @each_loss
-def test_arguments_are_left_alone(loss):
+def test_arguments_are_not_modified(loss):
     scores, ranks, mask = random_lists([6, 4], seed=11)
     before = scores.clone(), ranks.clone(), mask.clone()
     loss(scores, ranks, mask=mask)
@@ -411,14 +411,14 @@ SCORES, RANKS = torch.zeros(2, 3), torch.tensor([[0, 1, 2], [2, 1, 0]])
         ((SCORES, RANKS, {"reduction": "average"}), r"reduction is 'average'; expected one of none, mean, sum"),
     ],
 )
-def test_wrong_arguments_are_named(loss, arguments, message):
+def test_wrong_arguments_are_errors(loss, arguments, message):
     scores, ranks, kwargs = arguments
     with pytest.raises(ValueError, match=rf"^{loss.func.__name__}: {message}"):
         loss(scores, ranks, **kwargs)
 
 
 @pytest.mark.parametrize("loss", [lambdarank_loss, listnet_loss])
-def test_wrong_targets_are_named(loss):
+def test_wrong_targets_are_errors(loss):
     with pytest.raises(ValueError, match=rf"^{loss.__name__}: target is 'scores'; expected one of ranks, self_sorted"):
         loss(SCORES, RANKS, target="scores")
     with pytest.warns(UserWarning, match="detach_target has no effect with target='ranks'"), warnings.catch_warnings():
@@ -426,7 +426,7 @@ def test_wrong_targets_are_named(loss):
         loss(SCORES, RANKS, detach_target=True)
 
 
-def test_table_names_functions_without_their_ending():
+def test_names_in_the_table_are_function_names_without_the_suffix():
     assert {name: loss.__name__ for name, loss in LOSSES.items()} == {name: f"{name}_loss" for name in LOSSES}
     for loss in LOSSES.values():
         parameters = list(inspect.signature(loss).parameters.values())

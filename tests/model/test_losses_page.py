@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture()
 def copy(tmp_path: Path) -> Path:
-    """A folder with a copy of the package and its tests in which steps 1, 2 and 4 of the page are done."""
+    """A folder with a copy of the package and its tests after steps 1, 2 and 4 of the page."""
     shutil.copytree(REPOSITORY / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     shutil.copytree(REPOSITORY / "rankllm_composer", tmp_path / "rankllm_composer")
@@ -45,7 +45,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def run_in(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """`python COMMAND` with the copy of the package, not the repository's."""
+    """Run `python COMMAND` with the copied package instead of the repository's."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
@@ -77,7 +77,7 @@ def test_every_step_works(copy, tmp_path, mistral_v3_folder):
 
 
 @pytest.mark.slow
-def test_a_loss_missing_from_the_table_is_named(copy):
+def test_a_loss_missing_from_the_table_is_an_error(copy):
     names = copy / "rankllm_composer" / "model" / "loss_table.py"
     names.write_text(names.read_text().replace('    "first_place": {},\n', ""))
     run = run_in(copy, "-c", "import rankllm_composer.model.losses")

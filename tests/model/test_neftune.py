@@ -30,7 +30,7 @@ PINNED_SEEDS = [7175886545736262506, 1056961454609136558, 9169699564768075551]
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
-def test_noise_is_uniform_with_each_sequence_its_own_bound():
+def test_noise_is_uniform_with_one_bound_per_sequence():
     lengths, hidden = [7, 60, 400], 64
     noise = neftune_noise(torch.zeros(1, 467, hidden), lengths, ALPHA, seeds=[1, 2, 3])
     for part, length in zip(noise[0].split(lengths), lengths):
@@ -45,7 +45,7 @@ def test_noise_is_uniform_with_each_sequence_its_own_bound():
         assert abs(part.square().mean() / variance - 1) < 4 * 3 * math.sqrt((1 / 5 - 1 / 9) / num)
         shares = torch.histc(part / bound, bins=10, min=-1, max=1) / num
         assert (shares - 0.1).abs().max() < 4 * math.sqrt(0.1 * 0.9 / num)
-        # Whatever the length, the noise of a sequence has the same expected size as one vector.
+        # The expected norm of a sequence's noise does not depend on its length.
         assert part.norm().item() == pytest.approx(ALPHA / math.sqrt(3), rel=0.1)
 
 
@@ -76,7 +76,7 @@ def test_noise_is_drawn_in_float32_and_the_sum_rounded_once(dtype):
     torch.testing.assert_close(noised, (embeddings.double() + noise.double()).to(dtype), rtol=0, atol=0)
 
 
-def test_global_random_state_is_neither_used_nor_moved():
+def test_global_random_state_is_neither_used_nor_changed():
     state = torch.get_rng_state()
     noise = neftune_noise(torch.zeros(5, 3), [5], ALPHA, [1])
     assert torch.equal(torch.get_rng_state(), state)
@@ -84,7 +84,7 @@ def test_global_random_state_is_neither_used_nor_moved():
     assert torch.equal(neftune_noise(torch.zeros(5, 3), [5], ALPHA, [1]), noise)
 
 
-def test_seeds_are_pinned_and_distinct():
+def test_seeds_are_fixed_and_distinct():
     # A run resumed by a later version must replay the same noise.
     assert [noise_seed(42, 0, 7), noise_seed(42, 1, 7), noise_seed(0, 0, 0)] == PINNED_SEEDS
     seeds = [noise_seed(*key) for key in itertools.product(range(5), range(20), range(100))]
@@ -92,7 +92,7 @@ def test_seeds_are_pinned_and_distinct():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_neighbouring_seeds_give_unrelated_noise():
+def test_adjacent_seeds_give_unrelated_noise():
     zeros, size = torch.zeros(100, 100), 10_000
     noise = partial(neftune_noise, zeros, [100], ALPHA)
     here = noise([noise_seed(SEED, 3, 8)])
@@ -111,13 +111,13 @@ def test_neighbouring_seeds_give_unrelated_noise():
         ((1, 5, 4), [2, 3], [1], "there are 1 seeds for 2 sequences"),
     ],
 )
-def test_wrong_arguments_are_named(shape, lengths, seeds, message):
+def test_wrong_arguments_are_errors(shape, lengths, seeds, message):
     with pytest.raises(ValueError, match=f"^neftune_noise: {message}"):
         neftune_noise(torch.zeros(shape), lengths, ALPHA, seeds)
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf])
-def test_no_noise_is_said_by_leaving_neftune_out(alpha):
+def test_an_alpha_without_noise_is_an_error(alpha):
     with pytest.raises(ValueError, match=r"^neftune.alpha is .*above 0\. Remove neftune to train without noise"):
         NEFTune(alpha, SEED)
 
@@ -126,7 +126,7 @@ def test_no_noise_is_said_by_leaving_neftune_out(alpha):
 
 
 def expected(weight: torch.Tensor, batch: dict, num_batches: int) -> torch.Tensor:
-    """What the layers see of a microbatch in training."""
+    """Return the expected layer inputs of a microbatch in training."""
     seeds = [noise_seed(SEED, num_batches, key) for key in batch["record_keys"]]
     return neftune_noise(weight[batch["input_ids"]], batch["lengths"], ALPHA, seeds)
 
@@ -139,7 +139,7 @@ def plain(weight: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 class Loop:
-    """Composer's state and engine with one microbatch of three lists, and no trainer around them."""
+    """Composer's state and engine with one microbatch of three lists, without a trainer."""
 
     def __init__(self, **options) -> None:
         self.model = new_model(**options)
@@ -166,7 +166,7 @@ class Loop:
         return self.embedding(self.batch["input_ids"])
 
 
-def test_noise_is_there_from_before_forward_to_after_backward():
+def test_noise_is_active_from_before_forward_to_after_backward():
     loop = Loop()
     clean, noised = plain(loop.weight, loop.batch), expected(loop.weight, loop.batch, 0)
     assert not torch.equal(clean, noised)
@@ -187,7 +187,7 @@ def test_only_three_events_matter():
     assert matched == {Event.INIT, Event.BEFORE_FORWARD, Event.AFTER_BACKWARD}
 
 
-def test_evaluation_mode_and_no_grad_are_untouched():
+def test_evaluation_mode_and_no_grad_have_no_noise():
     loop = Loop()
     loop.run(Event.INIT, Event.BEFORE_FORWARD)
     clean = plain(loop.weight, loop.batch)
@@ -209,7 +209,7 @@ def test_noise_follows_the_batch_counter():
         loop.state.timestamp = loop.state.timestamp.to_next_batch(samples=3)
 
 
-def test_copies_and_state_dicts_carry_no_noise():
+def test_copies_and_state_dicts_have_no_noise():
     loop, untouched = Loop(), new_model()
     loop.run(Event.INIT, Event.BEFORE_FORWARD)
     assert not torch.equal(loop.output(), plain(loop.weight, loop.batch))
@@ -245,7 +245,7 @@ def test_embedding_of_an_adapted_model_is_found(target_modules):
     (name,) = (name for name in weight if "embed_tokens" in name and "lora" not in name)
     loop.run(Event.INIT, Event.BEFORE_FORWARD)
     loop.model.train()
-    # LoRA's second factor starts at zero, so an adapted embedding still gives its base's rows.
+    # LoRA's second factor starts at zero, so an adapted embedding still returns the rows of its base.
     assert torch.equal(loop.output(), expected(weight[name].detach(), loop.batch, 0))
     loop.model.loss(loop.model(loop.batch), loop.batch)["total"].backward()
 
@@ -258,20 +258,20 @@ def updated_weights(max_lists: int, noise: bool = True, **options) -> dict[str, 
     trainer = new_trainer(model, data_spec(new_lists(8), 4, max_lists), "1ep", noise)
     trainer.fit()
     trainer.close()
-    # Checkpointing wraps layers; their weights keep their place in the list.
+    # Checkpointing wraps layers, but keeps the order of their weights.
     return dict(enumerate(parameter.detach() for parameter in model.parameters()))
 
 
 def test_training_does_not_depend_on_the_split_or_on_recomputation():
-    whole = updated_weights(4)
-    torch.testing.assert_close(updated_weights(2), whole, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(updated_weights(1), whole, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(updated_weights(4, activation_checkpointing=1.0), whole, rtol=1e-4, atol=1e-6)
+    unsplit = updated_weights(4)
+    torch.testing.assert_close(updated_weights(2), unsplit, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(updated_weights(1), unsplit, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(updated_weights(4, activation_checkpointing=1.0), unsplit, rtol=1e-4, atol=1e-6)
     without = updated_weights(4, noise=False)
-    assert max((without[place] - whole[place]).abs().max() for place in whole) > 1e-2
+    assert max((without[place] - unsplit[place]).abs().max() for place in unsplit) > 1e-2
 
 
-def test_layers_see_the_noise_of_the_formula_and_evaluation_sees_none():
+def test_training_has_the_noise_of_the_formula_and_evaluation_none():
     model, lists = new_model(), new_lists(4)
     weight = model.model.get_input_embeddings().weight.detach().clone()
     evaluator = Evaluator(
@@ -295,7 +295,7 @@ def test_layers_see_the_noise_of_the_formula_and_evaluation_sees_none():
     trainer.close()
 
 
-def test_resumed_mid_epoch_training_sees_the_same_noise(tmp_path):
+def test_training_resumed_mid_epoch_has_the_same_noise(tmp_path):
     lists = new_lists(12)
     straight = new_model()
     trainer = new_trainer(
@@ -338,7 +338,7 @@ def test_a_checkpoint_loads_without_the_algorithm(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_sharded_ranks_see_the_noise_of_one(tmp_path):
+def test_two_sharded_ranks_have_the_noise_of_one(tmp_path):
     weights = {name: value.clone() for name, value in new_model().model.state_dict().items()}
     torch.save(weights, tmp_path / "initial.pt")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]

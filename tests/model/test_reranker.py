@@ -63,9 +63,9 @@ def test_every_ranking_loss_trains(loss):
 def test_gradient_does_not_depend_on_microbatches(name, limit):
     objective = Objective(name, ranking_weight=10.0)
     sequences = random_sequences(name, num=7)
-    whole, split = new_model("mistral"), new_model("mistral")
+    unsplit, split = new_model("mistral"), new_model("mistral")
     parts = packed_losses(split, sequences, objective, limit=limit)
-    assert_same_step(split, whole, parts, packed_losses(whole, sequences, objective))
+    assert_same_step(split, unsplit, parts, packed_losses(unsplit, sequences, objective))
 
 
 @pytest.mark.parametrize("fraction, expected", [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4)])
@@ -78,7 +78,7 @@ def test_activation_checkpointing_by_fraction(fraction, expected):
 
 
 def test_compiled_layers_compute_the_same(monkeypatch):
-    """What torch.compile traces of a layer, on lengths that change, checked without the minute its C++ takes."""
+    """Check what torch.compile traces for changing lengths, without the C++ compilation, which takes a minute."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     objective = Objective("combined", ranking_weight=3.0)
@@ -92,8 +92,8 @@ def test_compiled_layers_compute_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_forward_in_bfloat16_on_cpu(name):
-    """Products in bfloat16, near to float32's; weights, gradients and losses stay float32."""
+def test_bfloat16_products_on_cpu(name):
+    """Products are in bfloat16, and close to float32's; weights, gradients and losses stay float32."""
     objective = Objective(name, ranking_weight=3.0)
     sequences = random_sequences(name)
     reference, model = new_model("mistral"), new_model("mistral")
@@ -102,7 +102,7 @@ def test_a_forward_in_bfloat16_on_cpu(name):
     for layer in decoder_layers(model):
         layer.self_attn.q_proj.register_forward_hook(lambda _module, _inputs, output: computed.append(output.dtype))
     parts = packed_losses(model, sequences, objective, bf16_on_cpu=True, activation_checkpointing=1.0)
-    assert set(computed) == {torch.bfloat16} and len(computed) == 8  # forward and again
+    assert set(computed) == {torch.bfloat16} and len(computed) == 8  # forward pass and recomputation
     for part, value in parts.items():
         assert value.dtype == torch.float32 and value != expected[part]
         torch.testing.assert_close(value, expected[part], rtol=2e-2, atol=0)
@@ -122,11 +122,11 @@ def test_logits_only_where_they_count():
     model = ListwiseReranker(new_model("mistral"), None, Objective("ranking"))
     different = len(np.unique(batch["identifier_token_ids"]))
     assert model(batch)["logits"].shape == (5, different)
-    assert "forward" not in vars(model.output_head)  # the LM head is whole again
+    assert "forward" not in vars(model.output_head)  # the LM head is restored
 
 
-def list_of(prompt: int, objective: str) -> TokenizedList:
-    """One list of this many prompt tokens, 4 candidates and a response of 16 tokens."""
+def new_list(prompt: int, objective: str) -> TokenizedList:
+    """Create a list of `prompt` prompt tokens, 4 candidates and a response of 16 tokens."""
     encoded = EncodedRecord(
         input_ids=np.arange(prompt + (0 if objective == "ranking" else 16), dtype=np.int32) % 96,
         response_start=prompt,
@@ -138,12 +138,12 @@ def list_of(prompt: int, objective: str) -> TokenizedList:
 
 
 def peak_of_a_step(vocabulary: int, prompt: int, objective: str) -> int:
-    """Most bytes that one forward and backward pass held at once, by what torch's allocator gave and took back."""
+    """Return the peak bytes in use during one forward and backward pass, from the events of torch's allocator."""
     torch.manual_seed(0)
     config = MistralConfig(**{**SIZES, "vocab_size": vocabulary}, sliding_window=None)
     model = ListwiseReranker(AutoModelForCausalLM.from_config(config), None, Objective(objective))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        (batch,) = split_batch({"sequences": [list_of(prompt, objective)]}, max_lists=1)
+        (batch,) = split_batch({"sequences": [new_list(prompt, objective)]}, max_lists=1)
         model.loss(model(batch), batch)["total"].backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     in_use = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
@@ -152,7 +152,7 @@ def peak_of_a_step(vocabulary: int, prompt: int, objective: str) -> int:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_peak_memory_does_not_grow_with_vocabulary_times_prompt(name):
-    """A longer prompt costs the same at any vocabulary: there is no row of logits for each of its places."""
+    """A longer prompt costs the same at any vocabulary: logits are not computed at its positions."""
     small, large, short, long = 4_000, 40_000, 200, 1_000
     growth = {size: peak_of_a_step(size, long, name) - peak_of_a_step(size, short, name) for size in (small, large)}
     every_place = 4 * (large - small) * (long - short)
@@ -206,7 +206,7 @@ def test_published_training_steps(trajectory, max_lists, mistral_v3_tokenizer):
         optimizer.zero_grad()
 
 
-def test_load_errors_name_the_key(tmp_path):
+def test_load_errors_name_the_recipe_key(tmp_path):
     with pytest.raises(ModelError, match=r"model\.name_or_path: cannot load .*set a local folder"):
         load_causal_lm(ModelOptions(name_or_path=tmp_path / "absent"))
     with pytest.raises(ModelError, match=r"config_overrides contains hidden_sise; expected keys of MistralConfig"):

@@ -33,8 +33,8 @@ def results(tmp_path_factory):
     return {ranks: torch.load(folder / f"results_{ranks}.pt", weights_only=True) for ranks in (1, 2)}
 
 
-def normalised(weights):
-    """Names as the HF model has them."""
+def normalize_names(weights):
+    """Use the parameter names of the HF model."""
     return {name.removeprefix("model."): value for name, value in weights.items()}
 
 
@@ -44,7 +44,7 @@ def test_one_update_is_the_same_for_every_split(results, objective):
     reference_limit = "by_1" if objective == "combined with noise" else "by_3"
     reference = results[1][objective, reference_limit, "ddp"]
     moved = 0
-    before = normalised({f"model.{k}": v for k, v in new_model("mistral_tied").state_dict().items()})
+    before = normalize_names({f"model.{k}": v for k, v in new_model("mistral_tied").state_dict().items()})
     compared = 0
     for ranks, cases in results.items():
         for (name, *how), case in cases.items():
@@ -52,8 +52,8 @@ def test_one_update_is_the_same_for_every_split(results, objective):
                 continue
             compared += 1
             assert case["losses"] == pytest.approx(reference["losses"], rel=2e-6), (ranks, how)
-            for parameter, value in normalised(case["weights"]).items():
-                expected = normalised(reference["weights"])[parameter]
+            for parameter, value in normalize_names(case["weights"]).items():
+                expected = normalize_names(reference["weights"])[parameter]
                 torch.testing.assert_close(value, expected, rtol=1e-4, atol=3e-6, msg=f"{ranks} {how} {parameter}")
                 moved = max(moved, float((value - before[parameter]).abs().max()))
     assert moved > 0.01  # the update is far above the tolerance
@@ -67,7 +67,7 @@ def test_noise_changes_the_gradient(results):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("activations", ["kept", "recomputed"])
-def test_a_sharded_update_is_that_of_each_list_alone(results, family, activations):
+def test_a_sharded_update_equals_that_of_single_lists(results, family, activations):
     """Two ranks under FSDP2, packed by a token budget, against a plain Hugging Face forward of one list at a time."""
     reference = new_model(family)
     before = {name: weight.detach().clone() for name, weight in reference.named_parameters()}
@@ -76,7 +76,7 @@ def test_a_sharded_update_is_that_of_each_list_alone(results, family, activation
     losses["total"].backward()
     case = results[2][family, activations, "fsdp2"]
     assert case["losses"]["loss/train/total"] == pytest.approx(float(losses["total"]), rel=2e-6)
-    after = normalised(case["weights"])
+    after = normalize_names(case["weights"])
     assert after.keys() == before.keys()
     for name, weight in reference.named_parameters():
         gradient = before[name] - after[name]

@@ -471,5 +471,5 @@ def test_ranks_with_a_sharded_model_and_unequal_shares(tmp_path):
     ranks = [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in (0, 1)]
     for constrained in (False, True):
         whole = evaluate(new_model(), records, constrained=constrained)
-        for name in ("uneven", "one has none"):
+        for name in ("uneven", "one rank has no records"):
             assert [*ranks[0][name, constrained], *ranks[1][name, constrained]] == whole

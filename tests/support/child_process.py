@@ -1,4 +1,4 @@
-"""Shared by tests: child process."""
+"""Run an action in a forked process, and check which shared memory remains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rankllm_composer.data.shared_memory import private_shared_memory
 
 
 def in_a_child(action, then_die=False):
-    """What `action()` returns in a forked process, as text; the process then ends, or is killed."""
+    """Return `str(action())` from a forked process, which then exits or is killed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -28,6 +28,7 @@ def in_a_child(action, then_die=False):
 
 
 def exists(name):
+    """Whether a shared-memory segment exists."""
     try:
         memory = SharedMemory(name)
     except FileNotFoundError:
@@ -37,15 +38,15 @@ def exists(name):
 
 
 def names_of_a_dataset():
-    """The names' number of a dataset made now, with one segment of it made."""
-    from streaming.base.dataset import get_shm_prefix as streamings
+    """Create the shared-memory names of a dataset and its first segment; return the number in the names."""
+    from streaming.base.dataset import get_shm_prefix as original
     from streaming.base.shared.prefix import _unpack_locals
     from streaming.base.world import World
 
     with private_shared_memory():
         from streaming.base.dataset import get_shm_prefix
 
-        assert get_shm_prefix is not streamings
+        assert get_shm_prefix is not original
         number, memory = get_shm_prefix(["/data"], [None], World.detect())
     assert _unpack_locals(bytes(memory.buf)) == (["/data"], number)
     return number

@@ -1,4 +1,4 @@
-"""Shared by tests: model paths, with what the inference client makes of them."""
+"""Model paths, and the model kinds that the inference client derives from them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ MISREAD_PATHS = {
     "x/lit5-score": ("lit5-score",),
     "gpt/lit5-score": ("gpt", "lit5-score"),
 }
-"""Path → the names in it that make the client take the model for another kind."""
+"""Path → the names in it that make the client treat the model as another kind."""
 
 PLAIN_PATHS = ("runs/first_mistral/hf/epoch_2", "GPT", "Gemini", "x/MonoT5", "lit5", "rank_zephyr")

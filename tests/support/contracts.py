@@ -1,4 +1,4 @@
-"""Shared by tests: contracts."""
+"""Decoding contracts of a tiny tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by tests: exporting."""
+"""Write and export tiny models."""
 
 from __future__ import annotations
 

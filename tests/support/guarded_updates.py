@@ -1,4 +1,4 @@
-"""Shared by tests: guarded updates."""
+"""Train a one-weight model on chosen losses and gradients under a LossGuard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
 
 
 class Tiny(ComposerModel):
-    """loss = mean of value * weight over the microbatch; `slope` multiplies the gradient alone."""
+    """Loss: mean of value * weight. An infinite `slope` makes the gradient infinite, but not the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Tiny(ComposerModel):
 
 
 class Weights(Callback):
-    """The weight after every batch."""
+    """Record the weight after every batch."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -41,7 +41,7 @@ class Weights(Callback):
 
 
 def run(values: list[float], guard: LossGuard, slopes: list[float] | None = None) -> list[float]:
-    """Weight after each batch of two microbatches of one value; learning rate 1."""
+    """Return the weight after each batch of two microbatches with one value each; the learning rate is 1."""
     rows = [
         {"values": torch.tensor([value]), "slopes": torch.tensor([slope]), "record_ids": [f"q{index}"]}
         for index, (value, slope) in enumerate(zip(values, slopes or [0.0] * len(values)))

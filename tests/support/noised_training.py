@@ -1,4 +1,4 @@
-"""Shared by tests: noised training."""
+"""Train a tiny model with NEFTune and record the outputs of its input embedding."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def new_lists(num: int) -> list[TokenizedList]:
 
 
 def record_outputs(model: ListwiseReranker) -> list[torch.Tensor]:
-    """What every later call of the input embedding puts out."""
+    """Record the output of every later call of the input embedding."""
     outputs: list[torch.Tensor] = []
     model.model.get_input_embeddings().register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
     return outputs

@@ -1,4 +1,4 @@
-"""Shared by tests: packed models."""
+"""Tiny models of every supported family, and their losses computed packed and one list at a time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def new_model(family: str) -> torch.nn.Module:
 
 
 def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[TokenizedList]:
-    """Lists of different lengths and candidate counts; only `ranking` ends at its score position."""
+    """Create lists of different lengths and candidate counts; those for `ranking` end at their score position."""
     generator = np.random.default_rng(seed)
     sequences = []
     for index in range(num):
@@ -64,7 +64,7 @@ def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[Tokeni
 def plain_losses(
     model: torch.nn.Module, sequences: list[TokenizedList], objective: Objective
 ) -> dict[str, torch.Tensor]:
-    """Each list alone through the HF model, the losses spelled out in a loop."""
+    """Compute the losses one list at a time with the HF model, in explicit loops."""
     token_losses, list_losses = [], []
     for sequence in sequences:
         item = sequence.encoded
@@ -85,7 +85,7 @@ def plain_losses(
 
 
 def packed_losses(model: torch.nn.Module, sequences: list[TokenizedList], objective: Objective, **options) -> dict:
-    """All lists through ListwiseReranker, summed over microbatches as Composer does; gradients are accumulated."""
+    """Compute the losses with ListwiseReranker, averaged over microbatches as in Composer; accumulate gradients."""
     limit = options.pop("limit", {"max_lists": 100})
     compiles = options.pop("compile_layers", False)
     checkpoint_activations(model, options.pop("activation_checkpointing", 0.0))

@@ -1,4 +1,4 @@
-"""Shared by tests: streaming loader."""
+"""Loaders of record ids from small sets of shards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rankllm_composer.options import StreamOptions
 
 
 def new_loader(stream, *, workers=0, batch_size=4, **options):
-    """A loader of ids, None for a padding row; `options` are those of the dataset and of `StreamOptions`."""
+    """Create a loader of record ids (None for padding rows); `options` are those of the dataset and `StreamOptions`."""
     streams = stream if isinstance(stream, list) else [stream]
-    own = {name: options.pop(name) for name in ("seed", "predownload", "validate_hash") if name in options}
+    dataset_options = {name: options.pop(name) for name in ("seed", "predownload", "validate_hash") if name in options}
     stream_options = StreamOptions(**{"download_retry": 0, **options})
     return ListLoader(
-        ExactStreamingDataset(streams, stream_options, batch_size=batch_size, **{"seed": 7, **own}),
+        ExactStreamingDataset(streams, stream_options, batch_size=batch_size, **{"seed": 7, **dataset_options}),
         batch_size=batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,

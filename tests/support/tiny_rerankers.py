@@ -1,4 +1,4 @@
-"""Rerankers small enough for a test: random models over a word-level tokenizer, and models whose answers are known."""
+"""Tiny rerankers: random models with a word-level tokenizer, and models with known rankings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rankllm_composer.prompts.user_turn import render_user_turn
 
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
 LETTERS = identifiers(26)
-VALUES = [f"w{value}" for value in range(100)]  # a passage that holds `w7` is worth 7
+VALUES = [f"w{value}" for value in range(100)]  # a passage that contains `w7` has value 7
 WORDS = [*SPECIAL, "[", "]", ">", *LETTERS, *"0123456789", *VALUES, "wing", "heat", "flow"]
 CHAT_TEMPLATE = "<s>{% for message in messages %}[INST] {{ message['content'] }}{% endfor %}[/INST]"
 NO_SYSTEM_TEMPLATE = (
@@ -37,7 +37,7 @@ SIZES = {
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "num_key_value_heads": 1,  # heads of 32: no server takes smaller ones
+    "num_key_value_heads": 1,  # heads of 32, the smallest that servers support
     "initializer_range": 0.5,
     "max_position_embeddings": 4096,
     "eos_token_id": 2,
@@ -52,7 +52,7 @@ FAMILIES = {
 
 
 def new_tokenizer(adds_bos: bool = True, template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Word-level, one token a digit. With `adds_bos` and the usual template a prompt begins with two <s>."""
+    """Create a word-level tokenizer with one token per digit; by default, prompts begin with two <s>."""
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     pieces = Regex(r"w\d+|\d|[^\W\d]+|[^\w\s]")
     backend.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
@@ -82,7 +82,7 @@ def new_contract(tokenizer, objective: str = "combined", style: str = "letters",
 
 
 def record_of(values: Sequence[int], style: str = "letters", record_id: str = "r", **options) -> Record:
-    """A list of passages worth these values; the teacher's order is by value."""
+    """Create a list whose passages have these values; the teacher ranks by value."""
     names = identifiers(len(values), style)
     best_first = sorted(range(len(values)), key=lambda i: -values[i])
     return Record(
@@ -99,12 +99,12 @@ Rule = Callable[[list[int]], Sequence[int]]
 
 
 class KnownReranker(torch.nn.Module):
-    """Answers in the order a rule finds, by first token and in writing; packed and cached as a HF model is called.
+    """Ranks by a rule, by first token and by generation; accepts packed and cached calls like an HF model.
 
     Args:
-        rule: values of the candidates of a prompt → their places, best first.
-        opening: what it writes before the first identifier.
-        ending: what it writes after the last one.
+        rule: values of a prompt's candidates → candidate indices, best first.
+        opening: tokens before the first identifier.
+        ending: token after the last identifier.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class KnownReranker(torch.nn.Module):
 
     def next_token_logits(self, tokens: list[int]) -> torch.Tensor:
         logits = torch.full((len(WORDS),), -20.0)
-        logits[WORDS.index("wing")] = -15.0  # what it writes where the answer is not allowed
+        logits[WORDS.index("wing")] = -15.0  # the next best token, if the expected one is not allowed
         words = [WORDS[token] for token in tokens]
         if "[/INST]" not in words:
             return logits
@@ -153,14 +153,14 @@ class KnownReranker(torch.nn.Module):
         written = len(words) - end - 1
         expected = answer[min(written, len(answer) - 1)]
         logits[WORDS.index(expected)] = 10.0
-        if expected in names:  # the others follow in their order
+        if expected in names:  # the remaining ones follow in order
             for lower, place in enumerate(order[order.index(names.index(expected)) :]):
                 logits[WORDS.index(names[place])] = 10.0 - lower
         return logits
 
 
 def read_prompt(words: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Identifiers and values of a prompt's passages."""
+    """Return the identifiers and values of a prompt's passages."""
     names, values = [], []
     for i, word in enumerate(words):
         if word.startswith("w") and word[1:].isdigit():

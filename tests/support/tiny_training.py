@@ -46,7 +46,7 @@ CONFIGS = {
 
 
 def new_tokenizer(adds_bos: bool = True) -> PreTrainedTokenizerFast:
-    """Word-level; its template writes <s>, and with `adds_bos` so does the tokenizer."""
+    """Create a word-level tokenizer; its template writes <s>, and with `adds_bos` the tokenizer adds another."""
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if adds_bos:
@@ -69,7 +69,7 @@ def new_hf_model(family: str = "mistral"):
 
 
 class RandomLists(Dataset):
-    """Rows of random tokens, each its own label."""
+    """Rows of random tokens, with the same tokens as labels."""
 
     def __init__(self, num_rows: int) -> None:
         self.rows = torch.randint(3, 40, (num_rows, 8), generator=torch.Generator().manual_seed(1))
@@ -100,7 +100,7 @@ def new_trainer(model, duration: str = "2ep", num_rows: int = 8, **options) -> T
 
 
 def probe_logits(model) -> torch.Tensor:
-    """Logits of the same tokens: (2, 8, V)."""
+    """Compute the logits of two fixed rows: (2, 8, V)."""
     model.eval()
     with torch.no_grad():
         return model(input_ids=RandomLists(2).rows).logits

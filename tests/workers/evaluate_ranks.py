@@ -1,4 +1,4 @@
-"""Windows evaluated on two ranks that share a sharded model; argument: a folder for the results of each rank."""
+"""Evaluate windows on two ranks with a sharded model; argument: a folder for the results of each rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.tiny_rerankers import new_contract, new_model, new_tokenizer, recor
 from rankllm_composer.ranking.evaluation import EvaluationOptions, evaluate_windows
 
 RECORDS = [record_of(values, record_id=str(values)) for values in ([1, 2, 3], [9, 4], [6, 2])]
-SHARES = {"uneven": [RECORDS[:2], RECORDS[2:]], "one has none": [[], RECORDS]}
+SHARES = {"uneven": [RECORDS[:2], RECORDS[2:]], "one rank has no records": [[], RECORDS]}
 
 
 def evaluate(rank: int, folder: str) -> None:

@@ -30,7 +30,7 @@ def run(folder: Path, case: str, **options) -> None:
         lora = dict(model.named_parameters())
         torch.manual_seed(3)
         for name in sorted(lora):
-            if "lora_B" in name:  # an adapter begins at zero; ten steps of it are too little to see
+            if "lora_B" in name:  # adapters start at zero; ten steps would change too little
                 torch.nn.init.normal_(lora[name], std=0.1)
     model.config.use_cache = False
     model.fsdp_wrap_fn = lambda module: isinstance(module, LlamaDecoderLayer)
@@ -60,7 +60,7 @@ def main() -> None:
     checkpoints = {"save_folder": str(folder / "checkpoints"), "save_interval": "1ep"}
     run(folder, "fsdp2", **checkpoints)
     run(folder, "ddp")
-    # As if writing took longer than what a collective waits for: the others hear from rank 0 meanwhile.
+    # As if writing took longer than a collective's timeout: rank 0 sends heartbeats to the other ranks meanwhile.
     rankllm_composer.distributed.HEARTBEAT_SECONDS = 0.01
     run(folder, "fsdp2_lora")
     if rank == 0:

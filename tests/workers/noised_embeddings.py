@@ -1,4 +1,4 @@
-"""Two batches under FSDP2 with NEFTune and activation checkpointing; each rank writes what its layers were fed.
+"""Train two batches under FSDP2 with NEFTune and activation checkpointing; each rank saves its embedding outputs.
 
 Launched with 2 ranks; argument: a folder with the weights to start from, `initial.pt`.
 """
@@ -22,7 +22,7 @@ from rankllm_composer.distributed import average_sharded_gradients
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    # cpu_offload gives the whole weights to rank 0 only.
+    # With cpu_offload, only rank 0 gets the full weights.
     shared = [weights]
     torch.distributed.broadcast_object_list(shared)
     return {name: value.clone() for name, value in shared[0].items()}

@@ -31,7 +31,7 @@ LIMITS = {"by_1": {"max_lists": 1}, "by_3": {"max_lists": 3}, "by_60_tokens": {"
 
 
 class Rows(IterableDataset):
-    """This rank's share; ranks may differ in number."""
+    """Rows of this rank; ranks may have different numbers of rows."""
 
     def __init__(self, rows):
         self.rows = rows

@@ -1,4 +1,4 @@
-"""Read epochs of several sets on two ranks, interrupted and resumed; and one whose shard goes missing on the way.
+"""Read epochs of several sets on two ranks, interrupted and resumed, and a set that loses a shard during the epoch.
 
 Launched with 2 ranks; argument: a folder with the sets. Each rank writes what it read, batch by batch.
 """
@@ -17,7 +17,7 @@ from support.streaming_loader import new_loader, read
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import ShardError
 
-# set, rows of a rank in a batch, workers, shuffle, canonical nodes, batches before the interruption
+# set, rows per rank and batch, workers, shuffle, canonical nodes, batches before the interruption
 CASES = [
     ("lists_10", 2, 0, True, None, 1),
     ("lists_10", 2, 2, True, None, 2),
@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
             "num_canonical_nodes": canonical_nodes,
         }
         loader = new_loader(stream, **options)
-        whole = read(loader, 2)
+        uninterrupted = read(loader, 2)
         states = {"after epoch 1": loader.dataset.state_dict(0, True)}
         dist.barrier()
 
@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
         if num_before:
             loader.load_state_dict(states["interrupted"])
         resumed = read(loader, 2)
-        answers.append({"whole": whole, "before": before, "resumed": resumed, "states": states})
+        answers.append({"uninterrupted": uninterrupted, "before": before, "resumed": resumed, "states": states})
         dist.barrier()
 
     vanishing = Stream(local=str(folder / "caches" / "lists_vanishing"), remote=str(folder / "lists_vanishing"))

@@ -17,13 +17,13 @@ from support.streaming_loader import new_loader, read
 from rankllm_composer.data.streams import Stream
 
 SETS = {"few": 12, "many": 24}
-# proportions of few and many, workers of a rank
+# proportions of the sets `few` and `many`, workers per rank
 CASES = [((None, None), 0), ((None, None), 3), ((1 / 3, 2 / 3), 1), ((0.25, 0.75), 0), ((0.25, 0.75), 2)]
 NUM_EPOCHS = 2
 
 
 def new_loader_of_sets(roots: dict[str, tuple[str, str | None]], proportions, **options):
-    """A loader of ids, None for a padding row; `roots` holds local and remote of each set."""
+    """Create a loader of record ids (None for padding rows); `roots` maps each set to its local and remote folder."""
     streams = [Stream(*roots[name], proportion=share) for name, share in zip(SETS, proportions)]
     return new_loader(streams, num_canonical_nodes=2, **options)
 
