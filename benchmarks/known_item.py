@@ -80,28 +80,28 @@ def build_known_items(
             f"{documents}: {len(texts)} documents have a {ask_with} and a text; expected at least {num_candidates}, "
             "the candidates of a list."
         )
-    source, docids = random.Random(seed), list(texts)
+    rng, docids = random.Random(seed), list(texts)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = KnownItems(*(folder / name for name in ("queries.jsonl", "docs.jsonl", "run.trec", "qrels.trec")))
     queries, run, judgments = [], [], []
     shown: dict[str, str] = {}
     for number in range(num_lists):
-        asked, qid = source.choice(docids), f"known-{number}"
-        candidates = [asked]
+        relevant, qid = rng.choice(docids), f"known-{number}"
+        candidates = [relevant]
         while len(candidates) < num_candidates:
-            other = source.choice(docids)
+            other = rng.choice(docids)
             if other not in candidates:
                 candidates.append(other)
-        passages = [_part(texts[docid], passage_words, source) for docid in candidates]
-        words = titles[asked].split() if ask_with == "title" else passages[0]
+        passages = [_part(texts[docid], passage_words, rng) for docid in candidates]
+        words = titles[relevant].split() if ask_with == "title" else passages[0]
         if query_words is not None:
-            kept = source.sample(range(len(words)), min(len(words), source.randint(fewest, most)))
+            kept = rng.sample(range(len(words)), min(len(words), rng.randint(fewest, most)))
             words = [words[place] for place in sorted(kept)]
         queries.append(json.dumps({"qid": qid, "text": " ".join(words)}))
         names = candidates if passage_words is None else [f"{docid}-in-{qid}" for docid in candidates]
         shown.update(zip(names, map(" ".join, passages)))
-        for place, docid in enumerate(source.sample(names, len(names))):
+        for place, docid in enumerate(rng.sample(names, len(names))):
             run.append(f"{qid} Q0 {docid} {place + 1} {num_candidates - place} chance")
             judgments.append(f"{qid} 0 {docid} {int(docid == names[0])}")
     docs = [json.dumps({"docid": docid, "text": text}) for docid, text in shown.items()]
@@ -110,8 +110,8 @@ def build_known_items(
     return files
 
 
-def _part(words: list[str], count: int | None, source: random.Random) -> list[str]:
+def _part(words: list[str], count: int | None, rng: random.Random) -> list[str]:
     if count is None:
         return words
-    start = source.randint(0, max(0, len(words) - count))
+    start = rng.randint(0, max(0, len(words) - count))
     return words[start : start + count]

@@ -319,9 +319,9 @@ RUNS = {
 def test_a_benchmark_of_complete_runs_prints_its_table(benchmark, monkeypatch, capsys, name):
     replaced, arguments, row = RUNS[name]
     module = benchmark(name)
-    for name, value in replaced.items():
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, {k: original[k] for k in value} if isinstance(value, dict) else value)
+    for attribute, value in replaced.items():
+        original = getattr(module, attribute)
+        monkeypatch.setattr(module, attribute, {k: original[k] for k in value} if isinstance(value, dict) else value)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     assert not module.main()
     assert re.search(row, capsys.readouterr().out)
