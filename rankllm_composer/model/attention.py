@@ -27,22 +27,14 @@ def _windowed_attention(
     A block of queries attends to at most 2 * window - 1 keys, so memory is linear in the length of the sequence.
     """
     length = query.shape[-2]
+    index = torch.arange(length, device=query.device)
     blocks = []
     for start in range(0, length, window):
-        stop = min(start + window, length)
-        first_key = max(0, start - window + 1)
-        query_index = torch.arange(start, stop, device=query.device)[:, None]
-        key_index = torch.arange(first_key, stop, device=query.device)[None, :]
-        visible = (key_index <= query_index) & (key_index > query_index - window)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                query[..., start:stop, :],
-                key[..., first_key:stop, :],
-                value[..., first_key:stop, :],
-                attn_mask=visible,
-                scale=scaling,
-            )
-        )
+        queries, keys = slice(start, start + window), slice(max(0, start - window + 1), start + window)
+        distance = index[queries, None] - index[None, keys]
+        visible = (distance >= 0) & (distance < window)
+        q, k, v = query[..., queries, :], key[..., keys, :], value[..., keys, :]
+        blocks.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling))
     return torch.cat(blocks, dim=-2)
 
 
@@ -60,8 +52,7 @@ def packed_sdpa(
 
     Args:
         query: (1, H, T, d).
-        key: (1, K, T, d) with K key-value heads; H is a multiple of K (grouped-query attention).
-        value: (1, K, T, d).
+        key, value: (1, K, T, d) with K key-value heads; H is a multiple of K (grouped-query attention).
         cu_seqlens: (S + 1,) int32, cumulative lengths 0 … T.
         scaling: factor on the scores; None = 1 / sqrt(d).
         sliding_window: most tokens that a token attends to, itself included. None = all before it.
@@ -126,13 +117,11 @@ def _packed_sdpa_forward(
 
 
 def choose_attention(name: str, device: str) -> str:
-    """Return the attention that transformers should use for a packed forward pass.
+    """Return the attention for a packed forward pass, and register packed_sdpa with transformers.
 
     Args:
         name: "flash_attention_2", "packed_sdpa", or "auto" = flash-attn if it is installed and the device is a GPU.
         device: "gpu" or "cpu".
-    Returns:
-        "flash_attention_2" or "packed_sdpa"; the latter is registered with transformers.
     Raises:
         ValueError: flash_attention_2 is requested and cannot run here, or the name is unknown.
     """

@@ -18,10 +18,9 @@ def layer_matmul_parameters(config: PretrainedConfig) -> int:
     heads: int = config.num_attention_heads
     head_dim: int = getattr(config, "head_dim", None) or hidden // heads
     key_value_heads: int = getattr(config, "num_key_value_heads", None) or heads
-    attention = 2 * hidden * heads * head_dim + 2 * hidden * key_value_heads * head_dim
-    num_layers: int = config.num_hidden_layers
-    inner: int = config.intermediate_size
-    return num_layers * (attention + 3 * hidden * inner)
+    attention = 2 * hidden * (heads + key_value_heads) * head_dim
+    result: int = config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)
+    return result
 
 
 def forward_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: int) -> int:
@@ -29,12 +28,12 @@ def forward_flops(config: PretrainedConfig, lengths: Sequence[int], num_logits: 
 
         2 · P per token in the layers + 4 · H·d · Σ min(i, window) for causal attention + 2 · D · V per logits row
 
+    Multiplications and additions count as one each.
+
     Args:
         config: a Llama-like decoder's configuration.
         lengths: tokens of each sequence.
         num_logits: rows of the LM head that are computed.
-    Returns:
-        Multiplications and additions, each counted as one.
     """
     heads: int = config.num_attention_heads
     head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rankllm_composer.errors import ModelError, first_line
 from rankllm_composer.options import ModelOptions
@@ -19,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; its pad token defaults to the EOS token.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+    """Load the tokenizer of a model, or raise ModelError; its pad token defaults to the EOS token."""
     name_or_path = options.tokenizer or options.name_or_path
     if options.trust_remote_code:
         warn_trust_remote_code(name_or_path)
@@ -44,14 +39,12 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 def load_causal_lm(
     options: ModelOptions, *, on_meta: bool = False, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Load a causal LM from a checkpoint, or build it with random weights.
+    """Load a causal LM in training mode from a checkpoint, or build it with random weights.
 
     Args:
         options: which model; a warning names a model whose own code is run.
         on_meta: allocate no memory; the weights come from rank 0 when the model is sharded.
         dtype: of the weights. float32 if they are trained; frozen weights may be bfloat16.
-    Returns:
-        The model in training mode.
     Raises:
         ModelError: it cannot be loaded, or its configuration lacks a key of `options.config_overrides`.
     """
@@ -65,7 +58,13 @@ def load_causal_lm(
             f"model.name_or_path: cannot load {name_or_path!r}: {first_line(error)}. "
             "Check the name and your access to it (HF_TOKEN), or set a local folder."
         ) from error
-    override_config(config, options.config_overrides)
+    unknown = sorted(set(options.config_overrides) - set(config.to_dict()))
+    if unknown:
+        raise ModelError(
+            f"model.config_overrides contains {', '.join(unknown)}; expected keys of {type(config).__name__}. "
+            "The config.json of the model lists them."
+        )
+    config.update(dict(options.config_overrides))
     if on_meta or options.random_weights:
         with torch.device("meta") if on_meta else nullcontext():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
@@ -90,18 +89,3 @@ def load_causal_lm(
 def warn_trust_remote_code(name_or_path: str) -> None:
     """Warn that Python code shipped with a model is about to run."""
     warnings.warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=3)
-
-
-def override_config(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
-    """Override keys of a model's configuration.
-
-    Raises:
-        ModelError: the configuration has no such key.
-    """
-    unknown = sorted(set(overrides) - set(config.to_dict()))
-    if unknown:
-        raise ModelError(
-            f"model.config_overrides contains {', '.join(unknown)}; expected keys of {type(config).__name__}. "
-            "The config.json of the model lists them."
-        )
-    config.update(dict(overrides))

@@ -11,6 +11,7 @@ pairs at once. Shared conventions:
 - Losses with a relevance target derive it from the ranks: the gain of a candidate is 1 / (rank + 1), 0-based. With
   `target="self_sorted"`, as in the published training code, the relevance of a candidate is the value at its rank among
   the model's own scores sorted descending; gradient flows through it unless `detach_target` is set.
+- Other shapes or types, and unknown values of target and reduction, raise ValueError.
 """
 
 from __future__ import annotations
@@ -41,8 +42,7 @@ def _prepare(
     if ranks.shape != scores.shape or ranks.dtype != torch.int64:
         found = f"{ranks.dtype} of shape {tuple(ranks.shape)}"
         raise ValueError(f"{name}: ranks are {found}; expected int64 of shape {shape}, as the scores.")
-    if mask is None:
-        mask = torch.ones_like(ranks, dtype=torch.bool)
+    mask = torch.ones_like(ranks, dtype=torch.bool) if mask is None else mask
     if mask.shape != scores.shape or mask.dtype != torch.bool:
         found = f"{mask.dtype} of shape {tuple(mask.shape)}"
         raise ValueError(f"{name}: mask is {found}; expected bool of shape {shape}, as the scores.")
@@ -63,11 +63,9 @@ def _check_target(name: str, target: str, detach_target: bool) -> None:
 
 def _reduce(losses: torch.Tensor, mask: torch.Tensor, reduction: str) -> torch.Tensor:
     losses = torch.where(mask.sum(dim=1) >= 2, losses, 0.0)  # (B,)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / max(losses.shape[0], 1)
+    if reduction == "mean":
+        return losses.sum() / max(losses.shape[0], 1)
+    return losses.sum() if reduction == "sum" else losses
 
 
 def _ordered_pairs(relevance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -117,8 +115,6 @@ def ranknet_loss(
         reduction: "none", "mean" (over all B lists) or "sum".
     Returns:
         Scalar in nats; (B,) if reduction="none". Lists with fewer than two candidates give 0.
-    Raises:
-        ValueError: shapes or types differ from the above, or reduction is unknown.
     Source:
         Burges et al. 2005; the 1 / (r_i + r_j) weight is FIRST's (arXiv:2406.15657).
     """
@@ -149,16 +145,11 @@ def lambdarank_loss(
     scores above about 130 and clamps probabilities at 1e-10; this code does neither.
 
     Args:
-        scores: (B, N) float logits, higher is better.
-        ranks: (B, N) int64, 0 = best.
-        mask: (B, N) bool, True = real candidate. None = all real.
+        scores, ranks, mask, reduction: see `ranknet_loss`.
         target: "ranks" or "self_sorted" (published).
         detach_target: stop the gradient through a self-sorted target. The published code does not.
-        reduction: "none", "mean" (over all B lists) or "sum".
     Returns:
-        Scalar in bits; (B,) if reduction="none". Lists with fewer than two candidates give 0.
-    Raises:
-        ValueError: shapes or types differ from the above, or target or reduction is unknown.
+        Scalar in bits; (B,) if reduction="none".
     Source:
         Burges et al. 2006; weights are NDCG-Loss2 of the LambdaLoss framework, Wang et al. 2018.
     """
@@ -202,16 +193,11 @@ def listnet_loss(
     relevance y in the model's own sorted scores.
 
     Args:
-        scores: (B, N) float logits, higher is better.
-        ranks: (B, N) int64, 0 = best.
-        mask: (B, N) bool, True = real candidate. None = all real.
+        scores, ranks, mask, reduction: see `ranknet_loss`.
         target: "ranks" or "self_sorted" (published).
         detach_target: stop the gradient through a self-sorted target. The published code does not.
-        reduction: "none", "mean" (over all B lists) or "sum".
     Returns:
-        Scalar in nats; (B,) if reduction="none". Lists with fewer than two candidates give 0.
-    Raises:
-        ValueError: shapes or types differ from the above, or target or reduction is unknown.
+        Scalar in nats; (B,) if reduction="none".
     Source:
         Cao et al. 2007.
     """
@@ -239,14 +225,9 @@ def listmle_loss(
     As a log-likelihood it is a sum over positions, which grows with the length of the list.
 
     Args:
-        scores: (B, N) float logits, higher is better.
-        ranks: (B, N) int64, 0 = best.
-        mask: (B, N) bool, True = real candidate. None = all real.
-        reduction: "none", "mean" (over all B lists) or "sum".
+        scores, ranks, mask, reduction: see `ranknet_loss`.
     Returns:
-        Scalar in nats; (B,) if reduction="none". Lists with fewer than two candidates give 0.
-    Raises:
-        ValueError: shapes or types differ from the above, or reduction is unknown.
+        Scalar in nats; (B,) if reduction="none".
     Source:
         Xia et al. 2008.
     """
@@ -267,14 +248,9 @@ def adr_mse_loss(
     with 1-based ranks r. Scores far apart saturate the sigmoid, so the gradient of a confidently wrong order is tiny.
 
     Args:
-        scores: (B, N) float logits, higher is better.
-        ranks: (B, N) int64, 0 = best.
-        mask: (B, N) bool, True = real candidate. None = all real.
-        reduction: "none", "mean" (over all B lists) or "sum".
+        scores, ranks, mask, reduction: see `ranknet_loss`.
     Returns:
-        Scalar in squared ranks; (B,) if reduction="none". Lists with fewer than two candidates give 0.
-    Raises:
-        ValueError: shapes or types differ from the above, or reduction is unknown.
+        Scalar in squared ranks; (B,) if reduction="none".
     Source:
         Rank-DistiLLM, Schlatt et al. 2025 (arXiv:2405.07920); the smooth rank is Qin et al.'s, 2010.
     """
@@ -288,12 +264,6 @@ def adr_mse_loss(
     return _reduce(losses, mask, reduction)
 
 
-def _option_names(loss: Callable[..., torch.Tensor]) -> list[str]:
-    """Keyword-only parameters of a loss besides those that every loss has."""
-    keywords = [p.name for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return [name for name in keywords if name not in ("mask", "reduction")]
-
-
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     name.removesuffix("_loss"): value for name, value in list(globals().items()) if name.endswith("_loss")
 }
@@ -301,7 +271,8 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def _check_table() -> None:
-    functions = {name: sorted(_option_names(loss)) for name, loss in LOSSES.items()}
+    shared = {"scores", "ranks", "mask", "reduction"}
+    functions = {name: sorted(set(inspect.signature(loss).parameters) - shared) for name, loss in LOSSES.items()}
     table = {name: sorted(options) for name, options in RANKING_LOSSES.items()}
     if functions != table:
         raise ImportError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +12,9 @@ from composer.loggers import Logger
 
 
 def noise_seed(seed: int, batch: int, record_key: int) -> int:
-    """Return the seed of the noise of one sequence; it depends on the arguments only.
+    """Return the seed of one sequence's noise from the run's seed, the optimizer steps taken, and the record's key.
 
-    Args:
-        seed: the run's seed.
-        batch: optimizer steps taken before this one.
-        record_key: hash of the record's id.
-    Returns:
-        63 well-mixed bits: generators may use only the low 32, and adjacent seeds must not give related noise.
+    63 well-mixed bits: generators may use only the low 32, and adjacent seeds must not give related noise.
     """
     digest = hashlib.blake2b(f"{seed},{batch},{record_key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -107,11 +101,9 @@ class NEFTune(Algorithm):
         return f"NEFTune(alpha={self.alpha}, seed={self.seed})"
 
     def match(self, event: Event, state: State) -> bool:
-        """Return True for the three events listed above."""
         return event in (Event.INIT, Event.BEFORE_FORWARD, Event.AFTER_BACKWARD)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Register the hook, or enable or disable it."""
         if event == Event.INIT:
             embedding: torch.nn.Module = state.model.model.get_input_embeddings()  # type: ignore[union-attr, operator]
             embedding.register_forward_hook(_EmbeddingHook(self))
@@ -131,21 +123,13 @@ class NEFTune(Algorithm):
 
 
 class _EmbeddingHook:
-    """Forward hook that is replaced by an idle hook when its module is copied or pickled."""
+    """Forward hook that adds noise, unless it is a copy: copying or pickling its module drops the algorithm."""
 
-    def __init__(self, algorithm: NEFTune) -> None:
+    def __init__(self, algorithm: NEFTune | None = None) -> None:
         self.algorithm = algorithm
 
     def __call__(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return self.algorithm.noised(module, output)
+        return output if self.algorithm is None else self.algorithm.noised(module, output)
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _make_idle_hook, ()
-
-
-def _idle_hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-    return None
-
-
-def _make_idle_hook() -> Callable[..., None]:
-    return _idle_hook
+    def __reduce__(self) -> tuple[type[_EmbeddingHook], tuple[()]]:
+        return _EmbeddingHook, ()

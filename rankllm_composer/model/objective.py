@@ -26,8 +26,7 @@ class Objective:
 
     Args:
         name: "generation", "ranking" or "combined".
-        language_modelling_weight: factor of the language-modelling part.
-        ranking_weight: factor of the ranking part.
+        language_modelling_weight, ranking_weight: factors of the two parts.
         ranking_loss: a key of `losses.LOSSES`.
         ranking_loss_options: keyword arguments of that loss, e.g. {"weighted": True}.
     Raises:
@@ -71,26 +70,21 @@ class Objective:
             parts["language_modelling"] = nats * batch["language_modelling_scale"]
             total = total + self.language_modelling_weight * parts["language_modelling"]
         if self.trains_ranking:
-            per_list = self._ranking(identifier_scores(logits, batch), batch)
+            loss = partial(LOSSES[self.ranking_loss], **self.ranking_loss_options)
+            scores = identifier_scores(logits, batch)
+            per_list = loss(scores, batch["ranks"], mask=batch["candidate_mask"], reduction="none")
             parts["ranking"] = per_list.sum() * batch["ranking_scale"]
             total = total + self.ranking_weight * parts["ranking"]
         if not batch["record_ids"]:
             total = total + 0.0 * logits.float().sum()  # every rank needs a backward pass, even without lists
         return {"total": total, **parts}
 
-    def _ranking(self, scores: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-        loss = partial(LOSSES[self.ranking_loss], **self.ranking_loss_options)
-        return loss(scores, batch["ranks"], mask=batch["candidate_mask"], reduction="none")
-
 
 def identifier_scores(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return the scores of the candidates: logits of their identifiers at the score position of each list.
 
-    Args:
-        logits: (R, V), or (R, C) where `batch["identifier_columns"]` maps identifiers to columns.
-        batch: a packed microbatch.
-    Returns:
-        (S, N) float32; padding candidates have the score of token 0, to be masked by `batch["candidate_mask"]`.
+    (R, V) logits, or (R, C) with `batch["identifier_columns"]`, give (S, N) float32 scores; padding candidates have the
+    score of token 0, to be masked by `batch["candidate_mask"]`.
     """
     columns = batch.get("identifier_columns", batch["identifier_token_ids"])  # (S, N)
     return logits[batch["score_rows"]].gather(1, columns).float()

@@ -28,14 +28,7 @@ def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
-    """Recompute the activations of a share of the layers in the backward pass, spread evenly over the depth.
-
-    Args:
-        model: the causal LM.
-        fraction: 0 = none … 1 = every layer.
-    Raises:
-        ValueError: the fraction is outside [0, 1].
-    """
+    """Recompute the activations of a fraction (0 to 1) of the layers in the backward pass, spread over the depth."""
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"model.activation_checkpointing is {fraction}; expected a fraction from 0 to 1.")
     if fraction == 0.0:
@@ -73,20 +66,14 @@ class ListwiseReranker(HuggingFaceModel):
     ) -> None:
         model.config._attn_implementation = choose_attention(attention, device)
         model.config.use_cache = False
-        super().__init__(
-            model=model,
-            tokenizer=tokenizer,  # type: ignore[arg-type]
-            use_logits=True,
-            metrics=[],
-            peft_config=peft_config,
-        )
+        super().__init__(model, tokenizer, use_logits=True, metrics=[], peft_config=peft_config)  # type: ignore[arg-type]
         self.objective = objective
         self.bf16_on_cpu = bf16_on_cpu
         layer_types = {type(layer) for layer in decoder_layers(self.model)}
         self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types  # type: ignore[assignment]
 
     def compile_layers(self) -> None:
-        """Compile each decoder layer with torch.compile."""
+        """Compile each decoder layer."""
         for layer in decoder_layers(self.model):
             layer.compile()
 
@@ -111,13 +98,10 @@ class ListwiseReranker(HuggingFaceModel):
             del head.forward
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Run the model on one packed microbatch.
+        """Run the model on a microbatch of `packing.split_batch` and return {"logits": (R, V)}.
 
-        Args:
-            batch: a microbatch of `packing.split_batch`. For `ranking` the key "identifier_columns" is added to it: (S,
-                N) columns of the returned logits.
-        Returns:
-            {"logits": (R, V)}; for `ranking` (R, C), with C the number of distinct identifiers in the batch.
+        For `ranking` the logits are (R, C), with C the number of distinct identifiers in the batch, to which the key
+        "identifier_columns" is added: (S, N) columns of the logits.
         """
         call = functools.partial(
             self.model,
@@ -152,12 +136,9 @@ class ListwiseReranker(HuggingFaceModel):
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Return the FLOPs of forward and backward on a device batch, for Composer's SpeedMonitor."""
-        lengths = [len(s.encoded.input_ids) for s in batch["sequences"] if s.encoded is not None]
-        num_logits = sum(
-            max(1, len(s.encoded.input_ids) - s.encoded.response_start)
-            for s in batch["sequences"]
-            if s.encoded is not None
-        )
+        encoded = [row.encoded for row in batch["sequences"] if row.encoded is not None]
+        lengths = [len(item.input_ids) for item in encoded]
+        num_logits = sum(max(1, length - item.response_start) for length, item in zip(lengths, encoded))
         if all(weight.requires_grad for weight in self.model.parameters()):
             return training_flops(self.config, lengths, num_logits)
         # Frozen weights need no weight gradient, which is a third of the products.
