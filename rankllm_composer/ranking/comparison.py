@@ -18,7 +18,7 @@ NUM_SIGNS_AT_ONCE = 1 << 22  # signs that the permutation test holds in memory a
 
 
 class Comparison(NamedTuple):
-    """Two systems over the same queries. `difference` is the second's mean minus the first's."""
+    """Two systems over the same queries; wins and losses are the second's, `difference` its mean minus the first's."""
 
     first_mean: float
     second_mean: float
@@ -40,13 +40,9 @@ def compare(
     """Compare two systems query by query.
 
     Args:
-        first: metric of each query id under the first system.
-        second: the same under the second.
-        num_permutations: see `paired_permutation_test`.
-        seed: see `paired_permutation_test`.
+        first, second: metric of each query id under either system.
+        num_permutations, seed: see `paired_permutation_test`.
         tie: differences up to this size count as neither a win nor a loss of the second.
-    Returns:
-        Means, the second's wins, ties and losses, and the p-value of the difference.
     Raises:
         ValueError: the systems were not measured on the same queries, or on none.
     """
@@ -79,8 +75,7 @@ def paired_permutation_test(
     2^n assignments of signs are enumerated if there are at most `num_permutations`; otherwise that many are drawn.
 
     Args:
-        a: metric of each query under one system.
-        b: metric of the same queries under the other system.
+        a, b: metric of the same queries under either system.
         num_permutations: maximum number of assignments.
         seed: seed of the draw.
     Returns:
@@ -160,14 +155,12 @@ def compare_runs(
     judgments: Mapping[str, Mapping[str, int]],
     measures: Sequence[str] = DEFAULT_MEASURES,
 ) -> list[MeasureComparison]:
-    """Compare two runs over the judged queries that both contain.
+    """Compare two runs, by each measure, over the judged queries that both contain.
 
     Args:
         first_stage, reranked: document ids of each query, best first.
         judgments: relevance grade of each judged document, by query.
         measures: names of measures as in ir-measures.
-    Returns:
-        One comparison per measure.
     Raises:
         RunError: no query is judged and in both runs, or ir-measures has no such measure.
     """
@@ -210,18 +203,13 @@ def comparison_table(comparisons: Sequence[MeasureComparison]) -> str:
         counts = f"{result.wins}/{result.ties}/{result.losses}"
         lines.append(
             f"{name:{width}}  {result.first_mean:11.4f} → {result.second_mean:<8.4f}  {result.difference:+10.4f}  "
-            f"{counts:>16}  {_format_p_value(result.p_value)}"
+            f"{counts:>16}  {'< 0.001' if result.p_value < 0.001 else f'{result.p_value:.3f}'}"
         )
     return "\n".join(lines)
 
 
 def query_lines(row: MeasureComparison, num: int = NUM_QUERIES_SHOWN) -> Iterator[str]:
-    """Lines of the queries that changed most: the largest gains, then the largest losses.
-
-    Args:
-        row: one measure of both runs.
-        num: maximum number of gains and of losses.
-    """
+    """Lines of the queries that changed most: up to `num` of the largest gains, then of the largest losses."""
     change = {qid: row.reranked[qid] - row.first_stage[qid] for qid in row.reranked}
     for what, sign in (("gained", 1), ("lost", -1)):
         changed = sorted((qid for qid in change if sign * change[qid] > 0), key=lambda qid: (-sign * change[qid], qid))
@@ -238,11 +226,7 @@ def write_rerank_result(path: str | Path, result: RerankResult) -> None:
 
 
 def read_rerank_result(path: str | Path) -> RerankResult:
-    """Read what `write_rerank_result` wrote.
-
-    Raises:
-        RunError: the file is not such a result.
-    """
+    """Read what `write_rerank_result` wrote; any other file raises RunError."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = tuple(
@@ -255,7 +239,3 @@ def read_rerank_result(path: str | Path) -> RerankResult:
             f"{path} is not the result of a reranking ({error!r}); expected the .figures.json that `rankllm-composer "
             "rerank --qrels` writes beside its output. Rerank again."
         ) from error
-
-
-def _format_p_value(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

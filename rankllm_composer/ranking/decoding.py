@@ -86,8 +86,7 @@ def score_windows_first_token(
     """Score the candidates of each window from the logits of one position.
 
     Args:
-        model: a causal LM whose forward accepts `logits_to_keep`.
-        tokenizer: its tokenizer.
+        model, tokenizer: a causal LM whose forward accepts `logits_to_keep`, and its tokenizer.
         windows: windows with letters, or with numbers up to 9.
         contract: with `append_bracket` the prompt ends with `[`, for models that never learned to write it. Otherwise
             the model writes its own first token and the scores are read after it, whatever it is, as in the client;
@@ -98,8 +97,6 @@ def score_windows_first_token(
         batch_tokens: maximum number of tokens in one forward pass, unless a single window has more.
         attention: see `attention.choose_attention`.
         lockstep: the model is sharded: all ranks call this together and run as many forward passes as the busiest rank.
-    Returns:
-        One answer per window.
     Raises:
         RunError: a window has numbers beyond 9, or logits contain NaN.
     Source:
@@ -148,8 +145,7 @@ def generate_windows(
     As in the client, an answer has exactly as many tokens as a complete one: the model cannot end it earlier.
 
     Args:
-        model: a causal LM.
-        tokenizer: its tokenizer.
+        model, tokenizer: a causal LM and its tokenizer.
         windows: the prompts; their last token, `[`, is left for the model to write.
         contract: `eos_token_ids` are never generated.
         constrained: the model only chooses the next candidate; brackets and separators are fixed, so that every answer
@@ -157,8 +153,6 @@ def generate_windows(
         batch_tokens: maximum number of tokens in the cache of a batch, including padding, unless a single window has
             more.
         lockstep: see `score_windows_first_token`.
-    Returns:
-        One answer per window.
     Raises:
         PromptError: `constrained` and an identifier has several tokens.
         RunError: logits contain NaN.
@@ -219,7 +213,7 @@ def read_likeliest(decoded: Sequence[str], log_probabilities: Sequence[float], w
 
     Args:
         decoded: text of each token, likeliest first. Of tokens with the same text the last counts.
-        log_probabilities: log-probability of each token, in nats.
+        log_probabilities: of each token, in nats.
         window: the window whose candidates are scored.
     Returns:
         (N,) float64; -inf if no token names the candidate.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -58,14 +58,8 @@ class EvaluationOptions:
     attention: str = "auto"
 
 
-@dataclass(frozen=True, slots=True)
-class Presentation:
-    """A window presented in one order of its candidates, and the ranking read from it.
-
-    Attributes:
-        order: candidates in the order presented, by their index in the record.
-        permutation: candidates, best first, by their index in the record.
-    """
+class Presentation(NamedTuple):
+    """Candidates, by their index in the record, in the order presented and in the ranking read from it (best first)."""
 
     order: tuple[int, ...]
     permutation: tuple[int, ...]
@@ -110,17 +104,14 @@ def evaluate_windows(
     *,
     lockstep: bool = False,
 ) -> list[WindowResult]:
-    """Rank each window by each decoding, and again with its candidates in other orders.
+    """Rank the window of each record by each decoding, and again with its candidates in other orders.
 
     Args:
-        model: a causal LM.
-        tokenizer: its tokenizer.
+        model, tokenizer: a causal LM and its tokenizer.
         records: the windows; relevance grades are used if known.
         contract: how the model is prompted and read.
         options: what to read; None for the defaults.
         lockstep: see `score_windows_first_token`.
-    Returns:
-        One result per record.
     Raises:
         RunError, PromptError: a window cannot be presented or read.
     """
@@ -132,19 +123,17 @@ def evaluate_windows(
         for order in _presentation_orders(record, options.num_shuffles, options.seed)
     ]
     reordered = [record_window(records[i], tokenizer, order) for i, order in orders]
-    limits: dict[str, Any] = {"batch_tokens": options.batch_tokens, "lockstep": lockstep}
+    shared: dict[str, Any] = {"contract": contract, "batch_tokens": options.batch_tokens, "lockstep": lockstep}
     scored: list[FirstTokenAnswer] = []
     generated: list[GeneratedAnswer] = []
     presentations: dict[str, list[list[Presentation]]] = {}
     for decoding in options.decodings:
         windows = unchanged + reordered if decoding in options.bias_decodings else unchanged
         if decoding == "first_token":
-            scored = score_windows_first_token(
-                model, tokenizer, windows, contract, attention=options.attention, **limits
-            )
+            scored = score_windows_first_token(model, tokenizer, windows, attention=options.attention, **shared)
             rankings = [answer.permutation for answer in scored]
         else:
-            generated = generate_windows(model, tokenizer, windows, contract, constrained=options.constrained, **limits)
+            generated = generate_windows(model, tokenizer, windows, constrained=options.constrained, **shared)
             rankings = [answer.permutation for answer in generated]
         presentations[decoding] = [[Presentation(tuple(range(len(r))), r)] for r in rankings[: len(unchanged)]]
         for (i, order), ranking in zip(orders, rankings[len(unchanged) :]):
@@ -158,9 +147,7 @@ def evaluate_windows(
             opens_with_bracket=scored[i].opens_with_bracket if scored else None,
             answer=generated[i].parsed if generated else None,
             reversed={name: of_records[i][1] for name, of_records in presentations.items() if len(of_records[i]) > 1},
-            shuffled={
-                name: tuple(of_records[i][2:]) for name, of_records in presentations.items() if len(of_records[i]) > 2
-            },
+            shuffled={name: tuple(found) for name, of_records in presentations.items() if (found := of_records[i][2:])},
         )
         for i, record in enumerate(records)
     ]
@@ -197,8 +184,8 @@ def summarize(results: Iterable[WindowResult]) -> dict[str, float]:
             figures[name] = float(np.mean(known))
 
     def quality(name: str, order_of: Callable[[WindowResult], Sequence[int] | None]) -> None:
-        mean(f"{name}/ndcg@{CUTOFF}", (_ndcg(window, order_of(window)) for window in judged))
-        mean(f"{name}/mrr@{CUTOFF}", (_mrr(window, order_of(window)) for window in judged))
+        for measure, metric in (("ndcg", ndcg), ("mrr", reciprocal_rank)):
+            mean(f"{name}/{measure}@{CUTOFF}", (_measure(metric, window, order_of(window)) for window in judged))
 
     quality("presented", lambda window: range(len(window.teacher)))
     quality("teacher", lambda window: window.teacher)
@@ -238,9 +225,8 @@ def window_ndcg(result: WindowResult) -> dict[str, float]:
 def position_matrix(results: Iterable[WindowResult], decoding: Decoding) -> NDArray[np.int64]:
     """Count candidates by presented and ranked position over shuffled windows: the position-bias heat map.
 
-    Returns:
-        (N, N) int64, N the longest window: [i, j] = candidates presented at position i and ranked at position j. A
-        model that ignores positions fills it evenly; one that repeats the presented order fills the diagonal.
+    (N, N) int64, N the longest window. A model that ignores positions fills it evenly; one that repeats the presented
+    order fills the diagonal.
     """
     presentations = [presentation for result in results for presentation in result.shuffled.get(decoding, ())]
     size = max((len(presentation.order) for presentation in presentations), default=0)
@@ -261,16 +247,14 @@ def _presentation_orders(record: Record, num_shuffles: int, seed: int) -> list[t
     return [tuple(reversed(places)), *random]
 
 
-def _ndcg(window: WindowResult, permutation: Sequence[int] | None) -> float | None:
+def _measure(metric: Callable[..., float], window: WindowResult, permutation: Sequence[int] | None) -> float | None:
     if permutation is None or window.grades is None:
         return None
-    return ndcg([window.grades[i] for i in permutation], k=CUTOFF)
+    return metric([window.grades[i] for i in permutation], k=CUTOFF)
 
 
-def _mrr(window: WindowResult, permutation: Sequence[int] | None) -> float | None:
-    if permutation is None or window.grades is None:
-        return None
-    return reciprocal_rank([window.grades[i] for i in permutation], k=CUTOFF)
+def _ndcg(window: WindowResult, permutation: Sequence[int]) -> float | None:
+    return _measure(ndcg, window, permutation)
 
 
 def _tau(permutation: Sequence[int] | None, other: Sequence[int]) -> float | None:

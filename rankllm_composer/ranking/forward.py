@@ -49,11 +49,11 @@ def packed_forwards(
     Args:
         model: a model under `inference`.
         sequences: token sequences by key, each of at least `num_positions` tokens.
-        num_positions: R, see `packed_logits`.
+        num_positions: R, number of last positions to read per sequence.
         batch_tokens: maximum number of tokens in one forward pass, unless a single sequence has more.
         lockstep: see `rounds`.
     Yields:
-        The S keys of a forward pass, and logits (S, R, V).
+        The S keys of a forward pass, and float32 logits (S, R, V).
     """
     batches: list[list[int]] = []
     free_tokens = 0
@@ -70,15 +70,7 @@ def packed_forwards(
 
 
 def packed_logits(model: PreTrainedModel, sequences: Sequence[NDArray[np.int32]], num_positions: int) -> torch.Tensor:
-    """Compute next-token logits at the last positions of sequences packed end to end, isolated from each other.
-
-    Args:
-        model: a model under `inference`.
-        sequences: S token sequences, each of at least `num_positions` tokens.
-        num_positions: R, number of last positions to read per sequence.
-    Returns:
-        (S, R, V) float32.
-    """
+    """(S, R, V) next-token logits at the last R positions of S sequences packed end to end without mixing."""
     lengths = [len(sequence) for sequence in sequences]
     ends = np.cumsum(lengths)
     positions = ends[:, None] - np.arange(num_positions, 0, -1)  # (S, R)

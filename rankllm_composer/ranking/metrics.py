@@ -10,11 +10,6 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-def _dcg(grades: Floats, k: int | None) -> float:
-    gains = np.maximum(grades[:k], 0.0)
-    return float((gains / np.log2(np.arange(2, len(gains) + 2))).sum())
-
-
 def _check_grades(name: str, grades: Sequence[float], k: int | None) -> Floats:
     if k is not None and k < 1:
         raise ValueError(f"{name}: k is {k}; expected 1 or more, or None for the entire ranking.")
@@ -22,6 +17,11 @@ def _check_grades(name: str, grades: Sequence[float], k: int | None) -> Floats:
     if values.ndim != 1 or np.isnan(values).any():
         raise ValueError(f"{name}: grades are {grades!r}; expected one number per candidate. Use 0 for unjudged ones.")
     return values
+
+
+def _dcg(grades: Floats, k: int | None) -> float:
+    gains = np.maximum(grades[:k], 0.0)
+    return float((gains / np.log2(np.arange(2, len(gains) + 2))).sum())
 
 
 def ndcg(grades: Sequence[float], ideal_grades: Sequence[float] | None = None, k: int | None = 10) -> float:
@@ -52,16 +52,9 @@ def ndcg(grades: Sequence[float], ideal_grades: Sequence[float] | None = None, k
 
 
 def reciprocal_rank(grades: Sequence[float], k: int | None = 10, min_grade: float = 1) -> float:
-    """One over the rank of the first relevant candidate.
+    """One over the rank of the first candidate with at least `min_grade`; 0 if there is none among the first k.
 
-    Args:
-        grades: relevance grades in ranked order, best-ranked first; 0 for unjudged candidates.
-        k: number of ranks counted; None for all.
-        min_grade: the lowest relevant grade.
-    Returns:
-        0 … 1; 0 if none of the first k is relevant.
-    Raises:
-        ValueError: k is below 1, or grades are not a list of numbers.
+    See `ndcg` for the arguments and errors.
     """
     relevant = np.flatnonzero(_check_grades("reciprocal_rank", grades, k)[:k] >= min_grade)
     return 1.0 / (int(relevant[0]) + 1) if len(relevant) else 0.0
@@ -73,8 +66,7 @@ def kendall_tau(ranks: Sequence[float], other_ranks: Sequence[float]) -> float:
         tau = (concordant - discordant pairs) / sqrt(pairs untied in one * pairs untied in the other)
 
     Args:
-        ranks: the rank of each candidate in one ranking.
-        other_ranks: the rank of each candidate in the other, in the same order of candidates.
+        ranks, other_ranks: the rank of each candidate in either ranking, in the same order of candidates.
     Returns:
         -1 (reversed) … 1 (the same order); NaN if a ranking ties all its candidates or has fewer than two.
     Raises:

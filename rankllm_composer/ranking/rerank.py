@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,15 +135,13 @@ def rerank_run(
     """Rerank a run and write it as a TREC run; resumes a stopped job with the same settings.
 
     Finished queries are kept in `OUTPUT.progress.jsonl`, which is deleted when the run is written. Queries are written
-    in the order of `queries`; scores fall by one per rank.
+    and returned in the order of `queries`; scores fall by one per rank.
 
     Args:
         reranker: the model and its options.
         queries, documents, first_stage: see `Reranker.rerank_queries`.
         output: path of the run to write; replaced if it exists.
         progress_bar: whether to show a progress bar on a terminal.
-    Returns:
-        The queries in the order written.
     Raises:
         RunError: no query has both a text and candidates; the progress file has other settings or is damaged; another
             process is writing the same output.
@@ -158,6 +156,10 @@ def rerank_run(
             f"run: none of its {len(first_stage)} queries is among the {len(queries)} queries given. Check that both "
             "are of the same collection."
         )
+    presented = hashlib.blake2b(digest_size=16)
+    for qid in qids:
+        texts = [qid, queries[qid], *(text for docid in first_stage[qid] for text in (docid, documents.get(docid)))]
+        presented.update(json.dumps(texts).encode())
     settings = {
         "model": reranker.name,
         "decoding": reranker.decoding,
@@ -165,7 +167,7 @@ def rerank_run(
         "passes": options.passes,
         "top_k": options.top_k,
         "contract": json.loads(reranker.contract.to_json()),
-        "input": _input_hash(qids, queries, documents, first_stage),
+        "input": presented.hexdigest(),
     }
     progress = output.with_name(f"{output.name}.progress.jsonl")
     with (
@@ -205,20 +207,6 @@ def _answer_statistics(queries: Sequence[RerankedQuery]) -> Iterator[str]:
         if num_windows and None not in counts:
             num = sum(count or 0 for count in counts)
             yield f"{num} of {num_windows} {what} ({num / num_windows:.1%})"
-
-
-def _input_hash(
-    qids: Iterable[str],
-    queries: Mapping[str, str],
-    documents: Mapping[str, str],
-    first_stage: Mapping[str, Sequence[str]],
-) -> str:
-    """Hash of everything that is presented to the model."""
-    digest = hashlib.blake2b(digest_size=16)
-    for qid in qids:
-        texts = [qid, queries[qid], *(text for docid in first_stage[qid] for text in (docid, documents.get(docid)))]
-        digest.update(json.dumps(texts).encode())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -71,8 +71,7 @@ class Reranker:
     """A model with its tokenizer, its decoding contract and the options to rerank with.
 
     Args:
-        model: a causal LM.
-        tokenizer: its tokenizer.
+        model, tokenizer: a causal LM and its tokenizer.
         contract: how the model is prompted and read; `options` override its window.
         options: how to rerank; None for the defaults.
         name: name and version of the model; a stopped job resumes only with the same.
@@ -112,11 +111,8 @@ class Reranker:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, options: RerankOptions | None = None) -> Reranker:
-        """Load an exported folder.
+        """Load an exported Hugging Face folder with its `reranker.json`; options None means the defaults.
 
-        Args:
-            folder: an exported Hugging Face folder with `reranker.json`.
-            options: how to rerank, on which device and in which dtype; None for the defaults.
         Raises:
             ModelError: the folder has no contract, or a tokenizer with another chat template than its contract states.
             RunError: the folder contains no model that loads, or the model does not support the options.
@@ -143,18 +139,13 @@ class Reranker:
         return cls(model.to(device).eval(), tokenizer, contract, options, name=_folder_version(folder))
 
     def rerank(self, query: str, passages: Sequence[str]) -> list[RankedPassage]:
-        """Rank passages by their relevance to a query.
+        """Rank passages, given in the order of the first stage, by their relevance to a query.
 
-        Args:
-            query: text of the query.
-            passages: texts of the passages, in the order of the first stage.
-        Returns:
-            All passages, best first.
         Raises:
             RunError, PromptError: a window cannot be presented or read.
         """
         documents = {str(i): text for i, text in enumerate(passages)}
-        states = self._slide({"query": query}, documents, {"query": list(documents)}, lambda num_windows: None)
+        states = self._slide({"query": query}, documents, {"query": list(documents)})
         return [
             RankedPassage(int(docid), documents[docid], len(passages) - place, state.log_probabilities.get(docid))
             for state in states
@@ -175,7 +166,7 @@ class Reranker:
         Args:
             first_stage: TREC run, or document ids of each query, best first.
             queries: JSONL file, BEIR folder or irds:ID, or texts by query id.
-            documents: JSONL file, BEIR folder or irds:ID, or texts by document id, including their titles.
+            documents: the same, or texts by document id, including their titles.
             output: path of the TREC run to write; replaced if it exists.
             progress_bar: whether to show a progress bar on a terminal.
         Returns:
@@ -223,7 +214,7 @@ class Reranker:
         queries: Mapping[str, str],
         documents: Mapping[str, str],
         first_stage: Mapping[str, Sequence[str]],
-        on_windows: Callable[[int], object],
+        on_windows: Callable[[int], object] = lambda num_windows: None,
     ) -> Iterator[_QueryState]:
         waiting = (
             _QueryState(qid, list(first_stage[qid]), self.spans(len(first_stage[qid])))
@@ -255,14 +246,11 @@ class Reranker:
             active = [state for state in active if state.spans]
 
     def _answer(self, windows: Sequence[Window]) -> Sequence[FirstTokenAnswer | GeneratedAnswer]:
-        model, tokenizer, options = self.model, self.tokenizer, self.options
+        shared = (self.model, self.tokenizer, windows, self.contract)
+        batch_tokens = self.options.batch_tokens
         if self.decoding == "first_token":
-            return score_windows_first_token(
-                model, tokenizer, windows, self.contract, batch_tokens=options.batch_tokens, attention=options.attention
-            )
-        return generate_windows(
-            model, tokenizer, windows, self.contract, constrained=options.constrained, batch_tokens=options.batch_tokens
-        )
+            return score_windows_first_token(*shared, batch_tokens=batch_tokens, attention=self.options.attention)
+        return generate_windows(*shared, batch_tokens=batch_tokens, constrained=self.options.constrained)
 
 
 @dataclass(slots=True)
@@ -276,7 +264,7 @@ class _QueryState:
     log_probabilities: dict[str, float] = field(default_factory=dict)
 
     def apply(self, answer: FirstTokenAnswer | GeneratedAnswer) -> None:
-        """Reorder the next window by the answer to it."""
+        """Reorder the next window."""
         start, stop = self.spans.pop(0)
         presented = self.docids[start:stop]
         self.docids[start:stop] = [presented[i] for i in answer.permutation]
@@ -285,17 +273,13 @@ class _QueryState:
             self.log_probabilities.update(zip(presented, answer.scores.tolist()))
 
     def result(self, decoding: Decoding) -> RerankedQuery:
-        opened = sum(answer.opens_with_bracket for answer in self.answers if isinstance(answer, FirstTokenAnswer))
-        malformed = sum(
-            not answer.parsed.is_well_formed for answer in self.answers if isinstance(answer, GeneratedAnswer)
-        )
-        return RerankedQuery(
-            self.qid,
-            tuple(self.docids),
-            len(self.answers),
-            opened if decoding == "first_token" else None,
-            malformed if decoding == "generation" else None,
-        )
+        opened = malformed = None
+        if decoding == "first_token":
+            opened = sum(answer.opens_with_bracket for answer in self.answers if isinstance(answer, FirstTokenAnswer))
+        else:
+            parsed = [answer.parsed for answer in self.answers if isinstance(answer, GeneratedAnswer)]
+            malformed = sum(not answer.is_well_formed for answer in parsed)
+        return RerankedQuery(self.qid, tuple(self.docids), len(self.answers), opened, malformed)
 
 
 def _folder_version(folder: str | Path) -> str:

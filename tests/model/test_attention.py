@@ -46,7 +46,7 @@ def test_equals_dense_masked_attention(heads, key_value_heads, window, lengths):
 
 def test_wrong_bounds_are_errors():
     tensor = torch.zeros(1, 2, 5, 4)
-    with pytest.raises(ValueError, match="ends at 4, the pack holds 5"):
+    with pytest.raises(ValueError, match="ends at 4, but the pack has 5 tokens"):
         packed_sdpa(tensor, tensor, tensor, torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="first dimension of a pack is 2; expected 1"):
         packed_sdpa(tensor.expand(2, -1, -1, -1), tensor, tensor, torch.tensor([0, 5]))
