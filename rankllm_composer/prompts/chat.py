@@ -39,18 +39,13 @@ def build_messages(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -
     omitted, as in the client.
 
     Raises:
-        PromptError: the tokenizer is slow, its chat template is missing or fails, or the end of its prompt merges with
-            the response.
+        PromptError: the tokenizer cannot be used (see `check_tokenizer`).
     """
     return _messages(system, user, _facts(tokenizer).has_system_role)
 
 
 def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt text: the chat template with the generation prompt, then `ftfy.fix_text`.
-
-    Raises:
-        PromptError: the template fails on these messages.
-    """
+    """Prompt text: the chat template with the generation prompt, then `ftfy.fix_text`; raises PromptError if it fails."""
     from ftfy import fix_text
 
     try:
@@ -85,11 +80,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
 
 
 def bracket_position(encoding: BatchEncoding, start: int) -> int:
-    """Index of the token of the `[` at character `start`.
-
-    Raises:
-        PromptError: it is part of a longer token.
-    """
+    """Index of the token of the `[` at character `start`; raises PromptError if it is part of a longer token."""
     index = encoding.char_to_token(start)
     span = None if index is None else encoding.token_to_chars(index)
     if index is None or span is None or (span.start, span.end) != (start, start + 1):
@@ -101,11 +92,7 @@ def bracket_position(encoding: BatchEncoding, start: int) -> int:
 
 
 def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Token that closes a response.
-
-    Raises:
-        PromptError: the tokenizer has none.
-    """
+    """Token that closes a response; raises PromptError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise PromptError(
             f"{_name(tokenizer)} has no end-of-sequence token, which closes a response. Set tokenizer.eos_token, or "
@@ -132,15 +119,9 @@ def identifier_token_ids(
 ) -> tuple[int, ...]:
     """Tokens of a list's identifiers, for objectives and decodings that read a score per identifier.
 
-    Args:
-        tokenizer: a fast HF tokenizer with a chat template; inspected once, then cached.
-        num_candidates: length of the list.
-        style: how candidates are named.
-    Returns:
-        `num_candidates` token ids.
     Raises:
-        PromptError: an identifier takes several tokens, merges with its bracket, or is unknown to the tokenizer.
-        PromptError: more candidates than the style can name.
+        PromptError: an identifier takes several tokens, merges with its bracket, or is unknown to the tokenizer; or
+            there are more candidates than the style can name.
     """
     names = identifiers(num_candidates, style)
     found = identifier_tokens(tokenizer, names)
@@ -172,8 +153,7 @@ def check_tokenizer(
     Raises:
         PromptError: slow tokenizer; no chat template; no end-of-sequence token (except for `ranking`); a prompt whose
             last token depends on the response; identifiers that merge with a bracket, are unknown, or (except for
-            `generation`) are several tokens.
-        PromptError: more candidates than the style can name.
+            `generation`) are several tokens; more candidates than the style can name.
     """
     identifier_tokens(tokenizer, identifiers(num_candidates, style))
     if objective != "generation":

@@ -97,12 +97,7 @@ class DecodingContract:
 
     @classmethod
     def from_json(cls, text: str, place: str = CONTRACT_FILE) -> DecodingContract:
-        """Contract from the text of `reranker.json`.
-
-        Raises:
-            ModelError: not JSON, another format, keys missing or unknown, or values that contradict each other; the
-                message starts with `place`.
-        """
+        """Contract from the text of `reranker.json`; if it is invalid, raises a ModelError that starts with `place`."""
         try:
             values: Any = json.loads(text)
         except ValueError as error:
@@ -112,28 +107,22 @@ class DecodingContract:
             raise ModelError(
                 f"{place}: format is {found!r}; expected {FORMAT}. Read it with the package version that wrote it."
             )
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = set(values) - {"format"}
+        names, given = {field.name for field in dataclasses.fields(cls)}, set(values) - {"format"}
         if given != names:
             raise ModelError(
                 f"{place}: missing keys {sorted(names - given)}, unknown keys {sorted(given - names)}. Export the "
                 "model again."
             )
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value := values[name], list) else value for name in names
-        }
         try:
-            return cls(**fields)
+            return cls(
+                **{name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names}
+            )
         except (ModelError, TypeError) as error:
             raise ModelError(f"{place}: {error}") from None
 
 
 def read_contract(folder: str | Path) -> DecodingContract:
-    """Decoding contract of an exported folder.
-
-    Raises:
-        ModelError: the folder has no `reranker.json`, or an invalid one.
-    """
+    """Decoding contract of an exported folder; raises ModelError without a valid `reranker.json`."""
     path = Path(folder) / CONTRACT_FILE
     try:
         text = path.read_text(encoding="utf-8")
@@ -155,17 +144,8 @@ def decoding_contract(
     context_size_tokens: int = 4096,
     max_passage_words: int = 300,
 ) -> DecodingContract:
-    """Contract of a model trained with this tokenizer and objective.
+    """Contract of a model trained with this tokenizer and objective; for the arguments see `DecodingContract`.
 
-    Args:
-        tokenizer: with the chat template of training.
-        objective: what is trained.
-        style: how candidates are named.
-        num_identifiers: most candidates that a window can have.
-        window_size: candidates per prompt.
-        stride: candidates that a window moves.
-        context_size_tokens: prompt and answer together.
-        max_passage_words: words kept of a passage in a window of 20.
     Raises:
         ModelError: no chat template, or numbers that contradict each other.
         PromptError: the tokenizer cannot be used for the objective (see `check_tokenizer`).
@@ -200,11 +180,7 @@ def decoding_contract(
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the default chat template; two tokenizers with the same hash write the same prompts.
-
-    Raises:
-        ModelError: the tokenizer has no chat template.
-    """
+    """Hash of the default chat template: equal hashes give equal prompts; raises ModelError if there is none."""
     if not tokenizer.chat_template:
         raise ModelError(
             f"tokenizer {tokenizer.name_or_path} has no chat template; expected one that writes a user turn and a "

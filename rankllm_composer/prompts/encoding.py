@@ -54,25 +54,17 @@ class EncodedRecord:
 
 
 def render_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt text of a record, without the response: chat template, then `ftfy.fix_text`.
-
-    Raises:
-        PromptError: the tokenizer cannot be used (see `check_tokenizer`).
-    """
+    """Prompt text of a record, without the response: chat template, then `ftfy.fix_text`."""
     return render_chat(build_messages(record.system, record.user, tokenizer), tokenizer)
 
 
 def encode_prompt(
     system: str, user: str, tokenizer: PreTrainedTokenizerBase, append_bracket: bool
 ) -> NDArray[np.int32]:
-    """Token ids of a prompt, for inference.
+    """(L,) int32 token ids of a prompt, for inference.
 
-    Args:
-        system, user: the turns.
-        tokenizer: a fast HF tokenizer with a chat template.
-        append_bracket: end with `[`, so that the next-token logits of the last position score the candidates.
-    Returns:
-        (L,) int32.
+    With `append_bracket` it ends with `[`, so that the next-token logits of the last position score the candidates.
+
     Raises:
         PromptError: the tokenizer cannot be used (see `check_tokenizer`).
     """
@@ -94,8 +86,6 @@ def encode_record(
         record: a Record, or a mapping of the published layout.
         tokenizer: a fast HF tokenizer with a chat template.
         objective: for "ranking" the prompt ends with `[` and there is no response; "generation" and "combined" have it.
-    Returns:
-        EncodedRecord.
     Raises:
         PromptError: the record has another layout, its response is not a permutation of its passages, or the tokenizer
             cannot be used (see `check_tokenizer`).

@@ -54,13 +54,8 @@ class ParsedAnswer:
 def identifiers(num_candidates: int, style: IdentifierStyle = "letters") -> tuple[str, ...]:
     """Identifiers of a list in presentation order, without brackets: ("A", "B", …) or ("1", "2", …).
 
-    Args:
-        num_candidates: length of the list, 1 to `MAX_CANDIDATES[style]`.
-        style: "letters" (A–Z) or "numbers" (1–99).
-    Returns:
-        `num_candidates` strings.
     Raises:
-        PromptError: style is unknown, or the list is empty or longer than the style can name.
+        PromptError: style is unknown, or the list is empty or longer than `MAX_CANDIDATES[style]`.
     """
     if style not in MAX_CANDIDATES:
         raise PromptError(f"identifier style is {style!r}; expected one of {', '.join(get_args(IdentifierStyle))}")
@@ -76,11 +71,7 @@ def identifiers(num_candidates: int, style: IdentifierStyle = "letters") -> tupl
 
 
 def identifier_style(text: str) -> IdentifierStyle:
-    """Style of the first bracketed identifier of `text`: `[B] > [A]` is letters, `[2] > [1]` is numbers.
-
-    Raises:
-        PromptError: the text contains no bracketed letter or number.
-    """
+    """Style of the first bracketed letter or number of `text`; raises PromptError if it contains none."""
     for match in _BRACKETED.finditer(text):
         if re.fullmatch(r"[A-Z]", match[1]):
             return "letters"
@@ -92,25 +83,15 @@ def identifier_style(text: str) -> IdentifierStyle:
 
 
 def format_permutation(permutation: Sequence[int], style: IdentifierStyle = "letters") -> str:
-    """Text of a permutation, as a training target: (1, 0) → `[B] > [A]`.
-
-    Raises:
-        PromptError: not a permutation of 0 … N-1, or too long for the style.
-    """
+    """Text of a permutation of 0 … N-1, as a training target: (1, 0) → `[B] > [A]`."""
     _check(permutation)
     names = identifiers(len(permutation), style)
     return SEPARATOR.join(f"[{names[i]}]" for i in permutation)
 
 
 def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "letters") -> tuple[int, ...]:
-    """Parse a text that must name every candidate exactly once.
+    """Parse a text that names each of N candidates exactly once: `[B] > [A] > [C]` → (1, 0, 2).
 
-    Args:
-        text: `[B] > [A] > [C]`, nothing before, between or after.
-        num_candidates: N, the length of the list ordered.
-        style: how candidates are named.
-    Returns:
-        N indices into the list: (1, 0, 2).
     Raises:
         PromptError: identifiers repeat, are missing, exceed the list or are unknown, or the format is another one.
     """
@@ -139,21 +120,13 @@ def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "
 
 
 def parse_answer(text: str, num_candidates: int, style: IdentifierStyle = "letters") -> ParsedAnswer:
-    """Read a model's answer as the inference client does; never fails, always complete.
+    """Read a model's answer, which may be any text, as the inference client does; the result is always complete.
 
     Identifiers count in order; repeats and those out of range are dropped, and missing candidates follow in input
     order. As in the client, brackets do not matter, adjacent letters are one identifier (`AB` is the 12th, not the 1st
     and 2nd), only the text after a last `</think>` counts, digit look-alikes (①, ２, ³) are digits, and if a number
     cannot be parsed at all the input order is kept.
 
-    Args:
-        text: the answer, any text.
-        num_candidates: N, the length of the list.
-        style: how candidates are named in the prompt.
-    Returns:
-        ParsedAnswer.
-    Raises:
-        PromptError: the style is unknown, or no such list can exist; never because of `text`.
     Source:
         rank_llm 0.25.7, listwise answers.
     """
@@ -172,26 +145,17 @@ def parse_answer(text: str, num_candidates: int, style: IdentifierStyle = "lette
     in_range = [i for i in named if 0 <= i < num_candidates]
     first = tuple(dict.fromkeys(in_range))
     missing = tuple(i for i in range(num_candidates) if i not in first)
-    try:
-        parse_permutation(text.strip(), num_candidates, style)
-        is_well_formed = True
-    except PromptError:
-        is_well_formed = False
     return ParsedAnswer(
         permutation=first + missing,
         num_repeated=len(in_range) - len(first),
         num_out_of_range=len(named) - len(in_range),
         num_missing=len(missing),
-        is_well_formed=is_well_formed,
+        is_well_formed=not missing and text.strip() == format_permutation(first, style),
     )
 
 
 def ranks_from_permutation(permutation: Sequence[int]) -> tuple[int, ...]:
-    """Ranks of a permutation: `ranks[i]` is the 0-based place of candidate i. (1, 2, 0) → (2, 0, 1).
-
-    Raises:
-        PromptError: not a permutation of 0 … N-1.
-    """
+    """Ranks of a permutation of 0 … N-1: `ranks[i]` is the 0-based place of candidate i. (1, 2, 0) → (2, 0, 1)."""
     _check(permutation)
     ranks = [0] * len(permutation)
     for place, index in enumerate(permutation):
@@ -200,11 +164,7 @@ def ranks_from_permutation(permutation: Sequence[int]) -> tuple[int, ...]:
 
 
 def permutation_from_scores(scores: Iterable[float]) -> tuple[int, ...]:
-    """Candidate indices by descending score; equal scores keep their input order. (0.1, 0.9, 0.1) → (1, 0, 2).
-
-    Raises:
-        PromptError: a score is NaN.
-    """
+    """Candidate indices by descending score; equal scores keep their input order. (0.1, 0.9, 0.1) → (1, 0, 2)."""
     values = [float(score) for score in scores]
     for i, value in enumerate(values):
         if math.isnan(value):

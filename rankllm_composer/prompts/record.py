@@ -43,11 +43,7 @@ class Record:
 
     @property
     def turn(self) -> UserTurn:
-        """The parsed user turn; parsed on first use and kept.
-
-        Raises:
-            PromptError: see `read_user_turn`.
-        """
+        """The user turn, parsed by `read_user_turn` on first use and kept."""
         turn = self._turn
         if turn is None:
             turn = read_user_turn(self.user)
@@ -163,15 +159,13 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
 def augment_record(
     record: Record, *, seed: int, epoch: int, shuffle_passages: bool, identifiers: IdentifierStyle | None
 ) -> Record:
-    """Shuffle the passages of a list, or rename its candidates.
+    """Shuffle the passages of a list, or rename its candidates; returns a new record with the same id.
 
     Args:
         record: its user turn is exactly the client's prompt.
         seed, epoch: determine the order, together with the record's id.
         shuffle_passages: permute the passages, and response, docids and grades with them.
         identifiers: "letters" or "numbers"; None = keep them.
-    Returns:
-        A new record with the same id.
     Raises:
         PromptError: the user turn cannot be parsed, the response is not a permutation of it, or the style has too few
             identifiers.

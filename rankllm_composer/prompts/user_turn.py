@@ -58,13 +58,9 @@ _DOCUMENT_FIELDS = ("text", "segment", "contents", "content", "body", "passage")
 
 @dataclass(frozen=True, slots=True)
 class UserTurn:
-    """The parts of a user turn; see `render_user_turn`.
+    """The parts of a user turn: the query without its full stop, and the passages in presentation order.
 
-    Attributes:
-        query: without the full stop that follows it.
-        passages: in presentation order.
-        style: how they are named.
-        is_standard: True if the text is exactly what `render_user_turn` writes, with one reading.
+    `is_standard` is True if the text is exactly what `render_user_turn` writes, with one reading.
     """
 
     query: str
@@ -113,11 +109,7 @@ def truncate_passage(text: str, max_words: int) -> str:
 
 
 def render_user_turn(query: str, passages: Sequence[str], style: IdentifierStyle = "letters") -> str:
-    """Write the user turn of a prompt exactly as the client does; query and passages are not changed.
-
-    Raises:
-        PromptError: no passages, more than the style can name, or an unknown style.
-    """
+    """Write the user turn of a prompt exactly as the client does; query and passages are not changed."""
     names = identifiers(len(passages), style)
     opening = _OPENING.format(num=len(passages), kind=_KIND[style])
     body = "".join(f"[{name}] {passage}\n" for name, passage in zip(names, passages))
@@ -268,27 +260,21 @@ def _readings(body: str, names: Sequence[str]) -> list[tuple[str, ...]]:
     Every other way lies between the two, so if they are equal there is one reading. Returns none, one or two.
     """
     marks = [f"\n[{name}] " for name in names[1:]]
-    earliest: list[int] = []
-    place = 0
+    earliest: list[str] = []
+    rest = body
     for mark in marks:
-        place = body.find(mark, place)
-        if place < 0:
+        passage, found, rest = rest.partition(mark)
+        if not found:
             return []
-        earliest.append(place)
-        place += len(mark)
-    latest: list[int] = []
-    place = len(body)
+        earliest.append(passage)
+    earliest.append(rest)
+    latest: list[str] = []
+    rest = body
     for mark in reversed(marks):
-        place = body.rfind(mark, 0, place)
-        latest.append(place)
-    latest.reverse()
-    return [
-        tuple(
-            body[start:end]
-            for start, end in zip([0, *(cut + len(mark) for cut, mark in zip(cuts, marks))], [*cuts, len(body)])
-        )
-        for cuts in ([earliest] if earliest == latest else [earliest, latest])
-    ]
+        rest, _, passage = rest.rpartition(mark)
+        latest.append(passage)
+    latest.append(rest)
+    return list(dict.fromkeys([tuple(earliest), tuple(reversed(latest))]))
 
 
 def _shorten(value: object) -> str:

@@ -30,14 +30,7 @@ WORDS_SHARE = 4  # the client removes one word from every passage per 4 excess t
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Window:
-    """A prompt that asks to rank its candidates.
-
-    Attributes:
-        id: of the window, for messages.
-        input_ids: (L,) int32, the prompt's tokens and then `[`.
-        num_candidates: N.
-        style: how the candidates are named.
-    """
+    """A prompt that asks to rank its candidates: `input_ids` are (L,) int32, the prompt's tokens and then `[`."""
 
     id: str
     input_ids: NDArray[np.int32]
@@ -48,13 +41,10 @@ class Window:
 def record_window(record: Record, tokenizer: PreTrainedTokenizerBase, order: Sequence[int] | None = None) -> Window:
     """Window of a teacher-ranked list, unchanged or with its passages in another order.
 
-    Args:
-        record: system and user turn are used; the response gives the number of candidates and their style.
-        tokenizer: a fast HF tokenizer with a chat template.
-        order: candidates in presentation order; None = that of the record.
+    The response gives the number of candidates and their style; the user turn is parsed only with an order.
+
     Raises:
-        PromptError: the user turn cannot be parsed (only with an order), or the tokenizer cannot be used.
-        PromptError: the response names no candidate.
+        PromptError: the user turn cannot be parsed, the response names no candidate, or the tokenizer cannot be used.
     """
     style, user = identifier_style(record.response), record.user
     if order is not None:
@@ -84,9 +74,8 @@ def fit_window(
         context_size_tokens: prompt and answer together.
         max_passage_words: words of a passage in a window of 20; more in a shorter one, fewer if they do not fit.
     Raises:
-        PromptError: prompt and answer do not fit even without passages.
-        PromptError: the tokenizer cannot be used.
-        PromptError: no candidates, or more than the style can name.
+        PromptError: prompt and answer do not fit even without passages, the tokenizer cannot be used, or there are no
+            candidates or more than the style can name.
     """
     num_candidates = len(texts)
     reserved = answer_lengths(tokenizer, num_candidates, style)[0]
