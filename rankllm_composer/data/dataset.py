@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,22 +85,17 @@ class ListDataset(ExactStreamingDataset):
         self.encoding = encoding
 
     def record(self, at: Any) -> Record:
-        """Return the record of a sample number, augmented for the current epoch.
-
-        Raises:
-            PromptError: the record cannot be augmented.
-            ShardError: its shard cannot be read.
-        """
+        """Return the record of a sample number, augmented for the current epoch."""
         record = record_from_sample(super().__getitem__(at))
-        encoding = self.encoding
-        if not encoding.shuffle_passages and encoding.identifiers is None:
+        shuffle_passages, identifiers = self.encoding.shuffle_passages, self.encoding.identifiers
+        if not shuffle_passages and identifiers is None:
             return record
         return augment_record(
             record,
             seed=self.shuffle_seed,
             epoch=self._epoch,
-            shuffle_passages=encoding.shuffle_passages,
-            identifiers=encoding.identifiers,
+            shuffle_passages=shuffle_passages,
+            identifiers=identifiers,
         )
 
     def __getitem__(self, at: Any) -> TokenizedList:
@@ -111,40 +106,31 @@ class ListDataset(ExactStreamingDataset):
             ShardError: the list is too long and `too_long` is "refuse", or its shard cannot be read.
         """
         record = self.record(at)
+        key = record_key(record.id)
         encoded = encode_record(record, self.encoding.tokenizer, self.encoding.objective)
-        length = len(encoded.input_ids)
-        limit = self.encoding.max_length_tokens
+        length, limit = len(encoded.input_ids), self.encoding.max_length_tokens
         if length > limit:
             if self.encoding.too_long == "refuse":
                 raise ShardError(
                     f"record {record.id!r} has {length} tokens; data.max_length_tokens is {limit}. Raise it, leave out "
                     "and count such lists (data.too_long: drop), or build shards with fewer words per passage."
                 )
-            return TokenizedList(encoded=None, record_id=record.id, record_key=record_key(record.id))
-        return TokenizedList(
-            encoded=encoded,
-            record_id=record.id,
-            record_key=record_key(record.id),
-            grades=None if record.grades is None else np.array(record.grades),
-            docids=record.docids,
-        )
+            return TokenizedList(encoded=None, record_id=record.id, record_key=key)
+        grades = None if record.grades is None else np.array(record.grades)
+        return TokenizedList(encoded, record.id, key, grades, record.docids)
 
 
 class ListLoader(streaming.StreamingDataLoader):
     """The data loader of a rank. Errors of its workers are raised again without the traceback of the worker."""
 
     def __iter__(self) -> Iterator[dict[str, list[TokenizedList]]]:  # type: ignore[override]
-        """Yield the batches of this rank for the next epoch.
-
-        Raises:
-            LoaderError: no batch arrived within the timeout, or a worker died.
-            PromptError, ShardError: see `ListDataset`.
-        """
+        """Yield the batches of this rank for the next epoch; raise LoaderError if a worker dies or is too slow."""
         try:
             yield from super().__iter__()
         except (PromptError, ShardError) as error:
             self.close()
-            raise type(error)(_without_traceback(error)) from None
+            name = f"{type(error).__module__}.{type(error).__qualname__}: "  # ends torch's copy of the traceback
+            raise type(error)(str(error).rpartition(name)[2].strip()) from None
         except RuntimeError as error:
             self.close()
             if not str(error).startswith("DataLoader "):
@@ -179,11 +165,7 @@ def collate(rows: list[TokenizedList]) -> dict[str, list[TokenizedList]]:
 
 
 def lists_per_rank(global_lists: int) -> int:
-    """Return the rows per rank in an optimizer step.
-
-    Raises:
-        ShardError: the global batch is not a multiple of the number of ranks.
-    """
+    """Return the rows per rank in an optimizer step; raise ShardError unless the ranks divide the global batch."""
     num_ranks = dist.get_world_size()
     for problem in BatchOptions(global_lists=global_lists).rank_problems(num_ranks):
         raise ShardError(str(problem))
@@ -210,8 +192,6 @@ def build_train_data_spec(
         num_workers: processes of this rank that read and tokenize; 0 = read in the training process.
         prefetch_factor: batches that each worker keeps ready.
         loader_timeout_seconds: longest wait for a batch before the run stops; 0 = wait forever. Used only with workers.
-    Returns:
-        A DataSpec with batches `{"sequences": [TokenizedList, …]}` and the microbatches of `packing.split_batch`.
     Raises:
         ShardError: an epoch has fewer lists than one global batch, or the limit of a microbatch is invalid.
     """
@@ -226,34 +206,22 @@ def build_train_data_spec(
         raise ShardError(str(problem))
     # Tokenizers that have used threads warn when the process forks; here the workers provide the parallelism.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    worker_options: dict[str, Any] = {}
-    if num_workers:
-        worker_options = {
-            "prefetch_factor": prefetch_factor,
-            "persistent_workers": True,
-            "timeout": loader_timeout_seconds,
-        }
     loader = ListLoader(
         dataset,
         batch_size=dataset.batch_size,
         collate_fn=collate,
         num_workers=num_workers,
         generator=torch.Generator(),  # so that starting an epoch does not advance the run's random state
-        **worker_options,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+        timeout=loader_timeout_seconds if num_workers else 0,
     )
-
-    def split(batch: Mapping[str, Any], microbatch_size: int | float) -> list[dict[str, Any]]:
-        return packing.split_batch(batch, max_lists=microbatch_lists, max_tokens=microbatch_tokens)
-
     return DataSpec(
         loader,
         num_samples=len(dataset) * dist.get_world_size(),
-        split_batch=split,
+        split_batch=lambda batch, microbatch_size: packing.split_batch(
+            batch, max_lists=microbatch_lists, max_tokens=microbatch_tokens
+        ),
         get_num_samples_in_batch=packing.num_samples_in_batch,
         get_num_tokens_in_batch=packing.num_tokens_in_batch,
     )
-
-
-def _without_traceback(error: ValueError) -> str:
-    """Return the message of a worker's error, which torch prefixes with the traceback of the worker."""
-    return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()

@@ -35,13 +35,9 @@ log = logging.getLogger(__name__)
 
 
 def interleave(num_samples: int, num_canonical_nodes: int) -> NDArray[np.int64]:
-    """Return the positions of an epoch in training order: one from the span of each canonical node in turn.
+    """Return the E positions of an epoch in training order: one from the span of each of C canonical nodes in turn.
 
-    Args:
-        num_samples: E, samples per epoch; canonical node k has the span E*k//C up to E*(k+1)//C.
-        num_canonical_nodes: C. The order depends on it, but not on the number of ranks.
-    Returns:
-        (E,) int64, a permutation of 0 … E-1.
+    Node k has the span E*k//C up to E*(k+1)//C. The order depends on C, but not on the number of ranks.
     """
     bounds = np.arange(num_canonical_nodes + 1) * num_samples // num_canonical_nodes
     starts, sizes = bounds[:-1], np.diff(bounds)
@@ -53,13 +49,10 @@ def interleave(num_samples: int, num_canonical_nodes: int) -> NDArray[np.int64]:
 def rank_rows(
     order: NDArray[np.int64], seen: int, *, node: int, num_nodes: int, rank_of_node: int, ranks_per_node: int
 ) -> tuple[NDArray[np.int64], int]:
-    """Return the samples of one rank in the rest of an epoch.
+    """Return the samples of one rank in an epoch after the `seen` rows (padding included) that were trained.
 
-    Args:
-        order: (E,) samples of the epoch in training order, over all ranks.
-        seen: number of rows trained so far, including rows that padded the last batch.
-    Returns:
-        The samples of the rank, and the number of padding rows (0 or 1) that makes all ranks equally long.
+    Also returns the number of padding rows (0 or 1) that makes all ranks equally long. `order` are the samples of the
+    epoch in training order, over all ranks.
     """
     rest = order[seen:]
     num_ranks = num_nodes * ranks_per_node
@@ -70,11 +63,7 @@ def rank_rows(
 def worker_rows(
     samples: NDArray[np.int64], num_padding: int, batch_size: int, worker: int, num_workers: int
 ) -> tuple[NDArray[np.int64], int]:
-    """Return the samples of a rank that one of its loader workers reads: every `num_workers`-th batch.
-
-    Returns:
-        The samples of the worker, and the number of the rank's padding rows that follow them.
-    """
+    """Return the samples, and the number of padding rows, that a loader worker reads: every `num_workers`-th batch."""
     batch_of_row = np.arange(len(samples) + num_padding) // batch_size
     is_read = batch_of_row % num_workers == worker
     return samples[is_read[: len(samples)]], int(is_read[len(samples) :].sum())
@@ -128,11 +117,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         options = options or StreamOptions()
         own_process_group = maybe_init_dist()
         try:
-            contents = check_streams(
-                streams,
-                download_retry=options.download_retry,
-                download_timeout_seconds=options.download_timeout_seconds,
-            )
+            contents = check_streams(streams, options.download_retry, options.download_timeout_seconds)
             if options.cache_limit is not None:
                 _check_cache_limit(options.cache_limit, streams, max(c.largest_shard_bytes for c in contents))
             with private_shared_memory():
@@ -223,8 +208,6 @@ class ExactStreamingDataset(streaming.StreamingDataset):
             ]
         return samples[interleave(len(samples), nodes)]
 
-    # --- resuming -----------------------------------------------------------------------------------------------------
-
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Return the position in training for a checkpoint between two batches; see `StreamingDataset`."""
         state = super().state_dict(num_samples, from_beginning)
@@ -233,11 +216,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         return {**state, "epoch_size": self.epoch_size, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Resume from a checkpoint at the next `iter`.
-
-        Raises:
-            ShardError: the checkpoint was trained on other shards, so the rest of its epoch is unknown.
-        """
+        """Resume from a checkpoint at the next `iter`; raise ShardError if it was trained on other shards."""
         saved = {name: obj.get(name) for name in ("epoch_size", "fingerprint")}
         if saved != {"epoch_size": self.epoch_size, "fingerprint": self._fingerprint}:
             places = ", ".join(source.place for source in self._sources)
@@ -248,8 +227,6 @@ class ExactStreamingDataset(streaming.StreamingDataset):
             )
         super().load_state_dict(obj)
 
-    # --- shards -------------------------------------------------------------------------------------------------------
-
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """Return a sample of a shard. The hash of the shard is checked when this process first uses it."""
         shard_id = int(self.spanner[sample_id][0])
@@ -258,17 +235,15 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         return super().get_item(sample_id, retry)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch and decompress a shard.
-
-        Raises:
-            ShardError: it cannot be fetched or decompressed. Partial files are removed, so that no later run uses them.
-        """
+        """Fetch and decompress a shard. If that fails, remove its partial files and raise ShardError."""
         while True:
             was_cached = any(path.exists() for path in self._files(shard_id))
             try:
                 return super().prepare_shard(shard_id, blocking)
             except Exception as error:  # each backend raises different errors
-                self._discard(shard_id)
+                if self._source(shard_id).is_cache:
+                    for path in self._files(shard_id):
+                        path.unlink(missing_ok=True)
                 # Streaming leaves the state at "preparing", for which every other worker would wait forever.
                 self._shard_states[shard_id] = _ShardState.REMOTE
                 if was_cached and self._source(shard_id).is_cache:
@@ -300,11 +275,6 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         raise self._shard_error(
             shard_id, "it is evicted from the cache as fast as it is fetched; raise data.train.cache_limit"
         )
-
-    def _discard(self, shard_id: int) -> None:
-        if self._source(shard_id).is_cache:
-            for path in self._files(shard_id):
-                path.unlink(missing_ok=True)
 
     def _stream(self, shard_id: int) -> streaming.Stream:
         return self.streams[self.stream_per_shard[shard_id]]

@@ -48,14 +48,8 @@ class TokenizedList:
 def balance(lengths: list[int], num_bins: int, *, max_lists: int | None = None) -> list[list[int]]:
     """Distribute sequences over bins of nearly equal token counts: longest first, each to the emptiest bin.
 
-    Args:
-        lengths: tokens of each sequence.
-        num_bins: number of bins; some stay empty if there are fewer sequences.
-        max_lists: most sequences per bin. None = no limit.
-    Returns:
-        Per bin, ascending indices into `lengths`.
-    Raises:
-        ValueError: the bins cannot hold all sequences.
+    Returns ascending indices into `lengths` per bin; some bins stay empty if there are fewer sequences. A bin holds at
+    most `max_lists`; ValueError if that is too few for all sequences.
     """
     if max_lists is not None and len(lengths) > num_bins * max_lists:
         raise ValueError(f"{len(lengths)} sequences do not fit into {num_bins} microbatches of {max_lists} lists")
@@ -74,20 +68,15 @@ def _largest(lengths: list[int], bins: list[list[int]]) -> int:
     return max((sum(lengths[i] for i in members) for members in bins), default=0)
 
 
-def check_limits(max_lists: int | None, max_tokens: int | None) -> None:
-    """Raise ValueError unless exactly one of the two limits of a microbatch is set."""
-    if (max_lists is None) == (max_tokens is None):
-        state = "neither is" if max_lists is None else "both are"
-        raise ValueError(f"batch: set exactly one of microbatch_lists and microbatch_tokens ({state} set)")
-
-
 def count_microbatches(lengths: list[int], *, max_lists: int | None, max_tokens: int | None) -> int:
     """Return the smallest number of microbatches that respects the limit; at least 1.
 
     Raises:
         ValueError: neither or both limits are set, or a single sequence exceeds `max_tokens`.
     """
-    check_limits(max_lists, max_tokens)
+    if (max_lists is None) == (max_tokens is None):
+        state = "neither is" if max_lists is None else "both are"
+        raise ValueError(f"batch: set exactly one of microbatch_lists and microbatch_tokens ({state} set)")
     if max_lists is not None:
         return max(1, math.ceil(len(lengths) / max_lists))
     assert max_tokens is not None
@@ -118,17 +107,14 @@ def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
         num_tokens: T, or 0 without sequences.
     """
     empty = not sequences
-    encoded = [s.encoded for s in sequences]
-    lengths = [1] if empty else [len(e.input_ids) for e in encoded]  # type: ignore[union-attr]
+    encoded = [s.encoded for s in sequences if s.encoded is not None]
+    lengths = [1] if empty else [len(item.input_ids) for item in encoded]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    num_lists = len(sequences)
-    num_candidates = max((len(e.ranks) for e in encoded), default=1)  # type: ignore[union-attr]
-    shape = (num_lists, num_candidates)
+    shape = (len(sequences), max((len(item.ranks) for item in encoded), default=1))  # (S, N)
     identifier_token_ids, ranks = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     candidate_mask, grades = np.zeros(shape, bool), np.full(shape, np.nan, np.float32)
     positions, targets, score_rows, num_rows = [], [], [], 0
     for index, (sequence, item) in enumerate(zip(sequences, encoded)):
-        assert item is not None
         length, count = lengths[index], len(item.ranks)
         if item.response_start < length:
             rows = np.arange(item.response_start - 1, length - 1)
@@ -145,7 +131,7 @@ def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
             candidate_mask[index, :count] = True
         if sequence.grades is not None:
             grades[index, :count] = sequence.grades
-    token_ids = [np.zeros(1, np.int64)] if empty else [e.input_ids for e in encoded]  # type: ignore[union-attr]
+    token_ids = [np.zeros(1, np.int64)] if empty else [item.input_ids for item in encoded]
 
     def as_int64(parts: list[NDArray[Any]]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -178,8 +164,7 @@ def split_batch(
 
     Args:
         batch: {"sequences": [TokenizedList, …]} of this rank.
-        max_lists: most lists per microbatch.
-        max_tokens: most tokens per microbatch. Set exactly one of the two limits.
+        max_lists, max_tokens: most lists or tokens per microbatch; set exactly one.
     Returns:
         Microbatches of `pack`, with `language_modelling_scale` and `ranking_scale`: the factors of the sums over the
         target tokens and over the lists of a microbatch with which Composer's average over microbatches and ranks is

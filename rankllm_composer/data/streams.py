@@ -73,13 +73,9 @@ class StreamContents:
 
 
 def check_streams(
-    streams: Sequence[Stream], *, download_retry: int = 2, download_timeout_seconds: float = 60
+    streams: Sequence[Stream], download_retry: int = 2, download_timeout_seconds: float = 60
 ) -> tuple[StreamContents, ...]:
-    """Check all streams once per node and return the result on every rank. A collective.
-
-    Raises:
-        ShardError: a node found a problem; raised on every rank.
-    """
+    """Check all streams once per node; return the result, or raise ShardError, on every rank. A collective."""
     from streaming.base.distributed import all_gather_object, get_local_rank
 
     if any(is_remote(stream.root) for stream in streams):
@@ -105,14 +101,9 @@ def check_streams(
 def check_stream(stream: Stream, download_retry: int = 2, download_timeout_seconds: float = 60) -> StreamContents:
     """Check that a stream is complete: a valid index, paths inside the folder, and every shard of the right size.
 
-    Files of the wrong size are removed from a cache. Contents are not read; hashes are checked when a shard is used.
+    Files of the wrong size are removed from a cache. Contents are not read; hashes are checked when a shard is used. A
+    failed request is retried `download_retry` times; the timeout is that of the index.
 
-    Args:
-        stream: the stream.
-        download_retry: how often a failed request is retried.
-        download_timeout_seconds: longest wait for the index.
-    Returns:
-        The contents of the stream.
     Raises:
         ShardError: the index is missing or damaged, shards are missing or have another size, access is denied, or
             another run or another set uses the cache.
@@ -159,8 +150,7 @@ def _fetch_index(stream: Stream, download_retry: int, timeout: float) -> tuple[S
                 f"{stream.place}: the index cannot be fetched: {cause(error, stream)}. Check the URL, the credentials "
                 "and the network. If the set does not exist yet, build it (rankllm-composer shards build)."
             ) from error
-        text = fetched.read_bytes()
-    shards = parse_index(text, f"{stream.place}/{INDEX_NAME}")
+        shards = parse_index(fetched.read_bytes(), f"{stream.place}/{INDEX_NAME}")
     cached = Path(stream.local) / INDEX_NAME
     cached.with_name(INDEX_NAME + ".tmp").unlink(missing_ok=True)
     if cached.exists():
@@ -180,9 +170,7 @@ def _fetch_index(stream: Stream, download_retry: int, timeout: float) -> tuple[S
 
 def _clean_cache(folder: Path, shards: Sequence[Shard]) -> None:
     for shard in shards:
-        for file in (shard.raw, shard.packed):
-            if file is None:
-                continue
+        for file in filter(None, (shard.raw, shard.packed)):
             path = folder / file.basename
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             if path.is_file() and path.stat().st_size != file.num_bytes:
@@ -223,12 +211,7 @@ def _size_reader(stream: Stream) -> Callable[[str], int | None] | None:
     """Return a function from a path in the set to bytes (None = missing), or None if the store reports no sizes."""
     root = stream.root
     if not is_remote(root):
-
-        def size_of_file(basename: str) -> int | None:
-            path = Path(root) / basename
-            return path.stat().st_size if path.is_file() else None
-
-        return size_of_file
+        return lambda basename: path.stat().st_size if (path := Path(root) / basename).is_file() else None
 
     from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri, parse_uri
 
@@ -269,5 +252,4 @@ def _hash_algorithm(shards: Sequence[Shard]) -> str | None:
 def cause(error: BaseException, stream: Stream) -> str:
     """Return an error of a library as one line, without the credentials of the stream's URL."""
     text = " ".join(str(error).split()) or "no message"
-    text = text.replace(stream.root, stream.place)
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text.replace(stream.root, stream.place)}"

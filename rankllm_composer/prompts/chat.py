@@ -45,7 +45,7 @@ def build_messages(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt text: the chat template with the generation prompt, then `ftfy.fix_text`; raises PromptError if it fails."""
+    """Prompt text: the chat template with the generation prompt, then `ftfy.fix_text`; PromptError if it fails."""
     from ftfy import fix_text
 
     try:
