@@ -23,12 +23,9 @@ if TYPE_CHECKING:
     from rankllm_composer.ranking.comparison import MeasureComparison
     from rankllm_composer.recipe.sections import Recipe
 
+# A token of the word-level tokenizer: a word or a sign, with the space before it; then also a number.
 PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
-"""One token of the word-level tokenizer: a word or a sign, with the space before it."""
-
 PIECE_WITH_NUMBERS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]| "
-"""The same, with a number as one token."""
-
 CHAT_TEMPLATE = (
     "[INST]{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['content'] }}"
     "{% endfor %}{% if add_generation_prompt %}[/INST]{% endif %}"
@@ -40,8 +37,7 @@ class CollectionOptions:
     """Sizes of a collection.
 
     Attributes:
-        num_train_queries: queries to train on.
-        num_test_queries: held-out queries.
+        num_train_queries, num_test_queries: queries to train on, and held out.
         num_candidates: passages per query; at most words_per_passage + 1.
         words_per_passage: length of a passage, in words.
         num_words: size of the vocabulary.
@@ -85,11 +81,7 @@ class CollectionOptions:
 class Collection:
     """Files of a collection: queries and documents as JSONL, first-stage runs and judgments in TREC format.
 
-    Attributes:
-        words: the vocabulary of queries and passages.
-        docs, judgments: documents and judgments of all queries.
-        train_queries, train_run: queries to train on.
-        test_queries, test_run: held-out queries; training contains none of their passages, not even under another id.
+    `words` is the vocabulary. No passage of a test query occurs in training, not even under another id.
     """
 
     words: tuple[str, ...]
@@ -111,24 +103,17 @@ def invent_words(count: int, seed: int) -> tuple[str, ...]:
 
 
 def build_collection(folder: Path, options: CollectionOptions | None = None) -> Collection:
-    """Write a collection. The same options write the same files.
+    """Write a collection, replacing existing files. The same options write the same files.
 
     The grade of a candidate is how often it contains the query's word; the candidates of a query have grades 0, 1, 2,
     …, in random order.
-
-    Args:
-        folder: created if absent; existing files are replaced.
-        options: sizes; None for the defaults.
     """
     options = options or CollectionOptions()
     source = random.Random(options.seed)
     words = invent_words(options.num_words, options.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    files = Collection(
-        words,
-        *(folder / name for name in ("docs.jsonl", "qrels.trec")),
-        *(folder / name for name in ("train_queries.jsonl", "train_run.trec", "test_queries.jsonl", "test_run.trec")),
-    )
+    names = "docs.jsonl qrels.trec train_queries.jsonl train_run.trec test_queries.jsonl test_run.trec"
+    files = Collection(words, *(folder / name for name in names.split()))
     docs: list[dict[str, str]] = []
     judgments: list[str] = []
     written: set[tuple[str, ...]] = set()
@@ -187,13 +172,9 @@ def _write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
 def build_model_folder(folder: Path, words: tuple[str, ...], *, with_numbers: bool = False) -> None:
     """Write the configuration and tokenizer of a small Mistral that reads the client's prompts about these words.
 
-    The vocabulary contains the words of the prompt template, all letters as identifiers, and `words`. The sizes, the
-    wide initialization and the short rotary period make it learn within minutes; see benchmarks/EXPERIMENTS.md.
-
-    Args:
-        folder: created if absent; it will contain no weights.
-        words: words of the collection.
-        with_numbers: whether 1 to 99 are one token each; otherwise each digit is a token.
+    The vocabulary contains the words of the prompt template, all letters as identifiers, `words`, and digits or, with
+    numbers, 1 to 99. The sizes, the wide initialization and the short rotary period make the model learn within
+    minutes; see benchmarks/EXPERIMENTS.md.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import MistralConfig, PreTrainedTokenizerFast
@@ -260,8 +241,7 @@ def run_demo(
 
     Args:
         folder: for `collection/`, `model/`, `shards/`, `untrained/`, and the files of the run.
-        recipe_path: the recipe of the demo.
-        overrides: `key=value` that override it.
+        recipe_path, overrides: the recipe of the demo, and `key=value` that override it.
         num_train_queries: number of lists to train on.
         report: called with each step, and with the table at the end.
     Returns:
@@ -278,7 +258,16 @@ def run_demo(
     report(f"1. Build a collection of invented words in {folder / 'collection'}.")
     files = build_collection(folder / "collection", CollectionOptions(num_train_queries=num_train_queries))
     build_model_folder(folder / "model", files.words)
-    overrides = [*_path_overrides(folder, files), *overrides]
+    paths = {
+        "run.folder": folder,
+        "model.name_or_path": folder / "model",
+        "data.train.local": folder / "shards",
+        "data.train.source.run": files.train_run,
+        "data.train.source.judgments": files.judgments,
+        "data.train.source.queries": files.train_queries,
+        "data.train.source.docs": files.docs,
+    }
+    overrides = [*(f"{key}={path}" for key, path in paths.items()), *overrides]
     recipe = load_recipe(recipe_path, overrides)
 
     report("2. Build shards, train a small Mistral from random weights, and export it as a Hugging Face folder.")
@@ -287,16 +276,20 @@ def run_demo(
     trained = max(Path(str(recipe.export_folder)).iterdir(), key=lambda path: path.stat().st_mtime)
 
     report("3. Rank held-out queries by first-token decoding with the untrained and the trained model.")
-    before = _rerank(untrained, files, folder / "untrained.trec")
+    before = _rerank(untrained, files, folder / "untrained.trec").comparison
     after = _rerank(trained, files, folder / "trained.trec")
-    figures = {
-        "first stage": before.comparison.first_mean,
-        "untrained": before.comparison.second_mean,
-        "trained": after.comparison.second_mean,
-        "oracle": 1.0,
+    result = after.comparison
+    rows = {
+        "first stage": (before.first_mean, "the candidates in random order"),
+        "untrained": (before.second_mean, "the model before training"),
+        "trained": (result.second_mean, "the model after training"),
+        "oracle": (1.0, "the best possible order"),
     }
-    report(_table(figures, after))
-    return figures
+    lines = [f"\n{MEASURE} on {len(after.reranked)} held-out queries, first-token decoding"]
+    lines += [f"    {name:<12} {value:.3f}   {meaning}" for name, (value, meaning) in rows.items()]
+    counts = f"{result.wins} queries better, {result.ties} the same, {result.losses} worse"
+    report("\n".join([*lines, f"    trained against first stage: {counts}"]))
+    return {name: value for name, (value, _) in rows.items()}
 
 
 def _train(recipe_path: Path, overrides: Sequence[str]) -> None:
@@ -307,18 +300,6 @@ def _train(recipe_path: Path, overrides: Sequence[str]) -> None:
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS)}, check=False)
     if done.returncode != 0:
         raise RunError(f"training failed with exit code {done.returncode}. Its messages are above.")
-
-
-def _path_overrides(folder: Path, files: Collection) -> list[str]:
-    return [
-        f"run.folder={folder}",
-        f"model.name_or_path={folder / 'model'}",
-        f"data.train.local={folder / 'shards'}",
-        f"data.train.source.run={files.train_run}",
-        f"data.train.source.judgments={files.judgments}",
-        f"data.train.source.queries={files.train_queries}",
-        f"data.train.source.docs={files.docs}",
-    ]
 
 
 def export_untrained(recipe: Recipe, folder: Path) -> Path:
@@ -350,19 +331,3 @@ def _rerank(model: Path, files: Collection, output: Path) -> MeasureComparison:
     )
     options = RerankOptions(decoding="first_token")
     return rerank_files(model, job, options, measures=[MEASURE], progress_bar=False).comparisons[0]
-
-
-def _table(figures: dict[str, float], trained: MeasureComparison) -> str:
-    meanings = {
-        "first stage": "the candidates in random order",
-        "untrained": "the model before training",
-        "trained": "the model after training",
-        "oracle": "the best possible order",
-    }
-    lines = [f"\n{MEASURE} on {len(trained.reranked)} held-out queries, first-token decoding"]
-    lines += [f"    {name:<12} {value:.3f}   {meanings[name]}" for name, value in figures.items()]
-    result = trained.comparison
-    lines.append(
-        f"    trained against first stage: {result.wins} queries better, {result.ties} the same, {result.losses} worse"
-    )
-    return "\n".join(lines)
