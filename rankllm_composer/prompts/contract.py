@@ -139,15 +139,12 @@ def decoding_contract(
     style: IdentifierStyle = "letters",
     *,
     num_identifiers: int = 20,
-    window_size: int = 20,
-    stride: int = 10,
     context_size_tokens: int = 4096,
-    max_passage_words: int = 300,
 ) -> DecodingContract:
     """Contract of a model trained with this tokenizer and objective; for the arguments see `DecodingContract`.
 
     Raises:
-        ModelError: no chat template, or numbers that contradict each other.
+        ModelError: no chat template.
         PromptError: the tokenizer cannot be used for the objective (see `check_tokenizer`).
     """
     template = chat_template_sha256(tokenizer)
@@ -172,10 +169,7 @@ def decoding_contract(
         score_token_index=0 if append_bracket else 1,
         num_bos=num_bos_tokens(tokenizer),
         eos_token_ids=() if eos is None else (int(eos),),
-        window_size=window_size,
-        stride=stride,
         context_size_tokens=context_size_tokens,
-        max_passage_words=max_passage_words,
     )
 
 

@@ -14,6 +14,7 @@ from rankllm_composer.errors import RunError
 from rankllm_composer.ranking.metrics import Floats
 from rankllm_composer.storage.atomic import write_atomic
 
+TIE = 1e-6
 NUM_SIGNS_AT_ONCE = 1 << 22  # signs that the permutation test holds in memory at a time
 
 
@@ -29,20 +30,9 @@ class Comparison(NamedTuple):
     p_value: float
 
 
-def compare(
-    first: Mapping[str, float],
-    second: Mapping[str, float],
-    *,
-    num_permutations: int = 10_000,
-    seed: int = 0,
-    tie: float = 1e-6,
-) -> Comparison:
-    """Compare two systems query by query.
+def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Comparison:
+    """Compare two systems query by query, from their metric of each query id; differences up to `TIE` count as ties.
 
-    Args:
-        first, second: metric of each query id under either system.
-        num_permutations, seed: see `paired_permutation_test`.
-        tie: differences up to this size count as neither a win nor a loss of the second.
     Raises:
         ValueError: the systems were not measured on the same queries, or on none.
     """
@@ -54,7 +44,7 @@ def compare(
         )
     queries = sorted(first)
     one, two = np.array([first[query] for query in queries]), np.array([second[query] for query in queries])
-    wins, losses = int((two - one > tie).sum()), int((one - two > tie).sum())
+    wins, losses = int((two - one > TIE).sum()), int((one - two > TIE).sum())
     return Comparison(
         float(one.mean()),
         float(two.mean()),
@@ -62,7 +52,7 @@ def compare(
         wins,
         len(queries) - wins - losses,
         losses,
-        paired_permutation_test(one, two, num_permutations=num_permutations, seed=seed),
+        paired_permutation_test(one, two),
     )
 
 

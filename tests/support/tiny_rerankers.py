@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -78,7 +79,8 @@ def new_model(family: str = "mistral", seed: int = 0):
 
 
 def new_contract(tokenizer, objective: str = "combined", style: str = "letters", **options) -> DecodingContract:
-    return decoding_contract(tokenizer, objective, style, num_identifiers=MAX_CANDIDATES[style], **options)
+    contract = decoding_contract(tokenizer, objective, style, num_identifiers=MAX_CANDIDATES[style])
+    return dataclasses.replace(contract, **options)
 
 
 def record_of(values: Sequence[int], style: str = "letters", record_id: str = "r", **options) -> Record:
