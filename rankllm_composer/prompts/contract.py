@@ -113,10 +113,9 @@ class DecodingContract:
                 f"{place}: missing keys {sorted(names - given)}, unknown keys {sorted(given - names)}. Export the "
                 "model again."
             )
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v := values[n], list) else v for n in names}
         try:
-            return cls(
-                **{name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names}
-            )
+            return cls(**fields)
         except (ModelError, TypeError) as error:
             raise ModelError(f"{place}: {error}") from None
 
