@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rankllm_composer.ranking.comparison import MeasureComparison
     from rankllm_composer.recipe.sections import Recipe
 
-# A token of the word-level tokenizer: a word or a sign, with the space before it; then also a number.
+# A token of the word-level tokenizer: a word or a sign, with the space before it; in the second also a whole number.
 PIECE = r"\n| ?[A-Za-z]+| ?[^\sA-Za-z]| "
 PIECE_WITH_NUMBERS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]| "
 CHAT_TEMPLATE = (

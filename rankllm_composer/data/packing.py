@@ -49,7 +49,7 @@ def balance(lengths: list[int], num_bins: int, *, max_lists: int | None = None) 
     """Distribute sequences over bins of nearly equal token counts: longest first, each to the emptiest bin.
 
     Returns ascending indices into `lengths` per bin; some bins stay empty if there are fewer sequences. A bin holds at
-    most `max_lists`; ValueError if that is too few for all sequences.
+    most `max_lists` sequences; raises ValueError if that is too few for all of them.
     """
     if max_lists is not None and len(lengths) > num_bins * max_lists:
         raise ValueError(f"{len(lengths)} sequences do not fit into {num_bins} microbatches of {max_lists} lists")

@@ -102,7 +102,7 @@ def check_stream(stream: Stream, download_retry: int = 2, download_timeout_secon
     """Check that a stream is complete: a valid index, paths inside the folder, and every shard of the right size.
 
     Files of the wrong size are removed from a cache. Contents are not read; hashes are checked when a shard is used. A
-    failed request is retried `download_retry` times; the timeout is that of the index.
+    failed request is retried `download_retry` times; the timeout applies to fetching the index.
 
     Raises:
         ShardError: the index is missing or damaged, shards are missing or have another size, access is denied, or

@@ -223,7 +223,7 @@ def window_ndcg(result: WindowResult) -> dict[str, float]:
 
 
 def position_matrix(results: Iterable[WindowResult], decoding: Decoding) -> NDArray[np.int64]:
-    """Count candidates by presented and ranked position over shuffled windows: the position-bias heat map.
+    """Count candidates by presented (row) and ranked position (column) over shuffled windows: position bias.
 
     (N, N) int64, N the longest window. A model that ignores positions fills it evenly; one that repeats the presented
     order fills the diagonal.
