@@ -228,7 +228,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         super().load_state_dict(obj)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Return a sample of a shard. The hash of the shard is checked when this process first uses it."""
+        """Return a sample; check the hash of its shard when this process first uses the shard."""
         shard_id = int(self.spanner[sample_id][0])
         if shard_id not in self._checked_shards:
             self._check_shard(shard_id)

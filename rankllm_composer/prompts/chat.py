@@ -141,15 +141,10 @@ def check_tokenizer(
     style: IdentifierStyle = "letters",
     num_candidates: int = 20,
 ) -> None:
-    """Check, before any record is read, that a tokenizer supports an objective.
+    """Check, before any record is read, that a tokenizer supports an objective and lists of `num_candidates`.
 
     A pad token is not required: sequences are packed and never padded.
 
-    Args:
-        tokenizer: of the model.
-        objective: what will be trained.
-        style: how the lists name their candidates.
-        num_candidates: length of the longest list.
     Raises:
         PromptError: slow tokenizer; no chat template; no end-of-sequence token (except for `ranking`); a prompt whose
             last token depends on the response; identifiers that merge with a bracket, are unknown, or (except for

@@ -67,10 +67,9 @@ def fit_window(
     """Window of candidates, with passages truncated as in the inference client until prompt and answer fit the context.
 
     Args:
-        window_id: of the window, for messages.
+        window_id: for messages.
         query, texts: as in the collection.
         tokenizer: a fast HF tokenizer with a chat template.
-        style: how the candidates are named.
         context_size_tokens: prompt and answer together.
         max_passage_words: words of a passage in a window of 20; more in a shorter one, fewer if they do not fit.
     Raises:

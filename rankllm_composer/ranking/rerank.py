@@ -138,10 +138,8 @@ def rerank_run(
     and returned in the order of `queries`; scores fall by one per rank.
 
     Args:
-        reranker: the model and its options.
         queries, documents, first_stage: see `Reranker.rerank_queries`.
         output: path of the run to write; replaced if it exists.
-        progress_bar: whether to show a progress bar on a terminal.
     Raises:
         RunError: no query has both a text and candidates; the progress file has other settings or is damaged; another
             process is writing the same output.
