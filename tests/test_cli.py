@@ -36,7 +36,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line in this process."""
+    """Return a function that runs a command line in this process."""
 
     def call(*arguments: object) -> Outcome:
         capsys.readouterr()
@@ -135,7 +135,7 @@ def test_help_shows_meaning_default_and_bounds(run: Run) -> None:
     assert "default: one per CPU once a source proves large." in text and "none = not compressed." in text
 
 
-def test_options_that_the_class_refuses_are_named_as_flags(run: Run) -> None:
+def test_invalid_options_are_reported_by_flag_name(run: Run) -> None:
     outcome = run("shards", "build", "--output", "x", "--input", "a.json", "--part", "3", "--staging", "")
     assert_readable_error(
         outcome, "--part is '3'; expected text such as 3/8, or null.", "--staging is ''; expected text, or null."
@@ -218,7 +218,7 @@ def test_parts_are_merged(run: Run, tmp_path: Path) -> None:
 
 
 def test_lists_from_a_first_stage_run(run: Run, tmp_path: Path) -> None:
-    """Three queries of four candidates each, windows of two, two apart: two lists a query, six in all."""
+    """Three queries of four candidates with windows of two and stride two give two lists per query, six in total."""
     queries, docs, first, judged = (tmp_path / name for name in ("q.jsonl", "d.jsonl", "run.trec", "qrels"))
     queries.write_text("".join(json.dumps({"qid": f"q{q}", "text": f"what is {q}"}) + "\n" for q in range(3)))
     docs.write_text("".join(json.dumps({"docid": f"d{d}", "text": f"it is {d}"}) + "\n" for d in range(4)))
@@ -291,7 +291,7 @@ def test_recipes_check_prints_every_value_with_its_origin(run: Run, path: Path) 
     assert run("recipes", "check", path.stem, "run.seed=7") == outcome
 
 
-def test_recipes_check_of_a_usable_recipe(run: Run) -> None:
+def test_recipes_check_of_a_valid_recipe(run: Run) -> None:
     outcome = run("recipes", "check", "rank_zephyr", "--num-ranks", 8)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.endswith("rank_zephyr.yaml: no problems\n")
@@ -341,5 +341,5 @@ def test_recipes_keys(run: Run) -> None:
     assert "| `optimizer.betas` | `[0.9, 0.999]` |" in run("recipes", "keys", "--markdown").out
 
 
-def test_recipes_schema_is_the_file_of_the_package(run: Run) -> None:
+def test_recipes_schema_prints_the_committed_file(run: Run) -> None:
     assert run("recipes", "schema").out == (ROOT / "yamls" / "recipe.schema.json").read_text(encoding="utf-8")

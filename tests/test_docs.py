@@ -1,4 +1,4 @@
-"""Every command and snippet of the pages is run, or held against the real thing where this machine cannot run it."""
+"""The documentation: every command and snippet is executed, or checked where this machine cannot execute it."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ BLOCKS = [Block(page.name, *found) for page in PAGES for found in FENCE.findall(
 
 
 def words(command: str) -> list[str]:
-    """The words of a command as the shell makes them, on machine 1; variables set in front of it are left out."""
+    """Split a command as the shell does, on machine 1, without the variable assignments in front of it."""
     script = f"set -- {command}; printf '%s\\0' \"$@\""
-    said = subprocess.run(["bash", "-c", f"K=1; {script}"], capture_output=True, text=True, check=True).stdout
-    found = said.split("\0")[:-1]
+    output = subprocess.run(["bash", "-c", f"K=1; {script}"], capture_output=True, text=True, check=True).stdout
+    found = output.split("\0")[:-1]
     while re.fullmatch(r"[A-Z_]+=.*", found[0]):
         found = found[1:]
     return found
 
 
-# What this machine runs
+# Commands that this machine can execute
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory, golden, mistral_v3_folder) -> Path:
-    """A folder with all that the pages take for granted, small: retrieval files, base models, the repository."""
+def docs_folder(tmp_path_factory, golden, mistral_v3_folder) -> Path:
+    """Return a folder with small versions of what the pages need: retrieval files, base models, the repository."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("rankllm_composer", "yamls", "docs"):
         (folder / name).symlink_to(REPOSITORY / name)
@@ -99,37 +99,37 @@ SMALL = [
 
 
 def make_small(path: Path) -> None:
-    """The recipe at `path`, for this machine."""
+    """Change the recipe at `path` so that this machine can train it."""
     path.write_text(recipe_to_yaml(load_recipe(path, SMALL)))
 
 
 def run_cli(arguments: list[str], folder: Path) -> str:
-    """`rankllm-composer …` in a folder; fails the test where it does."""
-    said = io.StringIO()
-    shown = contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)
+    """Run `rankllm-composer …` in a folder and return its output; an error fails the test."""
+    output = io.StringIO()
+    shown = contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)
     with contextlib.chdir(folder), shown[0], shown[1], pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert not stop.value.code, (arguments, said.getvalue())
-    return said.getvalue()
+    assert not stop.value.code, (arguments, output.getvalue())
+    return output.getvalue()
 
 
 def run_here(command: list[str], folder: Path) -> str:
-    """A command of ours, as it stands in the page; what it printed."""
+    """Run a command as the page shows it and return its output."""
     program, *arguments = command
     if program == "composer":
         return succeeded(train(*arguments[3:], folder=folder, ranks=int(arguments[1])))
     names_no_model = not any(word.startswith(("model.name_or_path=", "--model")) for word in arguments)
-    if arguments[0] in ("inspect", "plan") and names_no_model:  # published weights and data, which are not here
+    if arguments[0] in ("inspect", "plan") and names_no_model:  # without published weights and data
         arguments += ["model.name_or_path=base", "data.train.source.input=records.jsonl"]
         arguments += ["data.train.local=absent", "data.max_length_tokens=1024"]
     return run_cli(arguments, folder)
 
 
-# What it cannot run
+# Commands that it cannot execute
 
 
 def check_recipe(file: str, overrides: list[str], num_ranks: int | None, folder: Path) -> None:
-    """A recipe, with what is laid over it, on this many ranks."""
+    """Check a recipe with these overrides on this many ranks."""
     path = folder / file if (folder / file).exists() else REPOSITORY / file
     merged = merge_recipe(path, overrides)
     assert merged.problems == [] and merged.warnings == []
@@ -164,15 +164,14 @@ def check_sbatch(command: list[str], folder: Path) -> None:
 
 
 def check_make(command: list[str], folder: Path) -> None:
-    """The target is there, and the launcher would take what it runs."""
+    """Check that the target exists and that the launcher accepts the command it runs."""
     del folder
-    said = subprocess.run(["make", "-n", *command[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    lines = [shlex.split(line) for line in said.stdout.replace("\\\n", " ").splitlines() if "train.py" in line]
+    output = subprocess.run(["make", "-n", *command[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [shlex.split(line) for line in output.stdout.replace("\\\n", " ").splitlines() if "train.py" in line]
     assert len(lines) == (2 if "STAGES=2" in command else "reproduce" in command[1])
     for line in lines:
         begin = next(place for place, word in enumerate(line) if "composer" in word)
         arguments = [word for word in line[begin + 1 :] if word not in ("-m", "rankllm_composer.launch")]
-        # The sets of a stage are the user's: nothing else may be missing.
         check_composer(["composer", *arguments], REPOSITORY)
 
 
@@ -187,7 +186,7 @@ def check_docker(command: list[str], folder: Path) -> None:
 
 
 def check_export(command: list[str], folder: Path) -> None:
-    """The variables are those that the Makefile's CPU jobs set."""
+    """Check that the variables are those that the Makefile sets and the benchmark measures."""
     del folder
     (line,) = re.findall(r"^ONE_HEAP := (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     tree = ast.parse((REPOSITORY / "benchmarks" / "report.py").read_text())
@@ -200,7 +199,7 @@ def check_export(command: list[str], folder: Path) -> None:
 
 
 def check_python(command: list[str], folder: Path) -> None:
-    """Tests by their path, or the inference client's own script."""
+    """Check the paths of a pytest command, or the arguments of the inference client's script."""
     if command[1:3] == ["-m", "pytest"]:
         assert all((REPOSITORY / path).exists() for path in command[3:])
         return
@@ -227,35 +226,35 @@ def runs_here(command: list[str]) -> bool:
 
 
 @pytest.mark.slow
-def test_every_command(here):
-    """All pages in one folder: own-data.md first, whose run the others read."""
+def test_every_command(docs_folder):
+    """Run all pages in one folder, own-data.md first because other pages read its run."""
     printed: set[str] = set()
-    (here / "runs").mkdir()
-    (here / "runs" / "first_mistral").symlink_to(here / "run")
+    (docs_folder / "runs").mkdir()
+    (docs_folder / "runs" / "first_mistral").symlink_to(docs_folder / "run")
     pages = ["own-data.md", *(page.name for page in PAGES if page.name != "own-data.md")]
     for block in sorted(BLOCKS, key=lambda block: pages.index(block.page)):
         if block.language == "json":
             assert block.page == "own-data.md"
             first = json.loads(block.text)
-            write_jsonl(here / "records.jsonl", [first | {"id": f"q{n}"} for n in range(6)])
+            write_jsonl(docs_folder / "records.jsonl", [first | {"id": f"q{n}"} for n in range(6)])
         if block.page == "README.md":
-            for name in ("shards", "lists", "mine.yaml"):  # what own-data.md left
-                if (here / name).is_dir() and f"--output {name}/" in block.text:
-                    shutil.rmtree(here / name)
+            for name in ("shards", "lists", "mine.yaml"):  # left by own-data.md
+                if (docs_folder / name).is_dir() and f"--output {name}/" in block.text:
+                    shutil.rmtree(docs_folder / name)
                 elif name in block.text.partition("recipes copy")[2].split():
-                    (here / name).unlink(missing_ok=True)
+                    (docs_folder / name).unlink(missing_ok=True)
         if block.language == "bash":
             for line in block.lines:
                 command = words(line)
                 if runs_here(command):
-                    printed = set(map(shape, run_here(command, here).splitlines()))
+                    printed = set(map(shape, run_here(command, docs_folder).splitlines()))
                     if block.page == "own-data.md" and command[1:3] == ["recipes", "copy"]:
-                        make_small(here / command[4])
+                        make_small(docs_folder / command[4])
                 else:
-                    CHECKS[command[0]](command, here)
+                    CHECKS[command[0]](command, docs_folder)
         if block.page == "planning.md" and block.language == "text":
             assert set(map(shape, block.text.splitlines())) <= printed
-    assert (here / "reranked.trec").exists() and (here / "run" / "report.html").exists()
+    assert (docs_folder / "reranked.trec").exists() and (docs_folder / "run" / "report.html").exists()
 
 
 @pytest.mark.filterwarnings("ignore::rankllm_composer.recipe.load.RecipeWarning")
@@ -270,11 +269,11 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
     assert "\n[RankedPassage(index=1, text='plum', score=3" in capsys.readouterr().out
 
 
-# What the other blocks show
+# Blocks that show output or a listing
 
 
 def check_map(text: str) -> None:
-    """What `ls rankllm_composer` shows, one line per folder and file; then the folders beside the package."""
+    """Check the map: one line per file and folder of the package, then the folders beside it."""
     package = REPOSITORY / "rankllm_composer"
     paths = [path for path in package.iterdir() if path.name[0] not in "_." and path.name != "py.typed"]
     found = {path.name + "/" * path.is_dir() for path in paths}
@@ -285,7 +284,7 @@ def check_map(text: str) -> None:
 
 
 def check_demo(text: str) -> None:
-    """What the demo prints, but for the figures."""
+    """Check the demo's output except for the numbers."""
     source = (REPOSITORY / "rankllm_composer" / "demo.py").read_text()
     head, *rows = text.splitlines()
     assert head == "nDCG@10 on 200 held-out queries, first-token decoding"
@@ -295,11 +294,11 @@ def check_demo(text: str) -> None:
 
 
 def shape(line: str) -> str:
-    """A line without its figures."""
+    """Replace the numbers of a line by #."""
     return " ".join(re.sub(r"\d[\d,.]*(e[+-]\d+)?|[▁-█]+", "#", line).split())
 
 
-# Page and place of a block that shows something, with what holds it; a plan's is held to what its command printed.
+# (page, index of the block) → its check; None: the output of the command before it, which test_every_command compares.
 SHOWN: dict[tuple[str, int], Callable[[str], None] | None] = {
     ("README.md", 0): check_map,
     ("README.md", 1): check_demo,
@@ -315,7 +314,7 @@ def shown() -> dict[tuple[str, int], Block]:
     return found
 
 
-def test_every_block_is_of_a_kind_that_is_held():
+def test_every_block_has_a_check():
     assert {block.language for block in BLOCKS if block.page != "losses.md"} <= {"bash", "python", "json", "text"}
     assert set(shown()) == set(SHOWN)
     for page in PAGES:
@@ -330,7 +329,7 @@ def test_every_block_is_of_a_kind_that_is_held():
 
 
 @pytest.mark.parametrize("place", [place for place, check in SHOWN.items() if check is not None], ids=str)
-def test_what_a_block_shows_is_so(place):
+def test_shown_blocks_are_true(place):
     check = SHOWN[place]
     assert check is not None
     check(shown()[place].text)
@@ -340,7 +339,7 @@ def test_what_a_block_shows_is_so(place):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_paths_lead_somewhere(page):
+def test_links_and_paths_exist(page):
     text = FENCE.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
@@ -357,21 +356,21 @@ SECTIONS = {key.partition(".")[0] for key in KEYS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_recipe_keys_that_are_named_exist(page):
+def test_recipe_keys_in_pages_exist(page):
     known = set(KEYS) | {key.rpartition(".")[0] for key in KEYS}
     for code in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[=:][^`]*)?`", page.read_text()):
         if code.partition(".")[0] in SECTIONS and not code.endswith((".py", ".md", ".yaml", ".json", ".jsonl")):
-            within = code.rpartition(".")[0]  # a mapping takes names of its own
+            within = code.rpartition(".")[0]  # arguments in a mapping have any name
             assert code in known or within in ("logging.loggers", "objective.ranking_loss_options"), code
 
 
-def test_every_recipe_has_a_row_and_every_row_a_recipe():
+def test_the_table_of_recipes_is_complete():
     rows = re.findall(r"^\| `yamls/(\w+)\.yaml` \|.*\|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(path.stem for path in (REPOSITORY / "yamls").glob("*.yaml"))
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
-    """First header cell → rows of cells, for every table of a page."""
+    """Map the first header cell of each table in a page to the rows of the table."""
     found: dict[str, list[list[str]]] = {}
     for head, _, *rows in (block.splitlines() for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)):
         found[head.split("|")[1].strip()] = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
@@ -382,7 +381,7 @@ def paths_in(cell: str) -> list[Path]:
     return [REPOSITORY / path for path in re.findall(r"`((?:rankllm_composer|tests|yamls|docs)/[\w./-]*)`", cell)]
 
 
-def test_the_tour_visits_every_folder():
+def test_the_tour_lists_every_folder():
     rows = tables((REPOSITORY / "CONTRIBUTING.md").read_text())["folder"]
     package = REPOSITORY / "rankllm_composer"
     assert sorted(path for row in rows for path in paths_in(row[0])) == sorted(
@@ -393,7 +392,7 @@ def test_the_tour_visits_every_folder():
         assert files and all((REPOSITORY / folder.strip("`") / name).is_file() for name in files), folder
 
 
-def test_where_to_add_something_names_files_and_tests_that_exist():
+def test_files_in_the_table_of_additions_exist():
     rows = {row[0]: row[1:] for row in tables((REPOSITORY / "CONTRIBUTING.md").read_text())["to add"]}
     assert {"a ranking loss", "a data source", "a callback of your own", "a chat template"} <= set(rows)
     for thing, cells in rows.items():
@@ -405,7 +404,7 @@ def test_where_to_add_something_names_files_and_tests_that_exist():
             assert any(re.search(rf"^(def )?{name}\b", path.read_text(), re.MULTILINE) for path in files), name
 
 
-def test_moved_modules_are_where_the_changelog_says():
+def test_new_locations_in_the_changelog_exist():
     package = REPOSITORY / "rankllm_composer"
     for old, new in tables((REPOSITORY / "CHANGELOG.md").read_text())["old module"]:
         targets = re.findall(r"`([\w/]+(?:\.py|/))`", new)
@@ -414,7 +413,7 @@ def test_moved_modules_are_where_the_changelog_says():
             assert all((package / targets[0] / f"{name}.py").exists() for name in re.findall(r"`(\w+)`", old)), old
 
 
-def test_the_page_of_keys_is_what_the_dataclasses_say(tmp_path):
+def test_the_page_of_recipe_keys_is_up_to_date(tmp_path):
     assert run_cli(["recipes", "keys", "--markdown"], tmp_path) == (REPOSITORY / "docs" / "recipe.md").read_text()
 
 
@@ -433,7 +432,7 @@ def test_the_citation_names_this_version():
         assert reference["authors"] and reference["url"].startswith("https://arxiv.org/abs/")
 
 
-def test_extras_that_are_named_exist():
+def test_extras_in_pages_exist():
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {name for page in PAGES for name in re.findall(r"'\.\[(\w+)\]'", page.read_text())}
     assert named and named <= set(extras)

@@ -33,7 +33,7 @@ MESSAGES = re.findall(r"^\| `([^`]+)` \| ", PAGE.read_text(), re.MULTILINE)
 
 
 class Tools:
-    """A temporary folder and a monkeypatch, for the cases below."""
+    """A temporary folder and pytest's monkeypatch, which every case receives."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.patch = folder, patch

@@ -1,4 +1,4 @@
-"""Model cards: what they tell, the verdict, and that nothing secret gets into one."""
+"""Model cards: their content, the comparison with published results, and no secrets in them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_card_describes_the_training():
         assert text in card
 
 
-def test_front_matter_is_what_a_hub_reads():
+def test_front_matter_is_readable_by_the_hub():
     front = yaml.safe_load(render_card(FACTS).split("---\n")[1])
     assert front["base_model"] == "mistralai/Mistral-7B-Instruct-v0.3"
     assert front["license"] == "apache-2.0"
@@ -65,11 +65,11 @@ def test_front_matter_is_what_a_hub_reads():
         (0.8201, "above"),
     ],
 )
-def test_verdict_against_a_published_figure(measured, expected):
+def test_verdict_against_a_published_metric(measured, expected):
     assert verdict(measured, 0.8) == expected
 
 
-def test_figures_are_next_to_the_published_ones():
+def test_metrics_are_next_to_the_published_ones():
     card = render_card(
         dataclasses.replace(
             FACTS,
@@ -83,7 +83,7 @@ def test_figures_are_next_to_the_published_ones():
     assert "Tolerance: 2.5%" in card
 
 
-def test_figures_measured_later_are_added_to_the_card(tmp_path):
+def test_later_metrics_are_added_to_the_card(tmp_path):
     published = {"dl19-bm25/nDCG@10": 0.7294, "dl20-bm25/nDCG@10": 0.7043}
     early = {"eval/first_token/ndcg@10": 0.5}
     card = tmp_path / "README.md"
@@ -108,7 +108,7 @@ def test_figures_measured_later_are_added_to_the_card(tmp_path):
         add_figures(card, {"x": 1.0})
 
 
-def test_published_figures_are_those_of_the_recipes():
+def test_published_metrics_match_those_in_the_recipes():
     for name, published in (("first_mistral", 4), ("rank_zephyr", 4), ("first_mistral_lora", 0), ("demo", 0)):
         figures = published_figures(name)
         header = (REPOSITORY / "yamls" / f"{name}.yaml").read_text().partition("\nrun:")[0].replace("#", "")
@@ -124,7 +124,7 @@ def test_published_figures_are_those_of_the_recipes():
             assert f"{at.upper()} {value:.4f}".replace(" 0.", " .") in told
 
 
-def test_without_figures_it_says_so():
+def test_a_card_without_metrics_states_that():
     assert "Not measured." in render_card(FACTS)
     assert "| held-out windows | 0.9000 |" in render_card(dataclasses.replace(FACTS, figures={"held-out windows": 0.9}))
 
@@ -151,7 +151,7 @@ def test_a_ranking_model_is_not_offered_to_a_client_that_cannot_serve_it():
     assert "rankllm-composer rerank" in card
 
 
-def test_paths_of_the_machine_stay_out():
+def test_local_paths_are_left_out():
     single_bos = new_contract("combined", new_tokenizer(adds_bos=False))
     card = render_card(
         dataclasses.replace(
@@ -167,7 +167,7 @@ def test_paths_of_the_machine_stay_out():
     assert "trained from random weights" in scratch
 
 
-def test_tables_survive_what_is_put_into_them():
+def test_table_cells_are_escaped():
     card = render_card(dataclasses.replace(FACTS, hyperparameters={"a|b": "c\nd"}))
     assert "| a\\|b | c d |" in card
 

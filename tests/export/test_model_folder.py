@@ -1,4 +1,4 @@
-"""Exported folders load as any HF model does and give the trainer's logits; kills and full disks leave nothing."""
+"""Exported folders load like any HF model and reproduce the trainer's logits; kills and full disks leave nothing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def weight_names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("shard_size", ["5GB", "10KB"])
-def test_the_folder_gives_the_same_logits_bit_by_bit(tmp_path, family, shard_size):
+def test_the_exported_model_has_bit_identical_logits(tmp_path, family, shard_size):
     model = new_hf_model(family)
     folder = write(tmp_path / "m", model, max_shard_size=shard_size)
     shards = sorted(path.name for path in folder.glob("model*.safetensors"))
@@ -72,7 +72,7 @@ def test_the_folder_gives_the_same_logits_bit_by_bit(tmp_path, family, shard_siz
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (family == "llama_tied")
 
 
-def test_the_weights_are_cast_to_the_requested_type(tmp_path):
+def test_weights_are_cast_to_the_requested_dtype(tmp_path):
     model = new_hf_model()
     loaded = load(write(tmp_path / "m", model, dtype="bfloat16"), torch_dtype="auto")
     assert loaded.dtype == torch.bfloat16
@@ -83,7 +83,7 @@ def test_the_weights_are_cast_to_the_requested_type(tmp_path):
         write(tmp_path / "x", dtype="int8")
 
 
-def test_config_holds_no_trace_of_training(tmp_path):
+def test_config_contains_no_training_settings(tmp_path):
     model = ListwiseReranker(new_hf_model(), new_tokenizer(), Objective("combined")).model
     model.config.name_or_path = "/home/me/base"
     before = model.config.to_dict()
@@ -176,7 +176,7 @@ def write_and_die(folder: Path, report: Path) -> None:
     write(folder)
 
 
-def test_a_disk_that_fills_up_in_the_middle_of_the_weights_leaves_nothing(tmp_path):
+def test_a_disk_that_fills_up_while_weights_are_written_leaves_nothing(tmp_path):
     folder, report = tmp_path / "runs" / "m", tmp_path / "report"
     assert run_in_a_child(write_on_a_full_disk, folder, report) == 0
     assert (
@@ -186,7 +186,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_the_weights_leaves_nothing(tmp_pa
     assert not list(folder.parent.iterdir())
 
 
-def test_a_kill_in_the_middle_of_the_weights_leaves_no_folder(tmp_path):
+def test_a_kill_while_weights_are_written_leaves_no_folder(tmp_path):
     folder, report = tmp_path / "runs" / "m", tmp_path / "report"
     assert run_in_a_child(write_and_die, folder, report) == -signal.SIGKILL
     assert report.exists()
@@ -212,7 +212,7 @@ def test_a_run_exports_a_folder_per_epoch(tmp_path, family):
 
 @pytest.mark.parametrize(
     ("interval", "duration", "expected"),
-    # four batches an epoch
+    # four batches per epoch
     [
         ("1ep", "1ep", ["epoch_0"]),
         ("2ep", "3ep", ["epoch_1", "epoch_2"]),
@@ -233,7 +233,7 @@ def test_when_a_run_exports(tmp_path, monkeypatch, interval, duration, expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
 
 
-def test_an_export_precedes_the_checkpoint_of_the_same_moment(tmp_path):
+def test_an_export_precedes_the_checkpoint_of_the_same_step(tmp_path):
     exporter = new_exporter(tmp_path / "hf")
     # Given after the checkpoint saver's folder, as a recipe does.
     trainer = new_trainer(
@@ -247,7 +247,7 @@ def test_an_export_precedes_the_checkpoint_of_the_same_moment(tmp_path):
     assert list((tmp_path / "checkpoints").glob("ep1-*"))
 
 
-def test_figures_of_the_moment_are_on_the_card(tmp_path):
+def test_current_metrics_are_on_the_card(tmp_path):
     exporter = new_exporter(tmp_path, figures=lambda batch: {"held-out nDCG@10": torch.tensor(batch / 8)})
     trainer = new_trainer(new_hf_model(), "1ep", callbacks=[exporter])
     trainer.fit()
@@ -256,7 +256,7 @@ def test_figures_of_the_moment_are_on_the_card(tmp_path):
 
 
 def exports_with(folder, figures, best=None):
-    """Where `best` points after each of four exports that these figures were measured at."""
+    """Return the target of the `best` link after each of four exports with these metrics."""
     measured = iter(figures)
     exporter = new_exporter(folder, figures=lambda batch: next(measured), best_by="first_token/ndcg@10")
     if best is not None:
@@ -298,7 +298,7 @@ def test_a_resumed_run_remembers_the_best_export(tmp_path):
     assert pointed == ["epoch_9", "epoch_9", "epoch_2", "epoch_2"]
 
 
-def test_a_figure_that_was_not_measured_warns_and_links_nothing(tmp_path):
+def test_a_missing_metric_warns_and_links_nothing(tmp_path):
     with pytest.warns(UserWarning, match=r"best_by: no metric 'first_token/ndcg@10' at epoch_0; .*best is unchanged"):
         pointed, _ = exports_with(tmp_path / "hf", [{}, {"eval/first_token/ndcg@10": 0.1}, {}, {}])
     assert pointed == [None, "epoch_1", "epoch_1", "epoch_1"]

@@ -1,4 +1,4 @@
-"""Full weights: low-rank updates merged by visible arithmetic, checkpoints read without running what is in them."""
+"""Full weights: merging of low-rank updates, and reading checkpoints without running code in them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_low_rank_update_is_added_to_its_weight():
     }
 
 
-def test_embeddings_and_whole_modules_are_merged():
+def test_embeddings_and_fully_trained_modules_are_merged():
     merged = merge_lora_weights(
         {
             "base_model.model.embed.base_layer.weight": torch.zeros(3, 2),  # (V, D)
@@ -60,13 +60,13 @@ def test_embeddings_and_whole_modules_are_merged():
     assert len(merged) == 2
 
 
-def test_adapters_that_do_not_add_are_refused():
+def test_adapters_that_are_not_additive_are_rejected():
     with pytest.raises(ModelError, match=r"lora_magnitude_vector.*expected plain LoRA"):
         merge_lora_weights({"q.lora_magnitude_vector.default.weight": torch.ones(1)}, {}, "default")
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
-def test_merging_equals_what_peft_merges(options):
+def test_merging_equals_peft(options):
     settings = {
         "r": 3,
         "lora_alpha": 5,
@@ -99,7 +99,7 @@ def test_gathering_casts_floating_point_tensors():
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_the_model_inside_is_found():
+def test_the_wrapped_model_is_found():
     model = new_hf_model()
     assert hf_module(model) is model
     assert causal_lm_class(model).__name__ == "MistralForCausalLM"
@@ -138,7 +138,7 @@ def test_a_checkpoint_in_one_file(trained):
 
 
 class Payload:
-    """Makes a folder when unpickled."""
+    """Create a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -147,7 +147,7 @@ class Payload:
         return (os.mkdir, (str(self.path),))
 
 
-def test_a_payload_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+def test_a_payload_in_a_checkpoint_is_rejected_and_not_run(tmp_path):
     trap = tmp_path / "was run"
     torch.save({"state": {"model": {}, "x": Payload(trap)}}, tmp_path / "file.pt")
     folder = tmp_path / "shards"

@@ -82,7 +82,7 @@ def uninterrupted(tmp_path_factory, overlay) -> Path:
 
 
 @pytest.mark.slow
-def test_an_epoch_from_the_store_has_every_list_once(uninterrupted, server):
+def test_an_epoch_from_the_store_trains_every_list_once(uninterrupted, server):
     lines = comparable_metrics(uninterrupted)
     assert [line["batch"] for line in lines] == list(range(1, NUM_BATCHES + 1))
     assert [lines[last]["data/lists_trained"] for last in (5, 11)] == [24, 24]  # of each epoch
@@ -122,7 +122,7 @@ def test_a_run_that_loses_its_machine_resumes_from_the_store(tmp_path, overlay, 
 
 
 @pytest.mark.slow
-def test_a_store_that_refuses_checkpoints_stops_the_run_and_local_ones_are_kept(tmp_path, overlay, server):
+def test_a_store_that_refuses_uploads_stops_the_run_but_keeps_local_checkpoints(tmp_path, overlay, server):
     server.on_put = lambda key: 503 if key.startswith("full/ep") else None
     run = start(tmp_path / "full", overlay)
     code = run.finish()

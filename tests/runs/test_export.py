@@ -1,4 +1,4 @@
-"""`rankllm-composer export`: a checkpoint becomes the folder that the run itself exported at that moment."""
+"""`rankllm-composer export` turns a checkpoint into the same folder that the run exported at that step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(tmp_path_factory, mistral_v3_folder) -> Path:
 
 
 def assert_same_model(exported: Path, expected: Path) -> None:
-    """Tensor for tensor, contract for contract, and every other file but the card byte for byte."""
+    """Check that tensors, contract and all other files except the model card are equal."""
     files = {path.name for path in expected.iterdir()}
     assert {path.name for path in exported.iterdir()} == files
     (weights,) = (name for name in files if name.endswith(".safetensors"))
@@ -64,7 +64,7 @@ def without_progress(card: Path) -> list[str]:
     return [line for line in card.read_text().splitlines() if not line.startswith("Weights: ")]
 
 
-def test_the_newest_checkpoint_and_a_named_one(run, tmp_path, monkeypatch, capsys):
+def test_the_newest_or_a_named_checkpoint_is_exported(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
     for arguments, export, name in ((["--checkpoint", "ep1-ba6"], "epoch_0", "ep1-ba6"), ([], "epoch_1", "ep2-ba12")):
         with pytest.raises(SystemExit) as ended:  # the second replaces what the first wrote
@@ -85,7 +85,7 @@ def export_and_die(run: Path, output: Path) -> None:
     export_run(run, output)
 
 
-def test_a_killed_export_is_run_again(run, tmp_path, monkeypatch):
+def test_a_killed_export_can_be_rerun(run, tmp_path, monkeypatch):
     monkeypatch.chdir(run.parent)
     output = tmp_path / "m"
     assert run_in_a_child(export_and_die, run, output) == -signal.SIGKILL
@@ -95,7 +95,7 @@ def test_a_killed_export_is_run_again(run, tmp_path, monkeypatch):
     assert_same_model(output, run / "hf" / "epoch_1")
 
 
-def test_without_the_data_the_contract_is_that_of_an_earlier_export(run, tmp_path, monkeypatch):
+def test_without_data_the_contract_comes_from_an_earlier_export(run, tmp_path, monkeypatch):
     monkeypatch.chdir(run.parent)
     (run.parent / "shards").rename(run.parent / "elsewhere")
     try:
@@ -106,7 +106,7 @@ def test_without_the_data_the_contract_is_that_of_an_earlier_export(run, tmp_pat
     assert "| training lists | not counted |" in (tmp_path / "m" / "README.md").read_text()
 
 
-def test_what_cannot_be_exported(run, tmp_path, monkeypatch, capsys):
+def test_errors_of_export(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
@@ -127,7 +127,7 @@ def test_what_cannot_be_exported(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name != "one file"])
-def test_sharded_and_adapter_checkpoints(tmp_path, mistral_v3_folder, monkeypatch, name):
+def test_sharded_and_adapter_checkpoints_are_exported(tmp_path, mistral_v3_folder, monkeypatch, name):
     run = run_case(name, tmp_path, mistral_v3_folder)
     monkeypatch.chdir(tmp_path)
     export_run(run, tmp_path / "m", "ep1-ba6")

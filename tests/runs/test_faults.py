@@ -116,7 +116,7 @@ def test_rows_and_faults_correspond_one_to_one():
 
 
 @pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow if key in SLOW else ()) for key in ROWS])
-def test_a_fault_ends_as_in_its_row(key, tmp_path, monkeypatch, request):
+def test_a_fault_has_the_exit_code_and_message_of_its_row(key, tmp_path, monkeypatch, request):
     try:
         ended = DRIVERS[key](key, Tools(tmp_path, monkeypatch, request))
     except ValueError as error:  # train.py reports it in one line, with exit code 2
@@ -303,7 +303,7 @@ def full_cache_disk(key: str, tools: Tools) -> Ended:
     return Ended(2, str(raised.value))
 
 
-def no_right(*arguments, **options):
+def permission_denied(*arguments, **options):
     raise PermissionError(13, os.strerror(13))
 
 
@@ -317,7 +317,7 @@ def checkpoint(key: str, tools: Tools) -> Ended:
     if key == "disk-full-checkpoint":
         tools.patch.setattr("rankllm_composer.training.checkpoint_callback.save_checkpoint", no_space)
     if key == "checkpoint-folder-read-only":
-        tools.patch.setattr("rankllm_composer.training.checkpoint_callback.clear_stage", no_right)
+        tools.patch.setattr("rankllm_composer.training.checkpoint_callback.clear_stage", permission_denied)
     family = "qwen2" if key == "checkpoint-of-another-model" else "mistral"
     try:
         resumable_runs.train(tools.folder, "1ep", family=family)

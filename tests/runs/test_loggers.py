@@ -1,4 +1,4 @@
-"""Composer's loggers and callbacks by name: a tiny run whose figures each of them keeps as metrics.jsonl has them."""
+"""Composer's loggers and callbacks by name: each records the same metrics as metrics.jsonl for a tiny run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALLBACKS = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, mistral_v3_folder) -> Path:
-    """A folder in which a run of two ranks left what its loggers write."""
+    """Return the folder of a run on two ranks with all loggers."""
     folder = tmp_path_factory.mktemp("loggers")
     (folder / "wb").mkdir()
     overlay = [*small_run(folder, mistral_v3_folder), "run.folder=run", "run.max_duration=1ep", LOGGERS, CALLBACKS]
@@ -51,7 +51,9 @@ def test_tensorboard_records_the_losses(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = {file.parent for file in (run / "tb").rglob("events.out.tfevents.*")}
-    accumulator = EventAccumulator(str(folder)).Reload()  # every rank's file; what rank 1 wrote would be there twice
+    accumulator = EventAccumulator(
+        str(folder)
+    ).Reload()  # reads the files of all ranks: a value that rank 1 also wrote would appear twice
     kept = {name: [event.value for event in accumulator.Scalars(name)] for name in LOSSES}
     assert kept == {name: pytest.approx(values) for name, values in of_metrics_file(run).items()}
 
@@ -103,7 +105,7 @@ def test_the_lr_monitor_logs_the_rate_of_the_next_step(run):
 
 
 def test_the_optimizer_monitor_logs_gradient_norms(run):
-    """After clipping to a norm of 1; under sharding the norm of a single weight is that of rank 0's share of it."""
+    """Norms are at most 1 after clipping; under sharding, the norm of a weight covers rank 0's shard only."""
     for line in lines(run):
         shares = [value for name, value in line.items() if re.fullmatch(r"l2_norm/grad/(?!global).*", name)]
         assert len(shares) > 10

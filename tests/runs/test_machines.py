@@ -1,4 +1,4 @@
-"""Several machines, rehearsed on one: a launcher a machine, one rank each, that meet over loopback."""
+"""Several machines simulated on one: one launcher per machine with one rank each, connected over loopback."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory, mistral_v3_folder) -> list[str]:
     overlay = small_run(tmp_path_factory.mktemp("machines"), mistral_v3_folder)
-    # The order is laid out for a number of machines; where none is given, for those there are.
+    # The order of lists depends on the number of machines unless num_canonical_nodes is set.
     return [*overlay, "run.max_duration=1ep", "schedule.warmup=1ba", "data.train.num_canonical_nodes=2"]
 
 
 def run_all(commands: list[list[str]], folder: Path) -> list[dict]:
-    """Start the commands at once, each as on a machine of its own; the run's metrics, without what the clock made."""
+    """Start the commands at once, as on separate machines; return the run's metrics without timings."""
     folder.mkdir()
     processes = [
         subprocess.Popen(
@@ -47,7 +47,7 @@ def run_all(commands: list[list[str]], folder: Path) -> list[dict]:
     ]
     outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
-    assert sum("epoch 1/1  batch 6/6" in output for output in outputs) == 1  # rank 0 alone speaks
+    assert sum("epoch 1/1  batch 6/6" in output for output in outputs) == 1  # only rank 0 prints
     assert complete_checkpoints(folder / "run" / "checkpoints")[-1][1].num_ranks == 2
     lines = metrics(folder / "run" / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in NOT_COMPARED} for line in lines]
@@ -72,7 +72,7 @@ def test_two_launchers_train_like_one(tmp_path, overlay):
 
 
 def test_the_batch_script_is_valid_and_forwards_its_arguments(tmp_path):
-    """srun and python are stand-ins that write down how they were called, as each of two machines would."""
+    """srun and python are stubs that record their arguments, as on each of two machines."""
     script = CLUSTER / "train.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     tools = tmp_path / "tools"
@@ -108,7 +108,7 @@ def test_the_batch_script_is_valid_and_forwards_its_arguments(tmp_path):
 
 
 def test_the_dockerfile_is_valid():
-    """Hadolint has nothing to say of it, and what it copies and pins is there."""
+    """Hadolint reports nothing, and the files that it copies exist."""
     path = CLUSTER / "Dockerfile"
     lint = subprocess.run([*program("hadolint")[1:], str(path)], capture_output=True, text=True, check=False)
     assert (lint.returncode, lint.stdout + lint.stderr) == (0, "")

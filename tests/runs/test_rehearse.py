@@ -1,5 +1,5 @@
-"""Every recipe of yamls/ as it stands, on CPU: two ranks under FSDP2, a tiny random model of the same architecture laid
-over it, a few batches, checkpoint, resume, export, reload. The lists are the six golden ones, several times over."""
+"""Run every recipe in yamls/ on CPU: two ranks under FSDP2, a tiny random model of its architecture, a few batches,
+checkpoint, resume, export, reload. The data is the six golden lists, repeated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory, golden, mistral_v3_tokenizer, zephyr_v1_tokenizer):
-    """A folder with 24 records and, for each base model, a folder of tokenizer and tiny configuration."""
+    """Return a folder with 24 records and, per base model, a folder with its tokenizer and a tiny configuration."""
     folder = tmp_path_factory.mktemp("rehearse")
     records = json.loads((golden / "records.json").read_text())
     copies = [dict(record, id=f"{record['id']}-{copy}") for copy in range(4) for record in records]
@@ -78,10 +78,10 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
     succeeded(train(recipe, *overlay, "run.max_duration=2ep", folder=tmp_path))
 
     lines = metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["batch"] for line in lines] == [1, 2, 3, 4, 5, 6]  # resumed at 3, nothing twice
+    assert [line["batch"] for line in lines] == [1, 2, 3, 4, 5, 6]  # resumed after batch 3, no batch repeated
     assert all(np.isfinite(line["loss/train/total"]) for line in lines)
     keys = load_recipe(recipe)
-    if keys.schedule.name == "cosine":  # after two updates of warmup, half a cosine over the other four
+    if keys.schedule.name == "cosine":  # two updates of warmup, then half a cosine over the other four
         shape = [0.5 * (1 + np.cos(np.pi * done / 4)) for done in (1, 2, 3)]
         assert [line["lr"] / keys.optimizer.lr for line in lines[3:]] == pytest.approx(shape)
     assert lines[-1]["data/lists_trained"] == 24 and lines[-1]["data/lists_too_long"] == 0
@@ -102,7 +102,7 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
     windows = [Record.from_conversations(record) for record in json.loads((material / "windows.json").read_text())]
     options = EvaluationOptions(decodings=["first_token"], num_shuffles=1, seed=keys.run.seed)
     figures = summarize(evaluate_windows(model, tokenizer, windows, contract, options))
-    # Of two ranks that shared three windows and a sharded model, and of the exported one alone.
+    # Two ranks that share three windows and a sharded model agree with the exported model in one process.
     assert {f"eval/{name}": value for name, value in figures.items()} == pytest.approx(
         {name: value for name, value in validated[-1].items() if name.startswith("eval/")}
     )

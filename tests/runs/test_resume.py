@@ -41,7 +41,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_ranks_killed_in_an_epoch_and_in_a_checkpoint(tmp_path, overlay, uninterrupted):
+def test_sharded_ranks_killed_during_an_epoch_and_a_checkpoint(tmp_path, overlay, uninterrupted):
     run = Run(RECIPE, overlay, tmp_path)
     run.wait_until(lambda: run.batches() >= 3)
     kill(run.ranks()[1:])
@@ -74,7 +74,7 @@ def test_ddp_ranks_with_dropout_preempted_and_without_launcher(tmp_path, overlay
     assert run.finish() == 0, run.output()
     assert "stop requested" in run.output()
     stopped = comparable_metrics(run.folder)[-1]["batch"]
-    assert stopped < 12 and newest(run.folder).name == name_of(stopped)  # although none was due
+    assert stopped < 12 and newest(run.folder).name == name_of(stopped)  # although no checkpoint was due
 
     run = Run(RECIPE, overlay, tmp_path / "broken")
     run.wait_until(lambda: run.batches() > stopped)
@@ -94,7 +94,7 @@ def name_of(batch: int) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, seen", [(1, 4), (2, 8)], ids=["two to one", "one to two"])
 def test_resuming_on_another_number_of_ranks(tmp_path_factory, request, overlay, uninterrupted, ranks, seen):
-    """Lists and learning rates are equal; losses up to the order of additions."""
+    """Lists and learning rates are equal; losses differ only by the order of summation."""
     if ranks == 1:
         source = uninterrupted
     else:

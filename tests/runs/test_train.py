@@ -1,4 +1,4 @@
-"""Assembly of a run from a recipe, and what stops one before it starts."""
+"""Assembly of a run from a recipe, and errors before training starts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_missing_gpu_is_an_error():
         choose_device("gpu")
 
 
-def test_absent_shards_name_the_command(tmp_path):
+def test_missing_shards_name_the_command_that_builds_them(tmp_path):
     recipe = load_recipe(FIRST_MISTRAL, [f"data.train.local={tmp_path / 'shards'}", "data.train.source=null"])
     with pytest.raises(RunError, match=r"data\.train: no shards in .*rankllm-composer shards build --input"):
         prepare_shards(recipe.data.train, "data.train")
@@ -85,7 +85,7 @@ def test_the_optimizer_is_the_one_in_the_recipe(monkeypatch):
     assert options == {"lr": 5e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
-def test_a_run_folder_is_locked_by_one_run(tmp_path):
+def test_only_one_run_can_lock_a_run_folder(tmp_path):
     text = recipe_to_yaml(load_recipe(FIRST_MISTRAL))
     with (
         claim_run_folder(tmp_path / "run", text),
@@ -113,7 +113,7 @@ def test_a_run_folder_refuses_another_recipe(tmp_path):
 
 
 @given(text=st.text(max_size=40) | st.sampled_from(["", "[]", "a: [", "a: &x [*x]", "${a}", "run: 3", "? [1]", "\0"]))
-def test_whatever_a_kept_recipe_holds_the_outcome_is_a_run_folder_error(text):
+def test_any_damaged_recipe_in_a_run_folder_is_a_run_error(text):
     with pytest.raises(RunError, match=r"^here holds a (damaged recipe\.yaml|run of another recipe)"):
         check_same_recipe(text, "run:\n  name: x\n", "here")
 

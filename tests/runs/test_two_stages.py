@@ -1,4 +1,4 @@
-"""`make reproduce-zephyr STAGES=2` as it stands, with a tiny model: stage 2 learns from what stage 1 exported."""
+"""`make reproduce-zephyr STAGES=2` with a tiny model: stage 2 starts from the export of stage 1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SET = [
 
 
 def language_modelling_loss(folder: Path, records: list[dict]) -> float:
-    """Mean over all response tokens, by a plain Hugging Face forward."""
+    """Return the mean loss over all response tokens, from a plain Hugging Face forward pass."""
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     nats = []
@@ -59,7 +59,7 @@ def test_stage_2_starts_from_the_export_of_stage_1(tmp_path, golden, zephyr_v1_t
     variables = ["STAGES=2", "NPROC=2", "MODEL=base", "DATA=large.json", "DATA2=small.json", f"SET={' '.join(SET)}"]
     subprocess.run([*job, *variables], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     first, second = (metrics(tmp_path / "runs" / f"rank_zephyr_stage{stage}" / "metrics.jsonl") for stage in (1, 2))
-    assert len(first) == len(second) == 3  # an update an epoch
+    assert len(first) == len(second) == 3  # one update per epoch
     exported = tmp_path / "runs" / "rank_zephyr_stage1" / "hf" / "epoch_2"
     began, ended = language_modelling_loss(base, records), language_modelling_loss(exported, records)
     assert first[0]["loss/train/total"] == pytest.approx(began, rel=1e-4)

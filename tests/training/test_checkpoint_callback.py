@@ -33,7 +33,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_only_adapters_are_saved_and_resumed(tmp_path):
-    """They take less than half the space of all weights; a checkpoint without one of them is refused."""
+    """Adapters need less than half the space of all weights; a checkpoint without one of them is rejected."""
     train(tmp_path / "all", "1ba")
     _, weights, _ = train(tmp_path / "whole", "1ep", lora=True)
     train(tmp_path / "parts", "2ba", lora=True)
@@ -107,7 +107,7 @@ def test_machines_without_a_shared_disk_are_an_error(tmp_path, monkeypatch):
 @pytest.fixture()
 def server():
     with s3_server() as running:
-        for bucket in ("copies", "newest", "refused"):  # the servers of a process share what they hold
+        for bucket in ("copies", "newest", "refused"):  # servers in one process share their content
             running.client().create_bucket(Bucket=bucket)
         yield running
 
@@ -122,19 +122,19 @@ def test_copies_in_an_object_store(tmp_path, server):
     server.on_put = lambda key: next(refusals, None)
     first, _, _ = train(tmp_path / "a", "3ba", keep=2, url="s3://copies/run")
     assert next(refusals, "used") == "used"
-    assert copies(server, "copies") == {"ep0-ba2", "ep0-ba3"}  # the two newest, there as here
+    assert copies(server, "copies") == {"ep0-ba2", "ep0-ba3"}  # the two newest, as on disk
     order = [key for key in server.puts if key.startswith("run/ep0-ba3/")]
     assert order == ["run/ep0-ba3/rank0.pt", f"run/ep0-ba3/{MANIFEST}"]
-    server.client().delete_object(Bucket="copies", Key="run/ep0-ba3/rank0.pt")  # never arrived
+    server.client().delete_object(Bucket="copies", Key="run/ep0-ba3/rank0.pt")  # lost in the store
     second, _, resumed = train(tmp_path / "another machine", "2ep", keep=2, url="s3://copies/run")
     assert resumed.resumed_from == tmp_path / "another machine" / "ep0-ba2"
-    # Python's own random numbers too, though a client of the store drew the length of its pauses meanwhile.
+    # Python's random state is equal too, although the store's client draws random pauses meanwhile.
     assert first[:2] + second == draws and len(second) == 6
     assert copies(server, "copies") == {"ep1-ba7", "ep2-ba8"}
 
 
 class Reached(Callback):
-    """Sets an event when a batch begins."""
+    """Set an event when a given batch begins."""
 
     def __init__(self, batch: int) -> None:
         self.batch, self.event = batch, threading.Event()
@@ -145,7 +145,7 @@ class Reached(Callback):
 
 
 def test_training_continues_during_an_upload(tmp_path, server):
-    """The store holds back the first file until two batches later; a run that waited for it would hang."""
+    """The store delays the first file by two batches; a run that waited for the upload would hang."""
     reached, answers = Reached(4), []
     server.on_put = lambda key: answers.append(reached.event.wait(120))
     checkpoints = CheckpointFolder(tmp_path, interval="3ba", url="s3://copies/patient")
@@ -186,7 +186,7 @@ def test_a_store_that_refuses_uploads(tmp_path, server):
     server.on_put = lambda key: 403
     with pytest.raises(StoreError, match=r"checkpoint\.folder: s3://refused/run: ep0-ba1/rank0\.pt cannot"):
         train(tmp_path, "2ba", url="s3://refused/run")
-    assert "ep0-ba1" in names(tmp_path) and copies(server, "refused") == set()  # nothing here is lost
+    assert "ep0-ba1" in names(tmp_path) and copies(server, "refused") == set()  # local checkpoints are intact
     server.on_put = lambda key: None
     train(tmp_path, "1ep", url="s3://refused/run")
     assert "ep1-ba4" in copies(server, "refused")

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: no update, the lists it came from, on every rank."""
+"""A loss or gradient that is not finite stops every rank before the update and names the lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the progress line: a line a batch, one file over kills and resumes, and only rank 0 speaks."""
+"""metrics.jsonl and the progress line: one line per batch, one file across kills and resumes, by rank 0 only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rankllm_composer.training.progress import MetricsFile, ProgressLine, read_m
 
 
 class TwoLosses(HuggingFaceModel):
-    """The loss in two parts; the batch of a given number is not finite."""
+    """A model with two loss terms, one of which is not finite in a given batch."""
 
     def __init__(self, bad_batch: int | None = None) -> None:
         super().__init__(new_hf_model(), new_tokenizer(), metrics=[], eval_metrics=[MeanLoss()])
@@ -42,7 +42,7 @@ class TwoLosses(HuggingFaceModel):
 
 
 class MeanLoss(MeanMetric):
-    """Named as a figure of quality would be."""
+    """A mean named like a ranking metric."""
 
 
 # An epoch has four batches of two rows of eight tokens.
@@ -135,7 +135,7 @@ def test_values_that_are_not_finite_are_null_and_named(tmp_path):
 @pytest.mark.parametrize("torn", [b"", b'{"event": "batch", "ba', b'{"event": "batch"}\n', b"\x00" * 40])
 @pytest.mark.parametrize("resume_at", [2, 4, 6])
 def test_a_resumed_run_continues_the_file(tmp_path, resume_at, torn):
-    """Batches 1 to `resume_at` were saved, two more were trained and lost, the last line perhaps torn by the kill."""
+    """Batches 1 to `resume_at` are saved, two more are trained and lost, and the kill may cut the last line short."""
     saved = {"save_folder": str(tmp_path / "checkpoints"), "save_interval": f"{resume_at}ba"}
     killed = new_run(tmp_path, f"{resume_at + 2}ba", **saved)
     finish(killed)
@@ -185,7 +185,7 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """Ten seconds pass between two looks."""
+    """A clock that advances ten seconds per reading."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -207,13 +207,13 @@ def test_plain_lines_show_progress(tmp_path):
     pattern = (
         r"epoch 1/2  batch 2/8  loss [\d.]+ \(ranknet [\d.]+, lm [\d.]+\)  lr 0.01  [\d.]+k? tokens/s  ETA 0:01:00"
     )
-    # After two of eight batches and 20 s, 60 s are to come.
+    # Two of eight batches took 20 s, so 60 s remain.
     assert re.fullmatch(pattern, lines[1])
     assert re.search(r"epoch 2/2  batch 8/8 .* ETA 0:00:00", lines[-1])
 
 
 def test_plain_lines_come_at_intervals_and_at_the_ends_of_epochs(tmp_path):
-    # A look every 10 s: the first, those after 25 s or more, and the last of each epoch.
+    # The clock advances 10 s per batch: lines for the first batch, after 25 s or more, and for the last of each epoch.
     lines = shown(tmp_path, io.StringIO(), interval_seconds=25).splitlines()
     assert [int(re.search(r"batch (\d+)", line)[1]) for line in lines] == [1, 4, 7, 8]
 
@@ -253,7 +253,7 @@ def test_ranking_quality_is_shown_once_measured(tmp_path):
     ],
 )
 def test_the_eta_works_for_every_unit_of_duration(tmp_path, duration, expected):
-    # One look, 10 s after the start, when one of six, four or four batches is done.
+    # One reading, 10 s after the start, when one of six, four or four batches is done.
     first = shown(tmp_path, io.StringIO(), duration).splitlines()[0]
     assert all(part in first for part in expected)
 

@@ -13,7 +13,7 @@ from rankllm_composer.training.stragglers import ACTIVITIES, StatusNotes, find_s
 
 
 class Timestamp:
-    """What a note needs of Composer's state."""
+    """The part of Composer's state that a note reads."""
 
     def __init__(self, batch: int) -> None:
         self.timestamp = self

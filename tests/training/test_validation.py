@@ -1,4 +1,4 @@
-"""Ranking held-out windows while a model trains: when, what is told, and that training does not notice."""
+"""Evaluation on held-out windows during training: when it happens, what it logs, and that training is unaffected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECORDS = [record_of(values, record_id=f"r{values}") for values in ([0, 3, 1, 2]
 
 
 def trained(duration="2ep", validation: Validation | None = None, dropout: float = 0.0, **options) -> Trainer:
-    """A model trained for two epochs of four batches, or as long as is said."""
+    """Train a model, by default for two epochs of four batches, and return its trainer."""
     torch.manual_seed(0)
     config = copy.deepcopy(FAMILIES["mistral"])
     config.attention_dropout = dropout
@@ -83,7 +83,7 @@ def test_when_windows_are_ranked(interval, duration, expected, tmp_path):
 
 
 def test_logged_figures_equal_an_evaluation_of_the_model(tmp_path):
-    """Logged, kept for the export, and written window by window: all of the weights of that moment."""
+    """The metrics that are logged, kept for the export, and written per window all belong to the same weights."""
     memory, path = InMemoryLogger(), tmp_path / "evaluations.jsonl"
     validation = new_validation("1ep", num_shuffles=3, seed=7, details=path)
     trainer = trained("1ep", validation, loggers=[memory])
