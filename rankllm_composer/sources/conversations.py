@@ -13,19 +13,15 @@ from typing import Any, BinaryIO
 from rankllm_composer.errors import RecordError
 from rankllm_composer.prompts.record import Record, validate_record
 from rankllm_composer.sources.json_array import JsonArrayError, iterate_array
-from rankllm_composer.sources.records import Dropped, Item, RecordSource, describe_file
+from rankllm_composer.sources.records import Dropped, Item, RecordSource, describe_file, unreadable_file
 
 FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 MAX_LINE_BYTES = 1 << 26
 
 
 def open_conversations(source: str | Path, split: str = "train") -> RecordSource:
-    """Open a source of conversations.
+    """Open a file `.json` (one array) or `.jsonl`, either with `.gz`, or a folder or HF id of a data set to stream.
 
-    Args:
-        source: a file `.json` (one array) or `.jsonl`, either with `.gz`; or a folder or HF id that
-            `datasets.load_dataset` can stream.
-        split: split of the data set; ignored for files.
     Raises:
         RecordError: there is no such file or folder, or the file is of another kind.
     """
@@ -40,12 +36,8 @@ def open_conversations(source: str | Path, split: str = "train") -> RecordSource
             return JsonArraySource(name)
         raise RecordError(path.name, None, f"the file name must end in one of {endings}. Convert or rename the file.")
     if name.endswith(FILE_ENDINGS) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
-        raise RecordError(
-            name,
-            None,
-            f"no such file or folder; expected a file ({endings}), a folder with a data set, or a HF data set id such "
-            "as owner/name. Correct the path.",
-        )
+        expected = f"a file ({endings}), a folder with a data set, or a HF data set id such as owner/name"
+        raise RecordError(name, None, f"no such file or folder; expected {expected}. Correct the path.")
     return DatasetSource(name, split)
 
 
@@ -69,8 +61,14 @@ class _ConversationSource:
         return {"kind": "conversations", "files": [describe_file(self.path)]}
 
     def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
-        raw = _decode_line(item.place, item.raw) if isinstance(item.raw, bytes) else item.raw
-        return [(item.place, record_from_layout(raw, item.place))]
+        raw = item.raw
+        if isinstance(raw, bytes):
+            try:
+                raw = json.loads(raw.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                reason = f"invalid JSON: {error}. Correct or remove the line."
+                raise RecordError(item.place, None, reason) from error
+        return [(item.place, _record_from_layout(raw, item.place))]
 
 
 class JsonLinesSource(_ConversationSource):
@@ -151,12 +149,8 @@ class DatasetSource(_ConversationSource):
             index += 1
 
 
-def record_from_layout(raw: Any, place: str) -> Record:
-    """Validated record of one parsed entry of the published layout.
-
-    Raises:
-        RecordError: the entry is not of that layout, or the record is bad.
-    """
+def _record_from_layout(raw: Any, place: str) -> Record:
+    """Validated record of one parsed entry of the published layout."""
     if not isinstance(raw, Mapping):
         kind = type(raw).__name__
         raise RecordError(place, None, f"the record is {kind}; expected an object with 'id' and 'conversations'.")
@@ -170,19 +164,11 @@ def record_from_layout(raw: Any, place: str) -> Record:
     return record
 
 
-def _decode_line(place: str, line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise RecordError(place, None, f"invalid JSON: {error}. Correct or remove the line.") from error
-
-
 def _open_binary(path: str) -> BinaryIO:
     try:
         return gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb")  # type: ignore[return-value]
     except OSError as error:
-        reason = f"the file cannot be read ({error.strerror}). Check its path and permissions."
-        raise RecordError(Path(path).name, None, reason) from error
+        raise unreadable_file(path, error) from error
 
 
 def _unreadable(place: str, error: Exception) -> RecordError:

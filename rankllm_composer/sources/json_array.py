@@ -16,11 +16,7 @@ _CUT_OFF_CHARS = 16
 
 
 class JsonArrayError(SourceError):
-    """A text that is not one complete JSON array.
-
-    Attributes:
-        index: 0-based element where it fails; None outside the elements.
-    """
+    """A text that is not one complete JSON array; `index` is the 0-based element where it fails, None outside them."""
 
     def __init__(self, index: int | None, reason: str) -> None:
         super().__init__(reason)
@@ -28,12 +24,8 @@ class JsonArrayError(SourceError):
 
 
 def iterate_array(file: TextIO) -> Iterator[tuple[Any, int]]:
-    """Decode the elements of the JSON array in a file, one at a time.
+    """Decode the elements of the JSON array in a file, one at a time, each with its length in characters.
 
-    Args:
-        file: text, read from its current position to its end.
-    Yields:
-        (element, its length in characters).
     Raises:
         JsonArrayError: the text is not one complete array.
         OSError, UnicodeDecodeError: raised by the file.
@@ -41,11 +33,8 @@ def iterate_array(file: TextIO) -> Iterator[tuple[Any, int]]:
     text = _SlidingText(file)
     if text.peek() != "[":
         found = repr(text.peek()) if text.peek() else "empty"
-        raise JsonArrayError(
-            None,
-            f"the start is {found}; expected '[': a .json file is one array of records. "
-            "Name a file with one record per line .jsonl.",
-        )
+        expected = "'[': a .json file is one array of records. Name a file with one record per line .jsonl."
+        raise JsonArrayError(None, f"the start is {found}; expected {expected}")
     text.step()
     index = 0
     while index > 0 or text.peek() != "]":

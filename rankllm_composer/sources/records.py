@@ -27,14 +27,7 @@ class Dropped(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One unparsed entry of a source.
-
-    Attributes:
-        index: 0-based position in the source.
-        place: the position in words, for messages.
-        raw: the unparsed record; can be pickled.
-        num_bytes: approximate uncompressed size of its records.
-    """
+    """One unparsed entry of a source: its 0-based index, its place in words, and about how large its records are."""
 
     index: int
     place: str
@@ -79,14 +72,12 @@ def open_source(options: SourceOptions) -> RecordSource:
 def read_records(
     source: RecordSource, *, skip_bad: bool = False, dropped: Counter[str] | None = None
 ) -> Iterator[tuple[str, Record]]:
-    """Valid records of a source in its order, one at a time.
+    """Valid records of a source in its order, each with a place such as `train.json:record 17`.
 
     Args:
         source: where they come from.
         skip_bad: skip bad records instead of raising.
         dropped: counts the lists that the source leaves out, by reason.
-    Yields:
-        (place, record), with a place such as `train.json:record 17`.
     Raises:
         RecordError: a record is bad, or the source cannot be read.
     """
@@ -107,16 +98,17 @@ def read_records(
 
 
 def describe_file(path: str | Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file, which identify it on any machine.
-
-    Raises:
-        RecordError: the file cannot be read.
-    """
+    """Name, size and SHA-256 of a file, which identify it on any machine."""
     path = Path(path)
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return {"name": path.name, "bytes": file.tell(), "sha256": digest}
     except OSError as error:
-        reason = f"the file cannot be read ({error.strerror}). Check its path and permissions."
-        raise RecordError(path.name, None, reason) from error
+        raise unreadable_file(path, error) from error
+
+
+def unreadable_file(path: str | Path, error: OSError) -> RecordError:
+    """The error for a file of records that cannot be opened or read."""
+    reason = f"the file cannot be read ({error.strerror}). Check its path and permissions."
+    return RecordError(Path(path).name, None, reason)

@@ -5,6 +5,8 @@ Each is named by a path or an id:
 - a file: JSONL of queries (`qid`, `text`) or documents (`docid`, `text`, optional `title`), a TREC run, TREC judgments;
 - a folder in BEIR's layout: queries.jsonl, corpus.jsonl, qrels/test.tsv (or the path of another .tsv in qrels/);
 - `irds:ID`, a dataset of the package ir_datasets, if that is installed.
+
+Every function raises a SourceError that names file and line if a file cannot be read or is wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from rankllm_composer.prompts.record import is_unicode
 from rankllm_composer.prompts.user_turn import document_text
 
 IR_DATASETS_PREFIX = "irds:"
+_Entry = tuple[str, str, Mapping[str, Any]]  # place, id, fields
 
 
 class RunLine(NamedTuple):
@@ -43,29 +46,20 @@ class Judgment(NamedTuple):
 
 
 def read_run(path: str | Path) -> Iterator[RunLine]:
-    """Lines of a TREC run, `qid Q0 docid rank score tag`, one at a time.
-
-    Raises:
-        SourceError: the file cannot be read, or a line is malformed; names file and line.
-    """
+    """Lines of a TREC run, `qid Q0 docid rank score tag`, one at a time."""
     for place, number, fields in _split_lines(path, 6, "qid Q0 docid rank score tag"):
         try:
             rank, score = int(fields[3]), float(fields[4])
         except ValueError as error:
             raise SourceError(f"{place}: {error}; expected an integer rank and a numeric score.") from error
         if math.isnan(score) or abs(rank) >= 1 << 63:
-            raise SourceError(
-                f"{place}: rank is {fields[3]} and score {fields[4]}; expected 64-bit integer and number."
-            )
+            found = f"rank is {fields[3]} and score {fields[4]}"
+            raise SourceError(f"{place}: {found}; expected 64-bit integer and number.")
         yield RunLine(number, fields[0], fields[2], rank, score)
 
 
 def read_judgments(path: str | Path) -> Iterator[Judgment]:
-    """Lines of a TREC judgment file, `qid 0 docid grade`, one at a time.
-
-    Raises:
-        SourceError: the file cannot be read, or a line is malformed; names file and line.
-    """
+    """Lines of a TREC judgment file, `qid 0 docid grade`, one at a time."""
     for place, number, fields in _split_lines(path, 4, "qid 0 docid grade"):
         try:
             grade = int(fields[3])
@@ -77,14 +71,7 @@ def read_judgments(path: str | Path) -> Iterator[Judgment]:
 
 
 def read_json_lines(path: str | Path, key: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Objects of a JSONL file of queries or documents: (line counted from 1, byte where it starts, object).
-
-    Args:
-        path: the file, not compressed.
-        key: field that every object must have, as non-empty text.
-    Raises:
-        SourceError: the file cannot be read, or a line is malformed; names file and line.
-    """
+    """Objects of a JSONL file, with text under `key`: (line counted from 1, byte where it starts, object)."""
     path = Path(path)
     start = 0
     try:
@@ -98,11 +85,7 @@ def read_json_lines(path: str | Path, key: str) -> Iterator[tuple[int, int, dict
 
 
 def query_text(fields: Mapping[str, Any], qid: str, place: str) -> str:
-    """Text of a query: its field `text`, or else `title`.
-
-    Raises:
-        SourceError: there is none.
-    """
+    """Text of a query: its field `text`, or else `title`."""
     text = fields.get("text") or fields.get("title")
     if not isinstance(text, str) or not text.strip() or not is_unicode(text):
         raise SourceError(f"{place}: query {qid!r} has no text under 'text'. Correct or remove it.")
@@ -110,11 +93,7 @@ def query_text(fields: Mapping[str, Any], qid: str, place: str) -> str:
 
 
 def load_queries(source: str | Path) -> dict[str, str]:
-    """Texts of queries by id.
-
-    Raises:
-        SourceError: the file cannot be read, an id is repeated, or a query has no text.
-    """
+    """Texts of queries by id."""
     queries: dict[str, str] = {}
     for place, qid, fields in _entries(source, "queries.jsonl", "qid", "queries_iter", "query_id"):
         text = query_text(fields, qid, place)
@@ -125,15 +104,12 @@ def load_queries(source: str | Path) -> dict[str, str]:
 
 
 def load_documents(source: str | Path, wanted: Collection[str]) -> dict[str, str]:
-    """Texts of the wanted documents, as the inference client shows them; others are skipped.
-
-    Raises:
-        SourceError: the file cannot be read, or a wanted document is missing, repeated or has no text.
-    """
+    """Texts of the wanted documents, none of which may be missing, as the inference client shows them."""
     wanted = set(wanted)
     documents: dict[str, str] = {}
     if str(source).startswith(IR_DATASETS_PREFIX):
-        entries: Iterable[tuple[str, str, Mapping[str, Any]]] = _stored_documents(str(source), wanted)
+        stored = _part(str(source), "docs").docs_store().get_many(sorted(wanted))
+        entries: Iterable[_Entry] = ((str(source), docid, _fields(item)) for docid, item in stored.items())
     else:
         entries = _entries(source, "corpus.jsonl", "docid", "docs_iter", "doc_id")
     for place, docid, fields in entries:
@@ -147,19 +123,13 @@ def load_documents(source: str | Path, wanted: Collection[str]) -> dict[str, str
             raise SourceError(f"{place}: document {docid!r}: {error}") from error
     missing = sorted(wanted - documents.keys())
     if missing:
-        raise SourceError(
-            f"{source}: {len(missing)} documents of the run are missing, such as {', '.join(missing[:3])}. Give the "
-            "collection that the run was made from."
-        )
+        found = f"{len(missing)} documents of the run are missing, such as {', '.join(missing[:3])}"
+        raise SourceError(f"{source}: {found}. Give the collection that the run was made from.")
     return documents
 
 
 def load_run(source: str | Path) -> dict[str, list[str]]:
-    """Document ids per query, best first by the run's rank column; those of `irds:ID` by their scores.
-
-    Raises:
-        SourceError: the file cannot be read or is empty, or a document is repeated for a query.
-    """
+    """Document ids per query, best first by the run's rank column; those of `irds:ID` by their scores."""
     name = Path(source).name
     lines: dict[str, list[tuple[float, int, str]]] = {}
     if str(source).startswith(IR_DATASETS_PREFIX):
@@ -182,11 +152,7 @@ def load_run(source: str | Path) -> dict[str, list[str]]:
 
 
 def load_judgments(source: str | Path) -> dict[str, dict[str, int]]:
-    """Relevance grade of each judged document, by query.
-
-    Raises:
-        SourceError: the file cannot be read, or judgments contradict each other.
-    """
+    """Relevance grade of each judged document, by query."""
     grades: dict[str, dict[str, int]] = {}
     for place, qid, docid, grade in _judgments(source):
         if grades.setdefault(qid, {}).setdefault(docid, grade) != grade:
@@ -232,10 +198,7 @@ def _json_object(line: bytes, place: str, key: str) -> dict[str, Any]:
     return value
 
 
-def _entries(
-    source: str | Path, beir_file: str, key: str, dataset_iterator: str, dataset_key: str
-) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(place, id, fields) of each query or document."""
+def _entries(source: str | Path, beir_file: str, key: str, dataset_iterator: str, dataset_key: str) -> Iterator[_Entry]:
     if str(source).startswith(IR_DATASETS_PREFIX):
         for item in getattr(_part(str(source), dataset_iterator.removesuffix("_iter")), dataset_iterator)():
             yield str(source), str(getattr(item, dataset_key)), _fields(item)
@@ -271,12 +234,6 @@ def _judgments(source: str | Path) -> Iterator[tuple[str, str, str, int]]:
         yield place, columns[0], columns[1], int(columns[2])
 
 
-def _stored_documents(source: str, wanted: Iterable[str]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    store = _part(source, "docs").docs_store()
-    for docid, item in store.get_many(sorted(wanted)).items():
-        yield source, docid, _fields(item)
-
-
 def _fields(item: Any) -> Mapping[str, Any]:
     """Fields of an ir_datasets query or document; its default text if it has no field `text`."""
     fields: dict[str, Any] = item._asdict()
@@ -289,9 +246,8 @@ def _part(source: str, part: str) -> Any:
     try:
         import ir_datasets
     except ImportError as error:
-        raise SourceError(
-            f"{source}: the package ir_datasets is not installed. Run pip install ir-datasets, or give files."
-        ) from error
+        remedy = "Run pip install ir-datasets, or give files."
+        raise SourceError(f"{source}: the package ir_datasets is not installed. {remedy}") from error
     try:
         dataset = ir_datasets.load(name)
     except KeyError as error:

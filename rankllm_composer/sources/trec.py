@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import PromptError, RecordError, SourceError
-from rankllm_composer.options import SourceOptions
+from rankllm_composer.options import FROM_RUN, SourceOptions
 from rankllm_composer.prompts.permutations import format_permutation
 from rankllm_composer.prompts.record import Record, validate_record
 from rankllm_composer.prompts.user_turn import (
@@ -60,16 +60,7 @@ def candidate_lists(
 
     The first lists are windows over the first-stage order, from the top, `stride` apart, the last one ending at the
     last candidate. Further lists are random draws of `window` candidates in random order, each from a generator seeded
-    with (seed, qid, number of the list).
-
-    Args:
-        num_candidates: length of the first-stage list.
-        window: candidates per list; a shorter first-stage list makes one list.
-        stride: positions from the start of one window to the next.
-        num_lists: number of lists to make; 0 = one per window.
-        seed, qid: seed of the random draws.
-    Returns:
-        Lists of 0-based first-stage positions.
+    with (seed, qid, number of the list). With `num_lists` 0 there is one list per window. Positions count from 0.
     """
     size = min(window, num_candidates)
     last = num_candidates - size
@@ -83,14 +74,9 @@ def candidate_lists(
 def teacher_order(
     docids: Sequence[str], grades: dict[str, int] | None, teacher: Sequence[str] | None
 ) -> tuple[int, ...]:
-    """Order a list's candidates from best to worst; ties and unknown documents keep the given order.
+    """Order a list's candidates from best to worst, as 0-based positions; ties keep the given order.
 
-    Args:
-        docids: the candidates.
-        grades: grades by document; unjudged documents have grade 0.
-        teacher: documents as a teacher ranked them; replaces the grades. Documents it did not rank come last.
-    Returns:
-        0-based positions in `docids`.
+    A teacher's ranking replaces the grades. Documents that it did not rank come last; unjudged documents have grade 0.
     """
     if teacher is not None:
         rank = {docid: i for i, docid in enumerate(teacher)}
@@ -106,13 +92,7 @@ class TrecSource:
     Lists are built for the queries in the queries file. Passages are prepared as the inference client does: title and
     text joined, repaired, truncated, `[12]` → `(12)`. Candidates are in the order of the run's rank column. Judgments
     give the grades (negative grades become 0) and, without a teacher's run, the order. The id of a list is
-    `qid-number`.
-
-    Attributes:
-        options: the files, and how lists are made from them.
-        database: set by `prepare`.
-    Raises:
-        SourceError: the options contradict each other.
+    `qid-number`. `prepare` sets `database`.
     """
 
     options: SourceOptions
@@ -127,21 +107,15 @@ class TrecSource:
 
     def describe(self) -> dict[str, Any]:
         files = {role: getattr(self.options, role) for role in ("run", "queries", "docs", "judgments", "teacher_run")}
-        settings = ("window", "stride", "lists_per_query", "depth", "max_passage_words", "identifiers", "seed")
+        options = {name: getattr(self.options, name) for name in FROM_RUN}
         return {
             "kind": "trec",
             "files": [{"role": role, **describe_file(path)} for role, path in files.items() if path is not None],
-            "options": {name: getattr(self.options, name) for name in settings}
-            | {"require_relevant": self._drops_irrelevant},
+            "options": options | {"require_relevant": self._drops_irrelevant},
         }
 
     def prepare(self, folder: Path) -> TrecSource:
-        """Read the files into a database in `folder`.
-
-        Raises:
-            SourceError: a line is malformed, a query or document is repeated, or the run and the queries file have no
-                query in common.
-        """
+        """Read the files into a database in `folder`; raise SourceError if one is malformed or they do not match."""
         handle, path = tempfile.mkstemp(suffix=".sqlite", dir=folder)
         os.close(handle)
         with sqlite3.connect(path) as database:
@@ -154,10 +128,8 @@ class TrecSource:
                 _import_lines(database, "qrels", read_judgments(self.options.judgments))
             _import_docs(database, self._path("docs"))
             if database.execute("SELECT 1 FROM run LIMIT 1").fetchone() is None:
-                raise SourceError(
-                    f"{self.options.run}: the run has no candidates for any query in {self.options.queries}. "
-                    "Check that the two files belong together."
-                )
+                found = f"the run has no candidates for any query in {self.options.queries}"
+                raise SourceError(f"{self.options.run}: {found}. Check that the two files belong together.")
         database.close()
         return replace(self, database=path)
 
@@ -172,12 +144,7 @@ class TrecSource:
                 yield Item(index, f"{self.name}:query {qid!r}", (number, qid), size * num_lists)
 
     def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
-        """Build the lists of one query.
-
-        Raises:
-            RecordError: a candidate is repeated or missing from the docs file, a document has no text, or judgments
-                contradict each other.
-        """
+        """Build the lists of one query."""
         with closing(_Files(self)) as files:
             return self._lists(files, item)
 
@@ -268,9 +235,8 @@ class _Files:
 
     def grades(self, number: int, name: str) -> dict[str, int]:
         grades: dict[str, int] = {}
-        for docid, grade, line in self.database.execute(
-            "SELECT docid, grade, line FROM qrels WHERE query = ?", (number,)
-        ):
+        rows = self.database.execute("SELECT docid, grade, line FROM qrels WHERE query = ?", (number,))
+        for docid, grade, line in rows:
             if grades.setdefault(docid, grade) != grade:
                 reason = f"document {docid!r} has grade {grade} here and {grades[docid]} before. Remove one."
                 raise RecordError(f"{name}:line {line}", None, reason)
@@ -322,6 +288,5 @@ def _import_docs(database: sqlite3.Connection, path: str) -> None:
         try:
             database.executemany("INSERT INTO docs VALUES (?, ?)", [(docid, start) for _, start, docid in batch])
         except sqlite3.IntegrityError as error:
-            raise SourceError(
-                f"{Path(path).name}:lines {batch[0][0]} to {batch[-1][0]}: a document is repeated. Remove one."
-            ) from error
+            place = f"{Path(path).name}:lines {batch[0][0]} to {batch[-1][0]}"
+            raise SourceError(f"{place}: a document is repeated. Remove one.") from error
