@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rankllm_composer import __version__
 from rankllm_composer.cli_options import flag, with_options
 from rankllm_composer.options import FROM_RUN, BuildOptions, RerankOptions, SourceOptions
-from rankllm_composer.recipe.bundled import find_recipe, recipe_path
+from rankllm_composer.recipe.bundled import find_recipe
 from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
 from rankllm_composer.redaction import redact
 
@@ -30,17 +30,11 @@ shards_app = typer.Typer(help="Build, merge and check sets of training lists (MD
 
 
 app.add_typer(shards_app, name="shards")
-
-
 app.add_typer(recipes_app, name="recipes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. Errors that a user can cause end in readable lines on stderr and exit code 2.
-
-    Args:
-        arguments: of the command line; None for those of the process.
-    """
+    """The console script. Errors that a user can cause end in readable lines on stderr and exit code 2."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         app(args=given, prog_name="rankllm-composer")
@@ -155,7 +149,7 @@ def inspect(
     if model is not None:
         found: Any = inspect_folder(model)
     else:
-        found = inspect_recipe(load_recipe(recipe_path(str(recipe)), overrides or []), record, loss=loss)
+        found = inspect_recipe(load_recipe(str(recipe), overrides or []), record, loss=loss)
     for line in found.lines(sys.stdout.isatty()):
         typer.echo(line)
     if found.problems:
@@ -177,14 +171,8 @@ def plan(
     from rankllm_composer.preflight.plan import plan_recipe
     from rankllm_composer.recipe.load import load_recipe
 
-    found = plan_recipe(
-        load_recipe(recipe_path(recipe), overrides or []),
-        num_ranks,
-        gpu=gpu,
-        mfu=mfu,
-        num_lists=lists,
-        report=_progress,
-    )
+    loaded = load_recipe(recipe, overrides or [])
+    found = plan_recipe(loaded, num_ranks, gpu=gpu, mfu=mfu, num_lists=lists, report=_progress)
     for line in found.lines():
         typer.echo(line)
 
@@ -216,13 +204,8 @@ def rerank(
 
     if qrels is None and (card or name is not None):
         raise ValueError("rerank: --card and --name need --qrels, as nothing is measured without judgments")
-    report = rerank_files(
-        model,
-        RerankFiles(queries=queries, documents=docs, first_stage=run, output=output, judgments=qrels),
-        options,
-        measures=measure or DEFAULT_MEASURES,
-        name=name,
-    )
+    files = RerankFiles(queries=queries, documents=docs, first_stage=run, output=output, judgments=qrels)
+    report = rerank_files(model, files, options, measures=measure or DEFAULT_MEASURES, name=name)
     typer.echo(report.text)
     if card and report.result is not None:
         add_figures(model / "README.md", report.result.figures())

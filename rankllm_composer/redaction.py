@@ -50,7 +50,6 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     signed query strings, and values of environment variables with such names.
 
     Args:
-        text: any text.
         environment: variables whose values are redacted; None = those of this process.
     """
     for name, value in (os.environ if environment is None else environment).items():

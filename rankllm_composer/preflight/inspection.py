@@ -42,40 +42,24 @@ _PLAIN = "\033[0m"
 
 @dataclass
 class Inspection:
-    """A record with its tokens, problems and notes.
-
-    Attributes:
-        record: the record as training presents it.
-        max_length_tokens: longest list to train on.
-        encoded: the encoded record; None if it cannot be encoded.
-        tokens: the tokenizer's text of each token.
-        kinds: kind of each token.
-        problems: errors; empty if the record can be trained on.
-        notes: remarks that do not prevent training.
-        losses: parts of the record's loss, if computed.
-        scores: (N,) identifier scores, if computed.
-    """
+    """A record as training presents it, with its tokens, problems and notes that do not prevent training."""
 
     record: Record
     max_length_tokens: int
-    encoded: EncodedRecord | None = None
+    encoded: EncodedRecord | None = None  # None if it cannot be encoded
     tokens: tuple[str, ...] = ()
     kinds: tuple[Kind, ...] = ()
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     losses: dict[str, float] = field(default_factory=dict)
-    scores: NDArray[np.float32] | None = None
+    scores: NDArray[np.float32] | None = None  # (N,)
 
     @property
     def length(self) -> int:
         return len(self.tokens)
 
     def lines(self, color: bool) -> Iterator[str]:
-        """Yield the lines to print.
-
-        Args:
-            color: True = ANSI colors, False = marks around supervised tokens.
-        """
+        """Yield the lines to print, with ANSI colors or with marks around supervised tokens."""
         yield f"record {self.record.id}"
         if self.encoded is not None:
             yield "legend " + ", ".join(_mark(kind, text, color) for kind, (text, _, _) in KINDS.items())
@@ -123,15 +107,7 @@ def inspect_record(
     max_length_tokens: int,
     too_long: Literal["drop", "refuse"] = "drop",
 ) -> Inspection:
-    """Encode a record and find everything that prevents training on it or serving it as intended.
-
-    Args:
-        record: the record as training presents it.
-        tokenizer: fast Hugging Face tokenizer.
-        objective: training objective.
-        max_length_tokens: longest list to train on.
-        too_long: what training does with a longer list.
-    """
+    """Encode a record, as training presents it, and find what prevents training on it or serving it as intended."""
     found = Inspection(record, max_length_tokens)
     try:
         found.encoded = encoded = encode_record(record, tokenizer, objective)
@@ -169,10 +145,8 @@ def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedR
     if record.system != SYSTEM_MESSAGE:
         yield f"the system message differs from the inference client's, {SYSTEM_MESSAGE!r}"
     if not record.has_standard_prompt:
-        yield (
-            "the user turn differs from the inference client's; training uses it as it is, but the client will send "
-            "its own"
-        )
+        difference = "the user turn differs from the inference client's"
+        yield f"{difference}; training uses it as it is, but the client will send its own"
     written = Counter(tokenizer(record.user, add_special_tokens=False)["input_ids"])
     special = sorted(set(tokenizer.all_special_ids) & set(written))
     if special:
@@ -185,12 +159,7 @@ def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedR
 
 
 def add_losses(found: Inspection, model: ListwiseReranker) -> None:
-    """Add the parts of a record's loss, without dropout and noise, and its identifier scores.
-
-    Args:
-        found: the inspection to add to; stays as it is if the record cannot be encoded.
-        model: model on the CPU.
-    """
+    """Add the parts of an encoded record's loss, without dropout and noise, and its identifier scores, on the CPU."""
     import torch
 
     from rankllm_composer.data import packing
@@ -237,7 +206,6 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
     """Inspect a record of `data.train` as the recipe presents it in the first epoch.
 
     Args:
-        recipe: a checked recipe.
         number: index from 0, in the order of the shards, or of the source if there are no shards yet.
         loss: whether to load the model on the CPU and compute the parts of the loss.
     Raises:
@@ -254,22 +222,12 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
     sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
     records = SplitRecords(sets, split.source)
     record = records[number]
-    if split.shuffle_passages or split.identifiers is not None:
-        record = augment_record(
-            record,
-            seed=recipe.run.seed,
-            epoch=0,
-            shuffle_passages=split.shuffle_passages,
-            identifiers=split.identifiers,
-        )
+    shuffle, style = split.shuffle_passages, split.identifiers
+    if shuffle or style is not None:
+        record = augment_record(record, seed=recipe.run.seed, epoch=0, shuffle_passages=shuffle, identifiers=style)
     tokenizer = load_tokenizer(recipe.model)
-    found = inspect_record(
-        record,
-        tokenizer,
-        recipe.objective.name,
-        max_length_tokens=recipe.data.max_length_tokens,
-        too_long=recipe.data.too_long,
-    )
+    limit, too_long = recipe.data.max_length_tokens, recipe.data.too_long
+    found = inspect_record(record, tokenizer, recipe.objective.name, max_length_tokens=limit, too_long=too_long)
     found.notes.insert(0, f"record {number} of {records.place}")
     if loss:
         on_cpu = replace(recipe, model=replace(recipe.model, attention="auto"))  # flash-attn does not run on a CPU

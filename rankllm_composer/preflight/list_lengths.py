@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from rankllm_composer.errors import ModelError
@@ -16,14 +17,7 @@ DEFAULT_NUM_TARGETS = 81
 
 @dataclass(frozen=True)
 class ListLengths:
-    """Lengths of training lists.
-
-    Attributes:
-        tokens: tokens of each list of a sample; empty if no list can be read.
-        num_targets: response tokens of each list of the sample.
-        num_lists: lists in the split; None if unknown.
-        description: where these numbers come from.
-    """
+    """Tokens and response tokens of each list of a sample (none if no list can be read), and lists in the split."""
 
     tokens: tuple[int, ...]
     num_targets: tuple[int, ...]
@@ -37,12 +31,9 @@ class ListLengths:
 
 
 def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 500) -> ListLengths:
-    """Tokenize a sample of `data.train`, if its records and the tokenizer are on this machine.
+    """Tokenize about `sample` evenly spaced lists of `data.train`, if its records and tokenizer are on this machine.
 
-    Args:
-        recipe: names data, tokenizer and objective.
-        num_lists: lists in the split, used if the data is not on this machine.
-        sample: lists to tokenize, evenly spaced.
+    If its records are not, the split has `num_lists`.
     """
     from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.encoding import encode_record
@@ -63,11 +54,8 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     except ModelError:
         return ListLengths((), (), count, f"{count:,} in {records.place}; no tokenizer here, so {assumed}")
     step = max(1, count // sample)
-    encoded = [
-        encode_record(record, tokenizer, recipe.objective.name)
-        for number, record in enumerate(records)
-        if number % step == 0
-    ]
+    sampled = islice(records, 0, None, step)
+    encoded = [encode_record(record, tokenizer, recipe.objective.name) for record in sampled]
     return ListLengths(
         tuple(len(item.input_ids) for item in encoded),
         tuple(max(1, len(item.input_ids) - item.response_start) for item in encoded),

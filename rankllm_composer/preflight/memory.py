@@ -38,34 +38,15 @@ FAKE_FLASH_ATTENTION = "fake_flash_attention"
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank holds and computes.
-
-    Attributes:
-        config: Hugging Face configuration of the model.
-        objective: training objective.
-        lengths: tokens of each list in the largest microbatch.
-        num_targets: response tokens per list.
-        num_candidates: candidates per list.
-        num_ranks: number of ranks, which shard (FSDP2) or replicate (DDP) the weights.
-        accumulates: True if an update has several microbatches, so that gradients exist while activations do.
-        fsdp: True for FSDP2, False for DDP.
-        reshard_after_forward: as in Composer's FSDP2Config.
-        mixed_precision: as in Composer's FSDP2Config.
-        precision: Composer's precision of the forward and backward pass.
-        activation_checkpointing: share of the layers whose activations are recomputed.
-        attention: attention implementation.
-        optimizer: name of the optimizer.
-        peft_config: configuration of the adapters; None if all weights are trained.
-        frozen_precision: data type of the weights under adapters.
-    """
+    """What one rank holds and computes, with settings named as in a recipe."""
 
     config: PretrainedConfig
     objective: Objective
-    lengths: tuple[int, ...]
-    num_targets: int = 80
+    lengths: tuple[int, ...]  # tokens of each list in the largest microbatch
+    num_targets: int = 80  # response tokens per list
     num_candidates: int = 20
     num_ranks: int = 1
-    accumulates: bool = True
+    accumulates: bool = True  # several microbatches per update: gradients exist while activations do
     fsdp: bool = True
     reshard_after_forward: bool = True
     mixed_precision: str = "DEFAULT"
@@ -79,14 +60,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one rank allocates.
-
-    Attributes:
-        at_peak: bytes per part when most memory is in use.
-        held: bytes of weights, gradients, optimizer state and DDP buckets during the optimizer's step.
-        num_parameters: parameters of the model.
-        num_trained: parameters that are trained.
-    """
+    """Bytes per part that one rank allocates: when most memory is in use, and during the optimizer's step."""
 
     at_peak: dict[str, int]
     held: dict[str, int]
@@ -100,13 +74,10 @@ class Memory:
 
 
 def plan_memory(work: Workload) -> Memory:
-    """Predict the memory of one rank during any update after the first.
+    """Predict the memory of one rank during any update after the first, in a process without a process group.
 
     Not included: what CUDA and NCCL allocate for themselves, fragmentation, embedding noise, and what torch.compile
     saves or adds.
-
-    Raises:
-        RunError: this process already has a process group.
     """
     with _quiet_composer(), fake_process_group(work.num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         model = _build_model(work, mesh)
@@ -124,12 +95,9 @@ def plan_memory(work: Workload) -> Memory:
         if not work.fsdp and work.num_ranks > 1:  # DDP copies gradients into buckets
             at_peak["buffers"] = at_update["buffers"] = sum(weight.nbytes for weight in trained)
         held = ("weights", "gradients", "optimizer") + (() if work.fsdp else ("buffers",))
-        return Memory(
-            at_peak=at_peak,
-            held={part: at_update[part] for part in held},
-            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            num_trained=sum(parameter.numel() for parameter in trained),
-        )
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_trained = sum(parameter.numel() for parameter in trained)
+        return Memory(at_peak, {part: at_update[part] for part in held}, num_parameters, num_trained)
 
 
 def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
@@ -147,14 +115,9 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
         AttentionInterface.register(FAKE_FLASH_ATTENTION, _fake_flash_attention)
         model.config._attn_implementation = FAKE_FLASH_ATTENTION
     if work.fsdp:
-        prepare_fully_shard(
-            model,
-            FSDP2Config(
-                device_mesh=mesh, reshard_after_forward=work.reshard_after_forward, mixed_precision=work.mixed_precision
-            ),
-            Precision(work.precision),
-            generate_composer_model_policy(model),
-        )
+        reshard, mixed_precision = work.reshard_after_forward, work.mixed_precision
+        config = FSDP2Config(device_mesh=mesh, reshard_after_forward=reshard, mixed_precision=mixed_precision)
+        prepare_fully_shard(model, config, Precision(work.precision), generate_composer_model_policy(model))
     return model
 
 
@@ -276,10 +239,8 @@ def _fake_flash_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **arguments: Any
 ) -> tuple[torch.Tensor, None]:
     """Allocate what flash-attn does, under transformers' attention signature; (1, H, T, d) → (1, T, H, d)."""
-    half = [
-        tensor[0].transpose(0, 1).to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor[0].transpose(0, 1)
-        for tensor in (query, key, value)
-    ]
+    inputs = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    half = [tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor for tensor in inputs]
     return _FlashAttentionAllocations.apply(*half, len(arguments["cu_seq_lens_q"]) - 1)[None], None  # type: ignore[no-untyped-call]
 
 

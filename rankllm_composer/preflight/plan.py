@@ -28,12 +28,7 @@ RESERVE = 0.1
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU model.
-
-    Attributes:
-        memory_bytes: its memory.
-        bf16_flops: its peak of dense bfloat16 operations per second.
-    """
+    """A GPU model: its memory, and its peak of dense bfloat16 operations per second."""
 
     memory_bytes: int
     bf16_flops: float
@@ -67,21 +62,9 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimate of a run on a number of ranks. Counts are None if they depend on an unknown number of lists.
+    """Estimate of a run on a number of ranks, one GPU each; steps are updates.
 
-    Attributes:
-        recipe: the planned recipe.
-        num_ranks: number of ranks, one GPU each.
-        gpu_name: a key of GPUS.
-        mfu: model FLOPs utilization; None = DEFAULT_MFU.
-        lengths: lengths of the training lists.
-        work: what one rank computes.
-        memory: what one rank allocates.
-        suggestions: changes that make the run fit, with the memory that it then needs.
-        steps_per_epoch: updates per epoch.
-        num_steps: updates of the run.
-        num_warmup: updates of the warmup.
-        flops_per_list: mean FLOPs of training on one list.
+    Numbers of steps are None if they depend on an unknown number of lists, `mfu` is None for DEFAULT_MFU.
     """
 
     recipe: Recipe
@@ -91,7 +74,7 @@ class Plan:
     lengths: ListLengths
     work: Workload
     memory: Memory
-    suggestions: tuple[tuple[str, Memory], ...]
+    suggestions: tuple[tuple[str, Memory], ...]  # changes that make the run fit, with the memory that it then needs
     steps_per_epoch: int | None
     num_steps: int | None
     num_warmup: int | None
@@ -159,20 +142,14 @@ class Plan:
         yield f"lr            {curve}"
         shown = sorted({0, min(self.num_warmup, self.num_steps - 1), self.num_steps // 2, self.num_steps - 1})
         lr = self.recipe.optimizer.lr
-        yield "              " + ", ".join(
-            f"update {update + 1:,}: {lr * self._learning_rate_factor(update):.3g}" for update in shown
-        )
+        rates = (f"update {update + 1:,}: {lr * self._learning_rate_factor(update):.3g}" for update in shown)
+        yield "              " + ", ".join(rates)
 
     def _learning_rate_factor(self, update: int) -> float:
         schedule = self.recipe.schedule
         assert self.num_steps is not None and self.num_warmup is not None
-        return learning_rate_factor(
-            update,
-            name=schedule.name,
-            num_updates=self.num_steps,
-            num_warmup=self.num_warmup,
-            final_fraction=schedule.final_lr_fraction,
-        )
+        counts = {"num_updates": self.num_steps, "num_warmup": self.num_warmup}
+        return learning_rate_factor(update, name=schedule.name, final_fraction=schedule.final_lr_fraction, **counts)
 
     def _memory_lines(self) -> Iterator[str]:
         work, gpu = self.work, self.gpu
@@ -220,7 +197,7 @@ def plan_recipe(
     """Plan a run.
 
     Args:
-        recipe: a checked recipe; its model may be a folder that contains only config.json.
+        recipe: its model may be a folder that contains only config.json.
         num_ranks: GPUs to train on.
         gpu: a key of GPUS.
         mfu: model FLOPs utilization; None = DEFAULT_MFU.
@@ -278,10 +255,9 @@ def _load_config(recipe: Recipe) -> PretrainedConfig:
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"model.name_or_path is {model.name_or_path}, whose config.json is not on this machine. A plan needs only "
-            "config.json, no weights: download it into a folder and pass model.name_or_path=FOLDER."
-        ) from error
+        found = f"model.name_or_path is {model.name_or_path}, whose config.json is not on this machine"
+        remedy = "download it into a folder and pass model.name_or_path=FOLDER"
+        raise RunError(f"{found}. A plan needs only config.json, no weights: {remedy}.") from error
     unknown = set(model.config_overrides) - set(config.to_dict())
     if unknown:
         names = ", ".join(sorted(unknown))
@@ -297,6 +273,7 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
     from rankllm_composer.training.assembly import build_peft_config
 
     batch, limit = recipe.batch, recipe.data.max_length_tokens
+    chosen, loss_options = recipe.objective, recipe.objective.ranking_loss_options
     lists_per_rank = batch.global_lists // num_ranks
     trained = [length for length, _ in lengths.pairs_to_train(limit)]
     if batch.microbatch_lists is not None:
@@ -311,11 +288,7 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
     on_cpu = recipe.parallelism.device == "cpu"
     return Workload(
         config=config,
-        objective=Objective(
-            recipe.objective.name,
-            ranking_loss=recipe.objective.ranking_loss,
-            ranking_loss_options=recipe.objective.ranking_loss_options,
-        ),
+        objective=Objective(chosen.name, ranking_loss=chosen.ranking_loss, ranking_loss_options=loss_options),
         lengths=lists,
         num_targets=max(lengths.num_targets, default=lengths.pairs_to_train(limit)[0][1]),
         num_ranks=num_ranks,
@@ -347,11 +320,7 @@ def _count_steps(recipe: Recipe, num_lists: int | None) -> tuple[int | None, int
 def _flops_per_list(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths) -> int:
     """Mean FLOPs of training on a list; under LoRA, without gradients of frozen weights, twice the forward pass."""
     pairs = lengths.pairs_to_train(recipe.data.max_length_tokens)
-    total = 0
-    for length, num_targets in pairs:
-        rows = 1 if recipe.objective.name == "ranking" else num_targets
-        if recipe.model.lora is None:
-            total += training_flops(config, [length], rows)
-        else:
-            total += 2 * forward_flops(config, [length], rows)
-    return total // len(pairs)
+    rows = [(length, 1 if recipe.objective.name == "ranking" else num_targets) for length, num_targets in pairs]
+    if recipe.model.lora is None:
+        return sum(training_flops(config, [length], num_logits) for length, num_logits in rows) // len(pairs)
+    return sum(2 * forward_flops(config, [length], num_logits) for length, num_logits in rows) // len(pairs)

@@ -34,16 +34,8 @@ def suggest(
 ) -> Iterator[tuple[str, Memory]]:
     """Find changes that make a recipe fit.
 
-    Each change is tried alone, the cheapest first. If none suffices, they are combined one by one until the run fits.
-
-    Args:
-        recipe: needs more memory than there is.
-        num_ranks: number of ranks it was planned for.
-        usable_bytes: memory of a rank.
-        plan_memory: predicts the memory of a recipe on a number of ranks.
-        report: called with a line of progress.
-    Yields:
-        What to set, and the memory that the run then needs.
+    Each change is tried alone, the cheapest first. If none suffices, they are combined one by one until the run fits in
+    the usable bytes of a rank. Yields what to set, and the memory that the run then needs.
     """
     changes = list(_changes(recipe, num_ranks))
     sufficient = []

@@ -16,11 +16,7 @@ def recipe_folder() -> Path:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe of the package, such as "rank_zephyr".
-
-    Raises:
-        RunError: there is none of that name.
-    """
+    """The file of a recipe of the package, such as "rank_zephyr"; raise RunError if there is none of that name."""
     path = recipe_folder() / f"{name.removesuffix('.yaml')}.yaml"
     if Path(name).name == name and path.is_file():
         return path

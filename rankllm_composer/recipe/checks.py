@@ -62,11 +62,7 @@ def contradictions(recipe: Recipe) -> list[Problem]:
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
-    """Check that the global batch divides over the ranks.
-
-    Raises:
-        RecipeError: it does not; the message names the nearest batch sizes that do.
-    """
+    """Raise RecipeError, with the nearest possible sizes, if the global batch does not divide over the ranks."""
     problems = [*recipe.batch.rank_problems(world_size)]
     if problems:
         raise RecipeError(f"recipe {recipe.run.name} on {world_size} ranks", problems)

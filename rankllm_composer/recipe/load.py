@@ -68,11 +68,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergedRecipe:
-    """Merge and check a recipe without stopping at what is wrong with it.
-
-    Raises:
-        RecipeError: the file is not a readable YAML mapping.
-    """
+    """Merge and check a recipe; raise RecipeError only if the file is not a readable YAML mapping."""
     given = _read_yaml(Path(path))
     tree = _merge(default_tree(), given)
     origins = {steps: "yaml" for steps, _ in _leaves(given)}

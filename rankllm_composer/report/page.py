@@ -33,15 +33,7 @@ Rows = list[tuple[str, ...]]
 
 
 def write_report(runs: Sequence[RunRecord], output: str | Path, pictures: str | Path | None = None) -> list[str]:
-    """Write the report.
-
-    Args:
-        runs: runs to show side by side.
-        output: HTML file; it depends on no other file and no network.
-        pictures: folder for the figures as PNG files; None = in the page only.
-    Returns:
-        Names of the figures.
-    """
+    """Write the report on runs side by side to an HTML file, and its figures to a folder too; return their names."""
     runs = with_distinct_names(runs)
     drawn = {name: _png(figure) for name, figure in draw(runs).items()}
     if pictures is not None:
@@ -145,16 +137,12 @@ def _reranked(runs: Sequence[RunRecord]) -> str:
         for measured in run.reranked:
             for row in measured.comparisons:
                 result = row.comparison
-                rows.append(
-                    (
-                        f"{measured.name}/{row.measure}",
-                        f"{run.name}, {Path(measured.model).name}, {measured.decoding.replace('_', ' ')}",
-                        f"{result.first_mean:.4f} → {result.second_mean:.4f}",
-                        f"{result.difference:+.4f}",
-                        f"{result.wins}/{result.ties}/{result.losses}",
-                        "< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}",
-                    )
-                )
+                name = f"{run.name}, {Path(measured.model).name}, {measured.decoding.replace('_', ' ')}"
+                means = f"{result.first_mean:.4f} → {result.second_mean:.4f}"
+                counts = f"{result.wins}/{result.ties}/{result.losses}"
+                p_value = "< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}"
+                difference = f"{result.difference:+.4f}"
+                rows.append((f"{measured.name}/{row.measure}", name, means, difference, counts, p_value))
     head = ("Metric", "run, model, decoding", "first stage → reranked", "difference", "wins/ties/losses", "p")
     return _table(head, rows)
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rankllm_composer.options import DECODINGS
 from rankllm_composer.training.progress import LOSS_PREFIX
@@ -86,11 +85,8 @@ def _color(index: int) -> str:
 
 def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Figure | None:
     """Draw one panel per metric and one line per run; NaN is a gap."""
-    titles = {
-        name: title
-        for name, title in titles.items()
-        if any(line.get(name) is not None for run in runs for line in run.batches)
-    }
+    known = {name for run in runs for line in run.batches for name, value in line.items() if value is not None}
+    titles = {name: title for name, title in titles.items() if name in known}
     if not titles:
         return None
     figure, panels = _new_figure(len(titles), 3 if len(titles) > 2 else 2)

@@ -18,45 +18,25 @@ from rankllm_composer.training.validation import EVALUATIONS_FILE, PREFIX, read_
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Records of a training run.
-
-    Attributes:
-        name: name of its folder.
-        recipe: its resolved recipe, without secrets.
-        batches: lines of `metrics.jsonl`, one per batch.
-        evaluations: (batch, metrics without their prefix), oldest first.
-        details: what `training.validation.read_details` returns.
-        tokens_per_list: lengths of the training lists, prompt and response; empty if unknown.
-        published: published results of the recipe: (metric, value).
-        reranked: results of reranking with its models.
-    """
+    """What a training run recorded, with its resolved recipe as text without secrets."""
 
     name: str
     recipe: str
-    batches: tuple[dict[str, Any], ...]
-    evaluations: tuple[tuple[int, dict[str, float]], ...]
-    details: tuple[dict[str, Any], ...]
-    tokens_per_list: tuple[int, ...] = ()
-    published: tuple[tuple[str, float], ...] = ()
+    batches: tuple[dict[str, Any], ...]  # lines of metrics.jsonl
+    evaluations: tuple[tuple[int, dict[str, float]], ...]  # (batch, metrics without their prefix), oldest first
+    details: tuple[dict[str, Any], ...]  # as `training.validation.read_details` returns them
+    tokens_per_list: tuple[int, ...] = ()  # empty if unknown
+    published: tuple[tuple[str, float], ...] = ()  # results of the recipe: (metric, value)
     reranked: tuple[RerankResult, ...] = ()
 
 
 def read_run(folder: str | Path, tokens_per_list: Sequence[int] = ()) -> RunRecord:
-    """Read the folder of a run, which may still be training.
-
-    Args:
-        folder: folder of the run.
-        tokens_per_list: lengths of its training lists, if known.
-    Raises:
-        RunError: the folder contains no metrics.
-    """
+    """Read the folder of a run, which may still be training; raise RunError if it contains no metrics."""
     folder = Path(folder)
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
-        raise RunError(
-            f"{folder} contains no metrics.jsonl; expected the folder of a training run. Pass one, or train with "
-            "logging.metrics_file=true."
-        )
+        remedy = "Pass one, or train with logging.metrics_file=true."
+        raise RunError(f"{folder} contains no metrics.jsonl; expected the folder of a training run. {remedy}")
     lines = read_metrics(metrics)
     evaluations: dict[int, dict[str, float]] = {}
     for line in lines:
@@ -88,12 +68,8 @@ def _run_name(recipe: str) -> str:
 def with_reranked(
     runs: Sequence[RunRecord], folders: Sequence[str | Path], measured: Iterable[RerankResult]
 ) -> list[RunRecord]:
-    """Assign reranking results to the runs whose models they measure.
+    """Assign reranking results to the runs in whose folders their models are; a single run gets all of them.
 
-    Args:
-        runs: runs without results.
-        folders: their folders, in the same order.
-        measured: results, each of a model in one of the folders; a single run gets all of them.
     Raises:
         RunError: a model is in the folder of no run.
     """

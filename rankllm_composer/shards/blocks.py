@@ -13,7 +13,7 @@ import signal
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -28,30 +28,17 @@ from rankllm_composer.shards.manifest import BuildStats
 from rankllm_composer.sources.records import Item, RecordSource
 
 MAX_BLOCK_ITEMS = 1 << 14
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive items of a source, or of a part of it, that make one shard."""
-
-    number: int
-    items: list[Item]
+Block = tuple[int, list[Item]]
+"""Number, and consecutive items of a source (or of a part of it) that make one shard."""
 
 
 @dataclass
 class WrittenBlock:
-    """Result of writing a block.
-
-    Attributes:
-        entry: index entry of its shard; None if no record was left.
-        stats: what was counted.
-        refused: bad records as (error, raw record).
-        id_hashes: 64-bit hash of each record's id.
-    """
+    """Outcome of writing a block; `entry` is the index entry of its shard, None if no record was left."""
 
     entry: dict[str, Any] | None = None
     stats: BuildStats = field(default_factory=BuildStats)
-    refused: list[tuple[RecordError, Any]] = field(default_factory=list)
+    refused: list[tuple[RecordError, Any]] = field(default_factory=list)  # with the raw records
     id_hashes: array[int] = field(default_factory=lambda: array("Q"))
 
 
@@ -71,9 +58,10 @@ class BlockWriter:
         Different content never gets the same name, so a reader's cache of an earlier set cannot be mistaken for this
         one.
         """
+        number, items = block
         written = WrittenBlock()
         records: list[Record] = []
-        for item in block.items:
+        for item in items:
             try:
                 found = self.source.records(item)
             except RecordError as error:
@@ -90,7 +78,7 @@ class BlockWriter:
                     written.stats.dropped[record.reason] += 1
         written.stats.num_quarantined = len(written.refused)
         if records:
-            written.entry = self._write_shard(block.number, records)
+            written.entry = self._write_shard(number, records)
         return written
 
     def _write_shard(self, number: int, records: Iterable[Record]) -> dict[str, Any]:
@@ -98,13 +86,8 @@ class BlockWriter:
 
         scratch = self.folder / f"block.{number:05d}"
         try:
-            writer = MDSWriter(
-                columns=COLUMNS,
-                out=str(scratch),
-                compression=self.compression,
-                hashes=list(self.hashes),
-                size_limit=None,
-            )
+            out, hashes = str(scratch), list(self.hashes)
+            writer = MDSWriter(columns=COLUMNS, out=out, compression=self.compression, hashes=hashes, size_limit=None)
         except ValueError as error:
             raise ShardError(
                 f"compression is {self.compression!r} and hashes are {', '.join(self.hashes)}: {error} Expected zstd, "
@@ -137,25 +120,22 @@ def cut_blocks(items: Iterable[Item], *, part: tuple[int, int], block_bytes: int
         if item.index % num_parts != index - 1:
             continue
         if kept and (size + item.num_bytes > block_bytes or len(kept) >= MAX_BLOCK_ITEMS):
-            yield Block(number, kept)
+            yield number, kept
             number, size, kept = number + 1, 0, []
         kept.append(item)
         size += item.num_bytes
     if kept:
-        yield Block(number, kept)
+        yield number, kept
 
 
 def write_blocks(
     blocks: Iterable[Block], writer: BlockWriter, num_processes: int, num_alone: int = 1
 ) -> Iterator[WrittenBlock]:
-    """Write blocks in one process or several, and yield the results in order.
+    """Write blocks in `num_processes` processes (1 = this one), and yield the results in order.
 
-    Args:
-        blocks: the blocks.
-        writer: writes a block as a shard.
-        num_processes: number of processes; 1 = this one.
-        num_alone: for at most this many blocks no processes are started; otherwise this process writes one less than
-            this before it starts them.
+    For at most `num_alone` blocks no processes are started; otherwise this process writes one less before it starts
+    them.
+
     Raises:
         ShardError: a process was killed.
     """
@@ -180,10 +160,8 @@ def write_blocks(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise ShardError(
-            "a worker was killed, possibly by the OOM killer. "
-            "Rerun the same command with fewer processes or smaller shards."
-        ) from error
+        remedy = "Rerun the same command with fewer processes or smaller shards."
+        raise ShardError(f"a worker was killed, possibly by the OOM killer. {remedy}") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -209,12 +187,11 @@ def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and exit when it exits; workers of a killed parent would wait forever."""
     import multiprocessing
 
+    def exit_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_exit_after, args=(parent.join,), daemon=True).start()
-
-
-def _exit_after(wait: Callable[[], None]) -> None:
-    wait()
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()

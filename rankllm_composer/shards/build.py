@@ -37,11 +37,7 @@ _NUM_BLOCKS_ALONE = 8
 
 
 def index_exists(target: str | Path) -> bool:
-    """True if a complete set of shards is there: it has an index.
-
-    Raises:
-        StoreError: the object store cannot be reached.
-    """
+    """True if a complete set of shards is there, which is one with an index."""
     return open_folder(target).read(INDEX_NAME) is not None
 
 
@@ -55,8 +51,6 @@ def build_shards(
         source: what the records are read or made from.
         options: how the set is written.
         report: called with each line of progress.
-    Returns:
-        BuildReport.
     Raises:
         ShardError, RecordError, SourceError, StoreError: what stands in the way and what to do.
     """
@@ -73,22 +67,13 @@ def build_from(
     """Build a set of shards from a source of records, or part I of N of it below `output`.
 
     The set is the same to the byte for any number of processes. When rerun with the same arguments, a finished build
-    does nothing, a killed one starts over, and an interrupted upload resumes.
-
-    Args:
-        source: where the records come from.
-        output: folder or object-store URL of the set.
-        on_error: stop at the first bad record, or write bad records to `quarantine.jsonl`.
-        options: how the set is written; part "I/N" builds every N-th record, from the I-th on, into
-            `output/part-I-of-N`.
-        report: called with each line of progress.
-    Returns:
-        BuildReport.
-    Raises:
-        ShardError, RecordError, SourceError, StoreError: what stands in the way and what to do.
+    does nothing, a killed one starts over, and an interrupted upload resumes. Part "I/N" builds every N-th record, from
+    the I-th on, into `output/part-I-of-N`. Other arguments and errors are those of `build_shards`.
     """
     started = time.monotonic()
-    part = index, num_parts = _parse_part(options.part)
+    index, num_parts = map(int, (options.part or "1/1").split("/"))
+    if index > num_parts:
+        raise ShardError(f"part is {options.part!r}; expected I/N with I from 1 to N, e.g. 1/4.")
     written = {
         "on_error": on_error,
         "shard_bytes": options.shard_bytes,
@@ -106,7 +91,7 @@ def build_from(
         with work_folder(target.path) as work:
             hashes = tuple(sorted(options.hashes))
             writer = BlockWriter(source.prepare(work), work, options.compression, hashes, on_error == "stop")
-            names, shards, stats = _write_set(writer, planned, part, options.num_processes, report)
+            names, shards, stats = _write_set(writer, planned, (index, num_parts), options.num_processes, report)
             publish(work, names, target, report)
         return shards, stats
 
@@ -121,13 +106,6 @@ def build_from(
     except OSError as error:
         raise ShardError(f"{folder.name}: cannot be written: {error}. Free space or choose another output.") from error
     return BuildReport.of(folder.name, shards, stats, time.monotonic() - started)
-
-
-def _parse_part(part: str | None) -> tuple[int, int]:
-    index, num_parts = map(int, (part or "1/1").split("/"))
-    if index > num_parts:
-        raise ShardError(f"part is {part!r}; expected I/N with I from 1 to N, e.g. 1/4.")
-    return index, num_parts
 
 
 def _write_set(

@@ -39,15 +39,7 @@ class ShardFile:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard of an index.
-
-    Attributes:
-        num_samples: number of its records.
-        raw: the uncompressed file.
-        packed: the compressed file; None if the set is not compressed.
-        compression: streaming's name of the compression; None if there is none.
-        entry: the unchanged index entry.
-    """
+    """One shard of an index: its uncompressed and, in a compressed set, its compressed file, and its index entry."""
 
     num_samples: int
     raw: ShardFile
@@ -62,11 +54,7 @@ class Shard:
 
 
 def read_index(path: Path) -> tuple[Shard, ...]:
-    """Read and check an `index.json`, as `parse_index` does.
-
-    Raises:
-        ShardError: there is no such file, or it is damaged.
-    """
+    """Read and check an `index.json`, as `parse_index` does."""
     try:
         text = path.read_bytes()
     except FileNotFoundError as error:
@@ -78,23 +66,12 @@ def read_index(path: Path) -> tuple[Shard, ...]:
 
 def missing_index(path: str | Path) -> ShardError:
     """The error for a set without an index."""
-    return ShardError(
-        f"{path}: there is no index, so the set is incomplete. Build it with rankllm-composer shards build, or merge "
-        "its parts with rankllm-composer shards merge."
-    )
+    remedy = "Build it with rankllm-composer shards build, or merge its parts with rankllm-composer shards merge."
+    return ShardError(f"{path}: there is no index, so the set is incomplete. {remedy}")
 
 
 def parse_index(text: bytes | str, where: str) -> tuple[Shard, ...]:
-    """Check an index and return its shards: version, format, columns, sizes, hashes, paths that stay in the set.
-
-    Args:
-        text: content of an `index.json`.
-        where: its path or URL, for the error.
-    Returns:
-        The shards in order.
-    Raises:
-        ShardError: the index is damaged; names the entry.
-    """
+    """Check an index and return its shards; raise ShardError, which names `where` it is, if an entry is damaged."""
     index = parse_json(text, where)
     if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
         raise ShardError(f"{where}: damaged, there is no list under 'shards'. {REMEDY}")
@@ -129,39 +106,21 @@ def index_digest(index_text: str | bytes) -> str:
 
 def sample_from_record(record: Record) -> dict[str, Any]:
     """The columns of a record."""
-    return {
-        "id": record.id,
-        "qid": record.qid or "",
-        "system": record.system,
-        "user": record.user,
-        "response": record.response,
-        "docids": None if record.docids is None else list(record.docids),
-        "grades": None if record.grades is None else list(record.grades),
-    }
+    values = {name: getattr(record, name) for name in COLUMNS} | {"qid": record.qid or ""}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def record_from_sample(sample: Mapping[str, Any]) -> Record:
-    """The record of a sample, the inverse of `sample_from_record`.
-
-    Raises:
-        ShardError: a column is missing or has another type.
-    """
+    """The record of a sample; raise ShardError if a column is missing or has another type."""
     for name, encoding in COLUMNS.items():
         value = sample.get(name)
         is_valid = isinstance(value, str) if encoding == "str" else isinstance(value, (list, type(None)))
         if not is_valid:
             expected = "text" if encoding == "str" else "a list or null"
             raise ShardError(f"sample: column {name!r} is {type(value).__name__}; expected {expected}. {REMEDY}")
-    docids, grades = sample["docids"], sample["grades"]
-    return Record(
-        id=sample["id"],
-        system=sample["system"],
-        user=sample["user"],
-        response=sample["response"],
-        qid=sample["qid"] or None,
-        docids=None if docids is None else tuple(docids),
-        grades=None if grades is None else tuple(grades),
-    )
+    values: dict[str, Any] = {name: sample[name] for name in COLUMNS} | {"qid": sample["qid"] or None}
+    values |= {name: tuple(values[name]) for name in ("docids", "grades") if values[name] is not None}
+    return Record(**values)
 
 
 def _shard(entry: Any, where: str) -> Shard:
@@ -181,13 +140,9 @@ def _shard(entry: Any, where: str) -> Shard:
     packed, compression = entry.get("zip_data"), entry.get("compression")
     if (packed is None) != (compression is None) or not isinstance(compression, (str, type(None))):
         raise ShardError(f"{where}: compression {compression!r} does not match its file. {REMEDY}")
-    return Shard(
-        num_samples=num_samples,
-        raw=_file(entry.get("raw_data"), f"{where}.raw_data"),
-        packed=None if packed is None else _file(packed, f"{where}.zip_data"),
-        compression=compression,
-        entry=entry,
-    )
+    raw_file = _file(entry.get("raw_data"), f"{where}.raw_data")
+    packed_file = None if packed is None else _file(packed, f"{where}.zip_data")
+    return Shard(num_samples, raw_file, packed_file, compression, entry)
 
 
 def _file(info: Any, where: str) -> ShardFile:

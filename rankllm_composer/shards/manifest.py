@@ -29,15 +29,9 @@ _KEYS = {
 class BuildStats:
     """Counts of a build, or of a piece of it.
 
-    Attributes:
-        num_records: lists in the shards.
-        num_quarantined: bad records in `quarantine.jsonl`.
-        num_duplicates: records with an id that occurred before; they are kept.
-        num_nonstandard_prompts: lists with a user turn that the inference client would write differently; they are
-            kept.
-        dropped: lists and queries left out by the rules of the source, by reason.
-        candidates: number of lists by their number of candidates.
-        prompt_chars: number of lists by the length of their user turn, rounded up to 1,000 characters.
+    Records with a duplicate id and nonstandard prompts (which the inference client would write differently) are kept.
+    `dropped` counts lists and queries by the reason why the source leaves them out, `candidates` lists by their number
+    of candidates, `prompt_chars` lists by the length of their user turn, rounded up to 1,000 characters.
     """
 
     num_records: int = 0
@@ -69,11 +63,7 @@ class BuildStats:
 
     @classmethod
     def from_json(cls, counts: Any, where: str) -> BuildStats:
-        """Inverse of `to_json`.
-
-        Raises:
-            ShardError: a count is missing or not a number.
-        """
+        """Inverse of `to_json`; raise ShardError if a count is missing or not a number."""
         counts = {"other_wordings": 0, **counts}  # older sets lack it
         try:
             return cls(
@@ -90,14 +80,8 @@ class BuildStats:
 class Manifest:
     """Content of a `build.json`.
 
-    Attributes:
-        source: names, sizes, hashes and options of the source.
-        options: how the shards were written.
-        part: "I/N" for one of N parts; None for a complete set.
-        num_parts: number of parts the set was merged from; 0 if it was built at once.
-        stats: what was counted.
-        index_sha256: digest of the `index.json` it belongs to.
-        version: of this package.
+    `part` is "I/N" for one of N parts, and None for a complete set; `num_parts` is the number of parts that the set was
+    merged from, 0 if it was built at once.
     """
 
     source: dict[str, Any]
@@ -128,11 +112,7 @@ class Manifest:
 
 
 def parse_manifest(text: bytes | str, where: str) -> Manifest:
-    """Inverse of `Manifest.to_text`.
-
-    Raises:
-        ShardError: the text is damaged.
-    """
+    """Inverse of `Manifest.to_text`; raise ShardError if the text is damaged."""
     content = parse_json(text, where)
     types = {
         "source": dict,
@@ -158,9 +138,7 @@ class BuildReport:
 
     Attributes:
         output: path or URL of the set, without credentials.
-        num_shards: shards in the index.
         num_bytes: bytes of the stored shard files.
-        seconds: duration.
         stats: counts of records, bad records, duplicates, nonstandard prompts, dropped lists, candidates.
         existed: True if the same set existed and nothing was done.
     """

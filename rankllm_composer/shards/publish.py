@@ -43,11 +43,7 @@ _PART_FOLDER = re.compile(r"part-(\d+)-of-(\d+)(?=/)")
 
 
 def find_set(folder: Folder, planned: Manifest, overwrite: bool) -> tuple[tuple[Shard, ...], BuildStats] | None:
-    """Shards and counts of the planned set if it exists and is complete; None if it has to be built.
-
-    Raises:
-        ShardError: the folder contains another set, and `overwrite` is false.
-    """
+    """Shards and counts of the planned set, None if it has to be built; raise ShardError if another is in its place."""
     index_text = folder.read(INDEX_NAME)
     if index_text is None:
         return None
@@ -55,10 +51,8 @@ def find_set(folder: Folder, planned: Manifest, overwrite: bool) -> tuple[tuple[
     if manifest is None or not manifest.same_build(planned):
         if overwrite:
             return None
-        raise ShardError(
-            f"{folder.name}: contains another set, built from another source or with other options. "
-            "Choose another output, or build with --overwrite."
-        )
+        found = "contains another set, built from another source or with other options"
+        raise ShardError(f"{folder.name}: {found}. Choose another output, or build with --overwrite.")
     if manifest.index_sha256 != index_digest(index_text):
         return None
     shards, files = parse_index(index_text, folder.name), folder.files() or {}
@@ -81,11 +75,7 @@ def _manifest(folder: Folder) -> Manifest | None:
 def publish(source: Path, names: Sequence[str], target: Folder, report: Callable[[str], None]) -> None:
     """Move or upload the files of a set, its index last; then remove, on disk, shards that the index does not list.
 
-    Args:
-        source: folder of the files, on the same file system as a target on disk.
-        names: the files, with or without the index.
-        target: folder of the set.
-        report: called with each line of progress.
+    `source` is on the same file system as a target on disk; `names` are its files, with or without the index.
     """
     target.put(source, [name for name in names if name != INDEX_NAME], report)
     if (source / WORKING_INDEX_NAME).exists():
@@ -103,11 +93,7 @@ def publish(source: Path, names: Sequence[str], target: Folder, report: Callable
 
 @contextmanager
 def work_folder(output: Path) -> Iterator[Path]:
-    """Create an empty, locked, hidden folder inside `output`, and remove it at the end.
-
-    Raises:
-        ShardError: another process is building this set.
-    """
+    """Create an empty, locked, hidden folder inside `output`, and remove it at the end."""
     existed = output.exists()
     work = output / _WORK_NAME
     work.mkdir(parents=True, exist_ok=True)
@@ -130,11 +116,7 @@ def work_folder(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def staging_folder(parent: str | Path | None, name: str) -> Iterator[Path]:
-    """Create a private, locked folder for the set with the URL `name`; remove it at the end, keep it after an error.
-
-    Raises:
-        ShardError: another process uses it, or it belongs to another user.
-    """
+    """Create a private, locked folder for the set with the URL `name`; remove it at the end, keep it after an error."""
     key = hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
     path = Path(parent or tempfile.gettempdir()) / f"rankllm-composer-{os.getuid()}-{key}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -165,11 +147,6 @@ def part_folder(index: int, num_parts: int) -> str:
 def merge_shards(output: str | Path, *, report: Callable[[str], None] = print) -> BuildReport:
     """Join the parts below `output` into one set, by an index over all of them; shards are neither moved nor read.
 
-    Args:
-        output: folder or object-store URL that the parts were built into.
-        report: called with each line of progress.
-    Returns:
-        BuildReport of the complete set.
     Raises:
         ShardError: parts are missing, incomplete, or differ in source or options; or `output` contains a set that was
             not merged from parts.
@@ -189,9 +166,8 @@ def merge_shards(output: str | Path, *, report: Callable[[str], None] = print) -
         name = part_folder(index, num_parts)
         where = f"{folder.name}/{name}"
         remedy = f"Build it with --part {index}/{num_parts}, then merge again."
-        index_text, manifest_text, ids = (
-            folder.read(f"{name}/{file}") for file in (INDEX_NAME, MANIFEST_NAME, IDS_NAME)
-        )
+        names = (INDEX_NAME, MANIFEST_NAME, IDS_NAME)
+        index_text, manifest_text, ids = (folder.read(f"{name}/{file}") for file in names)
         if index_text is None or manifest_text is None or ids is None:
             raise ShardError(f"{where}: this part is missing or incomplete. {remedy}")
         manifest = parse_manifest(manifest_text, f"{where}/{MANIFEST_NAME}")
@@ -207,9 +183,8 @@ def merge_shards(output: str | Path, *, report: Callable[[str], None] = print) -
         id_hashes.frombytes(ids)
     assert first is not None
     if not entries:
-        raise ShardError(
-            f"{folder.name}: the {num_parts} parts contain no record. Check the source they were built from."
-        )
+        found = f"the {num_parts} parts contain no record"
+        raise ShardError(f"{folder.name}: {found}. Check the source they were built from.")
     stats.num_duplicates = count_duplicates(id_hashes)
     text = dump_index(entries)
     merged = replace(first, part=None, num_parts=num_parts, stats=stats, index_sha256=index_digest(text))

@@ -43,10 +43,8 @@ class SplitRecords:
             self.place = ", ".join(folder.name for _, folder in folders)
             return
         if source is None:
-            raise _AbsentError(
-                f"data.train: there are no shards in {missing} and no source. Build them with rankllm-composer shards "
-                "build, or set data.train.source."
-            )
+            remedy = "Build them with rankllm-composer shards build, or set data.train.source."
+            raise _AbsentError(f"data.train: there are no shards in {missing} and no source. {remedy}")
         if source.input is not None and not Path(source.input).exists():
             raise _AbsentError(
                 f"data.train.source.input: {source.input} is not on this machine, and there are no shards in "
@@ -62,12 +60,7 @@ class SplitRecords:
         return sum(shard.num_samples for _, _, shard in self._shards)
 
     def __getitem__(self, number: int) -> Record:
-        """Record `number`, counted from 0.
-
-        Raises:
-            ShardError: there are fewer records, or its shard is damaged.
-            RecordError: it, or one before it in a source, is bad.
-        """
+        """Record `number`, counted from 0; raise ShardError if there are fewer."""
         skipped = 0
         if self._source is None and number >= 0:
             for local, folder, shard in self._shards:
@@ -89,10 +82,7 @@ class SplitRecords:
 
 
 def find_split(sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None) -> SplitRecords | None:
-    """The records of a split; None if there are no shards, and no source on this machine.
-
-    Args and Raises: see `SplitRecords`.
-    """
+    """The records of a split, as `SplitRecords`; None if there are no shards, and no source on this machine."""
     try:
         return SplitRecords(sets, source)
     except _AbsentError:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,7 @@ _REBUILD = "Build the set again."
 
 @dataclass
 class VerifyReport:
-    """Outcome of `verify_shards`.
-
-    Attributes:
-        target: the set, without credentials.
-        problems: what is wrong, one per line; empty if the set is intact.
-        num_shards, num_records: what was checked.
-        num_duplicates: records with an id that occurred before (counted with `records` only; not a problem).
-        duplicate_ids: the first few of them.
-    """
+    """Outcome of `verify_shards`; a set without `problems` is intact, even with duplicate ids (a few are listed)."""
 
     target: str
     problems: list[str] = field(default_factory=list)
@@ -54,35 +46,27 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class ShardsInfo:
-    """Summary of a set, from its index and manifest.
-
-    Attributes:
-        target: the set, without credentials.
-        num_records, num_shards: counts of the index.
-        num_bytes, num_raw_bytes: bytes stored, and uncompressed.
-        columns: encoding of each column.
-        compression, hashes: how the shards were written.
-        manifest: content of `build.json`; None if there is none.
-    """
+    """Summary of a set, whose name is without credentials; `manifest` is None if there is no `build.json`."""
 
     target: str
-    num_records: int
-    num_shards: int
-    num_bytes: int
-    num_raw_bytes: int
-    columns: dict[str, str]
-    compression: str | None
-    hashes: tuple[str, ...]
+    shards: tuple[Shard, ...]
     manifest: Manifest | None
+
+    @property
+    def num_records(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
 
     def lines(self) -> Iterator[str]:
         """Yield the summary as text."""
-        yield f"{self.target}"
-        yield f"records       {self.num_records:,} in {self.num_shards:,} shards"
-        unpacked = f" ({self.num_raw_bytes / 2**20:,.1f} MiB uncompressed)"
-        yield f"bytes         {self.num_bytes / 2**20:,.1f} MiB{unpacked}"
-        yield f"compression   {self.compression or 'none'}; hashes {', '.join(self.hashes) or 'none'}"
-        yield "columns       " + ", ".join(f"{name} ({encoding})" for name, encoding in self.columns.items())
+        yield self.target
+        yield f"records       {self.num_records:,} in {len(self.shards):,} shards"
+        num_bytes = sum(shard.published.num_bytes for shard in self.shards)
+        num_raw_bytes = sum(shard.raw.num_bytes for shard in self.shards)
+        yield f"bytes         {num_bytes / 2**20:,.1f} MiB ({num_raw_bytes / 2**20:,.1f} MiB uncompressed)"
+        first = self.shards[0] if self.shards else None
+        hashes = ", ".join(sorted(first.published.hashes)) if first else ""
+        yield f"compression   {(first and first.compression) or 'none'}; hashes {hashes or 'none'}"
+        yield "columns       " + ", ".join(f"{name} ({encoding})" for name, encoding in COLUMNS.items())
         if self.manifest is None:
             yield f"source        unknown: there is no {MANIFEST_NAME}"
             return
@@ -96,46 +80,24 @@ class ShardsInfo:
         nonstandard = f"{stats.num_nonstandard_prompts:,} nonstandard"
         yield f"prompts       {nonstandard}; the inference client would write them differently"
         yield "candidates    " + ", ".join(f"{size}: {stats.candidates[size]:,}" for size in sorted(stats.candidates))
-        yield "prompt chars  " + ", ".join(f"{share:.0%} ≤ {size:,}" for share, size in self.prompt_quantiles())
+        yield "prompt chars  " + ", ".join(f"{share:.0%} ≤ {size:,}" for share, size in _quantiles(stats.prompt_chars))
 
-    def prompt_quantiles(self) -> list[tuple[float, int]]:
-        """Quantiles of the length of user turns: (share of lists, most characters), rounded up to 1,000."""
-        counts = self.manifest.stats.prompt_chars if self.manifest else Counter[int]()
-        total, quantiles = sum(counts.values()), []
-        for share in (0.5, 0.95, 1.0):
-            seen = 0
-            for size in sorted(counts):
-                seen += counts[size]
-                if seen >= share * total:
-                    quantiles.append((share, size))
-                    break
-        return quantiles
+
+def _quantiles(counts: Mapping[int, int]) -> Iterator[tuple[float, int]]:
+    """(share of lists, largest size among them), by the number of lists of each size."""
+    sizes = sorted(counts)
+    seen = list(accumulate(counts[size] for size in sizes))
+    for share in (0.5, 0.95, 1.0) if sizes else ():
+        yield share, sizes[bisect_left(seen, share * seen[-1])]
 
 
 def shards_info(target: str | Path) -> ShardsInfo:
-    """Summarize a set from its index and manifest: counts, bytes, columns, source, histograms.
-
-    Args:
-        target: folder or object-store URL of the set.
-    Raises:
-        ShardError: there is no index, or it is damaged.
-        StoreError: the object store cannot be reached.
-    """
+    """Summarize a set from its index and manifest; the errors are those of `verify_shards`."""
     folder = open_folder(target)
     shards, _ = _index(folder)
     manifest_text = folder.read(MANIFEST_NAME)
     manifest = None if manifest_text is None else parse_manifest(manifest_text, f"{folder.name}/{MANIFEST_NAME}")
-    return ShardsInfo(
-        target=folder.name,
-        num_records=sum(shard.num_samples for shard in shards),
-        num_shards=len(shards),
-        num_bytes=sum(shard.published.num_bytes for shard in shards),
-        num_raw_bytes=sum(shard.raw.num_bytes for shard in shards),
-        columns=dict(COLUMNS),
-        compression=shards[0].compression if shards else None,
-        hashes=tuple(sorted(shards[0].published.hashes)) if shards else (),
-        manifest=manifest,
-    )
+    return ShardsInfo(folder.name, shards, manifest)
 
 
 def verify_shards(target: str | Path, *, records: bool = False, report: Callable[[str], None] = print) -> VerifyReport:
@@ -145,8 +107,6 @@ def verify_shards(target: str | Path, *, records: bool = False, report: Callable
         target: folder or object-store URL of the set; shards at a URL are fetched one at a time.
         records: decode and validate every record, and look for duplicate ids.
         report: called with each problem.
-    Returns:
-        VerifyReport, with no `problems` if the set is intact.
     Raises:
         ShardError: there is no index, or it is damaged or names a path outside the set.
         StoreError: the object store cannot be reached.

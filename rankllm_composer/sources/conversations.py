@@ -20,11 +20,7 @@ MAX_LINE_BYTES = 1 << 26
 
 
 def open_conversations(source: str | Path, split: str = "train") -> RecordSource:
-    """Open a file `.json` (one array) or `.jsonl`, either with `.gz`, or a folder or HF id of a data set to stream.
-
-    Raises:
-        RecordError: there is no such file or folder, or the file is of another kind.
-    """
+    """Open a file `.json` (one array) or `.jsonl`, either with `.gz`, or a folder or HF id of a data set to stream."""
     path, name = Path(source), str(source)
     endings = ", ".join(FILE_ENDINGS)
     if name and path.is_dir():

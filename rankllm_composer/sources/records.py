@@ -75,7 +75,6 @@ def read_records(
     """Valid records of a source in its order, each with a place such as `train.json:record 17`.
 
     Args:
-        source: where they come from.
         skip_bad: skip bad records instead of raising.
         dropped: counts the lists that the source leaves out, by reason.
     Raises:
