@@ -145,7 +145,10 @@ def lambdarank_loss(
     scores above about 130 and clamps probabilities at 1e-10; this code does neither.
 
     Args:
-        scores, ranks, mask, reduction: see `ranknet_loss`.
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate; None = all are real.
+        reduction: "mean", "sum" or "none".
         target: "ranks" or "self_sorted" (published).
         detach_target: stop the gradient through a self-sorted target. The published code does not.
     Returns:
@@ -193,7 +196,10 @@ def listnet_loss(
     relevance y in the model's own sorted scores.
 
     Args:
-        scores, ranks, mask, reduction: see `ranknet_loss`.
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate; None = all are real.
+        reduction: "mean", "sum" or "none".
         target: "ranks" or "self_sorted" (published).
         detach_target: stop the gradient through a self-sorted target. The published code does not.
     Returns:
@@ -225,7 +231,10 @@ def listmle_loss(
     As a log-likelihood it is a sum over positions, which grows with the length of the list.
 
     Args:
-        scores, ranks, mask, reduction: see `ranknet_loss`.
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate; None = all are real.
+        reduction: "mean", "sum" or "none".
     Returns:
         Scalar in nats; (B,) if reduction="none".
     Source:
@@ -248,7 +257,10 @@ def adr_mse_loss(
     with 1-based ranks r. Scores far apart saturate the sigmoid, so the gradient of a confidently wrong order is tiny.
 
     Args:
-        scores, ranks, mask, reduction: see `ranknet_loss`.
+        scores: (B, N) float logits, higher is better.
+        ranks: (B, N) int64, 0 = best.
+        mask: (B, N) bool, True = real candidate; None = all are real.
+        reduction: "mean", "sum" or "none".
     Returns:
         Scalar in squared ranks; (B,) if reduction="none".
     Source:

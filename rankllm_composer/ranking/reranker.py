@@ -71,7 +71,8 @@ class Reranker:
     """A model with its tokenizer, its decoding contract and the options to rerank with.
 
     Args:
-        model, tokenizer: a causal LM and its tokenizer.
+        model: a causal LM.
+        tokenizer: its tokenizer.
         contract: how the model is prompted and read; `options` override its window.
         options: how to rerank; None for the defaults.
         name: name and version of the model; a stopped job resumes only with the same.
