@@ -8,19 +8,17 @@ short, is incomplete and never read.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import CheckpointError
 from rankllm_composer.storage.atomic import publish_folder, write_atomic
 
-log = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
 FORMAT = 1
 _NAME = re.compile(r"ep(\d{1,18})-ba(\d{1,18})", re.ASCII)
@@ -29,27 +27,16 @@ _STAGE = ".partial"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of `checkpoint.json`.
+    """Content of `checkpoint.json`."""
 
-    Args:
-        batch: number of finished optimizer steps.
-        epoch: number of finished epochs.
-        num_ranks: number of ranks that wrote the checkpoint.
-        is_sharded: one file per rank (FSDP2) instead of one file.
-        weights: shape of each weight, by name.
-        callbacks: names of the Composer callbacks with a state in the checkpoint.
-        files: size of each file in bytes, by name.
-        format: version of this layout.
-    """
-
-    batch: int
-    epoch: int
+    batch: int  # finished optimizer steps
+    epoch: int  # finished epochs
     num_ranks: int
-    is_sharded: bool
-    weights: Mapping[str, list[int]]
-    callbacks: list[str]
-    files: Mapping[str, int]
-    format: int = field(default=FORMAT)
+    is_sharded: bool  # one file per rank (FSDP2) instead of one file
+    weights: Mapping[str, list[int]]  # name → shape
+    callbacks: list[str]  # Composer callbacks with a state in the checkpoint
+    files: Mapping[str, int]  # name → bytes
+    format: int = FORMAT
 
     @property
     def name(self) -> str:
@@ -82,7 +69,6 @@ def _is_count(value: object) -> bool:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether a name is that of a file directly in the checkpoint's folder."""
     return name not in ("", ".", "..", MANIFEST) and not any(char in name for char in "/\\:\0")
 
 
@@ -116,14 +102,7 @@ def clear_stage(folder: Path) -> None:
 
 
 def publish(folder: Path, manifest: Manifest) -> Path:
-    """Add the manifest to the staged checkpoint and move it into place, atomically. Call it in one process.
-
-    Args:
-        folder: folder of the checkpoints; the staged files are in `stage_folder(folder) / manifest.name`.
-        manifest: manifest of the staged checkpoint.
-    Returns:
-        Folder of the checkpoint.
-    """
+    """Add the manifest to the staged checkpoint and move it into `folder`, atomically. Call it in one process."""
     staged, target = stage_folder(folder) / manifest.name, folder / manifest.name
     if target.exists():
         remove(target)
@@ -139,11 +118,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> list[str]:
-    """Keep the newest `keep` complete checkpoints (-1 = all); remove everything older.
-
-    Returns:
-        Names of the removed checkpoints.
-    """
+    """Keep the newest `keep` complete checkpoints (-1 = all); remove everything older and return the names."""
     complete = complete_checkpoints(folder)
     if keep < 0 or len(complete) < keep:
         return []
@@ -156,16 +131,7 @@ def prune(folder: Path, keep: int) -> list[str]:
 
 
 def check_same_model(manifest: Manifest, weights: Mapping[str, list[int]], is_sharded: bool, place: object) -> None:
-    """Refuse a checkpoint of another model.
-
-    Args:
-        manifest: manifest of the checkpoint.
-        weights: shape of each weight of the model that is to resume, by name.
-        is_sharded: whether this run shards its checkpoints.
-        place: path of the checkpoint, for messages.
-    Raises:
-        CheckpointError: names, shapes or layout differ.
-    """
+    """Raise CheckpointError if a checkpoint, at `place`, differs from this run's model in names, shapes or layout."""
     remedy = "Resume with the model that wrote it, or choose another run.name, run.folder or checkpoint.folder."
     for name in sorted(manifest.weights.keys() | weights.keys()):
         saved, expected = (shapes.get(name, "absent") for shapes in (manifest.weights, weights))

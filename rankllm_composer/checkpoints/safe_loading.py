@@ -33,10 +33,7 @@ INDEX_NAME = ".metadata"
 
 
 def data_types() -> list[Any]:
-    """List the types in a checkpoint that `torch.load(weights_only=True)` does not allow by default.
-
-    They are numpy arrays of random states, durations and torch's version.
-    """
+    """List the types of random states, durations and versions, which `weights_only` does not allow by default."""
     import datetime
 
     import numpy as np
@@ -48,8 +45,6 @@ def data_types() -> list[Any]:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """An unpickler limited to the types in a checkpoint's index."""
-
     def find_class(self, module: str, name: str) -> Any:
         if name not in _INDEX_TYPES.get(module, ()):
             raise pickle.UnpicklingError(f"global {module}.{name}")
@@ -57,14 +52,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_index(stream: BinaryIO, name: str) -> Any:
-    """Read the index of a sharded checkpoint.
-
-    Args:
-        stream: content of the file.
-        name: name of the file, for messages.
-    Raises:
-        CheckpointError: it is damaged, or not an index.
-    """
+    """Read the index of a sharded checkpoint; raise CheckpointError if it is damaged or references other types."""
     try:
         return _IndexUnpickler(stream).load()
     except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
@@ -72,11 +60,7 @@ def read_index(stream: BinaryIO, name: str) -> Any:
 
 
 def holds_only_data(path: str | Path, specs: object = None) -> bool:
-    """Check a file before Composer reads it. Only an index is read: torch loads the others with `weights_only`.
-
-    Raises:
-        CheckpointError: see `read_index`.
-    """
+    """Check an index before Composer reads it, as `read_index` does; torch loads other files with `weights_only`."""
     del specs
     if Path(path).name == INDEX_NAME:
         with Path(path).open("rb") as stream:
@@ -108,14 +92,10 @@ def safe_loading() -> Iterator[None]:
 
 def explain_unreadable(name: object, error: BaseException) -> str:
     """Describe an error from loading a checkpoint."""
-    match = re.search(r"(?:GLOBAL|global|function) ([\w.]+\.\w+)", str(error)) if _is_refusal(error) else None
-    if match:
+    match = re.search(r"(?:GLOBAL|global|function) ([\w.]+\.\w+)", str(error))
+    if match and ("UnpicklingError" in repr(error) or "UnpicklingError" in str(error)):
         return (
             f"{name} contains a pickle that references {match[1]}; expected data only, because loading it could run "
             "arbitrary code. Use a checkpoint from a run you trust."
         )
     return f"{name} is damaged ({first_line(error)}). Use an earlier checkpoint."
-
-
-def _is_refusal(error: BaseException) -> bool:
-    return "UnpicklingError" in repr(error) or "UnpicklingError" in str(error)

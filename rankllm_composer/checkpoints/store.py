@@ -22,14 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints below a URL. Use it in one process per run.
+    """The checkpoints below a URL, of which the newest `keep` are kept (-1 = all). Use it in one process per run.
 
     A copy is complete if its `checkpoint.json`, which is stored last, and every file that it lists exist in full size.
     Old copies are removed from S3 only.
-
-    Args:
-        url: such as s3://bucket/run/checkpoints.
-        keep: number of newest complete copies to keep; -1 = all.
     """
 
     def __init__(self, url: str, keep: int) -> None:
@@ -39,11 +35,7 @@ class CheckpointStore:
         self._failure: Exception | None = None
 
     def newest(self) -> Manifest | None:
-        """Return the newest complete copy; None if there is none.
-
-        Raises:
-            StoreError: the store cannot be reached, or cannot list.
-        """
+        """Return the newest complete copy, if any; raise StoreError if the store cannot be reached or cannot list."""
         listing = self._listing()
         for name in sorted(listing, key=batch_of, reverse=True):
             if MANIFEST in listing[name]:
@@ -53,11 +45,7 @@ class CheckpointStore:
         return None
 
     def fetch(self, manifest: Manifest, folder: Path) -> Path:
-        """Download a checkpoint into a local folder of checkpoints, complete or not at all.
-
-        Raises:
-            StoreError: a file could not be downloaded.
-        """
+        """Download a checkpoint into a local folder of checkpoints, complete or not at all (StoreError)."""
         clear_stage(folder)
         staged = stage_folder(folder) / manifest.name
         staged.mkdir()
@@ -71,11 +59,7 @@ class CheckpointStore:
         return publish(folder, manifest)
 
     def start_upload(self, checkpoint: Path, manifest: Manifest) -> None:
-        """Start to upload a complete local checkpoint, once the previous upload is finished.
-
-        Raises:
-            StoreError: the previous upload failed.
-        """
+        """Wait for the previous upload, as `finish` does, then start to upload a complete local checkpoint."""
         self.finish()
         self._upload = threading.Thread(
             target=self._copy, args=(checkpoint, manifest), name=f"upload of {checkpoint.name}", daemon=True
@@ -83,11 +67,7 @@ class CheckpointStore:
         self._upload.start()
 
     def finish(self) -> None:
-        """Wait for the upload in progress, if any.
-
-        Raises:
-            StoreError: it failed; the local checkpoint is intact.
-        """
+        """Wait for the upload in progress, if any; raise its error. The local checkpoint is intact in any case."""
         if self._upload is not None:
             self._upload.join()
         self._upload, failure, self._failure = None, self._failure, None

@@ -30,12 +30,7 @@ def fsync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file that is complete or absent: beside its place, flushed to disk, then renamed.
-
-    Args:
-        path: of the file; its folder must exist. An existing file is replaced.
-        content: text is written as UTF-8.
-    """
+    """Write or replace a file in an existing folder, complete or not at all; text becomes UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync(partial)
@@ -44,12 +39,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def publish_folder(stage: Path, target: Path) -> None:
-    """Flush a finished folder to disk and rename it to `target`, which it replaces.
-
-    Args:
-        stage: on the same file system as `target`.
-        target: an existing folder is moved aside, to `.NAME.previous-*`, and removed last.
-    """
+    """Flush a folder to disk and rename it to `target`; an existing one is moved aside first and removed last."""
     for path in [*stage.rglob("*"), stage]:
         fsync(path)
     previous = target.parent / f".{target.name}.previous-{secrets.token_hex(4)}"
@@ -64,14 +54,12 @@ def publish_folder(stage: Path, target: Path) -> None:
 def staged_folder(target: Path, *, mark: str, num_bytes: int) -> Iterator[Path]:
     """Fill a hidden folder beside `target`; publish it at the end of the block, or remove it if the block fails.
 
-    An existing folder of the same kind is replaced. Whatever killed processes left of either is cleaned up first.
+    An existing folder is replaced if it contains the file `mark`. Leftovers of killed processes are removed first.
 
     Args:
         target: absolute path of the folder.
-        mark: name of a file that every folder of this kind contains; a folder without it is never replaced.
+        mark: name of a file that every folder of this kind contains.
         num_bytes: least number of bytes that will be written.
-    Yields:
-        The hidden folder.
     Raises:
         StoreError: the disk is full, something else is at the path, another process is writing the folder, or a
             write failed.
@@ -120,9 +108,12 @@ def _clean_up(target: Path) -> None:
 
 def _check_replaceable(target: Path, mark: str) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise StoreError(f"{target} is a file or a link; expected an exported folder or nothing. Move it away.")
-    if target.exists() and any(target.iterdir()) and not (target / mark).exists():
-        raise StoreError(f"{target} is a folder without {mark}; expected an exported folder or nothing. Move it away.")
+        found = "a file or a link"
+    elif target.exists() and any(target.iterdir()) and not (target / mark).exists():
+        found = f"a folder without {mark}"
+    else:
+        return
+    raise StoreError(f"{target} is {found}; expected an exported folder or nothing. Move it away.")
 
 
 def _errno(error: BaseException) -> int | None:

@@ -29,17 +29,17 @@ class FileLock:
 
     @property
     def is_held(self) -> bool:
-        """True in the process that took the lock, until it is released."""
+        """Whether this process took the lock and has not released it."""
         return self._descriptor >= 0 and os.getpid() == self._owner
 
     def release(self) -> None:
-        """Release the lock; do nothing if it is released already, or in a forked child."""
+        """Release the lock, if it is held."""
         if self.is_held:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def remove(self) -> None:
-        """Remove the locked file and release the lock; do nothing if it is released, or in a forked child."""
+        """Remove the locked file and release the lock, if it is held."""
         if self.is_held:
             self.path.unlink(missing_ok=True)
             self.release()
@@ -52,14 +52,7 @@ class FileLock:
 
 
 def try_lock(path: Path, wait_seconds: float = 0.0) -> FileLock | None:
-    """Lock a file, which is created if absent.
-
-    Args:
-        path: of the file; its folder must exist.
-        wait_seconds: how long to wait for another process.
-    Returns:
-        The lock; None if another process still holds it.
-    """
+    """Lock a file, created if absent; None if another process still holds the lock after `wait_seconds`."""
     deadline = time.monotonic() + wait_seconds
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

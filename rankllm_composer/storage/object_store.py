@@ -89,8 +89,7 @@ def open_folder(target: str | Path, *below: str) -> Folder:
 def isolate_client_rng() -> None:
     """Give the S3 client and streaming a random number generator apart from Python's global one.
 
-    They draw in background threads, whenever a store keeps them waiting. The random numbers of a run and its
-    checkpoints must not depend on that.
+    They draw whenever a store keeps them waiting, and the random numbers of a run must not depend on that.
     """
     rng = random.Random()
     for name in _DRAWING_MODULES:
@@ -135,31 +134,27 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder in an object store.
-
-    Args:
-        url: such as s3://bucket/folder.
-        key: recipe key of the URL, for messages.
-    """
+    """A folder in an object store; messages begin with the recipe key of its URL, if given."""
 
     def __init__(self, url: str, key: str = "") -> None:
         self.url = url.rstrip("/")
         self.name = without_credentials(self.url)
         self._prefix = f"{key}: {self.name}" if key else self.name
+        parts = urlsplit(self.url)
+        self._bucket, self._is_s3 = parts.netloc, parts.scheme == "s3"
+        self._key_prefix = f"{parts.path.strip('/')}/".lstrip("/")
         self._uploader: Any = None
         self._downloader: Any = None
 
     def files(self) -> dict[str, StoredFile] | None:
-        uploader = self._connect()
-        parts = urlsplit(self.url)
-        prefix = f"{parts.path.strip('/')}/".lstrip("/")
+        uploader, prefix = self._connect(), self._key_prefix
         try:
-            if parts.scheme == "s3":
-                pages = uploader.s3.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix)
-                entries = [entry for page in pages for entry in page.get("Contents", ())]
+            if self._is_s3:
+                pages = uploader.s3.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
                 return {
                     entry["Key"].removeprefix(prefix): StoredFile(entry["Size"], entry["ETag"].strip('"'))
-                    for entry in entries
+                    for page in pages
+                    for entry in page.get("Contents", ())
                 }
             keys = uploader.list_objects() or []
         except NotImplementedError:
@@ -183,7 +178,7 @@ class RemoteFolder:
     def write(self, name: str, content: str | bytes) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             Path(scratch, name).write_bytes(content.encode() if isinstance(content, str) else content)
-            self.put(Path(scratch), [name], _ignore)
+            self.put(Path(scratch), [name], lambda line: None)
 
     def fetch(self, name: str, scratch: Path) -> Path:
         from streaming.base.storage.download import DEFAULT_TIMEOUT, CloudDownloader
@@ -226,13 +221,9 @@ class RemoteFolder:
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files in this order; do nothing in a store other than S3."""
-        parts = urlsplit(self.url)
-        if parts.scheme != "s3":
-            return
-        client = self._connect().s3
-        for name in names:
+        for name in names if self._is_s3 else ():
             try:
-                client.delete_object(Bucket=parts.netloc, Key=f"{parts.path.strip('/')}/{name}".lstrip("/"))
+                self._connect().s3.delete_object(Bucket=self._bucket, Key=f"{self._key_prefix}{name}")
             except Exception as error:  # as above
                 raise self._error(f"{name} cannot be removed", error) from error
 
@@ -255,10 +246,6 @@ class RemoteFolder:
             f"{self._prefix}: {what}: {reason}. Check the name, the credentials and (S3) S3_ENDPOINT_URL, then rerun "
             "the same command; files stored so far are kept."
         )
-
-
-def _ignore(line: str) -> None:
-    del line
 
 
 def _is_stored(path: Path, stored: StoredFile | None, *, etag: bool = True) -> bool:
