@@ -233,7 +233,7 @@ def build_callbacks(
     from rankllm_composer.export.model_folder import ServedModel
     from rankllm_composer.recipe.load import recipe_to_yaml
     from rankllm_composer.storage.object_store import is_remote
-    from rankllm_composer.training.checkpoint_callback import CheckpointFolder, ends_epoch
+    from rankllm_composer.training.checkpoint_callback import CheckpointFolder
     from rankllm_composer.training.export_callback import ExportFolder
     from rankllm_composer.training.guards import EpochGuard, LossGuard
     from rankllm_composer.training.stopping import Preemption
@@ -276,7 +276,7 @@ def build_callbacks(
         recipe_yaml=recipe_to_yaml(recipe),
     )
     named = [_named("callbacks", name, kinds[name], options) for name, options in recipe.logging.callbacks.items()]
-    return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop, ends_epoch)]
+    return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop)]
 
 
 def export_dtype(recipe: Recipe) -> Dtype:

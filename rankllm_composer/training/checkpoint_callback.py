@@ -6,10 +6,11 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import composer.algorithms
-from composer.core import Callback, Event
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, load_checkpoint, reproducibility
 from composer.utils.checkpoint import save_checkpoint
 
@@ -29,10 +30,7 @@ from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import CheckpointError
 from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
 from rankllm_composer.storage.atomic import write_atomic
-
-if TYPE_CHECKING:
-    from composer.core import State
-    from composer.loggers import Logger
+from rankllm_composer.training.progress import ends_epoch
 
 log = logging.getLogger(__name__)
 UNSHARDED_FILE = "rank0.pt"
@@ -135,11 +133,9 @@ class CheckpointFolder(Callback):
     # epoch, but not where a resumed run starts in the middle of one.
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        del state, logger
         self._restore_random_numbers()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        del state, logger
         self._restore_random_numbers()
 
     def _restore_random_numbers(self) -> None:
@@ -194,13 +190,11 @@ class CheckpointFolder(Callback):
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        del logger
         self._is_due = self._is_time(state, Event.BATCH_CHECKPOINT) or self._is_due
         if self._is_due and not ends_epoch(state):
             self.save(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        del logger
         if self._is_time(state, Event.EPOCH_CHECKPOINT) or self._is_due:
             self.save(state)
 
@@ -270,7 +264,6 @@ class CheckpointFolder(Callback):
             run_on_rank_zero(self.store.finish, "upload of the newest checkpoint")
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        del state, logger
         self.finish()
 
     def save_to_stop(self, state: State) -> None:
@@ -284,12 +277,6 @@ def _drop_unused(state_dict: dict[str, Any]) -> None:
     which a sharded checkpoint would have one entry per token of the vocabulary."""
     for name in ("integrations", "metadata"):
         state_dict["state"].pop(name, None)
-
-
-def ends_epoch(state: State) -> bool:
-    """Whether the batch just trained is the last of its epoch."""
-    length = state.dataloader_len
-    return length is not None and state.timestamp.batch_in_epoch.value >= length.value
 
 
 def _on_every_rank(task: Callable[[], Any]) -> Any:

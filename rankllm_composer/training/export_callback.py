@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from composer.core import Callback, Time, TimeUnit
+from composer.core import Callback, State, Time, TimeUnit
+from composer.loggers import Logger
 from composer.utils import dist
 
 from rankllm_composer.distributed import run_on_rank_zero
@@ -19,11 +20,7 @@ from rankllm_composer.export.model_card import CardFacts, render_card
 from rankllm_composer.export.model_folder import BEST, DTYPES, ServedModel, local_path, write_model_folder
 from rankllm_composer.export.weights import Weights, causal_lm_class, gather_full_state_dict, hf_module
 from rankllm_composer.prompts.client_names import warn_misread
-
-if TYPE_CHECKING:
-    from composer.core import State
-    from composer.loggers import Logger
-
+from rankllm_composer.training.progress import ends_epoch
 
 log = logging.getLogger(__name__)
 
@@ -73,20 +70,17 @@ class ExportFolder(Callback):
         self._last_batch = -1
 
     def init(self, state: State, logger: Logger) -> None:
-        del state, logger
         if dist.get_global_rank() == 0:
             warn_misread(self.folder)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        del logger
         batch = state.timestamp.batch.value
         # After the last batch of an epoch, `epoch_checkpoint` exports and names the folder.
-        stops_here = _is_finished(state) and state.timestamp.batch_in_epoch.value != _num_batches(state)
+        stops_here = _is_finished(state) and not ends_epoch(state)
         if stops_here or (self._interval.unit == TimeUnit.BATCH and batch % self._interval.value == 0):
             self._export(state, f"batch_{batch}")
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        del logger
         epoch = state.timestamp.epoch.value
         if _is_finished(state) or (self._interval.unit == TimeUnit.EPOCH and epoch % self._interval.value == 0):
             self._export(state, f"epoch_{epoch - 1}")
@@ -145,7 +139,3 @@ def _link(link: Path, target: str) -> None:
 def _is_finished(state: State) -> bool:
     elapsed = state.get_elapsed_duration()
     return elapsed is not None and elapsed.value >= 1.0
-
-
-def _num_batches(state: State) -> int | None:
-    return None if state.dataloader_len is None else state.dataloader_len.value

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from composer.core import Callback
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
 
 from rankllm_composer.errors import RunError
-
-if TYPE_CHECKING:
-    from composer.core import State
-    from composer.loggers import Logger
 
 MAX_IDS_SHOWN = 20
 
@@ -36,11 +33,9 @@ class LossGuard(Callback):
         self._microbatches: list[tuple[list[str], torch.Tensor]] = []
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        del state, logger
         self._microbatches = []
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        del logger
         loss: Any = state.loss
         total = loss["total"] if isinstance(loss, Mapping) else loss
         self._microbatches.append((list(state.batch["record_ids"]), total.detach().isfinite().all()))
@@ -48,7 +43,7 @@ class LossGuard(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         finite = torch.stack([is_finite for _, is_finite in self._microbatches])
         gradients = [weight.grad for weight in state.model.parameters() if weight.grad is not None]
-        largest = [_local(gradient).abs().amax() for gradient in gradients if _local(gradient).numel()]
+        largest = [part.abs().amax() for part in map(_local, gradients) if part.numel()]
         is_bad = ~finite.all()
         if largest:
             is_bad = is_bad | ~torch.stack(largest).isfinite().all()
@@ -63,10 +58,8 @@ class LossGuard(Callback):
         bad_ids = [name for (ids, _), is_finite in zip(self._microbatches, finite) if not is_finite for name in ids]
         all_ids = [name for ids, _ in self._microbatches for name in ids]
         parts = dist.all_gather_object((bad_ids, all_ids))
-        in_loss = {rank: bad for rank, (bad, _) in enumerate(parts) if bad}
-        batch = state.timestamp.batch.value + 1
-        if in_loss:
-            where = "; ".join(f"rank {rank}: {_shown(ids)}" for rank, ids in in_loss.items())
+        where = "; ".join(f"rank {rank}: {_shown(ids)}" for rank, (ids, _) in enumerate(parts) if ids)
+        if where:
             problem = f"the loss is not finite ({where})"
         else:
             ids = [name for _, ids in parts for name in ids]
@@ -74,9 +67,9 @@ class LossGuard(Callback):
         if self.num_skipped >= self.max_skipped_updates:
             skipped = f", after {self.num_skipped} skipped updates" if self.num_skipped else ""
             raise RunError(
-                f"batch {batch}: {problem}{skipped}; the weights are unchanged since the previous batch. Inspect these "
-                "lists, lower optimizer.lr, resume from the last checkpoint, or allow the run to skip updates "
-                "(optimizer.max_skipped_updates)."
+                f"batch {state.timestamp.batch.value + 1}: {problem}{skipped}; the weights are unchanged since the "
+                "previous batch. Inspect these lists, lower optimizer.lr, resume from the last checkpoint, or allow "
+                "the run to skip updates (optimizer.max_skipped_updates)."
             )
         self.num_skipped += 1
         for weight in state.model.parameters():
@@ -121,8 +114,7 @@ class EpochGuard(Callback):
         sequences = state.batch["sequences"]
         trained = sum(s.encoded is not None for s in sequences)
         padding = sum(not s.record_id for s in sequences)
-        counts = torch.tensor([trained, len(sequences) - trained - padding, padding])
-        counts = state.device.tensor_to_device(counts)
+        counts = state.device.tensor_to_device(torch.tensor([trained, len(sequences) - trained - padding, padding]))
         dist.all_reduce(counts, reduce_operation="SUM")
         for name, count in zip(self._counts, counts.tolist()):
             self._counts[name] += count

@@ -12,17 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from composer.core import TimeUnit
-from composer.loggers import LoggerDestination
+from composer.core import State, TimeUnit
+from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from rankllm_composer.errors import RunError
-
-if TYPE_CHECKING:
-    from composer.core import State
-    from composer.loggers import Logger
 
 log = logging.getLogger(__name__)
 LOSS_PREFIX = "loss/train/"
@@ -37,12 +33,9 @@ class MetricsFile(LoggerDestination):
       batch_seconds, tokens_per_second of all ranks together, and every logged metric under its name, such as
       `loss/train/total`;
     - "eval" and "epoch": metrics logged by an evaluation or at the end of an epoch, if any.
-    A value that is not finite is null, and `not_finite` holds it as text: nan, inf or -inf.
+    A value that is not finite is null, and `not_finite` holds it as text: nan, inf or -inf. A resumed run drops lines
+    after the batch that it resumes from, and an incomplete last line.
 
-    A resumed run drops lines after the batch that it resumes from, and an incomplete last line.
-
-    Args:
-        path: of the file; its folder is created.
     Raises:
         RunError: on rank 0: a line could not be written.
     """
@@ -54,7 +47,6 @@ class MetricsFile(LoggerDestination):
         self._lr: float | None = None
 
     def after_load(self, state: State, logger: Logger) -> None:
-        del logger
         if dist.get_global_rank() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,40 +57,26 @@ class MetricsFile(LoggerDestination):
             log.info("%s: dropped %d lines after batch %d", self.path, dropped, state.timestamp.batch.value)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        del step
         if self._descriptor is not None:
             self._pending.update({name: value for name, value in metrics.items() if not name.startswith(_OTHER_TIMES)})
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        del logger
-        # At BATCH_END the schedule has already advanced to the next step.
-        self._lr = _learning_rate(state)
+        self._lr = _learning_rate(state)  # at BATCH_END the schedule has already advanced to the next step
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        del logger
         now, before = state.timestamp, state.previous_timestamp
         assert before is not None
         seconds = now.batch_wct.total_seconds()
         tokens = now.token.value - before.token.value
-        self._write(
-            "batch",
-            state,
-            {
-                "samples": now.sample.value,
-                "tokens": now.token.value,
-                "lr": self._lr,
-                "batch_seconds": round(seconds, 6),
-                "tokens_per_second": round(tokens / seconds, 3) if seconds > 0 else None,
-            },
-        )
+        speed = round(tokens / seconds, 3) if seconds > 0 else None
+        values = {"samples": now.sample.value, "tokens": now.token.value, "lr": self._lr}
+        self._write("batch", state, {**values, "batch_seconds": round(seconds, 6), "tokens_per_second": speed})
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        del logger
         if self._pending:
             self._write("epoch", state)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        del logger
         if self._pending:
             self._write("eval", state)
 
@@ -106,7 +84,6 @@ class MetricsFile(LoggerDestination):
         self.eval_after_all(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        del state, logger
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -136,9 +113,6 @@ class ProgressLine(LoggerDestination):
 
     Args:
         stream: output; None = standard error.
-        interval_seconds: time between plain lines.
-        redraw_seconds: time between redraws on a terminal.
-        clock: monotonic clock in seconds.
     """
 
     def __init__(
@@ -162,7 +136,6 @@ class ProgressLine(LoggerDestination):
         self._line_open = False
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        del step
         for name, value in metrics.items():
             number = _number(value)
             if number is None:
@@ -173,40 +146,36 @@ class ProgressLine(LoggerDestination):
                 self._quality[" ".join(name.split("/")[-2:])] = number
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        del logger
         self._start = (self._clock(), fraction_done(state))
         self._last_shown = None
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        del logger
         self._lr = _learning_rate(state)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        del logger
         before = state.previous_timestamp
         assert before is not None
         tokens = state.timestamp.token.value - before.token.value
         self._speeds.append((tokens, state.timestamp.batch_wct.total_seconds()))
         now = self._clock()
-        pause = self._redraw_seconds if self._on_terminal() else self._interval_seconds
-        ends = fraction_done(state) >= 1.0 or state.timestamp.batch_in_epoch.value == _batches_in_epoch(state)
+        pause = self._redraw_seconds if self._output.isatty() else self._interval_seconds
+        ends = fraction_done(state) >= 1.0 or ends_epoch(state)
         if ends or self._last_shown is None or now - self._last_shown >= pause:
             self._last_shown = now
             self._show(self._text(state, now))
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        del state, logger
-        self._end_line()
+        self.close(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        del state, logger
-        self._end_line()
+        if self._line_open:
+            self._output.write("\n")
+            self._line_open = False
 
     def _text(self, state: State, now: float) -> str:
-        stamp = state.timestamp
-        epochs, batches = _total_epochs(state), _total_batches(state)
-        parts = [f"epoch {stamp.epoch.value + 1}" + (f"/{epochs}" if epochs is not None else "")]
-        parts.append(f"batch {stamp.batch.value}" + (f"/{batches}" if batches is not None else ""))
+        epochs, batches = _totals(state)
+        parts = [f"epoch {state.timestamp.epoch.value + 1}" + (f"/{epochs}" if epochs is not None else "")]
+        parts.append(f"batch {state.timestamp.batch.value}" + (f"/{batches}" if batches is not None else ""))
         if self._losses:
             total = self._losses.get("total")
             rest = [f"{name} {value:.4g}" for name, value in self._losses.items() if name != "total"]
@@ -234,22 +203,17 @@ class ProgressLine(LoggerDestination):
     def _show(self, text: str) -> None:
         if dist.get_global_rank() != 0:
             return
-        stream = self._stream or sys.stderr
-        if self._on_terminal():
+        if self._output.isatty():
             width = shutil.get_terminal_size().columns
-            stream.write(f"\r\x1b[K{text[: width - 1]}")
+            self._output.write(f"\r\x1b[K{text[: width - 1]}")
             self._line_open = True
         else:
-            stream.write(text + "\n")
-        stream.flush()
+            self._output.write(text + "\n")
+        self._output.flush()
 
-    def _end_line(self) -> None:
-        if self._line_open:
-            (self._stream or sys.stderr).write("\n")
-            self._line_open = False
-
-    def _on_terminal(self) -> bool:
-        return (self._stream or sys.stderr).isatty()
+    @property
+    def _output(self) -> TextIO:
+        return self._stream or sys.stderr
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -272,22 +236,22 @@ def fraction_done(state: State) -> float:
     return min(1.0, elapsed.value) if elapsed is not None else 0.0
 
 
+def ends_epoch(state: State) -> bool:
+    """Whether the batch just trained is the last of its epoch."""
+    length = _batches_in_epoch(state)
+    return length is not None and state.timestamp.batch_in_epoch.value >= length
+
+
 def _batches_in_epoch(state: State) -> int | None:
     return None if state.dataloader_len is None else state.dataloader_len.value
 
 
-def _total_batches(state: State) -> int | None:
+def _totals(state: State) -> tuple[int | None, int | None]:
+    """Epochs and batches of the whole run, as far as its duration determines them."""
     longest, length = state.max_duration, _batches_in_epoch(state)
-    if longest is None:
-        return None
-    if longest.unit == TimeUnit.BATCH:
-        return longest.value
-    return longest.value * length if longest.unit == TimeUnit.EPOCH and length is not None else None
-
-
-def _total_epochs(state: State) -> int | None:
-    longest = state.max_duration
-    return longest.value if longest is not None and longest.unit == TimeUnit.EPOCH else None
+    if longest is not None and longest.unit == TimeUnit.EPOCH:
+        return longest.value, None if length is None else longest.value * length
+    return None, longest.value if longest is not None and longest.unit == TimeUnit.BATCH else None
 
 
 def _learning_rate(state: State) -> float | None:

@@ -22,10 +22,7 @@ def learning_rate_factor(
         constant: 1
 
     Args:
-        update: 0 = the first.
-        name: "cosine", "linear" or "constant".
-        num_updates: steps of the run; later steps keep the last factor.
-        num_warmup: steps of the linear warmup from 0.
+        update: 0 = the first; those after `num_updates` keep the last factor.
         final_fraction: f, the last factor of cosine and linear.
     Source:
         `get_cosine_schedule_with_warmup` of transformers, which the published runs used; f = 0 there.
@@ -44,8 +41,6 @@ def updates_in(time: str, *, updates_per_epoch: int, lists_per_update: int, num_
 
     Args:
         time: in epochs (ep), batches (ba), samples (sp) or fractions of the run (dur).
-        updates_per_epoch: batches of the loader.
-        lists_per_update: the global batch.
         num_updates: steps of the run, for fractions of it.
     Raises:
         ValueError: another unit.
@@ -87,14 +82,14 @@ def build_schedule(
         raise ValueError(f"schedule.name is {name!r}; expected one of {', '.join(SCHEDULES)}")
     in_updates = partial(updates_in, updates_per_epoch=updates_per_epoch, lists_per_update=lists_per_update)
     num_updates = in_updates(max_duration)
-    factor = partial(
-        learning_rate_factor,
-        name=name,
-        num_updates=num_updates,
-        num_warmup=in_updates(warmup, num_updates=num_updates),
-        final_fraction=final_fraction,
-    )
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: factor(update))
+    num_warmup = in_updates(warmup, num_updates=num_updates)
+
+    def factor(update: int) -> float:  # a function, since a scheduler's state would include a partial
+        return learning_rate_factor(
+            update, name=name, num_updates=num_updates, num_warmup=num_warmup, final_fraction=final_fraction
+        )
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:

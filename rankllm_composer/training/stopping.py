@@ -10,17 +10,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import psutil
 import torch
-from composer.core import Callback
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
 
 from rankllm_composer.redaction import redact
-
-if TYPE_CHECKING:
-    from composer.core import State
-    from composer.loggers import Logger
+from rankllm_composer.training.progress import ends_epoch
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
@@ -41,8 +40,6 @@ class Peer(NamedTuple):
     started: float
 
     def is_alive(self) -> bool:
-        import psutil
-
         try:
             process = psutil.Process(self.process)
             return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
@@ -71,16 +68,12 @@ class PeerWatch:
 
     def start(self) -> None:
         """Watch the other ranks on this machine. A collective."""
-        import psutil
-        from composer.utils import dist
-
         process = psutil.Process()
         self.rank, machine = dist.get_global_rank(), socket.gethostname()
         everyone = dist.all_gather_object((machine, Peer(self.rank, process.pid, process.create_time())))
         self.watch([peer for other, peer in everyone if other == machine and peer.rank != self.rank])
 
     def watch(self, peers: list[Peer]) -> None:
-        """Watch the given ranks."""
         self.peers = peers
         if peers:
             threading.Thread(target=self._look, name="peer watch", daemon=True).start()
@@ -124,22 +117,25 @@ class PeerWatch:
             stragglers = self.find_stragglers() if "timed out" in str(failure).lower() else ""
             waited = f"; it waited for {stragglers}" if stragglers else ""
             report(f"error: rank {self.rank}: {type(failure).__name__}: {failure}{waited}; {RESUME}")
-        if self.peers:
-            threading.Thread(target=self._end_later, args=(code,), name="end", daemon=True).start()
-        return code
+        return self._end_soon(code)
 
     def exit_preempted(self, request: Preempted) -> int:
         """Report a stop on request, on rank 0, and end this process within `GRACE_SECONDS`. Returns exit code 0."""
         self.stop()
         if self.rank == 0:
             report(str(request))
-        if self.peers:
-            threading.Thread(target=self._end_later, args=(0,), name="end", daemon=True).start()
-        return 0
+        return self._end_soon(0)
 
-    def _end_later(self, code: int) -> None:
-        time.sleep(GRACE_SECONDS)
-        self._end(code)
+    def _end_soon(self, code: int) -> int:
+        """End this process after `GRACE_SECONDS`, if it has peers and still runs. Returns the exit code."""
+
+        def end_later() -> None:
+            time.sleep(GRACE_SECONDS)
+            self._end(code)
+
+        if self.peers:
+            threading.Thread(target=end_later, name="end", daemon=True).start()
+        return code
 
     def _look(self) -> None:
         while not self._stopped.wait(POLL_SECONDS):
@@ -172,42 +168,35 @@ class Preemption(Callback):
 
     Args:
         save: collective that writes a checkpoint of a state unless there is one.
-        ends_epoch: whether the batch just trained is the last of its epoch.
     Raises:
         Preempted: on every rank, after the checkpoint.
     """
 
-    def __init__(self, save: Callable[[State], None], ends_epoch: Callable[[State], bool]) -> None:
+    def __init__(self, save: Callable[[State], None]) -> None:
         self.save = save
-        self.ends_epoch = ends_epoch
         self._launcher = os.getppid()
         self._is_requested = self._is_agreed = False
         self._handler_before: Any = signal.SIG_DFL
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        del state, logger
         self._handler_before = signal.signal(signal.SIGTERM, self._request)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        del logger
-        requested = torch.tensor([self._is_requested or os.getppid() != self._launcher], dtype=torch.int32)
-        requested = state.device.tensor_to_device(requested)
+        is_requested = self._is_requested or os.getppid() != self._launcher
+        requested = state.device.tensor_to_device(torch.tensor([is_requested], dtype=torch.int32))
         dist.all_reduce(requested, reduce_operation="MAX")
         self._is_agreed = bool(requested.item())
-        if self._is_agreed and not self.ends_epoch(state):
+        if self._is_agreed and not ends_epoch(state):
             self._stop(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        del logger
         if self._is_agreed:
             self._stop(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        del state, logger
         signal.signal(signal.SIGTERM, self._handler_before)
 
     def _request(self, number: int, frame: object) -> None:
-        del number, frame
         self._is_requested = True
 
     def _stop(self, state: State) -> None:
@@ -219,11 +208,7 @@ class Preemption(Callback):
 
 
 def raise_preempted(number: int, frame: object) -> None:
-    """Handle SIGTERM before and after training, when there is nothing to save.
-
-    Raises:
-        Preempted: always.
-    """
+    """Handle SIGTERM before and after training, when there is nothing to save."""
     del number, frame
     raise Preempted("stop requested (SIGTERM) outside training, nothing to save; rerun the same command to resume")
 

@@ -25,31 +25,18 @@ ACTIVITIES = {
 NOTICE_SECONDS = 1.0
 """How far apart the timeouts of ranks that wait for the same one may be."""
 
-_NOTE_BYTES = 120
-
 
 class StatusNote(NamedTuple):
-    """What a rank is doing.
+    """What a rank is doing."""
 
-    Args:
-        num_steps: steps of the run that the rank has finished.
-        batch: number of the batch, 1 = the first.
-        activity: a value of `ACTIVITIES`.
-        since: Unix time when it began.
-    """
-
-    num_steps: int
-    batch: int
-    activity: str
-    since: float
+    num_steps: int  # of the run, finished by the rank
+    batch: int  # 1 = the first
+    activity: str  # a value of `ACTIVITIES`
+    since: float  # Unix time
 
 
 class StatusNotes(Callback):
-    """Write to a small file, at each step of a batch, what this rank is doing.
-
-    Args:
-        folder: on a disk that all ranks share.
-    """
+    """Write to a small file in a folder that all ranks share, at each step of a batch, what this rank is doing."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,12 +50,11 @@ class StatusNotes(Callback):
             batch = state.timestamp.batch.value + (event not in (Event.BATCH_END, Event.EPOCH_END))
             with suppress(OSError):  # a full disk is reported by whatever must be written
                 self._file.seek(0)
-                self._file.write(f"{self._num_steps}\t{batch}\t{activity}\t{time.time()}".ljust(_NOTE_BYTES).encode())
+                self._file.write(f"{self._num_steps}\t{batch}\t{activity}\t{time.time()}".ljust(120).encode())
             self._num_steps += 1
         super().run_event(event, state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        del state, logger
         self._file.close()
         self._path.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from rankllm_composer.export.weights import hf_module
 from rankllm_composer.options import DECODINGS
 from rankllm_composer.ranking.evaluation import (
     EvaluationOptions,
-    WindowResult,
     evaluate_windows,
     position_matrix,
     summarize,
@@ -33,17 +33,15 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 class Validation(Callback):
-    """Ranks windows every so many epochs or batches, and at the end; logs the figures of `evaluation.summarize`.
+    """Rank windows at an interval and at the end of training; log the figures of `evaluation.summarize`.
 
     The figures are of the windows of all ranks, each counted once, and the same on every rank.
 
     Args:
         records: this rank's share of the windows; ranks may have different numbers, or none.
-        tokenizer: of the model.
-        contract: how the model is read.
         interval: Composer time string.
         options: how the windows are ranked; None for the defaults.
-        details: rank 0 adds a line an evaluation to this file, see `read_details`. None = nowhere.
+        details: file to which rank 0 adds a line per evaluation, see `read_details`; None = not written.
     """
 
     def __init__(
@@ -79,21 +77,19 @@ class Validation(Callback):
             self.figures = {PREFIX + name: value for name, value in summarize(results).items()}
             logger.log_metrics(self.figures)
             if self._details is not None and dist.get_global_rank() == 0:
+                positions = {name: position_matrix(results, name) for name in DECODINGS}
+                details = {
+                    "batch": batch,
+                    "epoch": state.timestamp.epoch.value,
+                    "ndcg@10": {result.id: window_ndcg(result) for result in results},
+                    "positions": {name: counts.tolist() for name, counts in positions.items() if counts.size},
+                }
                 with self._details.open("a") as file:
-                    file.write(json.dumps(_details(state, results)) + "\n")
+                    file.write(json.dumps(details) + "\n")
 
     def figures_after(self, num_batches: int) -> dict[str, float]:
         """Return the figures of the model after `num_batches`; empty if it was not evaluated then."""
         return self.figures if num_batches == self._last_batch else {}
-
-
-def _details(state: State, results: Sequence[WindowResult]) -> dict[str, Any]:
-    return {
-        "batch": state.timestamp.batch.value,
-        "epoch": state.timestamp.epoch.value,
-        "ndcg@10": {result.id: window_ndcg(result) for result in results},
-        "positions": {name: counts.tolist() for name in DECODINGS if (counts := position_matrix(results, name)).size},
-    }
 
 
 def read_details(path: Path) -> Iterator[dict[str, Any]]:
@@ -105,9 +101,7 @@ def read_details(path: Path) -> Iterator[dict[str, Any]]:
     """
     results = {}
     for line in path.read_text().splitlines():
-        try:
+        with suppress(ValueError, KeyError, TypeError):  # incomplete line of a killed run, which is written again
             details = json.loads(line)
             results[details["batch"]] = details
-        except (ValueError, KeyError, TypeError):  # incomplete line of a killed run, which is written again
-            continue
     yield from (results[batch] for batch in sorted(results))
