@@ -24,54 +24,29 @@ _BY_RECIPE = {"rank_zephyr": _RANK_ZEPHYR, "rank_zephyr_stage2": _RANK_ZEPHYR, "
 
 
 def published_figures(run_name: str) -> Mapping[str, float]:
-    """nDCG@10 published for a recipe, by set and measure: dl20-bm25/nDCG@10.
+    """nDCG@10 published for the recipes of RankZephyr and FirstMistral, by set and measure (dl20-bm25/nDCG@10).
 
-    The sets are TREC Deep Learning 2019 and 2020, the top 100 of SPLADE++ or of BM25 reranked, and the mean of 11
-    sets of BEIR.
-
-    Args:
-        run_name: `run.name` of the recipe, which a copy made to try something else changes.
-    Returns:
-        Empty if nothing is published for it.
-    Source:
-        Published for RankZephyr and FirstMistral; the header of each recipe has the same.
+    Empty for other recipes. The sets are TREC Deep Learning 2019 and 2020, the top 100 of SPLADE++ or of BM25
+    reranked, and the mean of 11 sets of BEIR. The header of each recipe has the same figures.
     """
     return {f"{name}/{MEASURE}": value for name, value in _BY_RECIPE.get(run_name, {}).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """Content of a model card.
-
-    Attributes:
-        name: of the model.
-        base_model: hub id or path of the model that was fine-tuned; None = trained from scratch.
-        base_licence: SPDX name of its licence, where known.
-        data: sources of the training lists.
-        num_lists: training lists; None = not counted.
-        losses: part of the objective → its weight.
-        hyperparameters: name → value, in the order of the table.
-        contract: how the model is prompted and read.
-        progress: point in training that the weights are from.
-        figures: name → measured value.
-        published: name → published value for this recipe, by the same names as `figures`.
-        tolerance: share of a published value a measured one may differ by.
-        notes: further sentences for the reader.
-    """
+    """Content of a model card."""
 
     name: str
-    base_model: str | None
+    base_model: str | None  # hub id or path of the fine-tuned model; None = trained from scratch
     contract: DecodingContract
-    base_licence: str | None = None
-    data: tuple[str, ...] = ()
-    num_lists: int | None = None
-    losses: Mapping[str, float] = field(default_factory=dict)
-    hyperparameters: Mapping[str, object] = field(default_factory=dict)
-    progress: str = ""
-    figures: Mapping[str, float] = field(default_factory=dict)
-    published: Mapping[str, float] = field(default_factory=dict)
-    tolerance: float = TOLERANCE
-    notes: tuple[str, ...] = ()
+    base_licence: str | None = None  # SPDX name, where known
+    data: tuple[str, ...] = ()  # sources of the training lists
+    num_lists: int | None = None  # None = not counted
+    losses: Mapping[str, float] = field(default_factory=dict)  # part of the objective → weight
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)  # in the order of the table
+    progress: str = ""  # point in training that the weights are from
+    figures: Mapping[str, float] = field(default_factory=dict)  # measured
+    published: Mapping[str, float] = field(default_factory=dict)  # for this recipe, by the names of `figures`
 
 
 def render_card(facts: CardFacts) -> str:
@@ -82,7 +57,7 @@ def render_card(facts: CardFacts) -> str:
         f"# {facts.name}",
         _introduction(facts, base),
         _training(facts),
-        _results_section(facts.figures, facts.published, facts.tolerance),
+        _results_section(facts.figures, facts.published),
         _serving(facts.contract),
         _licence(facts, base),
     ]
@@ -90,14 +65,7 @@ def render_card(facts: CardFacts) -> str:
 
 
 def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
-    """Add measured figures to the results of a card, with the verdict where one is published.
-
-    Args:
-        card: file that `render_card` made.
-        figures: name → value; they replace figures of the same name.
-    Raises:
-        ModelError: the file has no results section.
-    """
+    """Add or replace measured figures in the results of a card; raise ModelError if it has no such section."""
     path = Path(card)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
@@ -110,21 +78,15 @@ def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
         for place, values in enumerate((measured, published)):
             if place < len(cells) and re.fullmatch(r"-?\d+\.\d+", cells[place]):
                 values[name] = float(cells[place])
-    section = _results_section(measured | dict(figures), published, TOLERANCE)
+    section = _results_section(measured | dict(figures), published)
     write_atomic(path, text[: found.start()] + section + "\n\n" + text[found.end() :])
 
 
-def verdict(measured: float | None, published: float, tolerance: float = TOLERANCE) -> str:
-    """Compare a measured figure with a published one: within tolerance, below, above, or not measured.
-
-    Args:
-        measured: figure of this model; None = not measured.
-        published: figure to compare with.
-        tolerance: share of the published figure.
-    """
+def verdict(measured: float | None, published: float) -> str:
+    """Compare a measured figure with a published one: within tolerance, below, above, or not measured."""
     if measured is None:
         return "not measured"
-    if abs(measured - published) <= tolerance * abs(published):
+    if abs(measured - published) <= TOLERANCE * abs(published):
         return "within tolerance"
     return "below" if measured < published else "above"
 
@@ -151,9 +113,7 @@ def _introduction(facts: CardFacts, base: str | None) -> str:
         f"A listwise reranker, {origin} with rankllm-composer {__version__}. Given a query and up to "
         f"{facts.contract.window_size} passages, it orders the passages by relevance."
     )
-    if facts.progress:
-        text += f"\n\nWeights: {facts.progress}."
-    return "\n\n".join([text, *facts.notes])
+    return f"{text}\n\nWeights: {facts.progress}." if facts.progress else text
 
 
 def _training(facts: CardFacts) -> str:
@@ -167,8 +127,8 @@ def _training(facts: CardFacts) -> str:
     return "## Training\n\n" + _table(("setting", "value"), rows)
 
 
-def _results_section(figures: Mapping[str, float], published: Mapping[str, float], tolerance: float) -> str:
-    names = [*published, *(name for name in figures if name not in published)]
+def _results_section(figures: Mapping[str, float], published: Mapping[str, float]) -> str:
+    names = list({**published, **figures})
     if not names:
         return "## Results\n\nNot measured."
     if not published:
@@ -176,15 +136,10 @@ def _results_section(figures: Mapping[str, float], published: Mapping[str, float
     rows = []
     for name in names:
         ours, theirs = figures.get(name), published.get(name)
-        rows.append(
-            (
-                name,
-                "not measured" if ours is None else f"{ours:.4f}",
-                "–" if theirs is None else f"{theirs:.4f}",
-                "–" if theirs is None else verdict(ours, theirs, tolerance),
-            )
-        )
-    note = f"Tolerance: {tolerance:.1%} of the published figure."
+        measured = "not measured" if ours is None else f"{ours:.4f}"
+        compared = ("–", "–") if theirs is None else (f"{theirs:.4f}", verdict(ours, theirs))
+        rows.append((name, measured, *compared))
+    note = f"Tolerance: {TOLERANCE:.1%} of the published figure."
     return "## Results\n\n" + _table(("figure", "measured", "published", "verdict"), rows) + f"\n\n{note}"
 
 
@@ -224,12 +179,7 @@ def _serving(contract: DecodingContract) -> str:
 
 
 def serving_command(contract: DecodingContract, path: str = "PATH") -> str:
-    """The command by which rank_llm (0.25.7) serves an exported folder.
-
-    Args:
-        contract: of the model; one that needs its bracket appended cannot be served by rank_llm.
-        path: of the folder.
-    """
+    """The command by which rank_llm (0.25.7) serves a folder, unless its contract appends the bracket."""
     flags = "--use_alpha " if contract.identifier_style == "letters" else ""
     flags += "--use_logits" if contract.objective == "combined" else ""
     return (

@@ -34,30 +34,24 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Content of an exported folder besides the weights and the card.
+    """Content of an exported folder besides the weights and the card."""
 
-    Attributes:
-        config: of the model; not changed.
-        tokenizer: with the chat template of training.
-        contract: written as `reranker.json`.
-        generation_config: of the base model; None = made from `config`.
-        dtype: of the weights on disk.
-        model_class: HF class of the model; None = the one that `AutoModelForCausalLM` picks.
-        adapter_config: PEFT configuration; with it the folder contains an adapter instead of a model.
-    """
-
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig  # not changed
+    tokenizer: PreTrainedTokenizerBase  # with the chat template of training
     contract: DecodingContract
-    generation_config: GenerationConfig | None = None
-    dtype: Dtype = "bfloat16"
-    model_class: type[PreTrainedModel] | None = None
-    adapter_config: Any | None = None
+    generation_config: GenerationConfig | None = None  # of the base model; None = made from `config`
+    dtype: Dtype = "bfloat16"  # of the weights on disk
+    model_class: type[PreTrainedModel] | None = None  # None = the one that `AutoModelForCausalLM` picks
+    adapter_config: Any | None = None  # of PEFT; with it the folder contains an adapter instead of a model
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ModelError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        check_tokenizer(self.tokenizer, self.contract)
+        if chat_template_sha256(self.tokenizer) != self.contract.chat_template_sha256:
+            raise ModelError(
+                f"tokenizer {self.tokenizer.name_or_path} has another chat template than the contract; expected the "
+                "one of training. Make the contract from this tokenizer."
+            )
 
 
 def write_model_folder(
@@ -65,17 +59,12 @@ def write_model_folder(
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM`, `AutoTokenizer` and the inference client load.
 
-    The folder is written next to its destination and renamed, so it is complete or absent even if the process is
-    killed. Leftovers of killed processes are removed, and an earlier export of the same name is replaced.
+    It is complete or absent, as in `staged_folder`, and replaces an earlier export of the same name.
 
     Args:
-        folder: local path of the folder.
+        folder: local path.
         weights: full weights on the CPU, named as in the HF model; with an adapter configuration the adapter's alone.
-        model: configuration, tokenizer and contract.
         card: text of `README.md`; credentials in it are redacted.
-        max_shard_size: bytes of a weights file, such as "5GB".
-    Returns:
-        The folder.
     Raises:
         ModelError: the weights do not fit the configuration, or the tokenizer has more tokens than the model.
         StoreError: something else is at that path, or there is no space. Nothing is left behind in any case.
@@ -105,11 +94,9 @@ def write_model_folder(
 def export_checkpoint(
     checkpoint: str | Path, folder: str | Path, model: ServedModel, card: str, *, base: torch.nn.Module | None = None
 ) -> Path:
-    """Turn a Composer checkpoint, in one file or sharded, into a model folder.
+    """Turn a Composer checkpoint, in one file or sharded, into a model folder, as `write_model_folder` does.
 
     Args:
-        checkpoint: file, folder of shards, or a link to either; no code in it is run.
-        folder, model, card: see `write_model_folder`.
         base: PEFT model that a checkpoint's adapter is loaded into and merged with; full weights need none.
     Raises:
         ModelError: the checkpoint cannot be read, or holds an adapter without `base` or an adapter configuration; see
@@ -134,19 +121,6 @@ def local_path(folder: str | Path) -> Path:
     if "://" in str(folder):
         raise ModelError(f"{folder} is a URL; expected a local folder. Copy the finished export there.")
     return Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow the links a user made)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, contract: DecodingContract) -> None:
-    """Check that a tokenizer has the chat template of a contract.
-
-    Raises:
-        ModelError: it has another one.
-    """
-    if chat_template_sha256(tokenizer) != contract.chat_template_sha256:
-        raise ModelError(
-            f"tokenizer {tokenizer.name_or_path} has another chat template than the contract; expected the one of "
-            "training. Make the contract from this tokenizer."
-        )
 
 
 def _served_config(model: ServedModel) -> tuple[PretrainedConfig, GenerationConfig]:

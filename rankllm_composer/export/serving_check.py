@@ -47,25 +47,16 @@ _PLAIN = "\033[0m"
 
 @dataclass(frozen=True, slots=True)
 class RequestDiff:
-    """A request as this package tokenizes it, and as the client's server does.
+    """A request as this package tokenizes it, and as the client's server does."""
 
-    Attributes:
-        rows: (mark, token) in order: " " = both, "-" = only ours, "+" = only the client's.
-    """
-
-    rows: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, str], ...]  # (mark, token): " " = both, "-" = only ours, "+" = only the client's
 
     @property
     def num_differences(self) -> int:
         return sum(mark != " " for mark, _ in self.rows)
 
     def lines(self, color: bool, width: int = 110) -> Iterator[str]:
-        """Printable lines of the request, with its line breaks.
-
-        Args:
-            color: True = ANSI colors, False = marks around tokens of only one side.
-            width: approximate number of characters per line.
-        """
+        """Yield lines of about `width` characters, with ANSI colors or with marks around tokens of only one side."""
         ours, theirs = (sum(mark != other for mark, _ in self.rows) for other in "+-")
         verdict = f"{self.num_differences} differ" if self.num_differences else "identical"
         yield f"sample request: {ours} tokens here, {theirs} on the client's server, {verdict}"
@@ -86,22 +77,15 @@ class RequestDiff:
 
 @dataclass(frozen=True, slots=True)
 class FolderInspection:
-    """Result of checking an exported folder.
-
-    Attributes:
-        contract: of the folder.
-        request: None if the tokenizer cannot make one.
-        problems: mismatches, a sentence each.
-        warnings: names in the path that the inference client misreads.
-    """
+    """Result of checking an exported folder."""
 
     contract: DecodingContract
-    request: RequestDiff | None
+    request: RequestDiff | None  # None if the tokenizer cannot make one
     problems: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # names in the path that the inference client misreads
 
     def lines(self, color: bool) -> Iterator[str]:
-        """Printable lines; `color` as for `RequestDiff.lines`."""
+        """Yield the lines to print, with or without ANSI colors."""
         values: Mapping[str, Any] = asdict(self.contract)
         width = max(map(len, values))
         for name, value in values.items():
@@ -116,9 +100,7 @@ class FolderInspection:
 
 
 def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt text as the inference client renders it; its server tokenizes it with the tokenizer's special tokens.
-
-    The client always sends the system text under the system role.
+    """Prompt text as the inference client renders it, with the system text always under the system role.
 
     Source:
         rank_llm 0.25.7: `RankListwiseOSLLM.create_prompt`, `SingleTurnListwiseInferenceHandler.generate_prompt`.
@@ -128,14 +110,7 @@ def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def diff_request(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle = "letters") -> RequestDiff:
-    """Compare a sample request as `rerank` writes it with the client's.
-
-    Args:
-        tokenizer: of the exported folder.
-        style: of its identifiers.
-    Raises:
-        PromptError: the tokenizer cannot be used.
-    """
+    """Compare a sample request as `rerank` writes it with the client's; raise PromptError if it cannot be encoded."""
     ours = fit_window("sample", QUERY, PASSAGES, tokenizer, style=style).input_ids[:-1].tolist()
     user = render_user_turn(
         clean_query(QUERY), [truncate_passage(text, passage_word_limit(len(PASSAGES))) for text in PASSAGES], style
@@ -143,20 +118,15 @@ def diff_request(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle = "l
     theirs = tokenizer(client_prompt(SYSTEM_MESSAGE, user, tokenizer))["input_ids"]
     rows: list[tuple[str, str]] = []
     for kind, i, j, k, m in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
-        if kind == "equal":
-            rows += [(" ", token) for token in tokenizer.convert_ids_to_tokens(ours[i:j])]
-        else:
-            rows += [("-", token) for token in tokenizer.convert_ids_to_tokens(ours[i:j])]
+        mark = " " if kind == "equal" else "-"
+        rows += [(mark, token) for token in tokenizer.convert_ids_to_tokens(ours[i:j])]
+        if kind != "equal":
             rows += [("+", token) for token in tokenizer.convert_ids_to_tokens(theirs[k:m])]
     return RequestDiff(tuple(rows))
 
 
 def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Differences between the inference client's prompt and the one that is trained.
-
-    Returns:
-        A sentence each; empty = the prompts are the same.
-    """
+    """Describe in sentences how the inference client's prompt differs from the one that is trained."""
     from ftfy import fix_text
 
     where = f"tokenizer {tokenizer.name_or_path}: chat template"
@@ -189,8 +159,7 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
     """Check an exported folder against its decoding contract, and a request against the client's.
 
     Raises:
-        ModelError: no contract, or an invalid one.
-        ModelError: the tokenizer or the configuration cannot be read.
+        ModelError: the contract, the tokenizer or the configuration is missing or cannot be read.
     """
     from transformers import AutoConfig
 
@@ -216,12 +185,11 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
         again = "Restore the tokenizer's files, or export the model again."
         compare("chat_template_sha256", contract.chat_template_sha256, chat_template_sha256(tokenizer), again)
         compare("num_bos", contract.num_bos, num_bos_tokens(tokenizer), again)
-        expected = contract.identifier_token_ids
-        try:
-            found = identifier_token_ids(tokenizer, len(contract.identifiers), contract.identifier_style)
-            compare("identifier_token_ids", expected, found if expected is not None else None, again)
-        except PromptError as error:
-            if expected is not None:
+        if contract.identifier_token_ids is not None:
+            try:
+                found = identifier_token_ids(tokenizer, len(contract.identifiers), contract.identifier_style)
+                compare("identifier_token_ids", contract.identifier_token_ids, found, again)
+            except PromptError as error:
                 problems.append(str(error))
         sample = Record("sample", SYSTEM_MESSAGE, "query", "[A]")
         problems += serving_differences(sample, tokenizer)

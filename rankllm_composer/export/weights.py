@@ -29,9 +29,8 @@ def gather_full_state_dict(
 
     Args:
         model: a Composer model around a HF or PEFT model, or one of those; plain, in DDP, or sharded by FSDP2.
-        merge_lora: True = low-rank updates are added to the weights they change; False = the adapter's tensors alone,
-            named as PEFT keeps them on disk.
-        dtype: floating-point tensors are cast to it, one at a time. None = as they are.
+        merge_lora: False = the adapter's tensors alone, named as PEFT keeps them on disk.
+        dtype: of the floating-point tensors. None = as they are.
     Returns:
         name → tensor on rank 0, empty on the others. Tensors of a model on the CPU may share its memory.
     Raises:
@@ -52,7 +51,11 @@ def gather_full_state_dict(
         if merge_lora:
             weights = merge_lora_weights(weights, _lora_scalings(inner, adapter), adapter)
         else:
-            weights = _adapter_weights(inner, weights, adapter)
+            import peft
+
+            get_adapter: Any = peft.get_peft_model_state_dict
+            # "auto" would ask a hub whether the vocabulary grew.
+            weights = get_adapter(inner, state_dict=weights, adapter_name=adapter, save_embedding_layers=False)
     if dtype is not None:
         for name, tensor in weights.items():
             if tensor.is_floating_point():
@@ -92,9 +95,7 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
         W' = W + scaling * B @ A        (embeddings: scaling * (B @ A)^T)
 
     Args:
-        weights: full weights of a PEFT model.
         scalings: name of a layer in the PEFT model → its scaling.
-        adapter: name of the adapter.
     Raises:
         ModelError: tensors of another kind of adapter than plain LoRA are left over.
     Source:
@@ -125,11 +126,7 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
 
 
 def load_adapter(model: torch.nn.Module, adapter: Weights) -> None:
-    """Load the adapter of a checkpoint into a PEFT model.
-
-    Raises:
-        ModelError: the names differ from those of the model's adapter.
-    """
+    """Load the adapter of a checkpoint into a PEFT model; raise ModelError if the names differ."""
     inner = hf_module(model)
     expected = {name for name in inner.state_dict() if ".lora_" in name}
     if expected != set(adapter):
@@ -150,22 +147,11 @@ def _lora_scalings(model: torch.nn.Module, adapter: str) -> dict[str, float]:
     }
 
 
-def _adapter_weights(model: torch.nn.Module, weights: Weights, adapter: str) -> Weights:
-    import peft
-
-    get_state_dict: Any = peft.get_peft_model_state_dict
-    # "auto" would ask a hub whether the vocabulary grew.
-    state: Weights = get_state_dict(model, state_dict=weights, adapter_name=adapter, save_embedding_layers=False)
-    return state
-
-
 def read_checkpoint_weights(checkpoint: str | Path) -> Weights:
-    """Model weights of a Composer checkpoint, under the HF names, on the CPU. Runs no code from the checkpoint.
+    """Model weights of a Composer checkpoint (file or folder of shards), under the HF names, on the CPU.
 
-    Args:
-        checkpoint: a file (`…-rank0.pt`), a folder of shards (`ep1-ba100/`), or a link to either.
     Raises:
-        ModelError: not found, damaged, no model in it, or a pickle that asks for anything but data.
+        ModelError: not found, damaged, without a model, or not data only; no code in it is run.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -222,11 +208,7 @@ def _read_shards(path: Path) -> Weights:
 
 
 def check_tied(weights: Mapping[str, torch.Tensor], config: PretrainedConfig, head: str, embedding: str) -> None:
-    """Refuse an output layer that differs from the embeddings it is declared to be tied to.
-
-    Raises:
-        ModelError: the configuration ties them, and they differ.
-    """
+    """Raise ModelError if the output layer differs from the embeddings that the configuration ties it to."""
     if not config.tie_word_embeddings or head not in weights or embedding not in weights:
         return
     if not torch.equal(weights[head], weights[embedding]):

@@ -220,7 +220,7 @@ class RemoteFolder:
                 )
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files in this order; do nothing in a store other than S3."""
+        """Remove files from S3, in this order; do nothing in other stores."""
         for name in names if self._is_s3 else ():
             try:
                 self._connect().s3.delete_object(Bucket=self._bucket, Key=f"{self._key_prefix}{name}")

@@ -174,7 +174,7 @@ def test_table_cells_are_escaped():
 
 @pytest.mark.parametrize("secret", SECRETS, ids=lambda secret: secret[:6])
 def test_no_secret_gets_into_a_card(secret):
-    assert secret not in render_card(dataclasses.replace(FACTS, hyperparameters={"key": secret}, notes=(secret,)))
+    assert secret not in render_card(dataclasses.replace(FACTS, hyperparameters={"key": secret}, name=secret))
 
 
 def test_a_card_without_secrets_is_not_redacted():
