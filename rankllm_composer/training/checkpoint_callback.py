@@ -94,7 +94,6 @@ class CheckpointFolder(Callback):
             return
         path, manifest = newest
         run_name = state.run_name
-        source = path if manifest.is_sharded else path / UNSHARDED_FILE
         # Under PEFT a checkpoint contains only the adapters; torch would report the base weights as missing.
         are_adapters = bool(getattr(state.model, "using_peft", False))
         expected = state.model.state_dict().keys() if are_adapters else set()
@@ -112,7 +111,7 @@ class CheckpointFolder(Callback):
         try:
             with safe_loading():
                 self._random_states = load_checkpoint(
-                    str(source),
+                    str(path if manifest.is_sharded else path / UNSHARDED_FILE),
                     state,
                     logger,
                     progress_bar=False,
@@ -208,7 +207,6 @@ class CheckpointFolder(Callback):
         self._is_due = False
         if state.timestamp.batch.value == self._last_batch:
             return
-        rank = dist.get_global_rank()
         is_sharded = state.fsdp_sharded_state_dict_enabled
         stage = stage_folder(self.folder)
         name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
@@ -227,7 +225,7 @@ class CheckpointFolder(Callback):
         except Exception as error:  # torch wraps the errors of all ranks
             raise _write_error(self.folder / name, error) from error
         sizes = {} if saved is None else {Path(saved).name: Path(saved).stat().st_size}
-        if is_sharded and rank == 0:
+        if is_sharded and dist.get_global_rank() == 0:
             sizes[INDEX_NAME] = (stage / name / INDEX_NAME).stat().st_size
         files = {name: size for part in dist.all_gather_object(sizes) for name, size in part.items()}
         manifest = Manifest(
@@ -258,18 +256,17 @@ class CheckpointFolder(Callback):
         run_on_rank_zero(finish, f"checkpoint {name}")
         self._last_batch = manifest.batch
 
-    def finish(self) -> None:
-        """Wait for the upload to the object store. A collective."""
-        if self.store is not None:
-            run_on_rank_zero(self.store.finish, "upload of the newest checkpoint")
-
     def fit_end(self, state: State, logger: Logger) -> None:
-        self.finish()
+        self._finish_upload()
 
     def save_to_stop(self, state: State) -> None:
         """Write a checkpoint and wait until it is stored everywhere. A collective."""
         self.save(state)
-        self.finish()
+        self._finish_upload()
+
+    def _finish_upload(self) -> None:
+        if self.store is not None:
+            run_on_rank_zero(self.store.finish, "upload of the newest checkpoint")
 
 
 def _drop_unused(state_dict: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ class ExportFolder(Callback):
     killed during an export then resumes before it and exports again.
 
     Args:
-        folder: local folder of the exports.
         model: what every folder holds besides weights and card.
         facts: of the model card; progress and figures are filled in.
         interval: Composer time string in epochs or batches.
@@ -91,14 +90,13 @@ class ExportFolder(Callback):
         weights = gather_full_state_dict(state.model, merge_lora=self.merge_lora, dtype=DTYPES[self.model.dtype])
         target = self.folder / name
         run_on_rank_zero(lambda: self._write(state, target, weights), f"export of {target}")
-        figure = None if self.best_by is None else self._figures(state).get(f"eval/{self.best_by}")
-        if self.best_by is not None and figure is None and dist.get_global_rank() == 0:
-            warnings.warn(
-                f"best_by: no metric {self.best_by!r} at {name}; {self.folder / BEST} is unchanged", stacklevel=2
-            )
-        if figure is not None and figure > self._best:
-            self._best = figure
-            run_on_rank_zero(lambda: _link(self.folder / BEST, name), f"link to {target}")
+        if self.best_by is not None:
+            best, figure = self.folder / BEST, self._figures(state).get(f"eval/{self.best_by}")
+            if figure is None and dist.get_global_rank() == 0:
+                warnings.warn(f"best_by: no metric {self.best_by!r} at {name}; {best} is unchanged", stacklevel=2)
+            if figure is not None and figure > self._best:
+                self._best = figure
+                run_on_rank_zero(lambda: _link(best, name), f"link to {target}")
         self._last_batch = state.timestamp.batch.value
         log.info("exported %s", target)
 
@@ -109,11 +107,8 @@ class ExportFolder(Callback):
     def _write(self, state: State, target: Path, weights: Weights) -> None:
         inner: Any = hf_module(state.model)
         adapters = getattr(inner, "peft_config", None)
-        facts = replace(
-            self.facts,
-            progress=f"{target.name} (after {state.timestamp.batch.value} batches)",
-            figures=self._figures(state),
-        )
+        progress = f"{target.name} (after {state.timestamp.batch.value} batches)"
+        facts = replace(self.facts, progress=progress, figures=self._figures(state))
         model = replace(
             self.model,
             model_class=causal_lm_class(inner),

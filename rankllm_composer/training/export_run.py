@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,14 +38,17 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     from rankllm_composer.export.model_folder import ServedModel, export_checkpoint
     from rankllm_composer.model.loading import load_causal_lm
     from rankllm_composer.recipe.load import RECIPE_NAME, load_recipe
+    from rankllm_composer.storage.object_store import is_remote
     from rankllm_composer.training import assembly
     from rankllm_composer.training.checkpoint_callback import UNSHARDED_FILE
 
     if not (run / RECIPE_NAME).is_file():
         raise RunError(f"{run} has no {RECIPE_NAME}; expected the folder of a run, such as runs/NAME.")
     recipe = load_recipe(run / RECIPE_NAME)
-    checkpoint, manifest = _choose(_checkpoint_folder(run, recipe), name)
-    keys = recipe.model
+    keys, checkpoints = recipe.model, recipe.checkpoint.folder
+    if checkpoints is None or is_remote(checkpoints):
+        checkpoints = str(run / "checkpoints")
+    checkpoint, manifest = _choose(Path(checkpoints), name)
     if merge_lora is None:
         merge_lora = recipe.checkpoint.export is None or recipe.checkpoint.export.merge_lora
     tokenizer = assembly.build_tokenizer(recipe)
@@ -75,13 +79,6 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     source = checkpoint if manifest.is_sharded else checkpoint / UNSHARDED_FILE
     export_checkpoint(source, output, served, render_card(facts), base=base)
     return checkpoint.name
-
-
-def _checkpoint_folder(run: Path, recipe: Recipe) -> Path:
-    from rankllm_composer.storage.object_store import is_remote
-
-    folder = recipe.checkpoint.folder
-    return run / "checkpoints" if folder is None or is_remote(folder) else Path(folder)
 
 
 def _choose(folder: Path, name: str | None) -> tuple[Path, Manifest]:
@@ -126,9 +123,7 @@ def _generation_config(recipe: Recipe, causal_lm: Any) -> Any:
     """The generation settings that the base model comes with, or those of its configuration."""
     from transformers import GenerationConfig
 
-    if recipe.model.random_weights:
-        return causal_lm.generation_config
-    try:
-        return GenerationConfig.from_pretrained(recipe.model.name_or_path, revision=recipe.model.revision or "main")
-    except OSError:
-        return causal_lm.generation_config
+    if not recipe.model.random_weights:
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(recipe.model.name_or_path, revision=recipe.model.revision or "main")
+    return causal_lm.generation_config

@@ -27,30 +27,11 @@ CLAIM_WAIT_SECONDS = 30.0
 """The loader workers of a killed run hold the lock of its folder until they notice that it is gone."""
 
 
-@contextlib.contextmanager
-def claimed_run_folder(recipe: Recipe) -> Iterator[Path]:
-    """Lock the run's folder on rank 0 while the run lasts. A collective."""
-    from composer.utils import dist
-
-    from rankllm_composer.distributed import run_on_rank_zero
-    from rankllm_composer.recipe.load import recipe_to_yaml
-
-    folder = Path(recipe.run_folder)
-    with contextlib.ExitStack() as stack:
-        run_on_rank_zero(
-            lambda: stack.enter_context(claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)),
-            f"claim of {folder}",
-        )
-        yield folder
-        dist.barrier()
-
-
 def prepare_shards(split: Split, key: str) -> None:
     """Build the shards of a split if they are absent and the recipe has their source. A collective.
 
     Args:
-        split: `data.train` or `data.eval`.
-        key: its dotted key, for messages.
+        key: dotted key of the split, for messages.
     Raises:
         RunError: the shards are absent and there is no source; the message names the command that builds them.
     """
@@ -111,7 +92,7 @@ def train(recipe: Recipe) -> TrainedRun:
     the signal handlers and the environment are restored, even after an error.
 
     Args:
-        recipe: the recipe, from `load_recipe`.
+        recipe: from `load_recipe`.
     Returns:
         The folders that the run has written.
     Raises:
@@ -143,16 +124,15 @@ def train(recipe: Recipe) -> TrainedRun:
 def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     """Train a recipe, from its newest checkpoint if there is one, and export the model. A collective.
 
-    Args:
-        recipe: a checked recipe.
-        watch: ends this rank when another one dies.
     Raises:
         RankLLMComposerError: anything that a user can correct.
         Preempted: the run stopped on request.
     """
     from composer.utils import dist
 
+    from rankllm_composer.distributed import run_on_rank_zero
     from rankllm_composer.recipe.checks import check_world
+    from rankllm_composer.recipe.load import recipe_to_yaml
     from rankllm_composer.training.assembly import choose_device
     from rankllm_composer.training.stopping import Preempted, raise_preempted
     from rankllm_composer.training.stragglers import STATUS_FOLDER, find_stragglers
@@ -165,10 +145,11 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     signal.signal(signal.SIGTERM, raise_preempted)
     watch.start()
     check_world(recipe, dist.get_world_size())
-    with claimed_run_folder(recipe) as folder:
-        watch.find_stragglers = partial(
-            find_stragglers, folder / STATUS_FOLDER, dist.get_global_rank(), dist.get_world_size()
-        )
+    folder, rank, num_ranks = Path(recipe.run_folder), dist.get_global_rank(), dist.get_world_size()
+    with contextlib.ExitStack() as stack:
+        claim = claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)
+        run_on_rank_zero(lambda: stack.enter_context(claim), f"claim of {folder}")
+        watch.find_stragglers = partial(find_stragglers, folder / STATUS_FOLDER, rank, num_ranks)
         prepare_shards(recipe.data.train, "data.train")
         if recipe.data.eval is not None and recipe.evaluation is not None:
             prepare_shards(recipe.data.eval, "data.eval")
@@ -180,15 +161,16 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
             except Preempted as preempted:
                 stopped = preempted
             except BaseException:
-                if dist.get_world_size() == 1:  # of several ranks, some may no longer take part in a collective
+                if num_ranks == 1:  # of several ranks, some may no longer take part in a collective
                     trainer.close()
                 raise
         watch.stop()
         trainer.close()
         if stopped is not None:
             raise stopped
-        if dist.get_global_rank() == 0 and recipe.export_folder is not None:
+        if rank == 0 and recipe.export_folder is not None:
             print(exports_summary(TrainedRun.of_recipe(recipe)))
+        dist.barrier()
 
 
 def exports_summary(run: TrainedRun) -> str:
@@ -211,8 +193,6 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
     """Lock a run's folder while it trains, and write the resolved recipe into it. Call it in one process per run.
 
     Args:
-        folder: created if absent.
-        recipe_yaml: the resolved recipe; it is compared with an existing one, then written.
         wait_seconds: how long to wait for another process, such as the workers of a killed run.
     Raises:
         RunError: another process trains in the folder, it holds a run of another recipe, or it cannot be written.
