@@ -43,6 +43,7 @@ HARMLESS = [
 def test_known_formats_of_credentials_are_redacted(secret):
     text = redact(f"before {secret} after", {})
     assert text == f"before {REDACTED} after"
+    assert redact(f"It is {secret}.", {}) == f"It is {REDACTED}."
 
 
 @pytest.mark.parametrize(("text", "gone", "stays"), IN_CONTEXT, ids=lambda text: text[:20])
