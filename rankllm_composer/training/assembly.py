@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from composer import Callback, callbacks, loggers
+from composer.loggers import LoggerDestination
+from composer.utils import dist, reproducibility
+from transformers import PreTrainedTokenizerBase
+
+from rankllm_composer.data.dataset import ListDataset, ListEncoding, lists_per_rank
+from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import RunError
+from rankllm_composer.export.model_card import CardFacts, published_figures
+from rankllm_composer.export.model_folder import Dtype, ServedModel
+from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
+from rankllm_composer.model.objective import Objective
+from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
+from rankllm_composer.prompts.chat import check_tokenizer
+from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
+from rankllm_composer.ranking.evaluation import EvaluationOptions
+from rankllm_composer.recipe.load import recipe_to_yaml
+from rankllm_composer.recipe.sections import Recipe, Split
+from rankllm_composer.storage.object_store import is_remote
+from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+from rankllm_composer.training.export_callback import ExportFolder
+from rankllm_composer.training.guards import EpochGuard, LossGuard
+from rankllm_composer.training.progress import MetricsFile, ProgressLine
+from rankllm_composer.training.stopping import Preemption
+from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation
 
-if TYPE_CHECKING:
-    import torch
-    from composer import Callback
-    from composer.loggers import LoggerDestination
-    from transformers import PreTrainedTokenizerBase
-
-    from rankllm_composer.data.dataset import ListDataset
-    from rankllm_composer.export.model_folder import Dtype
-    from rankllm_composer.model.reranker import ListwiseReranker
-    from rankllm_composer.prompts.contract import DecodingContract
-    from rankllm_composer.recipe.sections import Recipe, Split
-    from rankllm_composer.training.validation import Validation
+LOGGERS = {"tensorboard": loggers.TensorboardLogger, "wandb": loggers.WandBLogger, "mlflow": loggers.MLFlowLogger}
+CALLBACKS = {
+    "speed_monitor": callbacks.SpeedMonitor,
+    "memory_monitor": callbacks.MemoryMonitor,
+    "lr_monitor": callbacks.LRMonitor,
+    "optimizer_monitor": callbacks.OptimizerMonitor,
+    "nan_monitor": callbacks.NaNMonitor,
+}
 
 
 def choose_device(name: str) -> str:
@@ -28,8 +49,6 @@ def choose_device(name: str) -> str:
     Raises:
         RunError: "gpu" without a CUDA device.
     """
-    import torch
-
     if name == "gpu" and not torch.cuda.is_available():
         raise RunError("parallelism.device is gpu, but this machine has no CUDA device. Use cpu or auto.")
     if name == "auto":
@@ -39,9 +58,6 @@ def choose_device(name: str) -> str:
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer and check that it supports the objective."""
-    from rankllm_composer.model.loading import load_tokenizer
-    from rankllm_composer.prompts.chat import check_tokenizer
-
     tokenizer = load_tokenizer(recipe.model)
     check_tokenizer(tokenizer, recipe.objective.name, recipe.data.train.identifiers or "letters", 2)
     return tokenizer
@@ -49,9 +65,6 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> ListDataset:
     """Build the streamed and tokenized lists of a split."""
-    from rankllm_composer.data.dataset import ListDataset, ListEncoding, lists_per_rank
-    from rankllm_composer.data.streams import Stream
-
     streams = [Stream(s.local, s.remote, s.proportion) for s in split.streams]
     return ListDataset(
         streams or [Stream(split.local, split.remote)],  # type: ignore[arg-type]
@@ -73,13 +86,6 @@ def build_model(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str, bf16_on_cpu: bool = False
 ) -> ListwiseReranker:
     """Build the model. Under FSDP2 rank 0 loads the weights; the other ranks start on the meta device."""
-    import torch
-    from composer.utils import dist, reproducibility
-
-    from rankllm_composer.model.loading import load_causal_lm
-    from rankllm_composer.model.objective import Objective
-    from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
-
     keys = recipe.model
     reproducibility.seed_all(recipe.run.seed)  # fresh weights are the same on every rank
     causal_lm = load_causal_lm(
@@ -130,8 +136,6 @@ def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Opti
     Raises:
         RunError: adamw_8bit without bitsandbytes.
     """
-    import torch
-
     keys = recipe.optimizer
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {
@@ -153,17 +157,12 @@ def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Opti
 
 def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
     """Build the metrics file, the progress line, and the Composer loggers of the recipe."""
-    from composer import loggers
-
-    from rankllm_composer.training.progress import MetricsFile, ProgressLine
-
-    kinds = {"tensorboard": loggers.TensorboardLogger, "wandb": loggers.WandBLogger, "mlflow": loggers.MLFlowLogger}
     ours: list[LoggerDestination] = []
     if recipe.logging.metrics_file:
         ours.append(MetricsFile(folder / "metrics.jsonl"))
     if recipe.logging.progress:
         ours.append(ProgressLine())
-    return ours + [_named("loggers", name, kinds[name], options) for name, options in recipe.logging.loggers.items()]
+    return ours + [_named("loggers", name, LOGGERS[name], options) for name, options in recipe.logging.loggers.items()]
 
 
 def _named(section: str, name: str, kind: type, options: dict[str, Any]) -> Any:
@@ -193,11 +192,6 @@ def build_validation(
     Raises:
         RunError: `best_by` is a figure that these windows cannot have.
     """
-    from composer.utils import dist
-
-    from rankllm_composer.ranking.evaluation import EvaluationOptions
-    from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation
-
     if recipe.evaluation is None or recipe.data.eval is None:
         return None
     windows = build_dataset(recipe, recipe.data.eval, tokenizer)
@@ -228,23 +222,6 @@ def build_callbacks(
     recipe: Recipe, contract: DecodingContract, model: ListwiseReranker, num_lists: int, validation: Validation | None
 ) -> list[Callback]:
     """Build all callbacks, in order: guards, evaluation, export, those of the recipe, checkpoints, stop on request."""
-    from composer import callbacks
-
-    from rankllm_composer.export.model_folder import ServedModel
-    from rankllm_composer.recipe.load import recipe_to_yaml
-    from rankllm_composer.storage.object_store import is_remote
-    from rankllm_composer.training.checkpoint_callback import CheckpointFolder
-    from rankllm_composer.training.export_callback import ExportFolder
-    from rankllm_composer.training.guards import EpochGuard, LossGuard
-    from rankllm_composer.training.stopping import Preemption
-
-    kinds = {
-        "speed_monitor": callbacks.SpeedMonitor,
-        "memory_monitor": callbacks.MemoryMonitor,
-        "lr_monitor": callbacks.LRMonitor,
-        "optimizer_monitor": callbacks.OptimizerMonitor,
-        "nan_monitor": callbacks.NaNMonitor,
-    }
     ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
     if validation is not None:
         ours.append(validation)
@@ -275,7 +252,7 @@ def build_callbacks(
         url=recipe.checkpoint_folder if is_url else None,
         recipe_yaml=recipe_to_yaml(recipe),
     )
-    named = [_named("callbacks", name, kinds[name], options) for name, options in recipe.logging.callbacks.items()]
+    named = [_named("callbacks", name, CALLBACKS[name], options) for name, options in recipe.logging.callbacks.items()]
     return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop)]
 
 
@@ -286,8 +263,6 @@ def export_dtype(recipe: Recipe) -> Dtype:
 
 def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
     """How the trained model is prompted and read; identifiers as in the first training list."""
-    from rankllm_composer.prompts.contract import decoding_contract
-
     return decoding_contract(
         dataset.encoding.tokenizer,
         recipe.objective.name,
@@ -298,8 +273,6 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
 
 def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int | None) -> Any:
     """Collect the facts of a run for its model card."""
-    from rankllm_composer.export.model_card import CardFacts, published_figures
-
     train, source = recipe.data.train, recipe.data.train.source
     data: list[str | None] = [s.remote or s.local for s in train.streams]
     data = data or [(source and (source.input or source.run)) or train.remote or train.local]

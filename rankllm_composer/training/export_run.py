@@ -45,7 +45,8 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     if not (run / RECIPE_NAME).is_file():
         raise RunError(f"{run} has no {RECIPE_NAME}; expected the folder of a run, such as runs/NAME.")
     recipe = load_recipe(run / RECIPE_NAME)
-    keys, checkpoints = recipe.model, recipe.checkpoint.folder
+    keys = recipe.model
+    checkpoints = recipe.checkpoint.folder
     if checkpoints is None or is_remote(checkpoints):
         checkpoints = str(run / "checkpoints")
     checkpoint, manifest = _choose(Path(checkpoints), name)

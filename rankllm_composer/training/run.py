@@ -17,7 +17,6 @@ from rankllm_composer.errors import RunError
 from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import try_lock
-from rankllm_composer.training.trainer import build_trainer
 
 if TYPE_CHECKING:
     from rankllm_composer.recipe.sections import Recipe, Split
@@ -136,6 +135,7 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     from rankllm_composer.training.assembly import choose_device
     from rankllm_composer.training.stopping import Preempted, raise_preempted
     from rankllm_composer.training.stragglers import STATUS_FOLDER, find_stragglers
+    from rankllm_composer.training.trainer import build_trainer
 
     device = choose_device(recipe.parallelism.device)
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
@@ -145,7 +145,8 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     signal.signal(signal.SIGTERM, raise_preempted)
     watch.start()
     check_world(recipe, dist.get_world_size())
-    folder, rank, num_ranks = Path(recipe.run_folder), dist.get_global_rank(), dist.get_world_size()
+    folder = Path(recipe.run_folder)
+    rank, num_ranks = dist.get_global_rank(), dist.get_world_size()
     with contextlib.ExitStack() as stack:
         claim = claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)
         run_on_rank_zero(lambda: stack.enter_context(claim), f"claim of {folder}")

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from composer import Trainer
+from composer.algorithms import GradientClipping
+from composer.utils.parallelism import FSDP2Config
+
+from rankllm_composer.data.dataset import build_train_data_spec, lists_per_rank
+from rankllm_composer.distributed import average_sharded_gradients
+from rankllm_composer.model.neftune import NEFTune
+from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.training import assembly
-
-if TYPE_CHECKING:
-    from composer import Trainer
-
-    from rankllm_composer.recipe.sections import Recipe
+from rankllm_composer.training.schedule import apply_schedule, build_schedule
+from rankllm_composer.training.stopping import ignore_sigterm
+from rankllm_composer.training.stragglers import STATUS_FOLDER, StatusNotes
 
 
 def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
     """Build everything that a recipe names and assemble it into a Composer Trainer. A collective."""
-    from composer import Trainer
-    from composer.algorithms import GradientClipping
-    from composer.utils.parallelism import FSDP2Config
-
-    from rankllm_composer.data.dataset import build_train_data_spec, lists_per_rank
-    from rankllm_composer.distributed import average_sharded_gradients
-    from rankllm_composer.model.neftune import NEFTune
-    from rankllm_composer.training.schedule import apply_schedule, build_schedule
-    from rankllm_composer.training.stopping import ignore_sigterm
-    from rankllm_composer.training.stragglers import STATUS_FOLDER, StatusNotes
-
     tokenizer = assembly.build_tokenizer(recipe)
     dataset = assembly.build_dataset(recipe, recipe.data.train, tokenizer)
     contract = assembly.build_contract(recipe, dataset)
