@@ -77,10 +77,8 @@ def average_sharded_gradients(model: torch.nn.Module) -> float:
 
     FSDP2 requests `ReduceOp.AVG`. NCCL averages, but gloo (torch 2.7) returns the sum, so that gradients on CPU are too
     large by a factor of the number of ranks: Adam hides it, clipping and SGD do not. This function measures what the
-    backend does and divides each reduced gradient accordingly.
+    backend does and divides each reduced gradient accordingly. Modules without FSDP2 are unchanged.
 
-    Args:
-        model: a module with FSDP2 modules; any other is left unchanged.
     Returns:
         The divisor of each reduced gradient; 1 if the backend averages.
     """

@@ -20,7 +20,6 @@ def main() -> int:
     from composer.cli import launcher
 
     def wait_for_checkpoints(number: int, frame: object) -> None:
-        del number, frame
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal would make it give up
         launcher.CLEANUP_TIMEOUT = STOP_TIMEOUT
         raise KeyboardInterrupt  # the launcher handles this as a request to stop

@@ -271,7 +271,7 @@ def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
     )
 
 
-def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int | None) -> Any:
+def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int | None) -> CardFacts:
     """Collect the facts of a run for its model card."""
     train, source = recipe.data.train, recipe.data.train.source
     data: list[str | None] = [s.remote or s.local for s in train.streams]

@@ -150,11 +150,9 @@ class CheckpointFolder(Callback):
             check_same_recipe(path.read_text(errors="replace"), self.recipe_yaml, f"checkpoint.folder: {self.folder}")
         if self.store is not None:
             remote = self.store.folder
-            existing = remote.read(RECIPE_NAME)
-            if existing is not None:
-                check_same_recipe(
-                    existing.decode(errors="replace"), self.recipe_yaml, f"checkpoint.folder: {remote.name}"
-                )
+            if (stored := remote.read(RECIPE_NAME)) is not None:
+                text = stored.decode(errors="replace")
+                check_same_recipe(text, self.recipe_yaml, f"checkpoint.folder: {remote.name}")
             remote.write(RECIPE_NAME, self.recipe_yaml)  # also fails before training if the store is read-only
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,6 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     """Export a checkpoint of a run, as the run itself exports its model; an earlier export in `output` is replaced.
 
     Args:
-        run: folder of the run, with `recipe.yaml` and `checkpoints/`.
         output: local folder to write. It appears complete or not at all, so a killed export is simply run again.
         name: of the checkpoint, such as ep0-ba2; None = the newest complete one.
         merge_lora: False = export a LoRA adapter without the model that it changes; None = as the recipe says.

@@ -22,7 +22,6 @@ from rankllm_composer.errors import RunError
 
 log = logging.getLogger(__name__)
 LOSS_PREFIX = "loss/train/"
-_OTHER_TIMES = "time/"
 
 
 class MetricsFile(LoggerDestination):
@@ -58,7 +57,7 @@ class MetricsFile(LoggerDestination):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self._descriptor is not None:
-            self._pending.update({name: value for name, value in metrics.items() if not name.startswith(_OTHER_TIMES)})
+            self._pending.update({name: value for name, value in metrics.items() if not name.startswith("time/")})
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._lr = _learning_rate(state)  # at BATCH_END the schedule has already advanced to the next step
