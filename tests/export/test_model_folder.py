@@ -399,7 +399,7 @@ def test_two_ranks_export_what_they_trained(tmp_path):
     assert torch.equal(probe_logits(load(folder)), probe_logits(model))
     for rank in (0, 1):
         raised = (tmp_path / f"raised_{rank}").read_text()
-        assert "found a folder that is no export" in raised
+        assert "is a folder without reranker.json" in raised
         assert raised.startswith("StoreError" if rank == 0 else "RunError: rank 0, export of")
 
 
