@@ -67,7 +67,7 @@ def _remedy(key: Key, error_type: str, given: Any) -> str:
             return f"Did you mean {next(option for option in options if option.lower() == near[0])}?"
     if error_type == "string_type" and isinstance(given, int | float) and key.unit != "Composer time":
         return "Put it in quotes."
-    return f"({key.meaning})"
+    return f"Correct it (meaning: {key.meaning.rstrip('.')})."
 
 
 def _scalar(key: Key) -> Any:
