@@ -114,4 +114,4 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
     assert not ended.value.code
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f'<img id="{name}"' in page for name in ("positions", "losses", "learning_rate", "throughput"))
-    assert "first_token/tau" in page and "recipe of run" in page
+    assert "first_token/tau" in page and "Recipe of run" in page
