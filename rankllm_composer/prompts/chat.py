@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from rankllm_composer.errors import PromptError
 from rankllm_composer.options import ObjectiveName
-from rankllm_composer.prompts.permutations import IdentifierStyle, identifiers
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class _TokenizerInfo:
     chat_template: Any
     has_system_role: bool
     prompt: str
-    tokens: dict[str, int | None] = field(default_factory=dict)
+    tokens: dict[str, int | str] = field(default_factory=dict)  # of an identifier: its token, or why it has none
 
 
 _INFO: WeakKeyDictionary[PreTrainedTokenizerBase, _TokenizerInfo] = WeakKeyDictionary()
@@ -79,11 +79,17 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
     return encoding
 
 
-def bracket_position(encoding: BatchEncoding, start: int) -> int:
-    """Index of the token of the `[` at character `start`; raises PromptError if it is part of a longer token."""
+def bracket_position(encoding: BatchEncoding, start: int, *, may_merge: bool = False) -> int:
+    """Index of the token of the `[` at character `start`, where a response begins.
+
+    Args:
+        may_merge: whether the `[` may be the beginning of a longer token.
+    Raises:
+        PromptError: the `[` is part of a longer token, with `may_merge` of one that begins before it.
+    """
     index = encoding.char_to_token(start)
     span = None if index is None else encoding.token_to_chars(index)
-    if index is None or span is None or (span.start, span.end) != (start, start + 1):
+    if index is None or span is None or span.start != start or (span.end != start + 1 and not may_merge):
         raise PromptError(
             "tokenizer: the '[' that opens the response merges with its neighbors; expected a separate token. "
             f"{_OPEN_END}, or use another tokenizer."
@@ -102,16 +108,12 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def identifier_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int | None, ...]:
-    """Token of each identifier in `[A] > [B]` after a prompt; None for an identifier of several tokens.
+    """Token of each identifier in `[A] > [B]` after a prompt; None for an identifier that is not one token there.
 
     Raises:
-        PromptError: an identifier merges with its bracket, or its token depends on its place.
+        PromptError: an identifier is unknown to the tokenizer.
     """
-    facts = _facts(tokenizer)
-    for name in names:
-        if name not in facts.tokens:
-            facts.tokens[name] = _identifier_token(name, facts.prompt, tokenizer)
-    return tuple(facts.tokens[name] for name in names)
+    return tuple(None if isinstance(token, str) else token for token in _identifiers(tokenizer, names))
 
 
 def identifier_token_ids(
@@ -124,15 +126,27 @@ def identifier_token_ids(
             there are more candidates than the style can name.
     """
     names = identifiers(num_candidates, style)
-    found = identifier_tokens(tokenizer, names)
-    single = tuple(token for token in found if token is not None)
+    found = _identifiers(tokenizer, names)
+    single = tuple(token for token in found if isinstance(token, int))
     if len(single) < num_candidates:
-        first = found.index(None)
+        first = next(place for place, token in enumerate(found) if isinstance(token, str))
         raise PromptError(
-            f"{_name(tokenizer)}: identifier [{names[first]}] is several tokens; expected one, so that one position "
-            f"scores all candidates. Use letters, lists of at most {first}, or the objective generation."
+            f"{_name(tokenizer)}: identifier [{names[first]}] {found[first]}. "
+            f"{_alternatives(tokenizer, num_candidates, style, first)}"
         )
     return single
+
+
+def _alternatives(tokenizer: PreTrainedTokenizerBase, num_candidates: int, style: IdentifierStyle, fit: int) -> str:
+    """What can be used instead of identifiers of a style of which only the first `fit` are single tokens."""
+    other: IdentifierStyle = "numbers" if style == "letters" else "letters"
+    ways = []
+    if num_candidates <= MAX_CANDIDATES[other]:
+        tokens = _identifiers(tokenizer, identifiers(num_candidates, other))
+        ways = [other] if all(isinstance(token, int) for token in tokens) else []
+    if fit >= 2:
+        ways.append(f"lists of at most {fit}")
+    return f"Use {', '.join(ways or ['another tokenizer'])}, or the objective generation."
 
 
 def check_tokenizer(
@@ -147,8 +161,8 @@ def check_tokenizer(
 
     Raises:
         PromptError: slow tokenizer; no chat template; no end-of-sequence token (except for `ranking`); a prompt whose
-            last token depends on the response; identifiers that merge with a bracket, are unknown, or (except for
-            `generation`) are several tokens; more candidates than the style can name.
+            last token depends on the response; identifiers that are unknown or (except for `generation`) are several
+            tokens or merge with a bracket; more candidates than the style can name.
     """
     identifier_tokens(tokenizer, identifiers(num_candidates, style))
     if objective != "generation":
@@ -207,7 +221,16 @@ def _messages(system: str, user: str, has_system_role: bool) -> list[dict[str, s
     return [{"role": "user", "content": f"{system}\n {user}"}]
 
 
-def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _identifiers(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int | str, ...]:
+    """Token of each identifier, or why it is not one token."""
+    facts = _facts(tokenizer)
+    for name in names:
+        if name not in facts.tokens:
+            facts.tokens[name] = _identifier_token(name, facts.prompt, tokenizer)
+    return tuple(facts.tokens[name] for name in names)
+
+
+def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int | str:
     text = f"{prompt}[{name}] > [{name}]"  # the first identifier of a response, and any other
     encoding = tokenize(text, tokenizer)
     tokens: set[int | None] = set()
@@ -216,10 +239,7 @@ def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase
         index = encoding.char_to_token(start)
         span = None if index is None else encoding.token_to_chars(index)
         if index is None or span is None or span.start < start or span.end > end:
-            raise PromptError(
-                f"{_name(tokenizer)}: identifier [{name}] merges with its bracket; expected a separate token. "
-                f"Use {'numbers' if name.isalpha() else 'letters'}, or another tokenizer."
-            )
+            return "merges with its bracket; expected a separate token"
         tokens.add(encoding["input_ids"][index] if span.end == end else None)
     token = tokens.pop()
     if tokens or (token is not None and tokenizer.convert_ids_to_tokens(token) != name):
@@ -227,7 +247,7 @@ def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase
             f"{_name(tokenizer)}: identifier [{name}] is not the token {name!r} everywhere in a response. Use a "
             "tokenizer whose vocabulary contains it."
         )
-    return token
+    return "is several tokens; expected one, so that one position scores all candidates" if token is None else token
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

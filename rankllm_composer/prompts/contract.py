@@ -138,10 +138,14 @@ def decoding_contract(
     style: IdentifierStyle = "letters",
     *,
     num_identifiers: int = 20,
+    stride: int | None = None,
     context_size_tokens: int = 4096,
 ) -> DecodingContract:
     """Contract of a model trained with this tokenizer and objective; for the arguments see `DecodingContract`.
 
+    Args:
+        num_identifiers: candidates of the longest list that was trained; also the window (see `lists.trained_window`).
+        stride: None = half the window.
     Raises:
         ModelError: no chat template.
         PromptError: the tokenizer cannot be used for the objective (see `check_tokenizer`).
@@ -168,6 +172,8 @@ def decoding_contract(
         score_token_index=0 if append_bracket else 1,
         num_bos=num_bos_tokens(tokenizer),
         eos_token_ids=() if eos is None else (int(eos),),
+        window_size=num_identifiers,
+        stride=max(1, num_identifiers // 2) if stride is None else stride,
         context_size_tokens=context_size_tokens,
     )
 

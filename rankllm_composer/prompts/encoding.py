@@ -40,9 +40,10 @@ class EncodedRecord:
     Attributes:
         input_ids: (L,) int32; for `ranking` the prompt and a `[`, otherwise prompt, response and end of sequence.
         response_start: index of the first token after the prompt; L for `ranking`.
-        score_position: index of the `[` whose next-token logits score the candidates.
+        score_position: index of the `[` whose next-token logits score the candidates; of the response's first token if
+            there are no identifier tokens.
         identifier_token_ids: (N,) int32, the token of each candidate's identifier in presentation order; None only for
-            `generation`, if an identifier is several tokens.
+            `generation`, if an identifier is several tokens or merges with its bracket.
         ranks: (N,) int64, the teacher's 0-based place of each candidate.
     """
 
@@ -111,7 +112,8 @@ def encode_record(
 
     prompt = render_prompt(record, tokenizer)
     encoding = tokenize(prompt + ("[" if objective == "ranking" else record.response), tokenizer)
-    score_position = bracket_position(encoding, len(prompt))
+    is_scored = candidate_tokens is not None
+    score_position = bracket_position(encoding, len(prompt), may_merge=not is_scored)
     ids = encoding["input_ids"]
     if objective == "ranking":
         return EncodedRecord(np.array(ids, dtype=np.int32), len(ids), score_position, candidate_tokens, ranks)

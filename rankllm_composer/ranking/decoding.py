@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rankllm_composer.distributed import largest_of_ranks
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import PromptError, RunError
 from rankllm_composer.prompts.chat import identifier_token_ids
 from rankllm_composer.prompts.permutations import (
     ParsedAnswer,
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 CLIENT_TOP_K = 30
 """Number of likeliest tokens among which the client looks for identifiers."""
-
-MAX_FIRST_TOKEN_NUMBER = 9
-"""Largest number that one token can name and that the client reads."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -87,7 +84,7 @@ def score_windows_first_token(
 
     Args:
         model, tokenizer: a causal LM whose forward accepts `logits_to_keep`, and its tokenizer.
-        windows: windows with letters, or with numbers up to 9.
+        windows: windows with letters, or with numbers that are one token each (the client reads them up to 9).
         contract: with `append_bracket` the prompt ends with `[`, for models that never learned to write it. Otherwise
             the model writes its own first token and the scores are read after it, whatever it is, as in the client;
             this needs a second forward pass only for windows where it is not `[`. `eos_token_ids` cannot come first.
@@ -98,16 +95,19 @@ def score_windows_first_token(
         attention: see `attention.choose_attention`.
         lockstep: the model is sharded: all ranks call this together and run as many forward passes as the busiest rank.
     Raises:
-        RunError: a window has numbers beyond 9, or logits contain NaN.
+        RunError: a window has numbers of several tokens, or logits contain NaN.
     Source:
         Gangi Reddy et al. 2024 (FIRST, arXiv:2406.15657); rank_llm 0.25.7.
     """
     for window in windows:
-        if window.style == "numbers" and window.num_candidates > MAX_FIRST_TOKEN_NUMBER:
-            raise RunError(
-                f"window {window.id} has {window.num_candidates} candidates named by numbers; first-token decoding "
-                f"reads one digit, so at most {MAX_FIRST_TOKEN_NUMBER}. Use letters, a shorter window, or generation."
-            )
+        if window.style == "numbers" and window.num_candidates > 9:
+            try:
+                identifier_token_ids(tokenizer, window.num_candidates, window.style)
+            except PromptError as error:
+                raise RunError(
+                    f"window {window.id} has {window.num_candidates} candidates named by numbers, which the first "
+                    f"token cannot tell apart: {error}"
+                ) from error
     read = _ScoreReader(tokenizer, top_k)
     scores: list[NDArray[np.float64]] = [np.empty(0)] * len(windows)
     opens = [True] * len(windows)

@@ -179,19 +179,38 @@ def test_words_and_marks_are_enough() -> None:
     assert encoded.identifier_token_ids.tolist() == [5, 6, 7]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_merged_identifiers_stop(objective: str, changed, qwen_like) -> None:
+def test_merged_identifiers_stop_where_scores_are_read(changed, qwen_like) -> None:
     before = changed()
     before.add_tokens(["[B"])
     after = changed()
     after.add_tokens(["C]"])
     # To qwen_like "[A" is a word, and the lists it has seen made the word a token.
     for tokenizer, name in ((qwen_like, "A"), (before, "B"), (after, "C")):
-        message = re.escape(f"identifier [{name}] merges with its bracket") + ".*Use numbers, or another tokenizer"
-        with pytest.raises(PromptError, match=message):
-            encode_record(record(), tokenizer, objective)
-        with pytest.raises(PromptError, match=message):
-            check_tokenizer(tokenizer, objective)
+        message = re.escape(f"identifier [{name}] merges with its bracket")
+        for objective in ("ranking", "combined"):
+            with pytest.raises(PromptError, match=message + ".* Use numbers"):
+                encode_record(record(), tokenizer, objective)
+            with pytest.raises(PromptError, match=message):
+                check_tokenizer(tokenizer, objective)
+            check_tokenizer(tokenizer, objective, "numbers", 3)  # the advice
+        check_tokenizer(tokenizer, "generation")
+        encoded = encode_record(record(), tokenizer, "generation")
+        assert encoded.identifier_token_ids is None
+        written = encoded.input_ids[encoded.response_start :]
+        assert tokenizer.decode(written).replace(" ", "") == "[C]>[B]>[A]<|im_end|>"
+        prompt = encode_prompt(*(turn["value"] for turn in record()["conversations"][:2]), tokenizer, False)
+        assert encoded.input_ids[: encoded.response_start].tolist() == prompt.tolist()
+
+
+def test_alternatives_are_named_only_if_they_work(qwen_like, mistral_v3_tokenizer) -> None:
+    with pytest.raises(PromptError, match=r"\[A\] merges .* Use another tokenizer, or the objective generation"):
+        identifier_token_ids(qwen_like, 20)  # 10 is two tokens to it
+    with pytest.raises(PromptError, match=r"\[10\] is several .* Use lists of at most 9, or the objective generation"):
+        identifier_token_ids(qwen_like, 20, "numbers")
+    with pytest.raises(PromptError, match=r"Use letters, lists of at most 9, or the objective generation"):
+        identifier_token_ids(mistral_v3_tokenizer, 20, "numbers")
+    with pytest.raises(PromptError, match=r"Use lists of at most 9, or the objective generation"):
+        identifier_token_ids(mistral_v3_tokenizer, 30, "numbers")
 
 
 def test_only_identifiers_in_use_are_looked_at(changed) -> None:

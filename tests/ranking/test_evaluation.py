@@ -222,6 +222,7 @@ READINGS = {
     "the last of the same text counts": (["A", "B", "A"], 2, "letters", [-3, -2]),
     "digits": (["2", "10", "1"], 3, "numbers", [-3, -1, None]),
     "digits of other scripts": (["２", "²", "1"], 3, "numbers", [-3, -1, None]),
+    "numbers of two digits": (["10", "2"], 10, "numbers", [None, -2, *[None] * 7, -1]),
     "letters are no numbers": (["A", "3"], 3, "numbers", [None, None, -2]),
 }
 
@@ -234,9 +235,9 @@ def test_read_likeliest(case):
     assert scores.tolist() == [-math.inf if value is None else value for value in expected]
 
 
-def test_first_token_decoding_refuses_numbers_beyond_nine(tokenizer):
+def test_first_token_decoding_refuses_numbers_of_several_tokens(tokenizer):
     window = record_window(record_of(list(range(10)), "numbers", "long"), tokenizer)
-    with pytest.raises(RunError, match=r"window long has 10 candidates named by numbers; .* at most 9"):
+    with pytest.raises(RunError, match=r"window long has 10 candidates named by numbers, .*\[10\] is several tokens"):
         first_token(new_model(), tokenizer, [window], append_bracket=True)
 
 

@@ -80,7 +80,7 @@ def new_model(family: str = "mistral", seed: int = 0):
 
 def new_contract(tokenizer, objective: str = "combined", style: str = "letters", **options) -> DecodingContract:
     contract = decoding_contract(tokenizer, objective, style, num_identifiers=MAX_CANDIDATES[style])
-    return dataclasses.replace(contract, **options)
+    return dataclasses.replace(contract, **{"window_size": 20, "stride": 10, **options})
 
 
 def record_of(values: Sequence[int], style: str = "letters", record_id: str = "r", **options) -> Record:
