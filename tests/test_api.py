@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,13 @@ def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path
     assert first.best == first.exports[-1]
     with pytest.raises(rc.RankLLMComposerError, match="holds a run of another recipe"):
         rc.train(load(*overrides, "run.seed=7"))
+    accepted = ["optimizer.lr=1e-9", "run.accept_changes=[optimizer.lr]", "run.max_duration=2ep"]
+    longer = rc.train(load(*overrides, f"run.folder={shutil.copytree(first.folder, tmp_path / 'longer')}", *accepted))
+    batches = [json.loads(line) for line in (longer.folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["lr"] for line in batches if line["epoch"] == 1) <= 1e-9 < batches[1]["lr"]
+    record = f"after batch 3: optimizer.lr was {load(*overrides).optimizer.lr}, is now 1e-09"
+    assert f"# changed {record}\n" in (longer.folder / "recipe.yaml").read_text()
+    assert f"| changed | {record} |" in (longer.exports[-1] / "README.md").read_text()
     second = rc.train(load(*overrides, f"run.folder={tmp_path / 'second'}"))
     weights = [(run.exports[0] / "model.safetensors").read_bytes() for run in (first, second)]
     assert weights[0] == weights[1]

@@ -14,6 +14,7 @@ import torch
 from support import guarded_updates
 from support.launching import REPOSITORY
 from support.real_tokenizers import build_tokenizer
+from support.small_run import mark_trained
 from support.synthetic_records import conversation
 from support.tiny_rerankers import new_contract, new_tokenizer
 
@@ -91,7 +92,7 @@ def no_gpu(tools: Tools) -> None:
 def another_recipe(tools: Tools) -> None:
     for text in ("run: {seed: 1}", "run: {seed: 2}"):
         with claim_run_folder(tools.folder, text):
-            pass
+            mark_trained(tools.folder)
 
 
 def another_process(tools: Tools) -> None:

@@ -44,6 +44,7 @@ class CardFacts:
     num_lists: int | None = None  # None = not counted
     losses: Mapping[str, float] = field(default_factory=dict)  # part of the objective → weight
     hyperparameters: Mapping[str, object] = field(default_factory=dict)  # in the order of the table
+    changes: tuple[str, ...] = ()  # of the recipe while the run was stopped
     progress: str = ""  # point in training that the weights are from
     figures: Mapping[str, float] = field(default_factory=dict)  # measured
     published: Mapping[str, float] = field(default_factory=dict)  # for this recipe, by the names of `figures`
@@ -124,6 +125,7 @@ def _training(facts: CardFacts) -> str:
     rows.append(("training lists", "not counted" if facts.num_lists is None else f"{facts.num_lists:,}"))
     rows += [("data", _public(source)) for source in facts.data]
     rows += [(key, str(value)) for key, value in facts.hyperparameters.items()]
+    rows += [("changed", change) for change in facts.changes]
     return "## Training\n\n" + _table(("setting", "value"), rows)
 
 

@@ -17,6 +17,7 @@ from rankllm_composer.model.loss_table import RANKING_LOSSES
 from rankllm_composer.options import FROM_RUN, SourceOptions
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.recipe.keys import plain_tree, show
+from rankllm_composer.recipe.resume import acceptance_problems
 from rankllm_composer.recipe.sections import Evaluation, Export, Recipe, Split
 from rankllm_composer.recipe.validate import shown
 from rankllm_composer.redaction import redact
@@ -224,6 +225,7 @@ def _source(source: SourceOptions, section: str) -> Iterator[Problem]:
 
 
 def _outputs(recipe: Recipe) -> Iterator[Problem]:
+    yield from acceptance_problems(recipe.run.accept_changes)
     if recipe.checkpoint.keep == 0:
         remedy = "Keep at least one, or the run cannot resume."
         yield Problem("checkpoint.keep", "0", "-1 for all, or at least 1", remedy, ("run.autoresume",))

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from rankllm_composer.errors import Problem, RecipeError, RunError, first_line
+from rankllm_composer.errors import Problem, RecipeError, first_line
 from rankllm_composer.recipe.bundled import recipe_path
 from rankllm_composer.recipe.checks import contradictions, surprises, without_effect
 from rankllm_composer.recipe.keys import default_tree, find_key, plain_tree, show
@@ -244,45 +244,3 @@ def _escape(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
-
-
-RECIPE_NAME = "recipe.yaml"
-MAY_CHANGE = (
-    "run.folder",
-    "run.max_duration",
-    "checkpoint.interval",
-    "checkpoint.keep",
-    "checkpoint.export",
-    "logging.",
-    "data.num_workers",
-    "data.prefetch_factor",
-    "data.loader_timeout_seconds",
-    "parallelism.dist_timeout_seconds",
-)
-"""Keys and sections that may differ when a run is resumed, as they change no weight."""
-
-
-def check_same_recipe(existing: str, current: str, place: str) -> None:
-    """Refuse to resume the run in `place` with another recipe.
-
-    Raises:
-        RunError: the resolved recipes differ in a key that may not change, or the existing one is damaged.
-    """
-    remedy = "Resume with the same recipe, or choose another run.name, run.folder or checkpoint.folder"
-    try:
-        before, after = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (existing, current))
-    except Exception as error:  # those of YAML and of OmegaConf have no common class
-        raise RunError(f"{place} holds a damaged {RECIPE_NAME} ({first_line(error)}). {remedy}") from error
-    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    changed = [key for key in changed if not key.startswith(MAY_CHANGE)]
-    if changed:
-        listed = "; ".join(f"{key} was {before.get(key)!r}, is now {after.get(key)!r}" for key in changed[:5])
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise RunError(f"{place} holds a run of another recipe ({listed}{more}). {remedy}")
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten {"a": {"b": 1}} to {"a.b": 1}."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name, part in tree.items() for key, value in _flatten(part, f"{prefix}{name}.").items()}

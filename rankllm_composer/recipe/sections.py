@@ -63,6 +63,11 @@ class Run:
     seed: Whole = option("Seed of weights, data order and noise.", 42, ge=0)
     max_duration: Text = time("How long to train.", "3ep", "ep", "ba", "sp")
     autoresume: Flag = option("Continue from the run's latest checkpoint if there is one.", True)
+    accept_changes: tuple[Text, ...] = option(
+        "Keys whose change is accepted when the run is resumed; recorded in recipe.yaml and on the model card.",
+        (),
+        unit="dotted keys",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -10,7 +10,7 @@ from typing import Any
 from rankllm_composer.errors import RunError
 from rankllm_composer.export.model_card import published_figures
 from rankllm_composer.ranking.comparison import RerankResult
-from rankllm_composer.recipe.load import RECIPE_NAME
+from rankllm_composer.recipe.resume import RECIPE_NAME
 from rankllm_composer.redaction import redact
 from rankllm_composer.training.progress import read_metrics
 from rankllm_composer.training.validation import EVALUATIONS_FILE, PREFIX, read_details

@@ -136,15 +136,9 @@ def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Opti
     Raises:
         RunError: adamw_8bit without bitsandbytes.
     """
-    keys = recipe.optimizer
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options: dict[str, Any] = {
-        "lr": keys.lr,
-        "betas": tuple(keys.betas),
-        "eps": keys.eps,
-        "weight_decay": keys.weight_decay,
-    }
-    if keys.name == "adamw":
+    options = optimizer_options(recipe)
+    if recipe.optimizer.name == "adamw":
         return torch.optim.AdamW(weights, fused=True, **options)
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -153,6 +147,12 @@ def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Opti
             "optimizer.name: adamw_8bit needs bitsandbytes. Install the `bitsandbytes` extra, or use adamw."
         ) from error
     return AdamW8bit(weights, **options)
+
+
+def optimizer_options(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of the optimizer."""
+    keys = recipe.optimizer
+    return {"lr": keys.lr, "betas": tuple(keys.betas), "eps": keys.eps, "weight_decay": keys.weight_decay}
 
 
 def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
@@ -225,6 +225,8 @@ def build_callbacks(
     ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
     if validation is not None:
         ours.append(validation)
+    is_url = is_remote(recipe.checkpoint_folder)
+    folder = Path(recipe.run_folder, "checkpoints") if is_url else Path(recipe.checkpoint_folder)
     if recipe.export_folder is not None and recipe.checkpoint.export is not None:
         ours.append(
             ExportFolder(
@@ -241,11 +243,11 @@ def build_callbacks(
                 merge_lora=recipe.checkpoint.export.merge_lora,
                 figures=lambda batch: {} if validation is None else validation.figures_after(batch),
                 best_by=None if recipe.evaluation is None else recipe.evaluation.best_by,
+                recipe_folder=folder,
             )
         )
-    is_url = is_remote(recipe.checkpoint_folder)
     checkpoints = CheckpointFolder(
-        Path(recipe.run_folder, "checkpoints") if is_url else recipe.checkpoint_folder,
+        folder,
         interval=recipe.checkpoint.interval,
         keep=recipe.checkpoint.keep,
         resume=recipe.run.autoresume,

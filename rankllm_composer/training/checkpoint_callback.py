@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rankllm_composer.checkpoints.safe_loading import INDEX_NAME, explain_unread
 from rankllm_composer.checkpoints.store import CheckpointStore
 from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import CheckpointError
-from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
+from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.training.progress import ends_epoch
 
@@ -146,22 +146,32 @@ class CheckpointFolder(Callback):
         if self.recipe_yaml is None:
             return
         path = self.folder / RECIPE_NAME
+        text = self.recipe_yaml
         if path.exists():
-            check_same_recipe(path.read_text(errors="replace"), self.recipe_yaml, f"checkpoint.folder: {self.folder}")
+            existing = path.read_text(errors="replace")
+            text = check_same_recipe(existing, text, f"checkpoint.folder: {self.folder}", self._batches_trained)
         if self.store is not None:
             remote = self.store.folder
             if (stored := remote.read(RECIPE_NAME)) is not None:
-                text = stored.decode(errors="replace")
-                check_same_recipe(text, self.recipe_yaml, f"checkpoint.folder: {remote.name}")
-            remote.write(RECIPE_NAME, self.recipe_yaml)  # also fails before training if the store is read-only
+                existing = stored.decode(errors="replace")
+                text = check_same_recipe(existing, text, f"checkpoint.folder: {remote.name}", self._batches_trained)
+            remote.write(RECIPE_NAME, text)  # also fails before training if the store is read-only
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, self.recipe_yaml)
+            write_atomic(path, text)
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint.folder: {self.folder} cannot be written ({error.strerror}). Free space, correct the "
                 "permissions, or choose another folder."
             ) from error
+
+    def _batches_trained(self, recipe: Mapping[str, Any]) -> int | None:
+        """Batches of the newest checkpoint, here or in the store; None if there is none."""
+        del recipe
+        manifests = [manifest for _, manifest in complete_checkpoints(self.folder)[-1:]]
+        if self.store is not None and (newest := self.store.newest()) is not None:
+            manifests.append(newest)
+        return max((manifest.batch for manifest in manifests), default=None)
 
     def _fetch_newer(self) -> None:
         assert self.store is not None

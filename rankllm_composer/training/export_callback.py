@@ -20,6 +20,7 @@ from rankllm_composer.export.model_card import CardFacts, render_card
 from rankllm_composer.export.model_folder import BEST, DTYPES, ServedModel, local_path, write_model_folder
 from rankllm_composer.export.weights import Weights, causal_lm_class, gather_full_state_dict, hf_module
 from rankllm_composer.prompts.client_names import warn_misread
+from rankllm_composer.recipe.resume import read_changes
 from rankllm_composer.training.progress import ends_epoch
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ExportFolder(Callback):
             None = the Trainer's evaluation metrics.
         best_by: name of a figure, without its `eval/`; `best` in the folder is a link to the export with the highest
             one, the first of equals. None = no link.
+        recipe_folder: where the run's recipe is, with the record of its changes for the card; None = no record.
     Raises:
         ModelError: the interval has another unit, or the folder is not local.
     """
@@ -55,6 +57,7 @@ class ExportFolder(Callback):
         merge_lora: bool = True,
         figures: Callable[[int], Mapping[str, float]] | None = None,
         best_by: str | None = None,
+        recipe_folder: Path | None = None,
     ) -> None:
         self.folder = local_path(folder)
         self.model = model
@@ -62,6 +65,7 @@ class ExportFolder(Callback):
         self.merge_lora = merge_lora
         self.figures = figures
         self.best_by = best_by
+        self.recipe_folder = recipe_folder
         self._best = -math.inf
         self._interval = Time.from_input(interval, TimeUnit.EPOCH)
         if self._interval.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or self._interval.value < 1:
@@ -108,7 +112,8 @@ class ExportFolder(Callback):
         inner: Any = hf_module(state.model)
         adapters = getattr(inner, "peft_config", None)
         progress = f"{target.name} (after {state.timestamp.batch.value} batches)"
-        facts = replace(self.facts, progress=progress, figures=self._figures(state))
+        changes = () if self.recipe_folder is None else read_changes(self.recipe_folder)
+        facts = replace(self.facts, progress=progress, figures=self._figures(state), changes=changes)
         model = replace(
             self.model,
             model_class=causal_lm_class(inner),
@@ -117,10 +122,11 @@ class ExportFolder(Callback):
         write_model_folder(target, weights, model, render_card(facts))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best}
+        return {"best": self._best, "best_by": self.best_by}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._best = state["best"]
+        if state.get("best_by", self.best_by) == self.best_by:
+            self._best = state["best"]
 
 
 def _link(link: Path, target: str) -> None:

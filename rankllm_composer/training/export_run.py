@@ -36,7 +36,8 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     from rankllm_composer.export.model_card import render_card
     from rankllm_composer.export.model_folder import ServedModel, export_checkpoint
     from rankllm_composer.model.loading import load_causal_lm
-    from rankllm_composer.recipe.load import RECIPE_NAME, load_recipe
+    from rankllm_composer.recipe.load import load_recipe
+    from rankllm_composer.recipe.resume import RECIPE_NAME, read_changes
     from rankllm_composer.storage.object_store import is_remote
     from rankllm_composer.training import assembly
     from rankllm_composer.training.checkpoint_callback import UNSHARDED_FILE
@@ -75,6 +76,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     facts = replace(
         assembly.card_facts(recipe, contract, num_lists),
         progress=f"checkpoint {checkpoint.name} (after {manifest.batch} batches)",
+        changes=read_changes(checkpoint.parent),
     )
     source = checkpoint if manifest.is_sharded else checkpoint / UNSHARDED_FILE
     export_checkpoint(source, output, served, render_card(facts), base=base)

@@ -68,8 +68,8 @@ class LossGuard(Callback):
             skipped = f", after {self.num_skipped} skipped updates" if self.num_skipped else ""
             raise RunError(
                 f"batch {state.timestamp.batch.value + 1}: {problem}{skipped}; the weights are unchanged since the "
-                "previous batch. Inspect these lists, lower optimizer.lr, resume from the last checkpoint, or allow "
-                "the run to skip updates (optimizer.max_skipped_updates)."
+                "previous batch. Inspect these lists, then resume from the last checkpoint: with a lower optimizer.lr "
+                "and 'run.accept_changes=[optimizer.lr]', or with a higher optimizer.max_skipped_updates."
             )
         self.num_skipped += 1
         for weight in state.model.parameters():

@@ -7,14 +7,14 @@ import os
 import signal
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import RunError
-from rankllm_composer.recipe.load import RECIPE_NAME, check_same_recipe
+from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import try_lock
 
@@ -210,7 +210,8 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
                 )
             stack.enter_context(lock)
             if path.exists():
-                check_same_recipe(path.read_text(), recipe_yaml, f"run.folder: {folder}")
+                trained = partial(_batches_trained, folder)
+                recipe_yaml = check_same_recipe(path.read_text(), recipe_yaml, f"run.folder: {folder}", trained)
             write_atomic(path, recipe_yaml)
         except OSError as error:
             raise RunError(
@@ -218,3 +219,16 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
                 "choose another folder."
             ) from error
         yield
+
+
+def _batches_trained(folder: Path, recipe: Mapping[str, Any]) -> int | None:
+    """Batches of the newest checkpoint of the run in a folder; None if it left neither checkpoint nor export."""
+    from rankllm_composer.checkpoints.folder import complete_checkpoints
+    from rankllm_composer.storage.object_store import is_remote
+
+    given = recipe.get("checkpoint.folder")
+    checkpoints = complete_checkpoints(folder / "checkpoints" if given is None or is_remote(given) else Path(given))
+    if checkpoints:
+        return checkpoints[-1][1].batch
+    exports = Path(recipe.get("checkpoint.export.folder") or folder / "hf")
+    return 0 if any(exports.glob("*/reranker.json")) else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from composer.core import Time, TimeUnit
@@ -92,8 +94,12 @@ def build_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Set the rate of the next step by this schedule; a checkpoint restores that of the previous run."""
-    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, factors):
-        group["lr"] = base * factor
+def apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, options: Mapping[str, Any]) -> None:
+    """Set the options of the optimizer and the rate of its next step; a checkpoint restores those of the previous run.
+
+    Args:
+        options: arguments of the optimizer, with `lr`, the highest rate.
+    """
+    scheduler.base_lrs = [options["lr"] for _ in scheduler.base_lrs]
+    for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas):
+        group.update(options, initial_lr=options["lr"], lr=options["lr"] * factor(scheduler.last_epoch))

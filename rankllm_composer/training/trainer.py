@@ -83,5 +83,5 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         dist_timeout=recipe.parallelism.dist_timeout_seconds,
     )
     average_sharded_gradients(model)
-    apply_schedule(schedule)
+    apply_schedule(schedule, assembly.optimizer_options(recipe))
     return trainer

@@ -19,7 +19,7 @@ from support import streaming_loader as streaming_tests
 from support.killing import Run, kill
 from support.list_shards import damage, write_shards
 from support.s3_server import s3_server
-from support.small_run import RECIPE, small_run
+from support.small_run import RECIPE, mark_trained, small_run
 from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
 
 from rankllm_composer.checkpoints.folder import complete_checkpoints, remove
@@ -419,7 +419,7 @@ def run_folder(key: str, tools: Tools) -> Ended:
         with claim_run_folder(folder, first), claim_run_folder(folder, first):
             return CONTINUED
     with claim_run_folder(folder, first):
-        pass
+        mark_trained(folder)
     try:
         with claim_run_folder(folder, second):
             return CONTINUED

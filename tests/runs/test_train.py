@@ -17,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.launching import ON_CPU, REPOSITORY, TRAIN, metrics, succeeded, train
+from support.small_run import mark_trained
 
 from rankllm_composer.errors import RunError
-from rankllm_composer.recipe.load import check_same_recipe, load_recipe, recipe_to_yaml
+from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
+from rankllm_composer.recipe.resume import check_same_recipe, read_changes
 from rankllm_composer.train import main
 from rankllm_composer.training.assembly import build_optimizer, choose_device
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
@@ -99,8 +101,10 @@ def test_only_one_run_can_lock_a_run_folder(tmp_path):
 
 
 def test_a_run_folder_refuses_another_recipe(tmp_path):
+    with claim_run_folder(tmp_path, recipe_to_yaml(load_recipe(FIRST_MISTRAL, ["optimizer.lr=1"]))):
+        pass  # leaves nothing that another recipe would mix with
     with claim_run_folder(tmp_path, recipe_to_yaml(load_recipe(FIRST_MISTRAL))):
-        pass
+        mark_trained(tmp_path)
     longer = load_recipe(FIRST_MISTRAL, ["run.max_duration=4ep", "logging.progress=false", "data.num_workers=5"])
     with claim_run_folder(tmp_path, recipe_to_yaml(longer)):
         pass
@@ -110,6 +114,9 @@ def test_a_run_folder_refuses_another_recipe(tmp_path):
         claim_run_folder(tmp_path, recipe_to_yaml(other)),
     ):
         pass
+    accepted = load_recipe(FIRST_MISTRAL, ["optimizer.lr=1e-4", "run.accept_changes=[optimizer.lr]"])
+    with claim_run_folder(tmp_path, recipe_to_yaml(accepted)):
+        assert read_changes(tmp_path) == ("after batch 0: optimizer.lr was 5e-06, is now 0.0001",)
 
 
 @given(text=st.text(max_size=40) | st.sampled_from(["", "[]", "a: [", "a: &x [*x]", "${a}", "run: 3", "? [1]", "\0"]))

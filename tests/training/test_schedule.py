@@ -67,8 +67,13 @@ def test_a_longer_run_resumes_with_its_new_rate():
     second.load_state_dict(first.state_dict())
     long.load_state_dict(short.state_dict())
     assert long.param_groups[0]["lr"] == 0.0  # where the short run ended
-    apply_schedule(second)
+    apply_schedule(second, {"lr": 5e-6})
     assert long.param_groups[0]["lr"] == pytest.approx(5e-6 * 0.75)  # two of six updates down the cosine
+    apply_schedule(second, {"lr": 1e-6, "betas": (0.8, 0.9), "weight_decay": 0.1})  # as a changed recipe says
+    assert long.param_groups[0]["lr"] == pytest.approx(1e-6 * 0.75)
+    assert (long.param_groups[0]["betas"], long.param_groups[0]["weight_decay"]) == ((0.8, 0.9), 0.1)
+    second.step()
+    assert long.param_groups[0]["lr"] == pytest.approx(1e-6 * 0.5)
 
 
 def test_ends_at_its_final_fraction_and_stays_there():
