@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from rankllm_composer import __version__
+from rankllm_composer import __version__, screen
 from rankllm_composer.cli_options import flag, with_options
+from rankllm_composer.errors import counted
+from rankllm_composer.escaping import in_one_line
 from rankllm_composer.options import FROM_RUN, BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.recipe.bundled import find_recipe
 from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
-from rankllm_composer.redaction import redact
 
 app = typer.Typer(
     name="rankllm-composer",
@@ -44,13 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         if isinstance(error, ValidationError):
             text = "\n".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors())
-        typer.echo(f"error: {redact(text)}", err=True)
+        screen.report(f"error: {text}")
         raise SystemExit(2) from None
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        screen.say(__version__)
         raise typer.Exit
 
 
@@ -62,10 +63,6 @@ def _options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.")] = False,
 ) -> None:
     pass
-
-
-def _progress(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 Output = Annotated[str, typer.Option(help="Folder or URL (s3://, gs://, …) of the set.")]
@@ -82,14 +79,14 @@ def shards_build(context: typer.Context, output: Output, source: SourceOptions, 
         _warn_without_effect(context, FROM_RUN, "--input")
     elif source.run is not None:
         _warn_without_effect(context, ("split",), "--run")
-    build_shards(output, source, options, _progress)
+    build_shards(output, source, options, screen.report)
 
 
 def _warn_without_effect(context: typer.Context, names: Sequence[str], reason: str) -> None:
     """Warn of options among `names` that were set on the command line."""
     for name in sorted(names):
         if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE":
-            typer.echo(f"warning: {flag(name)} has no effect with {reason}", err=True)
+            screen.report(f"warning: {flag(name)} has no effect with {reason}")
 
 
 @shards_app.command("merge")
@@ -97,7 +94,7 @@ def shards_merge(target: Target) -> None:
     """Merge the parts that `build --part I/N` wrote to one place into one set."""
     from rankllm_composer.shards.publish import merge_shards
 
-    merge_shards(target, report=_progress)
+    merge_shards(target, report=screen.report)
 
 
 @shards_app.command("verify")
@@ -108,13 +105,13 @@ def shards_verify(
     """Check that every shard exists and matches the index. Exit code 2 if not."""
     from rankllm_composer.shards.verify import verify_shards
 
-    outcome = verify_shards(target, records=records, report=_progress)
+    outcome = verify_shards(target, records=records, report=screen.report)
     counts = f"{outcome.num_records:,} records in {outcome.num_shards:,} shards"
     if outcome.num_duplicates:
-        counts += f", {outcome.num_duplicates:,} duplicate ids ({', '.join(outcome.duplicate_ids)})"
+        counts += f", {outcome.num_duplicates:,} duplicate ids ({in_one_line(outcome.duplicate_ids)})"
     if outcome.problems:
-        raise ValueError(f"{outcome.target}: {len(outcome.problems)} problems, see above ({counts})")
-    typer.echo(f"{outcome.target}: no problems, {counts}")
+        raise ValueError(f"{outcome.target}: {counted(len(outcome.problems), 'problem')}, see above ({counts})")
+    screen.say(f"{outcome.target}: no problems, {counts}")
 
 
 @shards_app.command("info")
@@ -123,7 +120,7 @@ def shards_info(target: Target) -> None:
     from rankllm_composer.shards.verify import shards_info
 
     for line in shards_info(target).lines():
-        typer.echo(line)
+        screen.say(line)
 
 
 @app.command("inspect")
@@ -151,9 +148,9 @@ def inspect(
     else:
         found = inspect_recipe(load_recipe(str(recipe), overrides or []), record, loss=loss)
     for line in found.lines(sys.stdout.isatty()):
-        typer.echo(line)
+        screen.say(line, escaped=True)
     if found.problems:
-        raise ValueError(f"{model or recipe}: {len(found.problems)} problems, see above")
+        raise ValueError(f"{model or recipe}: {counted(len(found.problems), 'problem')}, see above")
 
 
 @app.command("plan")
@@ -172,9 +169,9 @@ def plan(
     from rankllm_composer.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    found = plan_recipe(loaded, num_ranks, gpu=gpu, mfu=mfu, num_lists=lists, report=_progress)
+    found = plan_recipe(loaded, num_ranks, gpu=gpu, mfu=mfu, num_lists=lists, report=screen.report)
     for line in found.lines():
-        typer.echo(line)
+        screen.say(line)
 
 
 @app.command("rerank")
@@ -206,10 +203,10 @@ def rerank(
         raise ValueError("rerank: --card and --name need --qrels, as nothing is measured without judgments")
     files = RerankFiles(queries=queries, documents=docs, first_stage=run, output=output, judgments=qrels)
     report = rerank_files(model, files, options, measures=measure or DEFAULT_MEASURES, name=name)
-    typer.echo(report.text)
+    screen.say(report.text)
     if card and report.result is not None:
         add_figures(model / "README.md", report.result.figures())
-        typer.echo(f"{model / 'README.md'}: results of {report.result.name} added")
+        screen.say(f"{model / 'README.md'}: results of {report.result.name} added")
 
 
 @app.command("export")
@@ -230,7 +227,7 @@ def export(
     from rankllm_composer.training.export_run import export_run
 
     name = export_run(run, output, checkpoint, merge_lora)
-    typer.echo(f"{output}: exported checkpoint {name} of {run}")
+    screen.say(f"{output}: exported checkpoint {name} of {run}")
 
 
 @app.command("report")
@@ -262,7 +259,7 @@ def report(
     records = with_reranked(records, runs, map(read_rerank_result, reranked or ()))
     target = output or runs[0] / "report.html"
     drawn = write_report(records, target, png)
-    typer.echo(f"{target}: {', '.join(drawn) or 'no charts, as nothing was measured'}")
+    screen.say(f"{target}: {', '.join(drawn) or 'no charts, as nothing was measured'}")
 
 
 @app.command("demo")
@@ -275,4 +272,4 @@ def demo(
     """Create a small collection, train a small reranker on it from scratch, and measure it."""
     from rankllm_composer.demo import run_demo
 
-    run_demo(folder, find_recipe("demo"), overrides or [], report=typer.echo)
+    run_demo(folder, find_recipe("demo"), overrides or [], report=screen.say)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from rankllm_composer.errors import RunError
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
+from rankllm_composer.screen import say
 
 if TYPE_CHECKING:
     from rankllm_composer.ranking.comparison import MeasureComparison
@@ -235,7 +236,7 @@ def run_demo(
     overrides: Sequence[str] = (),
     *,
     num_train_queries: int = 20000,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
 ) -> dict[str, float]:
     """Build the demo's collection, train its recipe, and rank held-out queries by first-token decoding.
 

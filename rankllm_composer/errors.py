@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rankllm_composer.escaping import for_screen
+
 
 class RankLLMComposerError(ValueError):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose; its text has no terminal escapes."""
+
+    def __str__(self) -> str:
+        return for_screen(super().__str__())
 
 
 class Problem(NamedTuple):
@@ -35,8 +40,7 @@ class RecipeError(RankLLMComposerError):
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source
         self.problems = tuple(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
+        super().__init__("\n  ".join([f"{source}: {counted(len(problems), 'problem')}", *map(str, problems)]))
 
 
 class RecordError(RankLLMComposerError):
@@ -48,7 +52,7 @@ class RecordError(RankLLMComposerError):
 
     def __str__(self) -> str:
         named = "" if self.record_id is None else f"id {self.record_id!r}: "
-        return f"{self.place}: {named}{self.reason}"
+        return for_screen(f"{self.place}: {named}{self.reason}")
 
 
 class SourceError(RankLLMComposerError):
@@ -79,7 +83,12 @@ class RunError(RankLLMComposerError):
     """A run or a reranking job cannot start, continue or be measured."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 problem, 2 problems."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def first_line(error: object) -> str:
     """The first line of an error's text that is not empty, at most 200 characters; its class where it has no text."""
-    lines = (line.strip() for line in str(error).splitlines())
+    lines = (line.strip() for line in for_screen(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:200]

@@ -16,13 +16,16 @@ _SIGNED_QUERY = re.compile(
     rf"[\w-]*{_SECRET_WORD})",
     re.IGNORECASE,
 )
-_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?\"'<>`]+)\?([^\s\"'<>`)]+)", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@\"'<>`]+@", re.IGNORECASE)
+# Every pattern takes time linear in the text: a match starts at a bounded number of places for each character, and what
+# precedes a secret is not part of the match. The tests count the steps.
+_SCHEME = r"\b[a-z][a-z0-9+.-]{0,31}://"
+_URL = re.compile(rf"({_SCHEME}[^\s?\"'<>`]+)(?:\?([^\s\"'<>`)]+))?", re.IGNORECASE)
+_USER_IN_URL = re.compile(rf"({_SCHEME})[^/\s@\"'<>`]+@", re.IGNORECASE)
 
 # name = value, name: value, "name": "value"; null, none, true and false stay.
 _NAMED = re.compile(
-    rf"([\w.-]*{_SECRET_WORD}\w*[\"']?\s*[=:]\s*)(?!\s*(?:null|none|true|false)\b)"
-    r"(\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;}&]+)",
+    rf"({_SECRET_WORD}(?:(?!{_SECRET_WORD})\w)*[\"']?\s*[=:]\s*)(?!(?:null|none|true|false)\b)"
+    r"(\"[^\"\n]+\"?|'[^'\n]+'?|[^\s\"',;}&]+)",
     re.IGNORECASE,
 )
 _SHAPES = re.compile(
@@ -35,7 +38,7 @@ _SHAPES = re.compile(
     r"|\bAIza[0-9A-Za-z_-]{35}"
     r"|\bya29\.[0-9A-Za-z_-]{20,}"
     r"|\bdapi[0-9a-f]{32}\b"
-    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+    r"|(?<![\w-])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
     r"|(?<=[Bb]earer )[\w.~+/=-]{12,}"
     # The shape of a secret access key: 40 characters with a digit and both cases.
     r"|(?<![\w/+=.-])(?=[A-Za-z/+]*\d)(?=[a-z\d/+]*[A-Z])(?=[A-Z\d/+]*[a-z])[A-Za-z0-9/+]{40}(?![\w/+=-]|\.\w)",
@@ -57,5 +60,5 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
             text = text.replace(value, REDACTED)
     text = _SHAPES.sub(REDACTED, text)
     text = _USER_IN_URL.sub(rf"\g<1>{REDACTED}@", text)
-    text = _URL.sub(lambda url: f"{url[1]}?{REDACTED}" if _SIGNED_QUERY.search(url[2]) else url[0], text)
+    text = _URL.sub(lambda url: f"{url[1]}?{REDACTED}" if _SIGNED_QUERY.search(url[2] or "") else url[0], text)
     return _NAMED.sub(lambda pair: pair[0] if REDACTED in pair[2] else f"{pair[1]}{REDACTED}", text)

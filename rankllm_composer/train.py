@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from rankllm_composer.screen import say
 from rankllm_composer.training.run import TrainedRun, run_recipe, train
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     from rankllm_composer.training.stopping import PeerWatch, Preempted
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: composer -n PROCESSES {Path(__file__).name} RECIPE.yaml [key=value ...]\n")
-        print(keys_as_text())
+        say(f"usage: composer -n PROCESSES {Path(__file__).name} RECIPE.yaml [key=value ...]\n")
+        say(keys_as_text())
         return 0 if arguments else 2
     watch = PeerWatch()
     try:

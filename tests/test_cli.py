@@ -205,7 +205,7 @@ def test_build_info_verify(run: Run, tmp_path: Path) -> None:
 
     (shard,) = target.glob("*.mds*")
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
-    assert_readable_error(run("shards", "verify", target), "error: ", "problems, see above")
+    assert_readable_error(run("shards", "verify", target), "error: ", "1 problem, see above")
 
 
 def test_parts_are_merged(run: Run, tmp_path: Path) -> None:

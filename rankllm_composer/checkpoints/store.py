@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from rankllm_composer.checkpoints.folder import (
     stage_folder,
 )
 from rankllm_composer.errors import StoreError
+from rankllm_composer.screen import get_logger
 from rankllm_composer.storage.object_store import RemoteFolder, StoredFile
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class CheckpointStore:

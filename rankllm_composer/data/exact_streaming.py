@@ -6,7 +6,6 @@ if a shard cannot be read, ends an epoch early without an error or waits forever
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -30,8 +29,9 @@ from rankllm_composer.data.shared_memory import private_shared_memory
 from rankllm_composer.data.streams import Stream, cause, check_streams
 from rankllm_composer.errors import ShardError
 from rankllm_composer.options import StreamOptions
+from rankllm_composer.screen import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def interleave(num_samples: int, num_canonical_nodes: int) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ size of every shard is requested before the first batch, from the folder or the 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,10 +16,11 @@ from pathlib import Path
 
 from rankllm_composer.data.shared_memory import claim_cache
 from rankllm_composer.errors import ShardError
+from rankllm_composer.screen import get_logger
 from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, read_index
 from rankllm_composer.storage.object_store import is_remote, isolate_client_rng, without_credentials
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 _PARALLEL_REQUESTS = 16
 _MOST_NAMED = 5
 

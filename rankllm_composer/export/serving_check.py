@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import ModelError, PromptError, first_line
+from rankllm_composer.escaping import for_screen
 from rankllm_composer.prompts.chat import identifier_token_ids, render_chat
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.contract import (
@@ -45,6 +46,11 @@ _COLORS = {"-": "\033[31m", "+": "\033[32m", " ": ""}
 _PLAIN = "\033[0m"
 
 
+def shown_token(token: str) -> str:
+    """A token on one line of a terminal, with ↵ for a line break."""
+    return for_screen(token.replace("\n", "↵").replace("Ċ", "↵").replace("<0x0A>", "↵"), one_line=True)
+
+
 @dataclass(frozen=True, slots=True)
 class RequestDiff:
     """A request as this package tokenizes it, and as the client's server does."""
@@ -64,7 +70,7 @@ class RequestDiff:
             yield "⟨-only here⟩ ⟨+only the client's⟩"
         line: list[str] = []
         for mark, token in self.rows:
-            text = token.replace("\n", "↵").replace("Ċ", "↵").replace("<0x0A>", "↵")
+            text = shown_token(token)
             if mark != " ":
                 text = f"{_COLORS[mark]}{text}{_PLAIN}" if color else f"⟨{mark}{text}⟩"
             line.append(text)
@@ -85,18 +91,18 @@ class FolderInspection:
     warnings: tuple[str, ...] = ()  # names in the path that the inference client misreads
 
     def lines(self, color: bool) -> Iterator[str]:
-        """Yield the lines to print, with or without ANSI colors."""
+        """Yield the lines to print, escaped for a terminal, with or without ANSI colors."""
         values: Mapping[str, Any] = asdict(self.contract)
         width = max(map(len, values))
         for name, value in values.items():
             text = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-            yield f"{name:<{width}}  {text}"
+            yield f"{name:<{width}}  {for_screen(text, one_line=True)}"
         if self.request is not None:
             yield ""
             yield from self.request.lines(color)
             yield ""
-        yield from (f"warning: {text}" for text in self.warnings)
-        yield from (f"problem: {text}" for text in self.problems)
+        yield from (f"warning: {for_screen(text)}" for text in self.warnings)
+        yield from (f"problem: {for_screen(text)}" for text in self.problems)
 
 
 def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -> str:

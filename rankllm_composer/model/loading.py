@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from rankllm_composer.errors import ModelError, first_line
 from rankllm_composer.options import ModelOptions
+from rankllm_composer.screen import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,4 +88,4 @@ def load_causal_lm(
 
 def warn_trust_remote_code(name_or_path: str) -> None:
     """Warn that Python code shipped with a model is about to run."""
-    warnings.warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=3)
+    warn(f"model.trust_remote_code: Python code shipped with {name_or_path!r} will be run", stacklevel=3)

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from rankllm_composer.model.loss_table import RANKING_LOSSES
+from rankllm_composer.screen import warn
 
 REDUCTIONS = ("none", "mean", "sum")
 TARGETS = ("ranks", "self_sorted")
@@ -56,9 +56,7 @@ def _check_target(name: str, target: str, detach_target: bool) -> None:
     if target not in TARGETS:
         raise ValueError(f"{name}: target is {target!r}; expected one of {', '.join(TARGETS)}.")
     if detach_target and target == "ranks":
-        warnings.warn(
-            f"{name}: detach_target has no effect with target='ranks', which carries no gradient", stacklevel=3
-        )
+        warn(f"{name}: detach_target has no effect with target='ranks', which carries no gradient", stacklevel=3)
 
 
 def _reduce(losses: torch.Tensor, mask: torch.Tensor, reduction: str) -> torch.Tensor:

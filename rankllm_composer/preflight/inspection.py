@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rankllm_composer.errors import PromptError
-from rankllm_composer.export.serving_check import serving_differences
+from rankllm_composer.escaping import for_screen
+from rankllm_composer.export.serving_check import serving_differences, shown_token
 from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.contract import count_bos
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
@@ -59,8 +60,8 @@ class Inspection:
         return len(self.tokens)
 
     def lines(self, color: bool) -> Iterator[str]:
-        """Yield the lines to print, with ANSI colors or with marks around supervised tokens."""
-        yield f"record {self.record.id}"
+        """Yield the lines to print, escaped for a terminal, with ANSI colors or with marks around supervised tokens."""
+        yield f"record {for_screen(self.record.id, one_line=True)}"
         if self.encoded is not None:
             yield "legend " + ", ".join(_mark(kind, text, color) for kind, (text, _, _) in KINDS.items())
             yield ""
@@ -69,8 +70,8 @@ class Inspection:
             yield from self._summary(self.encoded)
             yield from self._candidates(self.encoded)
         yield from (f"loss {name:<18} {value:.6f}" for name, value in self.losses.items())
-        yield from (f"note: {text}" for text in self.notes)
-        yield from (f"problem: {text}" for text in self.problems)
+        yield from (f"note: {for_screen(text)}" for text in self.notes)
+        yield from (f"problem: {for_screen(text)}" for text in self.problems)
 
     def _summary(self, encoded: EncodedRecord) -> Iterator[str]:
         fits = self.length <= self.max_length_tokens
@@ -93,7 +94,8 @@ class Inspection:
             "grade": record.grades,
             "docid": record.docids,
         }
-        shown = {name: [name, *map(str, values)] for name, values in columns.items() if values is not None}
+        known = {name: values for name, values in columns.items() if values is not None}
+        shown = {name: [name, *(for_screen(one, one_line=True) for one in values)] for name, values in known.items()}
         yield ""
         for row in zip(*shown.values()):
             yield "  ".join(f"{cell:>{max(map(len, column))}}" for cell, column in zip(row, shown.values()))
@@ -192,7 +194,7 @@ def _marked_lines(tokens: Sequence[str], kinds: Sequence[Kind], color: bool, wid
     used = 0
     for kind, run in groupby(zip(kinds, tokens), key=lambda pair: pair[0]):
         for _, token in run:
-            text = token.replace("\n", "↵").replace("Ċ", "↵").replace("<0x0A>", "↵")
+            text = shown_token(token)
             line.append(_mark(kind, text, color))
             used += len(text) + 1
             if used >= width or "↵" in text:

@@ -11,6 +11,7 @@ from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import forward_flops, training_flops
 from rankllm_composer.preflight.list_lengths import ListLengths, measure_lists
 from rankllm_composer.recipe.checks import check_world
+from rankllm_composer.screen import say
 from rankllm_composer.training.schedule import learning_rate_factor, updates_in
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def plan_recipe(
     mfu: float | None = None,
     num_lists: int | None = None,
     sample: int = 500,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
 ) -> Plan:
     """Plan a run.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
+
+from rankllm_composer.screen import warn
 
 CLIENT_NAMES = {
     "gpt": "a model of OpenAI's API",
@@ -48,4 +49,4 @@ def warn_misread(path: str | Path) -> None:
     """Warn if the inference client would take a model at this path for one of another kind."""
     sentence = describe_misread(path)
     if sentence is not None:
-        warnings.warn(sentence, ServingNameWarning, stacklevel=3)
+        warn(sentence, ServingNameWarning, stacklevel=3)

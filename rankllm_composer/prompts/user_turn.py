@@ -151,6 +151,10 @@ def parse_user_turn(text: str) -> UserTurn:
 
     readings: list[UserTurn] = []
     for first in re.finditer(re.escape(f".\n[{names[0]}] "), middle):
+        if len(readings) > 1:  # it is refused: do not compare further queries, which can be long
+            break
+        if not middle.startswith("\nSearch Query: ", max(0, len(middle) - first.start() - 16)):
+            continue
         query = middle[: first.start()]
         again = f"\nSearch Query: {query}."
         if middle.endswith(again) and first.end() <= len(middle) - len(again):

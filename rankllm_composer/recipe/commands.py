@@ -11,6 +11,7 @@ import typer
 from rankllm_composer.errors import RecipeError, RunError
 from rankllm_composer.recipe.bundled import find_recipe, recipe_folder, recipe_path
 from rankllm_composer.redaction import REDACTED
+from rankllm_composer.screen import report, say
 
 SCHEMA_NAME = "recipe.schema.json"
 RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
@@ -29,13 +30,13 @@ def recipes_list() -> None:
     for path in paths:
         lines = path.read_text(encoding="utf-8").splitlines()
         title = next(line for line in lines if SCHEMA_NAME not in line)
-        typer.echo(f"{path.stem:<{width}}  {title.removeprefix('#').strip()}")
+        say(f"{path.stem:<{width}}  {title.removeprefix('#').strip()}")
 
 
 @recipes_app.command("show")
 def recipes_show(name: RecipeName) -> None:
     """Print a recipe."""
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    say(find_recipe(name).read_text(encoding="utf-8"), end="")
 
 
 @recipes_app.command("copy")
@@ -52,7 +53,7 @@ def recipes_copy(
     schema = (source.parent / SCHEMA_NAME).resolve().as_posix()  # the copy is beside no schema
     line = rf"(?m)^(# yaml-language-server: \$schema=){SCHEMA_NAME}$"
     target.write_text(re.sub(line, rf"\g<1>{schema}", source.read_text("utf-8")), encoding="utf-8")
-    typer.echo(str(target))
+    say(str(target))
 
 
 @recipes_app.command("check")
@@ -73,7 +74,7 @@ def recipes_check(
     width = max(len(row.key) for row in merged.keys)
     for row in merged.keys:
         value = REDACTED if is_secret(row.key, row.value) else show(row.value)
-        typer.echo(f"{row.origin:<8}  {row.key:<{width}}  {value}")
+        say(f"{row.origin:<8}  {row.key:<{width}}  {value}")
     problems = [*merged.problems, *missing_files(merged.recipe)]
     if num_ranks is not None and not merged.problems:
         try:
@@ -81,10 +82,10 @@ def recipes_check(
         except RecipeError as error:
             problems += error.problems
     for sentence in merged.warnings:
-        typer.echo(f"warning: {sentence}", err=True)
+        report(f"warning: {sentence}")
     if problems:
         raise RecipeError(str(path), problems)
-    typer.echo(f"{path}: no problems")
+    say(f"{path}: no problems")
 
 
 @recipes_app.command("keys")
@@ -94,7 +95,7 @@ def recipes_keys(
     """Print every key of a recipe, with default, unit, meaning and the values it may have."""
     from rankllm_composer.recipe.keys import keys_as_markdown, keys_as_text
 
-    typer.echo(keys_as_markdown() if markdown else keys_as_text())
+    say(keys_as_markdown() if markdown else keys_as_text())
 
 
 @recipes_app.command("schema")
@@ -102,4 +103,4 @@ def recipes_schema() -> None:
     """Print the JSON Schema of recipes, with which editors complete and check keys."""
     from rankllm_composer.recipe.keys import recipe_schema
 
-    typer.echo(recipe_schema())
+    say(recipe_schema())

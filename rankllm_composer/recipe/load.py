@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rankllm_composer.recipe.checks import contradictions, surprises, without_ef
 from rankllm_composer.recipe.keys import default_tree, find_key, plain_tree, show
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.recipe.validate import dotted, shown, validate
+from rankllm_composer.screen import warn
 
 Steps = tuple[str, ...]
 
@@ -63,7 +63,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if merged.problems:
         raise RecipeError(str(path), merged.problems)
     for sentence in merged.warnings:
-        warnings.warn(f"{path}: {sentence}", RecipeWarning, stacklevel=2)
+        warn(f"{path}: {sentence}", RecipeWarning, stacklevel=2)
     return merged.recipe
 
 
@@ -242,5 +242,5 @@ def _escape(value: Any) -> Any:
     if isinstance(value, list):
         return [_escape(inner) for inner in value]
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        return re.sub(r"(?<!\\)(\\*)\$\{", r"\1\1\\${", value)
     return value

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.options import BuildOptions, SourceOptions
+from rankllm_composer.screen import say
 from rankllm_composer.shards.blocks import BlockWriter, count_duplicates, cut_blocks, quarantine_line, write_blocks
 from rankllm_composer.shards.index import INDEX_NAME, Shard, dump_index, index_digest, parse_index
 from rankllm_composer.shards.manifest import IDS_NAME, MANIFEST_NAME, QUARANTINE_NAME, BuildReport, BuildStats, Manifest
@@ -42,7 +43,7 @@ def index_exists(target: str | Path) -> bool:
 
 
 def build_shards(
-    output: str | Path, source: SourceOptions, options: BuildOptions = DEFAULTS, report: Callable[[str], None] = print
+    output: str | Path, source: SourceOptions, options: BuildOptions = DEFAULTS, report: Callable[[str], None] = say
 ) -> BuildReport:
     """Build a set of shards from training records or from retrieval files.
 
@@ -62,7 +63,7 @@ def build_from(
     output: str | Path,
     on_error: Literal["stop", "quarantine"] = "stop",
     options: BuildOptions = DEFAULTS,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
 ) -> BuildReport:
     """Build a set of shards from a source of records, or part I of N of it below `output`.
 

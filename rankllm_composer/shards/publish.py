@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import ShardError
+from rankllm_composer.screen import say
 from rankllm_composer.shards.blocks import count_duplicates
 from rankllm_composer.shards.index import INDEX_NAME, Shard, dump_index, index_digest, parse_index
 from rankllm_composer.shards.manifest import (
@@ -144,7 +145,7 @@ def part_folder(index: int, num_parts: int) -> str:
     return f"part-{index}-of-{num_parts}"
 
 
-def merge_shards(output: str | Path, *, report: Callable[[str], None] = print) -> BuildReport:
+def merge_shards(output: str | Path, *, report: Callable[[str], None] = say) -> BuildReport:
     """Join the parts below `output` into one set, by an index over all of them; shards are neither moved nor read.
 
     Raises:

@@ -14,6 +14,7 @@ import numpy as np
 
 from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.prompts.record import id_digest, validate_record
+from rankllm_composer.screen import say
 from rankllm_composer.shards.index import (
     COLUMNS,
     INDEX_NAME,
@@ -100,7 +101,7 @@ def shards_info(target: str | Path) -> ShardsInfo:
     return ShardsInfo(folder.name, shards, manifest)
 
 
-def verify_shards(target: str | Path, *, records: bool = False, report: Callable[[str], None] = print) -> VerifyReport:
+def verify_shards(target: str | Path, *, records: bool = False, report: Callable[[str], None] = say) -> VerifyReport:
     """Check every shard of a set against its index: presence, size, hashes, layout; with `records`, every record too.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import secrets
@@ -13,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rankllm_composer.errors import StoreError
+from rankllm_composer.screen import get_logger
 from rankllm_composer.storage.locks import try_lock
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 _LOCK = ".lock"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

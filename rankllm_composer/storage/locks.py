@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import time
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from rankllm_composer.screen import get_logger
+
+log = get_logger(__name__)
 POLL_SECONDS = 0.1
 _devices_without_locks: set[int] = set()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,10 +28,11 @@ from rankllm_composer.checkpoints.store import CheckpointStore
 from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import CheckpointError
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
+from rankllm_composer.screen import get_logger
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.training.progress import ends_epoch
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 UNSHARDED_FILE = "rank0.pt"
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +19,10 @@ from rankllm_composer.export.model_folder import BEST, DTYPES, ServedModel, loca
 from rankllm_composer.export.weights import Weights, causal_lm_class, gather_full_state_dict, hf_module
 from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.recipe.resume import read_changes
+from rankllm_composer.screen import get_logger, warn
 from rankllm_composer.training.progress import ends_epoch
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class ExportFolder(Callback):
@@ -97,7 +96,7 @@ class ExportFolder(Callback):
         if self.best_by is not None:
             best, figure = self.folder / BEST, self._figures(state).get(f"eval/{self.best_by}")
             if figure is None and dist.get_global_rank() == 0:
-                warnings.warn(f"best_by: no metric {self.best_by!r} at {name}; {best} is unchanged", stacklevel=2)
+                warn(f"best_by: no metric {self.best_by!r} at {name}; {best} is unchanged", stacklevel=2)
             if figure is not None and figure > self._best:
                 self._best = figure
                 run_on_rank_zero(lambda: _link(best, name), f"link to {target}")

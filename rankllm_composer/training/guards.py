@@ -11,6 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from rankllm_composer.errors import RunError
+from rankllm_composer.escaping import in_one_line
 
 MAX_IDS_SHOWN = 20
 
@@ -89,7 +90,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def _shown(ids: list[str]) -> str:
     more = f" and {len(ids) - MAX_IDS_SHOWN} more" if len(ids) > MAX_IDS_SHOWN else ""
-    return ", ".join(ids[:MAX_IDS_SHOWN]) + more
+    return in_one_line(ids[:MAX_IDS_SHOWN]) + more
 
 
 class EpochGuard(Callback):

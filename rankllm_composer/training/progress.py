@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -19,8 +18,10 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from rankllm_composer.errors import RunError
+from rankllm_composer.escaping import for_screen
+from rankllm_composer.screen import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 LOSS_PREFIX = "loss/train/"
 
 
@@ -204,10 +205,10 @@ class ProgressLine(LoggerDestination):
             return
         if self._output.isatty():
             width = shutil.get_terminal_size().columns
-            self._output.write(f"\r\x1b[K{text[: width - 1]}")
+            self._output.write(f"\r\x1b[K{for_screen(text, one_line=True)[: width - 1]}")
             self._line_open = True
         else:
-            self._output.write(text + "\n")
+            self._output.write(for_screen(text, one_line=True) + "\n")
         self._output.flush()
 
     @property

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
+from rankllm_composer.screen import say
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import try_lock
 
@@ -170,7 +171,7 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
         if stopped is not None:
             raise stopped
         if rank == 0 and recipe.export_folder is not None:
-            print(exports_summary(TrainedRun.of_recipe(recipe)))
+            say(exports_summary(TrainedRun.of_recipe(recipe)))
         dist.barrier()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -18,7 +17,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from rankllm_composer.redaction import redact
+from rankllm_composer.screen import report
 from rankllm_composer.training.progress import ends_epoch
 
 POLL_SECONDS = 0.5
@@ -153,11 +152,6 @@ def lost_ranks_message(rank: int, gone: list[Peer]) -> str:
         f"error: rank {rank}: {ranks} died. Its own error, if any, is printed above; otherwise it was killed, possibly "
         f"by the OOM killer; {RESUME}"
     )
-
-
-def report(message: str) -> None:
-    """Print to standard error without secrets, such as a signed URL in an error of an object store's client."""
-    print(redact(message), file=sys.stderr, flush=True)
 
 
 class Preemption(Callback):

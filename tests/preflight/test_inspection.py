@@ -200,7 +200,7 @@ def test_command(material, capsys):
     code, out, err = run(ZEPHYR, *overlay(material, "data.train.identifiers=numbers"))
     assert code == 0 and "⟦1⟧" in out
     code, out, err = run(FIRST_MISTRAL, *overlay(material, "data.max_length_tokens=64"))
-    assert code == 2 and "problem: data.max_length_tokens" in out and "1 problems, see above" in err
+    assert code == 2 and "problem: data.max_length_tokens" in out and "1 problem, see above" in err
     assert run()[0] == run(FIRST_MISTRAL, "--model", material)[0] == 2
     code, _, err = run("--model", material / "base")
     assert code == 2 and "no contract" in err
