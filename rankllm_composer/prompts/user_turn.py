@@ -53,6 +53,19 @@ _MARKS: dict[IdentifierStyle, re.Pattern[str]] = {
     "numbers": re.compile(r"\n\[([1-9][0-9]?)\](?=\s)"),
 }
 _NUMBER_IN_BRACKETS = re.compile(r"\[(\d+)\]")
+LONGEST_WORD = 200
+"""Characters of a word that counts as one whatever it contains, as in the client."""
+
+PIECE_CHARS = 10
+"""Characters of a longer word that count as one."""
+
+# Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese; Korean is written with spaces.
+_SCRIPTS_WITHOUT_SPACES = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3001-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff"
+)
+_UNSPACED = re.compile(f"[{_SCRIPTS_WITHOUT_SPACES}]")
+_PIECE = re.compile(f"[{_SCRIPTS_WITHOUT_SPACES}]|[^{_SCRIPTS_WITHOUT_SPACES}]{{1,{PIECE_CHARS}}}")
 _DOCUMENT_FIELDS = ("text", "segment", "contents", "content", "body", "passage")
 
 
@@ -101,11 +114,44 @@ def passage_word_limit(num_passages: int, max_words: int = 300) -> int:
 
 
 def truncate_passage(text: str, max_words: int) -> str:
-    """Passage as the client shows it: repaired by ftfy, cut to `max_words` words, single spaces, `[12]` → `(12)`."""
+    """Passage as the client shows it: repaired by ftfy, cut to `max_words` words, single spaces, `[12]` → `(12)`.
+
+    Unlike in the client, a long word counts as several, see `join_words`.
+    """
+    return join_words(passage_words(text), max_words)
+
+
+def passage_words(text: str) -> list[str]:
+    """Words of a passage, after ftfy has repaired it."""
     from ftfy import fix_text
 
-    words = fix_text(text.strip()).split()
-    return _NUMBER_IN_BRACKETS.sub(r"(\1)", " ".join(words[:max_words]))
+    return fix_text(text.strip()).split()
+
+
+def join_words(words: Sequence[str], max_words: int, longest_word: int = LONGEST_WORD) -> str:
+    """The first `max_words` words of a passage, as the client shows them.
+
+    A word longer than `longest_word` characters (a URL, base64, text without spaces), or with more than a tenth of
+    that of scripts without spaces, is cut and counted in pieces: each character of such a script, and up to 10 others,
+    count as a word. The client counts it as one word, which it shows completely or not at all.
+    """
+    kept = words[:max_words]
+    if any(_is_long(word, longest_word) for word in kept):
+        kept, left = [], max_words
+        for word in words:
+            pieces = _PIECE.findall(word) if _is_long(word, longest_word) else [word]
+            kept.append("".join(pieces[:left]))
+            left -= len(pieces)
+            if left <= 0:
+                break
+    return _NUMBER_IN_BRACKETS.sub(r"(\1)", " ".join(kept))
+
+
+def _is_long(word: str, longest_word: int) -> bool:
+    if len(word) > longest_word:
+        return True
+    limit = longest_word // PIECE_CHARS
+    return len(word) > limit and not word.isascii() and len(_UNSPACED.findall(word)) > limit
 
 
 def render_user_turn(query: str, passages: Sequence[str], style: IdentifierStyle = "letters") -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,12 +15,15 @@ from rankllm_composer.prompts.encoding import encode_prompt
 from rankllm_composer.prompts.permutations import IdentifierStyle, format_permutation, identifier_style
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import (
+    LONGEST_WORD,
+    PIECE_CHARS,
     SYSTEM_MESSAGE,
     clean_query,
+    join_words,
     parse_user_turn,
     passage_word_limit,
+    passage_words,
     render_user_turn,
-    truncate_passage,
 )
 
 if TYPE_CHECKING:
@@ -30,12 +35,22 @@ WORDS_SHARE = 4  # the client removes one word from every passage per 4 excess t
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Window:
-    """A prompt that asks to rank its candidates: `input_ids` are (L,) int32, the prompt's tokens and then `[`."""
+    """A prompt that asks to rank its candidates.
+
+    Attributes:
+        id: for messages.
+        input_ids: (L,) int32, the prompt's tokens and then `[`.
+        num_emptied: passages that have a text but are shown empty, because not one piece of each fits.
+        client_empties: whether the inference client would show every passage empty: it cuts at spaces alone, and one
+            word of each passage does not fit.
+    """
 
     id: str
     input_ids: NDArray[np.int32]
     num_candidates: int
     style: IdentifierStyle = "letters"
+    num_emptied: int = 0
+    client_empties: bool = False
 
 
 def record_window(record: Record, tokenizer: PreTrainedTokenizerBase, order: Sequence[int] | None = None) -> Window:
@@ -64,7 +79,10 @@ def fit_window(
     context_size_tokens: int = 4096,
     max_passage_words: int = 300,
 ) -> Window:
-    """Window of candidates, with passages truncated as in the inference client until prompt and answer fit the context.
+    """Window of candidates, with passages truncated until prompt and answer fit the context.
+
+    The words are those of the inference client wherever it shows any; what has no spaces is cut between characters
+    (see `user_turn.join_words`), where the client would show every passage empty.
 
     Args:
         window_id: for messages.
@@ -78,21 +96,44 @@ def fit_window(
     """
     num_candidates = len(texts)
     reserved = answer_lengths(tokenizer, num_candidates, style)[0]
-    words = passage_word_limit(num_candidates, max_passage_words)
-    while True:
-        passages = [truncate_passage(text, words) for text in texts]
-        user = render_user_turn(clean_query(query), passages, style)
-        input_ids = encode_prompt(SYSTEM_MESSAGE, user, tokenizer, append_bracket=True)
-        excess = len(input_ids) - 1 + reserved - context_size_tokens
-        if excess <= 0:
-            return Window(window_id, input_ids, num_candidates, style)
-        if words == 0:
-            raise PromptError(
-                f"window {window_id}: {len(input_ids) - 1} tokens of prompt without passages and {reserved} of answer "
-                f"exceed the context of {context_size_tokens}. Use a shorter window, a shorter query or a larger "
-                "context_size_tokens."
-            )
-        words = max(0, words - max(1, excess // (WORDS_SHARE * num_candidates)))
+    limit = passage_word_limit(num_candidates, max_passage_words)
+    passages = [passage_words(text) for text in texts]
+
+    def cut(words: int, longest_word: int = LONGEST_WORD) -> list[str]:
+        return [join_words(passage, words, longest_word) for passage in passages]
+
+    def encode(shown: Sequence[str]) -> NDArray[np.int32]:
+        user = render_user_turn(clean_query(query), shown, style)
+        return encode_prompt(SYSTEM_MESSAGE, user, tokenizer, append_bracket=True)
+
+    def excess(input_ids: NDArray[np.int32]) -> int:
+        return len(input_ids) - 1 + reserved - context_size_tokens
+
+    words, shown = limit, cut(limit)
+    input_ids = encode(shown)
+    while words and excess(input_ids) > 0:
+        words = max(0, words - max(1, excess(input_ids) // (WORDS_SHARE * num_candidates)))
+        fewer = cut(words)
+        if fewer != shown:  # a lower limit often changes nothing yet
+            shown, input_ids = fewer, encode(fewer)
+    has_text = any(passages)
+    if excess(input_ids) <= 0 and (not has_text or (words and shown == cut(words, sys.maxsize))):
+        return Window(window_id, input_ids, num_candidates, style)
+
+    for longest_word in (LONGEST_WORD, PIECE_CHARS) if has_text else ():
+        words = bisect_right(range(limit), 0, key=lambda n: excess(encode(cut(n + 1, longest_word))))
+        if words:
+            client_empties = excess(encode(cut(1, sys.maxsize))) > 0
+            input_ids = encode(cut(words, longest_word))
+            return Window(window_id, input_ids, num_candidates, style, client_empties=client_empties)
+    input_ids = encode([""] * num_candidates)
+    if excess(input_ids) > 0:
+        raise PromptError(
+            f"window {window_id}: {len(input_ids) - 1} tokens of prompt without passages and {reserved} of answer "
+            f"exceed the context of {context_size_tokens}. Use a shorter window, a shorter query or a larger "
+            "context_size_tokens."
+        )
+    return Window(window_id, input_ids, num_candidates, style, sum(map(bool, passages)), client_empties=True)
 
 
 def answer_lengths(

@@ -18,9 +18,11 @@ from rankllm_composer.prompts.user_turn import (
     UserTurn,
     clean_query,
     document_text,
+    join_words,
     num_announced,
     parse_user_turn,
     passage_word_limit,
+    passage_words,
     read_user_turn,
     render_user_turn,
     truncate_passage,
@@ -452,6 +454,45 @@ def test_passage_word_limit_in_proportion() -> None:
 )
 def test_truncate_passage(text: str, max_words: int, expected: str) -> None:
     assert truncate_passage(text, max_words) == expected
+
+
+CHINESE = "检索模型按照与查询的相关性对段落排序、这一段没有任何空格。" * 3
+URL = "https://example.org/" + "a1b2c3d4/" * 12  # 128 characters
+BASE64 = "QUJDREVGR0hJSktM" * 40
+
+
+@pytest.mark.parametrize(
+    ("text", "max_words", "expected"),
+    [
+        (CHINESE, 12, CHINESE[:12]),
+        (CHINESE, 999, CHINESE),
+        (f"two words {CHINESE}", 7, f"two words {CHINESE[:5]}"),
+        ("ภาษาไทยไม่มีช่องว่างระหว่างคำ" * 2, 6, "ภาษาไท"),
+        ("日本語とEnglishのword" * 5, 11, "日本語とEnglishのword日本語と"),
+        ("北京 is 東京, not 서울", 3, "北京 is 東京,"),  # short words count as in the client
+        ("한국어는 띄어쓰기를 합니다", 2, "한국어는 띄어쓰기를"),
+        (f"see {URL} there", 2, f"see {URL}"),
+        (BASE64, 3, BASE64[:30]),
+        (f"see {BASE64} there", 2, f"see {BASE64[:10]}"),
+        (f"see {BASE64} there", 66, f"see {BASE64} there"),  # 640 characters are 64 pieces
+        (f"see {BASE64} there", 65, f"see {BASE64}"),
+        (f"a b {BASE64}", 2, "a b"),
+    ],
+)
+def test_what_has_no_spaces_is_cut_between_characters(text: str, max_words: int, expected: str) -> None:
+    assert truncate_passage(text, max_words) == expected
+
+
+@given(
+    st.lists(st.text(st.characters(codec="utf-8"), max_size=400), max_size=4), st.integers(1, 9), st.integers(10, 200)
+)
+def test_a_passage_with_a_text_is_never_cut_to_nothing(texts: list[str], max_words: int, longest_word: int) -> None:
+    words = passage_words(" ".join(texts))
+    shown = join_words(words, max_words, longest_word)
+    assert bool(shown) == bool(words)
+    whole = clean_query(" ".join(words))
+    assert all(part in whole for part in shown.split())
+    assert len(shown) <= max_words * (longest_word + 1)
 
 
 @given(st.one_of(st.text(), st.text(st.characters())), st.integers(0, 5))
