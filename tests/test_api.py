@@ -76,8 +76,13 @@ def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path
     assert first.best == first.exports[-1]
     with pytest.raises(rc.RankLLMComposerError, match="holds a run of another recipe"):
         rc.train(load(*overrides, "run.seed=7"))
-    accepted = ["optimizer.lr=1e-9", "run.accept_changes=[optimizer.lr]", "run.max_duration=2ep"]
-    longer = rc.train(load(*overrides, f"run.folder={shutil.copytree(first.folder, tmp_path / 'longer')}", *accepted))
+    capsys.readouterr()
+    assert rc.train(load(*overrides)).exports == first.exports
+    assert "is at batch 3, where run.max_duration=1ep is reached" in capsys.readouterr().out
+    changes = ["optimizer.lr=1e-9", "schedule.warmup=50ba", "run.accept_changes=[optimizer.lr,schedule]"]
+    changes += [f"run.folder={shutil.copytree(first.folder, tmp_path / 'longer')}", "run.max_duration=2ep"]
+    with pytest.warns(UserWarning, match="warmup is 50ba, 50 updates, but the run has 6 .* ends at 10% of optimizer"):
+        longer = rc.train(load(*overrides, *changes))
     batches = [json.loads(line) for line in (longer.folder / "metrics.jsonl").read_text().splitlines()]
     assert max(line["lr"] for line in batches if line["epoch"] == 1) <= 1e-9 < batches[1]["lr"]
     record = f"after batch 3: optimizer.lr was {load(*overrides).optimizer.lr}, is now 1e-09"

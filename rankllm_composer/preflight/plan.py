@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import forward_flops, training_flops
 from rankllm_composer.preflight.list_lengths import ListLengths, measure_lists
 from rankllm_composer.recipe.checks import check_world
+from rankllm_composer.recipe.times import explain_warmup, updates_in
 from rankllm_composer.screen import say
-from rankllm_composer.training.schedule import learning_rate_factor, updates_in
+from rankllm_composer.training.schedule import learning_rate_factor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -145,6 +146,14 @@ class Plan:
         lr = self.recipe.optimizer.lr
         rates = (f"update {update + 1:,}: {lr * self._learning_rate_factor(update):.3g}" for update in shown)
         yield "              " + ", ".join(rates)
+        warmup = explain_warmup(
+            self.recipe.schedule.warmup,
+            self.recipe.run.max_duration,
+            lists_per_update=self.recipe.batch.global_lists,
+            updates_per_epoch=self.steps_per_epoch,
+        )
+        if warmup is not None:
+            yield f"  warning: {warmup}"
 
     def _learning_rate_factor(self, update: int) -> float:
         schedule = self.recipe.schedule
@@ -310,12 +319,10 @@ def _count_steps(recipe: Recipe, num_lists: int | None) -> tuple[int | None, int
     """Updates per epoch, of the run and of the warmup; None if unknown."""
     lists = recipe.batch.global_lists
     per_epoch = None if num_lists is None else math.ceil(num_lists / lists)
-    needs_epochs = recipe.run.max_duration.endswith("ep") or recipe.schedule.warmup.endswith("ep")
-    if per_epoch is None and needs_epochs:
-        return None, None, None
-    known: dict[str, int] = {"updates_per_epoch": per_epoch or 0, "lists_per_update": lists}
+    known: dict[str, Any] = {"updates_per_epoch": per_epoch, "lists_per_update": lists}
     num_steps = updates_in(recipe.run.max_duration, **known)
-    return per_epoch, num_steps, updates_in(recipe.schedule.warmup, num_updates=num_steps, **known)
+    num_warmup = updates_in(recipe.schedule.warmup, num_updates=num_steps, **known)
+    return (None, None, None) if num_steps is None or num_warmup is None else (per_epoch, num_steps, num_warmup)
 
 
 def _flops_per_list(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths) -> int:

@@ -6,6 +6,7 @@ Also what is allowed but deserves a warning: keys without effect, and what cause
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.recipe.keys import plain_tree, show
 from rankllm_composer.recipe.resume import acceptance_problems
 from rankllm_composer.recipe.sections import Evaluation, Export, Recipe, Split
+from rankllm_composer.recipe.times import explain_warmup, parse_time
 from rankllm_composer.recipe.validate import shown
 from rankllm_composer.redaction import redact
 
@@ -114,27 +116,45 @@ def _loss_options(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{section}.detach_target", found, expected, remedy, involved)
 
 
-def parse_time(text: str) -> tuple[float, str] | None:
-    """A Composer time string, "50ba", as (50.0, "ba"); None for other text. Only `dur` may be a fraction, of the run.
-
-    Source:
-        composer.core.time.Time, which reads the same strings.
-    """
-    match = re.fullmatch(r"(\d+)(ep|ba|sp|tok)|(0?\.\d+|[01](?:\.0*)?)(dur)", text)
-    if match is None:
-        return None
-    number, unit = (part for part in match.groups() if part is not None)
-    return float(number), unit
-
-
 def _warmup(recipe: Recipe) -> Iterator[Problem]:
-    warmup, duration = parse_time(recipe.schedule.warmup), parse_time(recipe.run.max_duration)
-    if warmup is None or duration is None:  # stand-ins for what is wrong
+    key, text, duration = "schedule.warmup", recipe.schedule.warmup, recipe.run.max_duration
+    warmup, length = parse_time(text), parse_time(duration)
+    if warmup is None or length is None:  # stand-ins for what is wrong
         return
-    if warmup[0] >= (1 if warmup[1] == "dur" else duration[0]) and warmup[1] in (duration[1], "dur"):
-        expected = f"shorter than the run, run.max_duration={recipe.run.max_duration}"
-        remedy = "Shorten it or train longer."
-        yield Problem("schedule.warmup", f"'{recipe.schedule.warmup}'", expected, remedy, ("run.max_duration",))
+    # Of epochs, the number of updates is unknown here; `warmup_warning` compares it if the lists are on this machine.
+    per_epoch = 1 if warmup[1] == length[1] == "ep" else None
+    is_long = explain_warmup(
+        text, duration, lists_per_update=recipe.batch.global_lists, updates_per_epoch=per_epoch
+    ) or (warmup[1] == "dur" and warmup[0] >= 1)
+    if is_long:
+        expected = f"shorter than the run, run.max_duration={duration}"
+        yield Problem(key, f"'{text}'", expected, "Shorten it or train longer.", ("run.max_duration", "batch"))
+
+
+def warmup_warning(recipe: Recipe) -> str | None:
+    """A sentence about a warmup that is as long as the run, if the number of lists can be counted on this machine."""
+    split = recipe.data.train
+    if any(stream.proportion is not None for stream in split.streams):
+        return None
+    try:
+        num_lists = _count_lists(split)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    lists = recipe.batch.global_lists
+    updates_per_epoch = -(-num_lists // lists)
+    return explain_warmup(
+        recipe.schedule.warmup, recipe.run.max_duration, lists_per_update=lists, updates_per_epoch=updates_per_epoch
+    )
+
+
+def _count_lists(split: Split) -> int:
+    """The lists of a split: of its local shards, by their index, or of its records, one per line or in one array."""
+    indexes = [Path(local, "index.json") for _, local in _sets(split)]
+    if split.source is None or split.source.input is None or indexes[0].exists():
+        indices = (json.loads(index.read_bytes())["shards"] for index in indexes)
+        return sum(int(shard["samples"]) for shards in indices for shard in shards)
+    content = Path(split.source.input).read_bytes().strip()
+    return len(json.loads(content)) if content.startswith(b"[") else content.count(b"\n") + 1
 
 
 def _hardware(recipe: Recipe) -> Iterator[Problem]:

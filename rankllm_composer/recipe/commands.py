@@ -65,7 +65,7 @@ def recipes_check(
     ] = None,
 ) -> None:
     """Print the merged recipe with the origin of each value, and everything that is wrong with it (exit code 2)."""
-    from rankllm_composer.recipe.checks import check_world, is_secret, missing_files
+    from rankllm_composer.recipe.checks import check_world, is_secret, missing_files, warmup_warning
     from rankllm_composer.recipe.keys import show
     from rankllm_composer.recipe.load import merge_recipe
 
@@ -81,7 +81,7 @@ def recipes_check(
             check_world(merged.recipe, num_ranks)
         except RecipeError as error:
             problems += error.problems
-    for sentence in merged.warnings:
+    for sentence in filter(None, [*merged.warnings, warmup_warning(merged.recipe)]):
         report(f"warning: {sentence}")
     if problems:
         raise RecipeError(str(path), problems)

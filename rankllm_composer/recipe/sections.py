@@ -29,6 +29,7 @@ from rankllm_composer.options import (
     option,
 )
 from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.recipe.times import EXAMPLES, UNITS, time_pattern
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 CallbackName = Literal["speed_monitor", "memory_monitor", "lr_monitor", "optimizer_monitor", "nan_monitor"]
@@ -39,17 +40,12 @@ Arguments = Annotated[
 """Arguments of a Composer class; null = none."""
 
 Share = Annotated[Number, Ge(0), Lt(1)]
-_TIMES = {"ep": "3ep", "ba": "50ba", "sp": "4000sp", "tok": "1000000tok", "dur": "0.1dur"}
 
 
-def time(meaning: str, default: str, *units: str, nonzero: bool = True) -> Any:
-    """A key that holds a Composer time string in one of `units`, above zero unless `nonzero` is False."""
-    counts = "|".join(unit for unit in units if unit != "dur")
-    pattern = f"0*[1-9][0-9]*({counts})" if nonzero else f"[0-9]+({counts})"
-    if "dur" in units:  # the only unit that takes fractions, of the run
-        pattern += r"|(0?\.[0-9]*[1-9][0-9]*|1(\.0*)?)dur" if nonzero else r"|(0?\.[0-9]+|[01](\.0*)?)dur"
-    examples = [_TIMES[unit] for unit in units]
-    return option(meaning, default, unit="Composer time", pattern=f"^({pattern})$", examples=examples)
+def time(key: str, meaning: str, default: str) -> Any:
+    """The key of a Composer time string, in the units of `times.UNITS`."""
+    examples = [EXAMPLES[unit] for unit in UNITS[key]]
+    return option(meaning, default, unit="Composer time", pattern=time_pattern(key), examples=examples)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -61,7 +57,7 @@ class Run:
     )
     folder: Text | None = option("Folder of the files that the run writes; null = runs/<name>.", None, unit="path")
     seed: Whole = option("Seed of weights, data order and noise.", 42, ge=0)
-    max_duration: Text = time("How long to train.", "3ep", "ep", "ba", "sp")
+    max_duration: Text = time("run.max_duration", "How long to train.", "3ep")
     autoresume: Flag = option("Continue from the run's latest checkpoint if there is one.", True)
     accept_changes: tuple[Text, ...] = option(
         "Keys whose change is accepted when the run is resumed; recorded in recipe.yaml and on the model card.",
@@ -189,9 +185,7 @@ class Schedule:
     """The learning rate over the run."""
 
     name: Literal["cosine", "linear", "constant"] = option("Learning rate after the warmup.", "cosine")
-    warmup: Text = time(
-        "Linear rise from 0; batches are optimizer updates.", "50ba", "ep", "ba", "sp", "dur", nonzero=False
-    )
+    warmup: Text = time("schedule.warmup", "Linear rise from 0; batches are optimizer updates.", "50ba")
     final_lr_fraction: Number = option(
         "Learning rate at the end, as a fraction of the highest.", 0.0, unit="fraction of lr", ge=0, le=1
     )
@@ -217,7 +211,7 @@ class Parallelism:
 class Export:
     """HF folders that are written while training."""
 
-    interval: Text = time("How often an HF folder is written.", "1ep", "ep", "ba", "sp", "tok", "dur")
+    interval: Text = time("checkpoint.export.interval", "How often an HF folder is written.", "1ep")
     folder: Text | None = option("Where the HF folders go; null = <run folder>/hf.", None, unit="path")
     merge_lora: Flag = option("Merge the adapters into the weights; false = export them separately.", True)
 
@@ -226,7 +220,7 @@ class Export:
 class Checkpoint:
     """What is saved, to resume from and to serve."""
 
-    interval: Text = time("How often a checkpoint is written.", "1ep", "ep", "ba", "sp", "tok", "dur")
+    interval: Text = time("checkpoint.interval", "How often a checkpoint is written.", "1ep")
     keep: Whole = option("Number of newest checkpoints kept on local disk; -1 = all.", 3, unit="checkpoints", ge=-1)
     folder: Text | None = option("Where checkpoints go; null = <run folder>/checkpoints.", None, unit="path or URL")
     export: Export | None = option("HF folders for inference; null = none.", Export)
@@ -236,7 +230,7 @@ class Checkpoint:
 class Evaluation:
     """Rankings measured while training."""
 
-    interval: Text = time("How often data.eval is ranked.", "1ep", "ep", "ba", "dur")
+    interval: Text = time("evaluation.interval", "How often data.eval is ranked.", "1ep")
     decodings: tuple[Decoding, ...] = option(
         "How rankings are decoded: from one forward pass, from generated text, or both.", ("first_token", "generation")
     )

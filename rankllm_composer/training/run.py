@@ -166,6 +166,11 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
                 if num_ranks == 1:  # of several ranks, some may no longer take part in a collective
                     trainer.close()
                 raise
+        elif rank == 0:
+            print(
+                f"nothing to train: {folder} is at batch {trainer.state.timestamp.batch.value}, where "
+                f"run.max_duration={recipe.run.max_duration} is reached; raise run.max_duration to train longer"
+            )
         watch.stop()
         trainer.close()
         if stopped is not None:

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from composer.core import Time, TimeUnit
+
+from rankllm_composer.recipe.times import updates_in
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -38,30 +39,6 @@ def learning_rate_factor(
     return final_fraction + (1.0 - final_fraction) * shape
 
 
-def updates_in(time: str, *, updates_per_epoch: int, lists_per_update: int, num_updates: int = 0) -> int:
-    """Convert a Composer time string to optimizer steps, rounded up.
-
-    Args:
-        time: in epochs (ep), batches (ba), samples (sp) or fractions of the run (dur).
-        num_updates: steps of the run, for fractions of it.
-    Raises:
-        ValueError: another unit.
-    """
-    parsed = Time.from_timestring(time)
-    match parsed.unit:
-        case TimeUnit.BATCH:
-            return int(parsed.value)
-        case TimeUnit.EPOCH:
-            return int(parsed.value) * updates_per_epoch
-        case TimeUnit.SAMPLE:
-            return math.ceil(int(parsed.value) / lists_per_update)
-        case TimeUnit.DURATION:
-            return math.ceil(float(parsed.value) * num_updates)
-    raise ValueError(
-        f"time is {time!r}; expected epochs (3ep), batches (50ba), samples (4000sp) or a fraction of the run (0.1dur)"
-    )
-
-
 def build_schedule(
     optimizer: torch.optim.Optimizer,
     *,
@@ -85,6 +62,7 @@ def build_schedule(
     in_updates = partial(updates_in, updates_per_epoch=updates_per_epoch, lists_per_update=lists_per_update)
     num_updates = in_updates(max_duration)
     num_warmup = in_updates(warmup, num_updates=num_updates)
+    assert num_updates is not None and num_warmup is not None  # the length of an epoch is known
 
     def factor(update: int) -> float:  # a function, since a scheduler's state would include a partial
         return learning_rate_factor(

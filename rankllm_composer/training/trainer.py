@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from composer import Trainer
 from composer.algorithms import GradientClipping
+from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 
 from rankllm_composer.data.dataset import build_train_data_spec, lists_per_rank
 from rankllm_composer.distributed import average_sharded_gradients
 from rankllm_composer.model.neftune import NEFTune
 from rankllm_composer.recipe.sections import Recipe
+from rankllm_composer.recipe.times import explain_warmup
 from rankllm_composer.training import assembly
 from rankllm_composer.training.schedule import apply_schedule, build_schedule
 from rankllm_composer.training.stopping import ignore_sigterm
@@ -49,6 +52,11 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         loader_timeout_seconds=recipe.data.loader_timeout_seconds,
     )
     data_spec.dataloader.worker_init_fn = ignore_sigterm  # type: ignore[union-attr]
+    updates_per_epoch: int = len(data_spec.dataloader)  # type: ignore[arg-type]
+    length = {"lists_per_update": recipe.batch.global_lists, "updates_per_epoch": updates_per_epoch}
+    warning = explain_warmup(recipe.schedule.warmup, recipe.run.max_duration, **length)
+    if warning is not None and dist.get_global_rank() == 0:
+        warnings.warn(warning, stacklevel=2)
     optimizer = assembly.build_optimizer(recipe, model)
     schedule = build_schedule(
         optimizer,
@@ -56,8 +64,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         warmup=recipe.schedule.warmup,
         final_fraction=recipe.schedule.final_lr_fraction,
         max_duration=recipe.run.max_duration,
-        updates_per_epoch=len(data_spec.dataloader),  # type: ignore[arg-type]
-        lists_per_update=recipe.batch.global_lists,
+        **length,
     )
     trainer = Trainer(
         model=model,

@@ -190,6 +190,8 @@ def test_updates_learning_rate_and_hours(toy_folder):
     assert "16 per rank, in microbatches of at most 512 tokens" in text
     assert "25% (given)" in text
     assert "each is assumed to have 128 tokens, the limit" in text and found.fits
+    short = plan_recipe(toy_recipe(toy_folder), 8, num_lists=300, report=quiet)  # 3 updates in 3 epochs
+    assert "warning: schedule.warmup is 50ba, 50 updates, but the run has 9 " in "\n".join(short.lines())
     unknown = plan_recipe(toy_recipe(toy_folder), 8, report=quiet)
     assert unknown.num_steps is unknown.num_hours is None
     assert "pass --lists" in "\n".join(unknown.lines())

@@ -14,9 +14,9 @@ from support.recipes import PUBLISHED, SCHEMA
 
 from rankllm_composer.model.loss_table import RANKING_LOSSES
 from rankllm_composer.options import OBJECTIVES
-from rankllm_composer.recipe.checks import parse_time
 from rankllm_composer.recipe.keys import describe_keys, keys_as_markdown, keys_as_text, keys_of
 from rankllm_composer.recipe.sections import CallbackName, LoggerName, Recipe
+from rankllm_composer.recipe.times import parse_time
 
 
 def sections(kind: type = Recipe) -> list[type]:

@@ -10,7 +10,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from rankllm_composer.training.schedule import apply_schedule, build_schedule, learning_rate_factor, updates_in
+from rankllm_composer.recipe.times import updates_in
+from rankllm_composer.training.schedule import apply_schedule, build_schedule, learning_rate_factor
 
 
 def rates(scheduler, optimizer, count):
