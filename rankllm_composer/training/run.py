@@ -167,7 +167,7 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
                     trainer.close()
                 raise
         elif rank == 0:
-            print(
+            say(
                 f"nothing to train: {folder} is at batch {trainer.state.timestamp.batch.value}, where "
                 f"run.max_duration={recipe.run.max_duration} is reached; raise run.max_duration to train longer"
             )

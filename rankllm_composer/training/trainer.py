@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rankllm_composer.distributed import average_sharded_gradients
 from rankllm_composer.model.neftune import NEFTune
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.recipe.times import explain_warmup
+from rankllm_composer.screen import warn
 from rankllm_composer.training import assembly
 from rankllm_composer.training.schedule import apply_schedule, build_schedule
 from rankllm_composer.training.stopping import ignore_sigterm
@@ -56,7 +56,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
     length = {"lists_per_update": recipe.batch.global_lists, "updates_per_epoch": updates_per_epoch}
     warning = explain_warmup(recipe.schedule.warmup, recipe.run.max_duration, **length)
     if warning is not None and dist.get_global_rank() == 0:
-        warnings.warn(warning, stacklevel=2)
+        warn(warning, stacklevel=2)
     optimizer = assembly.build_optimizer(recipe, model)
     schedule = build_schedule(
         optimizer,
