@@ -41,7 +41,8 @@ class CardFacts:
     contract: DecodingContract
     base_licence: str | None = None  # SPDX name, where known
     data: tuple[str, ...] = ()  # sources of the training lists
-    num_lists: int | None = None  # None = not counted
+    num_lists: int | None = None  # in the training data, per epoch; None = not counted
+    trained_lists: Mapping[str, int] = field(default_factory=dict)  # "trained", "too_long": in the last epoch, if known
     losses: Mapping[str, float] = field(default_factory=dict)  # part of the objective → weight
     hyperparameters: Mapping[str, object] = field(default_factory=dict)  # in the order of the table
     changes: tuple[str, ...] = ()  # of the recipe while the run was stopped
@@ -122,7 +123,11 @@ def _training(facts: CardFacts) -> str:
     names = f"{contract.identifiers[0]} to {contract.identifiers[-1]}"
     rows = [("objective", contract.objective), ("identifiers", f"{contract.identifier_style}, {names}")]
     rows += [(f"weight of {part}", f"{weight:g}") for part, weight in facts.losses.items()]
-    rows.append(("training lists", "not counted" if facts.num_lists is None else f"{facts.num_lists:,}"))
+    lists = "not counted" if facts.num_lists is None else f"{facts.num_lists:,}"
+    if facts.trained_lists:
+        left_out = f"{facts.trained_lists['too_long']:,} left out as too long"
+        lists = f"{facts.trained_lists['trained']:,} of {lists} in the last epoch, {left_out}"
+    rows.append(("training lists", lists))
     rows += [("data", _public(source)) for source in facts.data]
     rows += [(key, str(value)) for key, value in facts.hyperparameters.items()]
     rows += [("changed", change) for change in facts.changes]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rankllm_composer.errors import PromptError
+from rankllm_composer.errors import PromptError, ShardError
 from rankllm_composer.escaping import for_screen
 from rankllm_composer.export.serving_check import serving_differences, shown_token
 from rankllm_composer.options import ObjectiveName
@@ -217,12 +217,12 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
 
     from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.record import augment_record
+    from rankllm_composer.shards.contents import SetContents, count_lists, read_contents
     from rankllm_composer.shards.read import SplitRecords
-    from rankllm_composer.training.assembly import build_model
+    from rankllm_composer.training.assembly import build_contract, build_model, sets_of
 
     split = recipe.data.train
-    sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
-    records = SplitRecords(sets, split.source)
+    records = SplitRecords(sets_of(split), split.source, split.rebuild)
     record = records[number]
     shuffle, style = split.shuffle_passages, split.identifiers
     if shuffle or style is not None:
@@ -231,6 +231,11 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
     limit, too_long = recipe.data.max_length_tokens, recipe.data.too_long
     found = inspect_record(record, tokenizer, recipe.objective.name, max_length_tokens=limit, too_long=too_long)
     found.notes.insert(0, f"record {number} of {records.place}")
+    try:  # the lists of the whole set; of a source without shards, this record
+        contents = read_contents(sets_of(split)) if records.has_shards else SetContents(count_lists([records[number]]))
+        build_contract(recipe, tokenizer, contents)
+    except (PromptError, ShardError) as error:
+        found.problems.append(str(error))
     if loss:
         on_cpu = replace(recipe, model=replace(recipe.model, attention="auto"))  # flash-attn does not run on a CPU
         add_losses(found, build_model(on_cpu, tokenizer, "cpu"))

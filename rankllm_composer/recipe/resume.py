@@ -26,6 +26,7 @@ FREE = (
     "data.train.local",
     "data.train.remote",
     "data.train.source",
+    "data.train.rebuild",
     "data.train.cache_limit",
     "data.train.download_retry",
     "data.train.download_timeout_seconds",

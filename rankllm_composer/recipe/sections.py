@@ -112,6 +112,9 @@ class Sets:
     remote: Text | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
     local: PathText | None = option("Where the shards are read or cached; null with `streams`.", None, unit="path")
     source: SourceOptions | None = option("What absent shards are built from; null = they are never built.", None)
+    rebuild: Flag = option(
+        "Build the shards again if they were built from another `source` or with other options; false = stop.", False
+    )
     streams: tuple[Stream, ...] = option("Several sets of shards mixed, instead of `remote` and `local`.", ())
 
 

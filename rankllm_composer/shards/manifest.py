@@ -9,8 +9,21 @@ from typing import Any
 
 from rankllm_composer import __version__
 from rankllm_composer.errors import ShardError
+from rankllm_composer.prompts.permutations import identifier_style
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.shards.index import REMEDY, Shard, parse_json
+from rankllm_composer.screen import get_logger
+from rankllm_composer.shards.index import (
+    INDEX_NAME,
+    REMEDY,
+    Shard,
+    index_digest,
+    missing_index,
+    parse_index,
+    parse_json,
+)
+from rankllm_composer.storage.object_store import Folder, LocalFolder
+
+log = get_logger(__name__)
 
 MANIFEST_NAME = "build.json"
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -31,7 +44,8 @@ class BuildStats:
 
     Records with a duplicate id and nonstandard prompts (which the inference client would write differently) are kept.
     `dropped` counts lists and queries by the reason why the source leaves them out, `candidates` lists by their number
-    of candidates, `prompt_chars` lists by the length of their user turn, rounded up to 1,000 characters.
+    of candidates, `numbered` those of them whose identifiers are numbers (None in sets of versions that did not count
+    them), `prompt_chars` lists by the length of their user turn, rounded up to 1,000 characters.
     """
 
     num_records: int = 0
@@ -40,6 +54,7 @@ class BuildStats:
     num_nonstandard_prompts: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     candidates: Counter[int] = field(default_factory=Counter)
+    numbered: Counter[int] | None = field(default_factory=Counter)
     prompt_chars: Counter[int] = field(default_factory=Counter)
 
     def count_record(self, record: Record) -> None:
@@ -47,30 +62,39 @@ class BuildStats:
         self.num_records += 1
         self.num_nonstandard_prompts += not record.has_standard_prompt
         self.candidates[len(record.turn.passages)] += 1
+        if self.numbered is not None and identifier_style(record.response) == "numbers":
+            self.numbered[len(record.turn.passages)] += 1
         self.prompt_chars[-(-len(record.user) // _BUCKET_CHARS) * _BUCKET_CHARS] += 1
 
     def add(self, other: BuildStats) -> None:
         """Add the counts of another piece."""
         for item in fields(self):
-            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+            ours, theirs = getattr(self, item.name), getattr(other, item.name)
+            setattr(self, item.name, None if ours is None or theirs is None else ours + theirs)
 
     def to_json(self) -> dict[str, Any]:
         """The counts as `build.json` contains them."""
         counts: dict[str, Any] = {key: getattr(self, name) for name, key in _KEYS.items()}
-        for name in ("dropped", "candidates", "prompt_chars"):
-            counts[name] = {str(key): number for key, number in sorted(getattr(self, name).items())}
+        for name in ("dropped", "candidates", "numbered", "prompt_chars"):
+            if getattr(self, name) is not None:
+                counts[name] = {str(key): number for key, number in sorted(getattr(self, name).items())}
         return counts
 
     @classmethod
     def from_json(cls, counts: Any, where: str) -> BuildStats:
         """Inverse of `to_json`; raise ShardError if a count is missing or not a number."""
-        counts = {"other_wordings": 0, **counts}  # older sets lack it
+        counts = {"other_wordings": 0, "numbered": None, **counts}  # older sets lack them
+
+        def by_size(key: str) -> Counter[int]:
+            return Counter({int(size): int(number) for size, number in counts[key].items()})
+
         try:
             return cls(
                 **{name: int(counts[key]) for name, key in _KEYS.items()},
                 dropped=Counter({str(reason): int(number) for reason, number in counts["dropped"].items()}),
-                candidates=Counter({int(size): int(number) for size, number in counts["candidates"].items()}),
-                prompt_chars=Counter({int(size): int(number) for size, number in counts["prompt_chars"].items()}),
+                candidates=by_size("candidates"),
+                numbered=None if counts["numbered"] is None else by_size("numbered"),
+                prompt_chars=by_size("prompt_chars"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardError(f"{where}: damaged, its counts cannot be read ({error!r}). {REMEDY}") from error
@@ -130,6 +154,34 @@ def parse_manifest(text: bytes | str, where: str) -> Manifest:
             raise ShardError(f"{where}: damaged, {name!r} is {content.get(name)!r:.60}. {REMEDY}")
     known: dict[str, Any] = {name: content.get(name) for name in types if name != "counts"}
     return Manifest(**known, stats=BuildStats.from_json(content["counts"], where))
+
+
+def read_set(folder: Folder) -> tuple[tuple[Shard, ...], Manifest | None]:
+    """Read index and manifest of a set, and check that they belong together; a store is asked a second time.
+
+    Returns:
+        The shards, and the manifest if there is one.
+    Raises:
+        ShardError: there is no index, a file is damaged, or the manifest belongs to another index.
+        StoreError: the files cannot be read.
+    """
+    for is_last in (False, True):
+        index_text, text = folder.read(INDEX_NAME), folder.read(MANIFEST_NAME)
+        if index_text is None:
+            raise missing_index(f"{folder.name}/{INDEX_NAME}")
+        try:
+            shards = parse_index(index_text, f"{folder.name}/{INDEX_NAME}")
+            manifest = None if text is None else parse_manifest(text, f"{folder.name}/{MANIFEST_NAME}")
+            if manifest is not None and manifest.index_sha256 != index_digest(index_text):
+                found = f"belongs to another {INDEX_NAME} than the one beside it"
+                raise ShardError(f"{folder.name}/{MANIFEST_NAME}: {found}. {REMEDY}")
+        except ShardError as error:
+            if isinstance(folder, LocalFolder) or is_last:
+                raise
+            log.warning("%s; fetching it again", error)
+        else:
+            return shards, manifest
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rankllm_composer.errors import ShardError
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, record_from_sample
+from rankllm_composer.shards.prepared import find_difference
 from rankllm_composer.sources.records import open_source, read_records
 from rankllm_composer.storage.object_store import Folder, open_folder
 
@@ -24,17 +25,27 @@ class SplitRecords:
     Args:
         sets: (local, remote) of each set of shards, in order; remote None = all of it is in `local`.
         source: read if there are no shards; None = only shards.
+        rebuild: read the source also if the shards were built from another one.
     Raises:
-        ShardError: there are no shards, and no source on this machine; or an index is damaged.
+        ShardError: there are no shards, and no source on this machine; the shards were built from another source; or an
+            index is damaged.
         StoreError: an object store cannot be reached.
     """
 
-    def __init__(self, sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None) -> None:
+    def __init__(
+        self, sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None, rebuild: bool = False
+    ) -> None:
         folders = [(Path(local), open_folder(remote or local)) for local, remote in sets]
         texts = [folder.read(INDEX_NAME) for _, folder in folders]
         self._source = source
         self._shards: list[tuple[Path, Folder, Shard]] = []
         missing = ", ".join(folder.name for (_, folder), text in zip(folders, texts) if text is None)
+        if not missing and source is not None:
+            (local, remote), *_ = sets
+            difference = find_difference(remote or local, source, local, "data.train")
+            if difference is not None and not rebuild:
+                raise difference
+            missing = "" if difference is None else f"{folders[0][1].name} from this source"
         if not missing:
             self._source = None
             for (local, folder), text in zip(folders, texts):
@@ -52,6 +63,11 @@ class SplitRecords:
             )
         self._records = open_source(source)
         self.place = f"{source.input or source.run} (no shards in {missing} yet)"
+
+    @property
+    def has_shards(self) -> bool:
+        """True if there are shards, False if the records are read from the source."""
+        return self._source is None
 
     def __len__(self) -> int:
         """Number of records; those of a source are counted by reading it."""
@@ -81,10 +97,12 @@ class SplitRecords:
             yield from (record for _, record in read_records(self._records, skip_bad=skip_bad))
 
 
-def find_split(sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None) -> SplitRecords | None:
+def find_split(
+    sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None, rebuild: bool = False
+) -> SplitRecords | None:
     """The records of a split, as `SplitRecords`; None if there are no shards, and no source on this machine."""
     try:
-        return SplitRecords(sets, source)
+        return SplitRecords(sets, source, rebuild)
     except _AbsentError:
         return None
 

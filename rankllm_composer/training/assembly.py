@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,20 @@ from transformers import PreTrainedTokenizerBase
 
 from rankllm_composer.data.dataset import ListDataset, ListEncoding, lists_per_rank
 from rankllm_composer.data.streams import Stream
+from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import RunError
 from rankllm_composer.export.model_card import CardFacts, published_figures
 from rankllm_composer.export.model_folder import Dtype, ServedModel
 from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
-from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
+from rankllm_composer.prompts.lists import check_lists, trained_window
 from rankllm_composer.ranking.evaluation import EvaluationOptions
 from rankllm_composer.recipe.load import recipe_to_yaml
 from rankllm_composer.recipe.sections import Recipe, Split
+from rankllm_composer.screen import get_logger
+from rankllm_composer.shards.contents import SetContents, read_contents
 from rankllm_composer.storage.object_store import is_remote
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.export_callback import ExportFolder
@@ -33,6 +38,7 @@ from rankllm_composer.training.progress import MetricsFile, ProgressLine
 from rankllm_composer.training.stopping import Preemption
 from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation
 
+log = get_logger(__name__)
 LOGGERS = {"tensorboard": loggers.TensorboardLogger, "wandb": loggers.WandBLogger, "mlflow": loggers.MLFlowLogger}
 CALLBACKS = {
     "speed_monitor": callbacks.SpeedMonitor,
@@ -57,10 +63,8 @@ def choose_device(name: str) -> str:
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Load the recipe's tokenizer and check that it supports the objective."""
-    tokenizer = load_tokenizer(recipe.model)
-    check_tokenizer(tokenizer, recipe.objective.name, recipe.data.train.identifiers or "letters", 2)
-    return tokenizer
+    """Load the recipe's tokenizer; `build_contract` checks it against the lists."""
+    return load_tokenizer(recipe.model)
 
 
 def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> ListDataset:
@@ -219,7 +223,12 @@ def build_validation(
 
 
 def build_callbacks(
-    recipe: Recipe, contract: DecodingContract, model: ListwiseReranker, num_lists: int, validation: Validation | None
+    recipe: Recipe,
+    contract: DecodingContract,
+    model: ListwiseReranker,
+    data: Sequence[str],
+    num_lists: int,
+    validation: Validation | None,
 ) -> list[Callback]:
     """Build all callbacks, in order: guards, evaluation, export, those of the recipe, checkpoints, stop on request."""
     ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
@@ -238,7 +247,7 @@ def build_callbacks(
                     generation_config=model.model.generation_config,
                     dtype=export_dtype(recipe),
                 ),
-                facts=card_facts(recipe, contract, num_lists),
+                facts=card_facts(recipe, contract, data, num_lists),
                 interval=recipe.checkpoint.export.interval,
                 merge_lora=recipe.checkpoint.export.merge_lora,
                 figures=lambda batch: {} if validation is None else validation.figures_after(batch),
@@ -263,21 +272,51 @@ def export_dtype(recipe: Recipe) -> Dtype:
     return "float32" if recipe.parallelism.precision == "fp32" else "bfloat16"
 
 
-def build_contract(recipe: Recipe, dataset: ListDataset) -> DecodingContract:
-    """How the trained model is prompted and read; identifiers as in the first training list."""
-    return decoding_contract(
-        dataset.encoding.tokenizer,
+def sets_of(split: Split) -> list[tuple[str, str | None]]:
+    """(local, remote) of every set of shards of a split."""
+    return [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
+
+
+def training_contents(recipe: Recipe) -> SetContents:
+    """Sizes, identifiers and sources of all lists of `data.train`. A collective: rank 0 reads them."""
+    found: list[SetContents] = []
+    run_on_rank_zero(lambda: found.append(read_contents(sets_of(recipe.data.train))), "counts of the training lists")
+    contents: SetContents = dist.all_gather_object(found)[0][0]
+    return contents
+
+
+def build_contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contents: SetContents) -> DecodingContract:
+    """How the trained model is prompted and read: identifiers and window of the training lists.
+
+    Raises:
+        PromptError: the tokenizer or the objective does not support the identifiers of a list.
+        ShardError: the lists are too long for `data.train.identifiers`.
+    """
+    contents = contents.renamed(recipe.data.train.identifiers)
+    check_lists(tokenizer, recipe.objective.name, contents.lists)
+    window = trained_window(contents.lists, contents.strides)
+    others = sum(number for (style, _), number in contents.lists.items() if style != window.style)
+    if others:
+        log.warning(
+            "data.train: %d of %d lists have other identifiers than %s, which the exported contract will name. Set "
+            "data.train.identifiers to give all lists the same.",
+            others,
+            sum(contents.lists.values()),
+            window.style,
+        )
+    contract = decoding_contract(
+        tokenizer,
         recipe.objective.name,
-        dataset.record(0).turn.style,
+        window.style,
+        num_identifiers=window.size,
+        stride=window.stride,
         context_size_tokens=recipe.data.max_length_tokens,
     )
+    return replace(contract, max_passage_words=contents.max_passage_words or contract.max_passage_words)
 
 
-def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int | None) -> CardFacts:
-    """Collect the facts of a run for its model card."""
-    train, source = recipe.data.train, recipe.data.train.source
-    data: list[str | None] = [s.remote or s.local for s in train.streams]
-    data = data or [(source and (source.input or source.run)) or train.remote or train.local]
+def card_facts(recipe: Recipe, contract: DecodingContract, data: Sequence[str], num_lists: int | None) -> CardFacts:
+    """Collect the facts of a run for its model card; `data` names what its lists were built from."""
     weights = {}
     if recipe.objective.name != "ranking":
         weights["language modelling"] = recipe.objective.language_modelling_weight
@@ -289,7 +328,7 @@ def card_facts(recipe: Recipe, contract: DecodingContract, num_lists: int | None
         name=recipe.run.name,
         base_model=None if recipe.model.random_weights else recipe.model.name_or_path,
         contract=contract,
-        data=tuple(str(name) for name in data),
+        data=tuple(data),
         num_lists=num_lists,
         losses=weights,
         published=published_figures(recipe.run.name),

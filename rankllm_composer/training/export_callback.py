@@ -20,6 +20,7 @@ from rankllm_composer.export.weights import Weights, causal_lm_class, gather_ful
 from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.recipe.resume import read_changes
 from rankllm_composer.screen import get_logger, warn
+from rankllm_composer.training.guards import EpochGuard
 from rankllm_composer.training.progress import ends_epoch
 
 log = get_logger(__name__)
@@ -111,8 +112,11 @@ class ExportFolder(Callback):
         inner: Any = hf_module(state.model)
         adapters = getattr(inner, "peft_config", None)
         progress = f"{target.name} (after {state.timestamp.batch.value} batches)"
+        counts = next((ours.latest for ours in state.callbacks if isinstance(ours, EpochGuard)), {})
         changes = () if self.recipe_folder is None else read_changes(self.recipe_folder)
-        facts = replace(self.facts, progress=progress, figures=self._figures(state), changes=changes)
+        facts = replace(
+            self.facts, progress=progress, figures=self._figures(state), trained_lists=counts, changes=changes
+        )
         model = replace(
             self.model,
             model_class=causal_lm_class(inner),

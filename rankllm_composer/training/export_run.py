@@ -53,7 +53,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     if merge_lora is None:
         merge_lora = recipe.checkpoint.export is None or recipe.checkpoint.export.merge_lora
     tokenizer = assembly.build_tokenizer(recipe)
-    contract, num_lists = _contract(recipe, tokenizer)
+    contract, data, num_lists = _contract(recipe, tokenizer)
     base: Any = None
     if keys.lora is not None and merge_lora:
         on_cpu = replace(recipe, model=replace(keys, attention="auto"))  # flash-attn does not run on a CPU
@@ -74,7 +74,8 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         adapter_config=adapter_config,
     )
     facts = replace(
-        assembly.card_facts(recipe, contract, num_lists),
+        assembly.card_facts(recipe, contract, data, num_lists),
+        trained_lists=_trained_lists(run, manifest.batch),
         progress=f"checkpoint {checkpoint.name} (after {manifest.batch} batches)",
         changes=read_changes(checkpoint.parent),
     )
@@ -106,19 +107,32 @@ def _choose(folder: Path, name: str | None) -> tuple[Path, Manifest]:
     raise CheckpointError(f"{folder / name} {reason}. Complete checkpoints: {', '.join(names)}.")
 
 
-def _contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DecodingContract, int | None]:
-    """Contract and number of lists from the training data, or the contract alone from an earlier export of the run."""
+def _contract(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DecodingContract, tuple[str, ...], int | None]:
+    """Contract, sources and number of the training lists, or the contract alone from an earlier export of the run."""
     from rankllm_composer.prompts.contract import CONTRACT_FILE, read_contract
     from rankllm_composer.training import assembly
 
     try:
-        dataset = assembly.build_dataset(recipe, recipe.data.train, tokenizer)
-        return assembly.build_contract(recipe, dataset), dataset.epoch_size
+        contents = assembly.training_contents(recipe)
+        return assembly.build_contract(recipe, tokenizer, contents), contents.sources, sum(contents.lists.values())
     except RankLLMComposerError:  # the data is gone
         exports = Path(recipe.export_folder).glob(f"*/{CONTRACT_FILE}") if recipe.export_folder else ()
         for path in sorted(exports):
-            return read_contract(path.parent), None
+            return read_contract(path.parent), (), None
         raise
+
+
+def _trained_lists(run: Path, batch: int) -> dict[str, int]:
+    """Lists trained and left out in the epoch of a batch, by the run's metrics; empty if they do not say."""
+    from rankllm_composer.training.guards import TRAINED_LISTS
+    from rankllm_composer.training.progress import read_metrics
+
+    path = run / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() else []
+    line = next((line for line in lines if line.get("batch") == batch and line.get("event") == "batch"), {})
+    return {name: int(line[metric]) for name, metric in TRAINED_LISTS.items() if metric in line}
 
 
 def _generation_config(recipe: Recipe, causal_lm: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Stop a run on a loss or gradient that is not finite, and on an epoch that is not complete."""
+"""Stop a run on a loss or gradient that is not finite, on an update without a list, and on an incomplete epoch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from composer.utils import dist
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.escaping import in_one_line
+from rankllm_composer.screen import say
 
 MAX_IDS_SHOWN = 20
+TRAINED_LISTS = {"trained": "data/lists_trained", "too_long": "data/lists_too_long"}
+"""Lists of an epoch so far: name → name of the metric."""
 
 
 class LossGuard(Callback):
@@ -94,17 +97,37 @@ def _shown(ids: list[str]) -> str:
 
 
 class EpochGuard(Callback):
-    """Count and log the lists of each epoch; stop the run if an epoch was incomplete.
+    """Count and log the lists of each epoch; stop the run if an epoch was incomplete or an update has no list.
 
-    Logs after each batch, for the epoch so far and over all ranks: `data/lists_trained`, `data/lists_too_long`. An
-    epoch that the Trainer cuts short (`train_subset_num_batches`) is counted but not checked.
+    Logs after each batch, for the epoch so far and over all ranks: `data/lists_trained`, `data/lists_too_long`. Rank 0
+    prints them at the end of each epoch. An epoch that the Trainer cuts short (`train_subset_num_batches`) is counted
+    but not checked.
 
     Raises:
-        RunError: at the end of an epoch, on every rank: lists are missing, or all of them were too long.
+        RunError: on every rank: before an update, all its lists are too long; after an epoch, lists are missing.
     """
 
     def __init__(self) -> None:
-        self._counts = {"trained": 0, "too_long": 0, "padding": 0}
+        self._counts = dict.fromkeys(TRAINED_LISTS, 0) | {"padding": 0}
+        self._batch: list[int] = []
+        self.latest: dict[str, int] = {}
+        """Lists trained and left out in the epoch of the latest batch, by the names of `TRAINED_LISTS`."""
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        sequences = state.batch["sequences"]
+        trained = sum(s.encoded is not None for s in sequences)
+        padding = sum(not s.record_id for s in sequences)
+        counts = state.device.tensor_to_device(torch.tensor([trained, len(sequences) - trained - padding, padding]))
+        dist.all_reduce(counts, reduce_operation="SUM")
+        self._batch = counts.tolist()
+        if not self._batch[0]:
+            parts = dist.all_gather_object([s.record_id for s in sequences if s.record_id])
+            ids = [name for part in parts for name in part]
+            raise RunError(
+                f"batch {state.timestamp.batch.value + 1}: all its lists are longer than data.max_length_tokens "
+                f"({_shown(ids)}), so the update would learn from none. Raise data.max_length_tokens or "
+                "batch.global_lists, or build shards with fewer words per passage."
+            )
 
     def fit_start(self, state: State, logger: Logger) -> None:
         sample_in_epoch = state.timestamp.sample_in_epoch.value
@@ -112,16 +135,10 @@ class EpochGuard(Callback):
             self._counts = {"trained": min(sample_in_epoch, _epoch_size(state)), "too_long": 0, "padding": 0}
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        sequences = state.batch["sequences"]
-        trained = sum(s.encoded is not None for s in sequences)
-        padding = sum(not s.record_id for s in sequences)
-        counts = state.device.tensor_to_device(torch.tensor([trained, len(sequences) - trained - padding, padding]))
-        dist.all_reduce(counts, reduce_operation="SUM")
-        for name, count in zip(self._counts, counts.tolist()):
+        for name, count in zip(self._counts, self._batch):
             self._counts[name] += count
-        logger.log_metrics(
-            {"data/lists_trained": self._counts["trained"], "data/lists_too_long": self._counts["too_long"]}
-        )
+        self.latest = {name: self._counts[name] for name in TRAINED_LISTS}
+        logger.log_metrics({TRAINED_LISTS[name]: count for name, count in self.latest.items()})
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
@@ -135,17 +152,16 @@ class EpochGuard(Callback):
                 f"{expected}. The input ended early: check the shards (rankllm-composer shards verify), then resume "
                 "from the last checkpoint."
             )
-        if not counts["trained"]:
-            raise RunError(
-                f"epoch {epoch}: all {num_read} lists are longer than data.max_length_tokens, so nothing was trained. "
-                "Raise it, or build shards with fewer words per passage."
-            )
+        if dist.get_global_rank() == 0:
+            left_out = f"{counts['too_long']:,} left out as longer than data.max_length_tokens"
+            say(f"epoch {epoch}: {counts['trained']:,} lists trained, {left_out}")
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._counts)
+        return {**self._counts, "latest": self.latest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._counts = {name: int(state[name]) for name in self._counts}
+        self.latest = {name: int(number) for name, number in state.get("latest", {}).items()}
 
 
 def _epoch_size(state: State) -> int:

@@ -34,9 +34,12 @@ def prepare_shards(split: Split, key: str) -> None:
         key: dotted key of the split, for messages.
     Raises:
         RunError: the shards are absent and there is no source; the message names the command that builds them.
+        ShardError: the shards were built from another source or with other options, and `rebuild` is false.
     """
     from rankllm_composer.distributed import run_on_rank_zero
+    from rankllm_composer.options import BuildOptions
     from rankllm_composer.shards import build as shards
+    from rankllm_composer.shards.prepared import find_difference
 
     if split.streams:
         return
@@ -45,13 +48,19 @@ def prepare_shards(split: Split, key: str) -> None:
 
     def build() -> None:
         if shards.index_exists(place):
-            return
-        if split.source is None:
+            if split.source is None:
+                return
+            difference = find_difference(place, split.source, split.local or place, key)
+            if difference is None:
+                return
+            if not split.rebuild:
+                raise difference
+        elif split.source is None:
             raise RunError(
                 f"{key}: no shards in {place}. Build them with `rankllm-composer shards build --input RECORDS "
                 f"--output {place}`, or name {key}.source and the run builds them"
             )
-        shards.build_shards(place, split.source)
+        shards.build_shards(place, split.source, BuildOptions(overwrite=split.rebuild))
 
     run_on_rank_zero(build, f"shards in {place}")
 

@@ -26,7 +26,8 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
     """Build everything that a recipe names and assemble it into a Composer Trainer. A collective."""
     tokenizer = assembly.build_tokenizer(recipe)
     dataset = assembly.build_dataset(recipe, recipe.data.train, tokenizer)
-    contract = assembly.build_contract(recipe, dataset)
+    contents = assembly.training_contents(recipe)
+    contract = assembly.build_contract(recipe, tokenizer, contents)
     validation = assembly.build_validation(recipe, contract, tokenizer)
     precision = recipe.parallelism.precision
     # Composer supports amp_bf16 on GPUs only; on a CPU the model casts by itself.
@@ -76,7 +77,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         algorithms=algorithms,
         callbacks=[
             StatusNotes(folder / STATUS_FOLDER),
-            *assembly.build_callbacks(recipe, contract, model, dataset.epoch_size, validation),
+            *assembly.build_callbacks(recipe, contract, model, contents.sources, dataset.epoch_size, validation),
         ],
         loggers=assembly.build_loggers(recipe, folder),
         run_name=recipe.run.name,

@@ -107,7 +107,9 @@ def run_epoch(guard, batches, *, epoch_size, num_batches=None, seen=0, steps_in_
     state = SimpleNamespace(
         device=SimpleNamespace(tensor_to_device=torch.clone),
         dataloader_len=num_batches or len(batches),
-        timestamp=SimpleNamespace(sample_in_epoch=SimpleNamespace(value=seen), epoch=SimpleNamespace(value=1)),
+        timestamp=SimpleNamespace(
+            sample_in_epoch=SimpleNamespace(value=seen), epoch=SimpleNamespace(value=1), batch=SimpleNamespace(value=4)
+        ),
     )
     state.train_dataloader = type("Loader", (), {"__len__": lambda self: steps_in_loader or len(batches)})()
     state.train_dataloader.dataset = SimpleNamespace(epoch_size=epoch_size)
@@ -115,14 +117,19 @@ def run_epoch(guard, batches, *, epoch_size, num_batches=None, seen=0, steps_in_
     guard.fit_start(state, log)
     for batch in batches:
         state.batch = {"sequences": batch}
+        guard.batch_start(state, log)
         guard.batch_end(state, log)
     guard.epoch_end(state, log)
     return log.metrics
 
 
-def test_a_complete_epoch_is_counted():
-    metrics = run_epoch(EpochGuard(), [[TRAINED, TRAINED], [TOO_LONG, TRAINED], [TRAINED, PADDING]], epoch_size=5)
+def test_a_complete_epoch_is_counted_and_told(capsys):
+    guard = EpochGuard()
+    metrics = run_epoch(guard, [[TRAINED, TRAINED], [TOO_LONG, TRAINED], [TRAINED, PADDING]], epoch_size=5)
     assert metrics == {"data/lists_trained": 4, "data/lists_too_long": 1}
+    assert guard.latest == {"trained": 4, "too_long": 1}  # for the model card, written after the end of the epoch
+    told = "epoch 0: 4 lists trained, 1 left out as longer than data.max_length_tokens\n"
+    assert capsys.readouterr().out == told
 
 
 def test_a_short_epoch_stops_the_run():
@@ -130,9 +137,12 @@ def test_a_short_epoch_stops_the_run():
         run_epoch(EpochGuard(), [[TRAINED, TRAINED], [TRAINED, PADDING]], epoch_size=4)
 
 
-def test_an_epoch_of_only_long_lists_stops_the_run():
-    with pytest.raises(RunError, match=r"all 2 lists are longer than data\.max_length_tokens"):
-        run_epoch(EpochGuard(), [[TOO_LONG, TOO_LONG]], epoch_size=2)
+def test_an_update_of_only_long_lists_stops_the_run_before_it():
+    guard = EpochGuard()
+    expected = r"batch 5: all its lists are longer than data\.max_length_tokens \(b\), so the update would"
+    with pytest.raises(RunError, match=expected):
+        run_epoch(guard, [[TRAINED], [TOO_LONG, PADDING]], epoch_size=2)
+    assert guard.state_dict() == {"trained": 1, "too_long": 0, "padding": 0, "latest": {"trained": 1, "too_long": 0}}
 
 
 def test_an_epoch_limited_on_purpose_is_not_checked():
@@ -143,6 +153,7 @@ def test_counts_survive_a_resume():
     before, after = EpochGuard(), EpochGuard()
     with pytest.raises(RunError):
         run_epoch(before, [[TRAINED, TOO_LONG]], epoch_size=4)
+    assert before.latest == {"trained": 1, "too_long": 1}
     before.load_state_dict({"trained": 1, "too_long": 1, "padding": 0})
     after.load_state_dict(before.state_dict())
     metrics = run_epoch(after, [[TRAINED, TRAINED]], epoch_size=4, seen=2)

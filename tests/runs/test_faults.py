@@ -13,16 +13,20 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
+from composer import Trainer
 from composer.core import Callback
 from support import child_process, exporting, guarded_updates, resumable_runs
 from support import streaming_loader as streaming_tests
 from support.killing import Run, kill
-from support.list_shards import damage, write_shards
+from support.list_shards import build_from_file, damage, write_shards
 from support.s3_server import s3_server
 from support.small_run import RECIPE, mark_trained, small_run
+from support.synthetic_records import conversation, write_jsonl
 from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
 
 from rankllm_composer.checkpoints.folder import complete_checkpoints, remove
+from rankllm_composer.data.dataset import ListDataset, ListEncoding, build_train_data_spec
 from rankllm_composer.data.shared_memory import clear_dead_claims
 from rankllm_composer.data.streams import Stream, check_stream
 from rankllm_composer.model.objective import Objective
@@ -30,9 +34,9 @@ from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
-from rankllm_composer.training.guards import LossGuard
+from rankllm_composer.training.guards import EpochGuard, LossGuard
 from rankllm_composer.training.progress import MetricsFile, read_metrics
-from rankllm_composer.training.run import claim_run_folder
+from rankllm_composer.training.run import claim_run_folder, prepare_shards
 
 TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
 ROW = re.compile(
@@ -435,6 +439,38 @@ def bad_loss(key: str, tools: Tools) -> Ended:
     guard = LossGuard(max_skipped_updates=int(key.endswith("skipped")))
     weights = guarded_updates.run([0.5, 0.5, 0.25, guarded_updates.NAN, 0.25, 0.25], guard)
     assert weights == [0.5, 0.5, 0.25] and guard.num_skipped == 1
+    return CONTINUED
+
+
+@causes("update-without-a-list")
+def only_long_lists(key: str, tools: Tools) -> Ended:
+    tokenizer = tools.fixture("mistral_v3_tokenizer")
+    encoding = ListEncoding(tokenizer=tokenizer, objective="combined", max_length_tokens=30)
+    dataset = ListDataset([Stream(str(tools.shards()))], encoding, batch_size=4)
+    model = guarded_updates.Tiny()
+    trainer = Trainer(
+        model=model,
+        optimizers=torch.optim.AdamW(model.parameters(), weight_decay=0.1),
+        train_dataloader=build_train_data_spec(dataset, microbatch_lists=4, num_workers=0),
+        max_duration="1ep",
+        device="cpu",
+        callbacks=[EpochGuard()],
+        progress_bar=False,
+    )
+    try:
+        trainer.fit()
+    finally:
+        assert model.weight.item() == 1
+        trainer.close()
+    return CONTINUED
+
+
+@causes("prepared-from-another-source")
+def another_source(key: str, tools: Tools) -> Ended:
+    old, new = (write_jsonl(tools.folder / f"{name}.jsonl", [conversation(int(name))]) for name in "12")
+    build_from_file(tools.folder / "set", old)
+    keys = [f"data.train.local={tools.folder / 'set'}", f"data.train.source.input={new}"]
+    prepare_shards(load_recipe(RECIPE, keys).data.train, "data.train")
     return CONTINUED
 
 

@@ -20,6 +20,7 @@ from support.launching import ON_CPU, REPOSITORY, TRAIN, metrics, succeeded, tra
 from support.small_run import mark_trained
 
 from rankllm_composer.errors import RunError
+from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
 from rankllm_composer.recipe.resume import check_same_recipe, read_changes
 from rankllm_composer.train import main
@@ -159,6 +160,12 @@ def test_one_rank_without_sharding_builds_its_shards_from_retrieval_files(tmp_pa
     assert len(metrics(tmp_path / "run" / "metrics.jsonl")) == 4
     exported = load_file(tmp_path / "run" / "hf" / "epoch_0" / "model.safetensors")
     assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
+    contract = read_contract(tmp_path / "run" / "hf" / "epoch_0")
+    assert (contract.identifiers, contract.window_size, contract.stride) == (tuple("ABCDE"), 5, 3)
+    card = (tmp_path / "run" / "hf" / "epoch_0" / "README.md").read_text()
+    assert "| training lists | 16 of 16 in the last epoch, 0 left out as too long |" in card
+    assert "| data | run.trec |" in card
+    assert "epoch 0: 16 lists trained, 0 left out as longer than data.max_length_tokens" in output
 
     refused = train(FIRST_MISTRAL, *overlay, "optimizer.lr=1e-4", folder=tmp_path, ranks=1)
     assert refused.returncode != 0 and "holds a run of another recipe" in refused.stdout + refused.stderr

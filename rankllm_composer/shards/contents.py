@@ -1,0 +1,111 @@
+"""What the lists of one or several sets are like, all of them: their sizes, their identifiers, and their origin."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from rankllm_composer.errors import ShardError
+from rankllm_composer.prompts.lists import ListKind, list_kind, trained_window
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.screen import get_logger
+from rankllm_composer.shards.manifest import MANIFEST_NAME, Manifest, read_set
+from rankllm_composer.shards.prepared import source_names
+from rankllm_composer.shards.read import SplitRecords
+from rankllm_composer.storage.object_store import open_folder
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SetContents:
+    """The lists of a split.
+
+    Attributes:
+        lists: number of lists by the style of their identifiers and their number of candidates.
+        sources: names of the files or data sets that they were built from; of the set itself where it does not say.
+        windows: (window, stride, words of a passage) of the builds from a first-stage run; words None = the client's.
+    """
+
+    lists: Mapping[ListKind, int]
+    sources: tuple[str, ...] = ()
+    windows: tuple[tuple[int, int, int | None], ...] = ()
+
+    @property
+    def strides(self) -> set[int]:
+        """Steps by which the lists were cut from longer ones."""
+        return {stride for _, stride, _ in self.windows}
+
+    @property
+    def max_passage_words(self) -> int | None:
+        """Words of a passage in these lists, as those of a window of 20; None if they are the client's or unknown."""
+        size = trained_window(self.lists).size
+        words = {words for window, _, words in self.windows if window == size}
+        limit = words.pop() if len(words) == 1 else None
+        return None if limit is None else -(-limit * size // 20)
+
+    def renamed(self, style: IdentifierStyle | None) -> SetContents:
+        """The lists with other identifiers, `data.train.identifiers`; None = with their own."""
+        if style is None:
+            return self
+        lists: Counter[ListKind] = Counter()
+        for (_, size), number in self.lists.items():
+            lists[style, size] += number
+        longest = max(size for _, size in lists)
+        if longest > MAX_CANDIDATES[style]:
+            raise ShardError(
+                f"data.train.identifiers is {style}, but lists have up to {longest} candidates; expected at most "
+                f"{MAX_CANDIDATES[style]}. Use numbers, or build shorter lists."
+            )
+        return replace(self, lists=lists)
+
+
+def count_lists(records: Iterable[Record]) -> Counter[ListKind]:
+    """Number of records by identifiers and size."""
+    return Counter(map(list_kind, records))
+
+
+def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
+    """Contents of sets of shards by their manifests; a set without counts is read once from end to end.
+
+    Args:
+        sets: (local, remote) of each set; remote None = all of it is in `local`.
+    Raises:
+        ShardError: a set is missing, damaged or empty.
+        StoreError: an object store cannot be reached.
+    """
+    lists: Counter[ListKind] = Counter()
+    sources: list[str] = []
+    windows: list[tuple[int, int, int | None]] = []
+    for local, remote in sets:
+        folder = open_folder(remote or local)
+        _, manifest = read_set(folder)
+        counted = None if manifest is None else _counted(manifest)
+        if counted is None:
+            log.warning("%s: no counts of identifiers in %s; reading all lists", folder.name, MANIFEST_NAME)
+            counted = count_lists(SplitRecords([(local, remote)]))
+        lists += counted
+        if manifest is None:
+            sources.append(folder.name)
+            continue
+        sources += source_names(manifest.source)
+        options = manifest.source.get("options")
+        if isinstance(options, Mapping) and {"window", "stride"} <= options.keys():
+            windows.append((options["window"], options["stride"], options.get("max_passage_words")))
+    if not lists:
+        raise ShardError(f"{', '.join(remote or local for local, remote in sets)}: no lists. Build the set again.")
+    return SetContents(lists, tuple(dict.fromkeys(sources)), tuple(windows))
+
+
+def _counted(manifest: Manifest) -> Counter[ListKind] | None:
+    """Lists by identifiers and size as the build counted them; None if it did not."""
+    stats = manifest.stats
+    if stats.numbered is None:
+        return None
+    lists: Counter[ListKind] = Counter()
+    for size, number in stats.candidates.items():
+        lists["numbers", size] += stats.numbered[size]
+        lists["letters", size] += number - stats.numbered[size]
+    return +lists
