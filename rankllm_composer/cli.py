@@ -74,11 +74,12 @@ Target = Annotated[str, typer.Argument(help="Folder or URL of the set.")]
 def shards_build(context: typer.Context, output: Output, source: SourceOptions, options: BuildOptions) -> None:
     """Build shards from training records, or from a first-stage run with judgments or a teacher's run."""
     from rankllm_composer.shards.build import build_shards
+    from rankllm_composer.sources.records import open_source
 
-    if source.input is not None:
-        _warn_without_effect(context, FROM_RUN, "--input")
+    if source.input is not None and not open_source(source).makes_lists:
+        _warn_without_effect(context, FROM_RUN, "--input, unless it holds passages with grades")
     elif source.run is not None:
-        _warn_without_effect(context, ("split",), "--run")
+        _warn_without_effect(context, ("split", "config"), "--run")
     build_shards(output, source, options, screen.report)
 
 

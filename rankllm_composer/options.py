@@ -29,6 +29,7 @@ FROM_RUN = (
     "identifiers",
     "seed",
     "require_relevant",
+    "duplicates",
 )
 """Options of a source that only matter for lists made from a first-stage run."""
 
@@ -83,14 +84,27 @@ class SourceOptions:
     """Where teacher-ranked lists come from: records, or a first-stage run with judgments or a teacher's run."""
 
     input: PathText | None = option(
-        "Training records: .json, .jsonl or a HF dataset id; null = make them from `run`.", None, unit="path or id"
+        "Training records: a file or a HF dataset id, see docs/what-it-reads.md; null = make them from `run`.",
+        None,
+        unit="path or id",
     )
     split: Text = option("Split of a HF dataset; files have none.", "train", unit="name")
-    run: PathText | None = option("First-stage run in TREC format.", None, unit="path")
-    judgments: PathText | None = option("TREC judgments that order the lists of `run`.", None, unit="path")
-    teacher_run: PathText | None = option("TREC run of a teacher that orders the lists of `run`.", None, unit="path")
-    queries: PathText | None = option("Queries for `run`, one JSON object per line.", None, unit="path")
-    docs: PathText | None = option("Documents for `run`, one JSON object per line.", None, unit="path")
+    config: Text | None = option("Configuration of a HF dataset, if it has several.", None, unit="name")
+    run: PathText | None = option(
+        "First-stage run: TREC, requests or results of rank_llm, or irds:ID.", None, unit="path or id"
+    )
+    judgments: PathText | None = option(
+        "Judgments that order the lists of `run`: a file, a BEIR folder or irds:ID.", None, unit="path or id"
+    )
+    teacher_run: PathText | None = option(
+        "Run of a teacher that orders the lists of `run`, in the same layouts.", None, unit="path or id"
+    )
+    queries: PathText | None = option(
+        "Queries for `run`: a file, a BEIR folder or irds:ID; null = those that `run` holds.", None, unit="path or id"
+    )
+    docs: PathText | None = option(
+        "Documents for `run`: a file, a BEIR folder or irds:ID; null = those that `run` holds.", None, unit="path or id"
+    )
     window: Whole = option("Candidates in a list made from `run`.", 20, unit="candidates", ge=2)
     stride: Whole = option("Step from one list to the next down `run`.", 10, unit="candidates", ge=1, le=1_000_000)
     lists_per_query: Whole = option(
@@ -111,6 +125,9 @@ class SourceOptions:
     require_relevant: Flag | None = option(
         "Leave out lists without a relevant candidate; null = where judgments give the order.", None
     )
+    duplicates: Literal["stop", "first"] = option(
+        "At a document that a query has twice in a run: an error, or keep the one with the highest score.", "stop"
+    )
     on_error: Literal["stop", "quarantine"] = option(
         "At a bad record: stop the build, or write it to quarantine.jsonl and count it.", "stop"
     )
@@ -126,9 +143,6 @@ class SourceOptions:
                 if getattr(self, name) is not None:
                     yield Problem(name, "set", "null without run", "Remove it, or set run.", ("run",))
             return
-        for name in ("queries", "docs"):
-            if getattr(self, name) is None:
-                yield Problem(name, "null", "a path, as run is set", f"Name the file of {name}.", ("run",))
         if self.judgments is None and self.teacher_run is None:
             remedy = "Name the file that orders the candidates."
             yield Problem("judgments", "null, as is teacher_run", "at least one of the two", remedy, ("teacher_run",))

@@ -25,7 +25,7 @@ from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.prompts.record import Record, id_digest
 from rankllm_composer.shards.index import COLUMNS, sample_from_record
 from rankllm_composer.shards.manifest import BuildStats
-from rankllm_composer.sources.records import Item, RecordSource
+from rankllm_composer.sources.records import Dropped, Item, RecordSource
 
 MAX_BLOCK_ITEMS = 1 << 14
 Block = tuple[int, list[Item]]
@@ -74,8 +74,10 @@ class BlockWriter:
                     records.append(record)
                     written.stats.count_record(record)
                     written.id_hashes.frombytes(id_digest(record.id))
-                else:
+                elif isinstance(record, Dropped):
                     written.stats.dropped[record.reason] += 1
+                else:
+                    written.stats.noted[record.what] += 1
         written.stats.num_quarantined = len(written.refused)
         if records:
             written.entry = self._write_shard(number, records)

@@ -163,6 +163,7 @@ def _write_set(
             "nonstandard prompts, which the inference client would write differently; they are kept unchanged",
         ),
         *((number, f"dropped: {reason}") for reason, number in sorted(stats.dropped.items())),
+        *((number, what) for what, number in sorted(stats.noted.items())),
     ):
         if number:
             report(f"{name}: {number:,} {what}")

@@ -43,9 +43,10 @@ class BuildStats:
     """Counts of a build, or of a piece of it.
 
     Records with a duplicate id and nonstandard prompts (which the inference client would write differently) are kept.
-    `dropped` counts lists and queries by the reason why the source leaves them out, `candidates` lists by their number
-    of candidates, `numbered` those of them whose identifiers are numbers (None in sets of versions that did not count
-    them), `prompt_chars` lists by the length of their user turn, rounded up to 1,000 characters.
+    `dropped` counts lists and queries by the reason why the source leaves them out, `noted` those that are kept by what
+    there is to know about them, `candidates` lists by their number of candidates, `numbered` those of them whose
+    identifiers are numbers (None in sets of versions that did not count them), `prompt_chars` lists by the length of
+    their user turn, rounded up to 1,000 characters.
     """
 
     num_records: int = 0
@@ -53,6 +54,7 @@ class BuildStats:
     num_duplicates: int = 0
     num_nonstandard_prompts: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
     candidates: Counter[int] = field(default_factory=Counter)
     numbered: Counter[int] | None = field(default_factory=Counter)
     prompt_chars: Counter[int] = field(default_factory=Counter)
@@ -75,7 +77,7 @@ class BuildStats:
     def to_json(self) -> dict[str, Any]:
         """The counts as `build.json` contains them."""
         counts: dict[str, Any] = {key: getattr(self, name) for name, key in _KEYS.items()}
-        for name in ("dropped", "candidates", "numbered", "prompt_chars"):
+        for name in ("dropped", "noted", "candidates", "numbered", "prompt_chars"):
             if getattr(self, name) is not None:
                 counts[name] = {str(key): number for key, number in sorted(getattr(self, name).items())}
         return counts
@@ -83,7 +85,7 @@ class BuildStats:
     @classmethod
     def from_json(cls, counts: Any, where: str) -> BuildStats:
         """Inverse of `to_json`; raise ShardError if a count is missing or not a number."""
-        counts = {"other_wordings": 0, "numbered": None, **counts}  # older sets lack them
+        counts = {"other_wordings": 0, "numbered": None, "noted": {}, **counts}  # older sets lack them
 
         def by_size(key: str) -> Counter[int]:
             return Counter({int(size): int(number) for size, number in counts[key].items()})
@@ -92,6 +94,7 @@ class BuildStats:
             return cls(
                 **{name: int(counts[key]) for name, key in _KEYS.items()},
                 dropped=Counter({str(reason): int(number) for reason, number in counts["dropped"].items()}),
+                noted=Counter({str(what): int(number) for what, number in counts["noted"].items()}),
                 candidates=by_size("candidates"),
                 numbered=None if counts["numbered"] is None else by_size("numbered"),
                 prompt_chars=by_size("prompt_chars"),

@@ -1,132 +1,132 @@
-"""Records in the published conversation layout: from JSON and JSON Lines files, or a Hugging Face data set."""
+"""Training records from one source: a file in any layout that holds records, or a Hugging Face data set."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from rankllm_composer.errors import RecordError
+from rankllm_composer.errors import RecordError, SourceError
+from rankllm_composer.options import FROM_RUN, SourceOptions
 from rankllm_composer.prompts.record import Record, validate_record
-from rankllm_composer.sources.json_array import JsonArrayError, iterate_array
-from rankllm_composer.sources.records import Dropped, Item, RecordSource, describe_file, unreadable_file
+from rankllm_composer.sources.files import Row, parse_json, read_rows
+from rankllm_composer.sources.layouts import layout_of
+from rankllm_composer.sources.lists import NUMBERED, record_of_graded_list
+from rankllm_composer.sources.records import Item, Made, Noted, RecordSource, describe_file
+from rankllm_composer.sources.training_layouts import FIRST, HISTORY, Conversation, is_graded_list, is_history
 
-FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-MAX_LINE_BYTES = 1 << 26
+_FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt", ".gz", ".zst")
 
 
-def open_conversations(source: str | Path, split: str = "train") -> RecordSource:
-    """Open a file `.json` (one array) or `.jsonl`, either with `.gz`, or a folder or HF id of a data set to stream."""
-    path, name = Path(source), str(source)
-    endings = ", ".join(FILE_ENDINGS)
+def open_conversations(options: SourceOptions) -> RecordSource:
+    """Open the `input` of options: a file, or a folder or HF id of a data set to stream."""
+    name = options.input or ""
+    path = Path(name)
     if name and path.is_dir():
-        return DatasetSource(name, split)
+        return DatasetSource(options)
     if path.is_file():
-        if name.endswith((".jsonl", ".jsonl.gz")):
-            return JsonLinesSource(name)
-        if name.endswith((".json", ".json.gz")):
-            return JsonArraySource(name)
-        raise RecordError(path.name, None, f"the file name must end in one of {endings}. Convert or rename the file.")
-    if name.endswith(FILE_ENDINGS) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
-        expected = f"a file ({endings}), a folder with a data set, or a HF data set id such as owner/name"
+        return FileSource(options)
+    if name.lower().endswith(_FILE_ENDINGS) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
+        expected = "a file, a folder with a data set, or a HF data set id such as owner/name"
         raise RecordError(name, None, f"no such file or folder; expected {expected}. Correct the path.")
-    return DatasetSource(name, split)
+    return DatasetSource(options)
 
 
 @dataclass(frozen=True)
-class _ConversationSource:
-    """The half that these sources share: raw record → validated Record."""
+class FileSource:
+    """Records of one file, in any container and layout."""
 
-    path: str
+    options: SourceOptions
 
-    def items(self) -> Iterator[Item]:
-        raise NotImplementedError
+    @property
+    def path(self) -> str:
+        """The file, or the id of a data set."""
+        assert self.options.input is not None
+        return self.options.input
 
     @property
     def name(self) -> str:
         return Path(self.path).name
 
+    @property
+    def makes_lists(self) -> bool:
+        """Whether the first record is a query with graded passages, and not a conversation."""
+        for row in self._rows():
+            with suppress(SourceError):
+                return is_graded_list(_value(row))
+        return False
+
     def prepare(self, folder: Path) -> RecordSource:
         return self
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "conversations", "files": [describe_file(self.path)]}
-
-    def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
-        raw = item.raw
-        if isinstance(raw, bytes):
-            try:
-                raw = json.loads(raw.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                reason = f"invalid JSON: {error}. Correct or remove the line."
-                raise RecordError(item.place, None, reason) from error
-        return [(item.place, _record_from_layout(raw, item.place))]
-
-
-class JsonLinesSource(_ConversationSource):
-    """`.jsonl`: one record per line. Empty lines are skipped."""
+        return {"kind": "conversations", "files": [describe_file(self.path)]} | self._changed_options()
 
     def items(self) -> Iterator[Item]:
-        index = number = 0
-        try:
-            with _open_binary(self.path) as file:
-                while line := file.readline(MAX_LINE_BYTES + 1):
-                    number += 1
-                    place = f"{self.name}:record {index} (line {number})"
-                    if len(line) > MAX_LINE_BYTES:
-                        limit = MAX_LINE_BYTES >> 20
-                        raise RecordError(place, None, f"longer than {limit} MiB. Write one record per line.")
-                    if line.strip():
-                        if index == 0 and line.lstrip().startswith(b"["):
-                            reason = "the file holds an array. Name it .json, or write one record per line."
-                            raise RecordError(place, None, reason)
-                        yield Item(index, place, line, len(line))
-                        index += 1
-        except (OSError, EOFError) as error:
-            raise _unreadable(f"{self.name}:record {index}", error) from error
-
-
-class JsonArraySource(_ConversationSource):
-    """`.json`: one array of records."""
-
-    def items(self) -> Iterator[Item]:
+        """Yield every record, undecoded where it is a line; the invocations of a history one by one."""
         index = 0
+        for row in self._rows():
+            for place, raw in _split_history(row):
+                yield Item(index, place, raw, row.size)
+                index += 1
+
+    def records(self, item: Item) -> list[Made]:
+        row = Row(item.place, item.index + 1, item.raw, item.num_bytes)
         try:
-            with io.TextIOWrapper(_open_binary(self.path), encoding="utf-8-sig") as file:
-                for index, (raw, num_chars) in enumerate(iterate_array(file)):
-                    yield Item(index, f"{self.name}:record {index}", raw, num_chars)
-        except JsonArrayError as error:
-            place = self.name if error.index is None else f"{self.name}:record {error.index}"
-            raise RecordError(place, None, str(error)) from error
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise _unreadable(f"{self.name}:after record {index}", error) from error
+            row = row._replace(value=_value(row))
+            layout = layout_of(row, "records")
+            return [made for found in layout.readers["records"](row) for made in self._made(found, item.place)]
+        except SourceError as error:
+            raise _as_record_error(error, item.place) from error
+
+    def _made(self, found: Any, place: str) -> list[Made]:
+        if not isinstance(found, Conversation):
+            return record_of_graded_list(found, self.options, place)
+        noted: list[Made] = [(place, Noted(NUMBERED))] if found.is_numbered else []
+        return [*noted, (place, _record_from_layout(found.fields, place))]
+
+    def _changed_options(self) -> dict[str, Any]:
+        """Options that matter for graded passages, where they are not the defaults."""
+        options, defaults = self.options, SourceOptions(input=self.path)
+        changed = {name: found for name in FROM_RUN if (found := getattr(options, name)) != getattr(defaults, name)}
+        return {"options": changed} if changed else {}
+
+    def _rows(self) -> Iterator[Row]:
+        try:
+            for index, row in enumerate(read_rows(self.path, parse=False)):
+                file, _, place = row.place.rpartition(":")
+                line = f"{file}:record {index} ({place})" if place.startswith("line") else row.place
+                yield row._replace(place=line)
+        except SourceError as error:
+            raise _as_record_error(error, self.name) from error
 
 
 @dataclass(frozen=True)
-class DatasetSource(_ConversationSource):
+class DatasetSource(FileSource):
     """A data set that the `datasets` library streams: a HF id, or a folder."""
-
-    split: str = "train"
 
     @property
     def name(self) -> str:
-        return f"{Path(self.path).name if Path(self.path).is_dir() else self.path}[{self.split}]"
+        folder = Path(self.path)
+        config = f":{self.options.config}" if self.options.config else ""
+        return f"{folder.name if folder.is_dir() else self.path}{config}[{self.options.split}]"
 
     def describe(self) -> dict[str, Any]:
         folder = Path(self.path)
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        return {"kind": "dataset", "name": self.name, "files": [describe_file(path) for path in files]}
+        described = {"kind": "dataset", "name": self.name, "files": [describe_file(path) for path in files]}
+        return described | self._changed_options()
 
-    def items(self) -> Iterator[Item]:
+    def _rows(self) -> Iterator[Row]:
         import datasets
 
-        remedy = "Check the id, the split and HF_TOKEN; give a file by its path."
+        remedy = "Check the id, the split, the configuration (config) and HF_TOKEN; give a file by its path."
+        options = self.options
         try:
-            stream = iter(datasets.load_dataset(self.path, split=self.split, streaming=True))
+            found = datasets.load_dataset(self.path, options.config, split=options.split, streaming=True)
+            stream = iter(found)
         except Exception as error:  # the library raises its own, its hub client's and builtin errors
             raise RecordError(self.name, None, f"cannot open the data set: {error}. {remedy}") from error
         index = 0
@@ -138,34 +138,41 @@ class DatasetSource(_ConversationSource):
                 raise RecordError(place, None, f"cannot read the data set: {error}. {remedy}") from error
             if row is None:
                 return
-            turns = row.get("conversations")
-            if isinstance(turns, Mapping):  # the library may store a list of turns as one list per field
-                row = {**row, "conversations": [dict(zip(turns, turn)) for turn in zip(*turns.values())]}
-            yield Item(index, place, dict(row), len(str(row.get("conversations"))))
             index += 1
+            yield Row(place, index, dict(row), len(str(row)))
 
 
-def _record_from_layout(raw: Any, place: str) -> Record:
-    """Validated record of one parsed entry of the published layout."""
-    if not isinstance(raw, Mapping):
-        kind = type(raw).__name__
-        raise RecordError(place, None, f"the record is {kind}; expected an object with 'id' and 'conversations'.")
-    record_id = raw.get("id")
+def _value(row: Row) -> Any:
+    return parse_json(row.value, row.place) if isinstance(row.value, bytes) else row.value
+
+
+def _split_history(row: Row) -> Iterator[tuple[str, Any]]:
+    """The invocations of a history of a client, each as a row of its own, so that a bad one is refused alone."""
+    value = row.value
+    if isinstance(value, bytes) and f'"{HISTORY}"'.encode() in value:
+        value = _value(row)
+    if not is_history(value):
+        yield row.place, row.value
+        return
+    for number, invocation in enumerate(value[HISTORY]):
+        yield f"{row.place} invocation {number}", {**value, HISTORY: [invocation], FIRST: number}
+
+
+def _as_record_error(error: SourceError, place: str) -> RecordError:
+    text = str(error)
+    if text.startswith(f"{place}: "):
+        return RecordError(place, None, text.removeprefix(f"{place}: "))
+    found, _, reason = text.partition(": ")
+    return RecordError(found, None, reason)
+
+
+def _record_from_layout(fields: Mapping[str, Any], place: str) -> Record:
+    """Validated record of one entry of the published layout."""
+    record_id = fields.get("id")
     try:
-        record = Record.from_conversations(raw)
+        record = Record.from_conversations(fields)
     except (TypeError, ValueError) as error:
         reason = str(error).removeprefix(f"record {record_id!r}: ")
         raise RecordError(place, record_id if isinstance(record_id, str) else None, reason) from error
     validate_record(record, place)
     return record
-
-
-def _open_binary(path: str) -> BinaryIO:
-    try:
-        return gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb")  # type: ignore[return-value]
-    except OSError as error:
-        raise unreadable_file(path, error) from error
-
-
-def _unreadable(place: str, error: Exception) -> RecordError:
-    return RecordError(place, None, f"the file cannot be read from here on: {error}. Write or fetch it again.")

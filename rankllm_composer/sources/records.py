@@ -25,6 +25,16 @@ class Dropped(NamedTuple):
     reason: str
 
 
+class Noted(NamedTuple):
+    """Something to know about a list or query that is kept; `what` is the name it is counted under."""
+
+    what: str
+
+
+Made = tuple[str, "Record | Dropped | Noted"]
+"""What a source makes of an item, with its place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One unparsed entry of a source: its 0-based index, its place in words, and about how large its records are."""
@@ -51,8 +61,12 @@ class RecordSource(Protocol):
     def items(self) -> Iterator[Item]:
         """Yield every item in order; raise RecordError or SourceError if the source itself cannot be read."""
 
-    def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
+    def records(self, item: Item) -> list[Made]:
         """Return the valid records of one item, each with its place; raise RecordError if one of them is bad."""
+
+    @property
+    def makes_lists(self) -> bool:
+        """Whether the prompts are written by the source, so that the options `FROM_RUN` matter."""
 
 
 def open_source(options: SourceOptions) -> RecordSource:
@@ -66,7 +80,7 @@ def open_source(options: SourceOptions) -> RecordSource:
     from rankllm_composer.sources.trec import TrecSource
 
     options.check()
-    return TrecSource(options) if options.input is None else open_conversations(options.input, options.split)
+    return TrecSource(options) if options.input is None else open_conversations(options)
 
 
 def read_records(
@@ -92,7 +106,7 @@ def read_records(
             for place, record in records:
                 if isinstance(record, Record):
                     yield place, record
-                elif dropped is not None:
+                elif isinstance(record, Dropped) and dropped is not None:
                     dropped[record.reason] += 1
 
 

@@ -1,9 +1,9 @@
-"""Queries, documents, first-stage runs and judgments: from files, BEIR folders or ir_datasets.
+"""Queries, documents, runs, orders of teachers and judgments, for building and for reranking alike.
 
-Each is named by a path or an id:
+Each is named by
 
-- a file: JSONL of queries (`qid`, `text`) or documents (`docid`, `text`, optional `title`), a TREC run, TREC judgments;
-- a folder in BEIR's layout: queries.jsonl, corpus.jsonl, qrels/test.tsv (or the path of another .tsv in qrels/);
+- a file in any layout of docs/what-it-reads.md, recognized by its content, compressed with gzip, zstd or not at all;
+- a folder in BEIR's layout: queries.jsonl, corpus.jsonl, qrels/test.tsv;
 - `irds:ID`, a dataset of the package ir_datasets, if that is installed.
 
 Every function raises a SourceError that names file and line if a file cannot be read or is wrong.
@@ -11,227 +11,208 @@ Every function raises a SourceError that names file and line if a file cannot be
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from rankllm_composer.errors import PromptError, SourceError
-from rankllm_composer.prompts.record import is_unicode
-from rankllm_composer.prompts.user_turn import document_text
+from rankllm_composer.errors import SourceError
+from rankllm_composer.sources.entries import Document, Judgment, Query, RunLine, document_of, query_of, run_line
+from rankllm_composer.sources.files import Row, read_rows
+from rankllm_composer.sources.layouts import PARTS, Layout, Part, layout_of
 
-IR_DATASETS_PREFIX = "irds:"
-_Entry = tuple[str, str, Mapping[str, Any]]  # place, id, fields
-
-
-class RunLine(NamedTuple):
-    """A line of a TREC run. `line` is counted from 1."""
-
-    line: int
-    qid: str
-    docid: str
-    rank: int
-    score: float
+IRDS = "irds:"
+Duplicates = Literal["stop", "first"]
+_BEIR_FILES: dict[Part, str] = {"queries": "queries.jsonl", "docs": "corpus.jsonl", "judgments": "qrels/test.tsv"}
 
 
-class Judgment(NamedTuple):
-    """A line of a TREC judgment file. `line` is counted from 1."""
-
-    line: int
-    qid: str
-    docid: str
-    grade: int
-
-
-def read_run(path: str | Path) -> Iterator[RunLine]:
-    """Lines of a TREC run, `qid Q0 docid rank score tag`, one at a time."""
-    for place, number, fields in _split_lines(path, 6, "qid Q0 docid rank score tag"):
-        try:
-            rank, score = int(fields[3]), float(fields[4])
-        except ValueError as error:
-            raise SourceError(f"{place}: {error}; expected an integer rank and a numeric score.") from error
-        if math.isnan(score) or abs(rank) >= 1 << 63:
-            found = f"rank is {fields[3]} and score {fields[4]}"
-            raise SourceError(f"{place}: {found}; expected 64-bit integer and number.")
-        yield RunLine(number, fields[0], fields[2], rank, score)
+def read_part(source: str | Path, part: Part) -> Iterator[Any]:
+    """The entries of one part of a source, in its order: Query, Document, RunLine, Permutation or Judgment."""
+    if str(source).startswith(IRDS):
+        yield from _read_ir_dataset(str(source), part)
+        return
+    layout: Layout | None = None
+    for row in read_rows(file_of(source, part)):
+        layout = layout or layout_of(row, part)
+        yield from layout.readers[part](row)
+    if layout is None:
+        raise SourceError(f"{source}: the file is empty; expected {PARTS[part]}. Fetch or write it again.")
 
 
-def read_judgments(path: str | Path) -> Iterator[Judgment]:
-    """Lines of a TREC judgment file, `qid 0 docid grade`, one at a time."""
-    for place, number, fields in _split_lines(path, 4, "qid 0 docid grade"):
-        try:
-            grade = int(fields[3])
-        except ValueError as error:
-            raise SourceError(f"{place}: {error}; expected an integer grade.") from error
-        if abs(grade) >= 1 << 31:
-            raise SourceError(f"{place}: grade is {fields[3]}; expected a 32-bit integer.")
-        yield Judgment(number, fields[0], fields[2], grade)
+def file_of(source: str | Path, part: Part) -> Path:
+    """The file that holds a part: the source itself, or a file of a folder in BEIR's layout."""
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    name = _BEIR_FILES.get(part)
+    for ending in ("", ".gz", ".zst"):
+        if name is not None and (path / f"{name}{ending}").is_file():
+            return path / f"{name}{ending}"
+    expected = f"the file {name} of BEIR's layout" if name else "a file"
+    raise SourceError(f"{path}: the folder holds no {PARTS[part].removeprefix('a ')}; expected {expected}. Name a file.")
 
 
-def read_json_lines(path: str | Path, key: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Objects of a JSONL file, with text under `key`: (line counted from 1, byte where it starts, object)."""
-    path = Path(path)
-    start = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, start, _json_object(line, f"{path.name}:line {number}", key)
-                start += len(line)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+class Ranking(NamedTuple):
+    """The candidates of a query in the order of their scores.
+
+    `disagreement` says how the rank column differs from it: "scores", or "ties" if only among equal scores, or "".
+    """
+
+    docids: list[str]
+    disagreement: Literal["", "ties", "scores"]
 
 
-def query_text(fields: Mapping[str, Any], qid: str, place: str) -> str:
-    """Text of a query: its field `text`, or else `title`."""
-    text = fields.get("text") or fields.get("title")
-    if not isinstance(text, str) or not text.strip() or not is_unicode(text):
-        raise SourceError(f"{place}: query {qid!r} has no text under 'text'. Correct or remove it.")
-    return text.strip()
+def rank_candidates(lines: Iterable[RunLine], name: str, duplicates: Duplicates = "stop") -> Ranking:
+    """Order the candidates of one query as trec_eval does: by score, and equal scores by document id, both descending.
+
+    Args:
+        lines: the query's lines of a run.
+        name: of the run, for the error.
+        duplicates: at a document that is repeated, raise, or keep the one with the highest score.
+    Raises:
+        SourceError: a document is repeated.
+    """
+    ordered = sorted(lines, key=lambda line: (line.score, line.docid), reverse=True)
+    first: dict[str, RunLine] = {}
+    for line in ordered:
+        other = first.setdefault(line.docid, line)
+        if other is not line and duplicates == "stop":
+            here, there = max(line.line, other.line), min(line.line, other.line)
+            raise SourceError(
+                f"{name}:line {here}: document {line.docid!r} is repeated for query {line.qid!r}, also in line {there}. "
+                "Remove one, or set duplicates to first to keep the one with the highest score."
+            )
+    ranks = [(line.score, line.rank) for line in first.values() if line.rank is not None]
+    groups = [[rank for _, rank in group] for _, group in groupby(ranks, key=lambda pair: pair[0])]
+    if any(max(above) >= min(below) for above, below in zip(groups, groups[1:])):
+        return Ranking(list(first), "scores")
+    in_order = all(one < other for (_, one), (_, other) in zip(ranks, ranks[1:]))
+    return Ranking(list(first), "" if in_order else "ties")
 
 
 def load_queries(source: str | Path) -> dict[str, str]:
-    """Texts of queries by id."""
-    queries: dict[str, str] = {}
-    for place, qid, fields in _entries(source, "queries.jsonl", "qid", "queries_iter", "query_id"):
-        text = query_text(fields, qid, place)
-        if qid in queries:
-            raise SourceError(f"{place}: query {qid!r} is repeated. Remove one.")
-        queries[qid] = text
-    return queries
+    """Texts of queries by id; the same query twice is no fault, two texts for one id are."""
+    queries: dict[str, Query] = {}
+    for query in read_part(source, "queries"):
+        other = queries.setdefault(query.qid, query)
+        if other.text != query.text:
+            raise SourceError(repeated("query", query.qid, other.place, query.place))
+    return {qid: query.text for qid, query in queries.items()}
 
 
 def load_documents(source: str | Path, wanted: Collection[str]) -> dict[str, str]:
     """Texts of the wanted documents, none of which may be missing, as the inference client shows them."""
     wanted = set(wanted)
-    documents: dict[str, str] = {}
-    if str(source).startswith(IR_DATASETS_PREFIX):
-        stored = _part(str(source), "docs").docs_store().get_many(sorted(wanted))
-        entries: Iterable[_Entry] = ((str(source), docid, _fields(item)) for docid, item in stored.items())
-    else:
-        entries = _entries(source, "corpus.jsonl", "docid", "docs_iter", "doc_id")
-    for place, docid, fields in entries:
-        if docid not in wanted:
-            continue
-        if docid in documents:
-            raise SourceError(f"{place}: document {docid!r} is repeated. Remove one.")
-        try:
-            documents[docid] = document_text(fields)
-        except PromptError as error:
-            raise SourceError(f"{place}: document {docid!r}: {error}") from error
+    documents: dict[str, Document] = {}
+    example = ""
+    for document in _wanted_documents(source, wanted):
+        example = example or document.docid
+        if document.docid in wanted:
+            if document.problem:
+                raise SourceError(f"{document.place}: document {document.docid!r}: {document.problem}")
+            other = documents.setdefault(document.docid, document)
+            if other.text != document.text:
+                raise SourceError(repeated("document", document.docid, other.place, document.place))
+    if wanted and not documents:
+        raise nothing_shared("document", ("the run", min(wanted)), (Path(source).name, example))
     missing = sorted(wanted - documents.keys())
     if missing:
         found = f"{len(missing)} documents of the run are missing, such as {', '.join(missing[:3])}"
         raise SourceError(f"{source}: {found}. Give the collection that the run was made from.")
-    return documents
+    return {docid: document.text for docid, document in documents.items()}
 
 
-def load_run(source: str | Path) -> dict[str, list[str]]:
-    """Document ids per query, best first by the run's rank column; those of `irds:ID` by their scores."""
+def load_run(
+    source: str | Path, duplicates: Duplicates = "stop", notes: Callable[[str], object] | None = None
+) -> dict[str, list[str]]:
+    """Document ids per query, best first, see `rank_candidates`; queries in the order of the file.
+
+    Args:
+        source: the run.
+        duplicates: see `rank_candidates`.
+        notes: called with a line for the user where the rank column differs from the order.
+    """
+    lines: dict[str, list[RunLine]] = {}
+    for line in read_part(source, "run"):
+        lines.setdefault(line.qid, []).append(line)
     name = Path(source).name
-    lines: dict[str, list[tuple[float, int, str]]] = {}
-    if str(source).startswith(IR_DATASETS_PREFIX):
-        for number, item in enumerate(_part(str(source), "scoreddocs").scoreddocs_iter(), start=1):
-            lines.setdefault(item.query_id, []).append((-item.score, number, item.doc_id))
-    else:
-        for line in read_run(source):
-            lines.setdefault(line.qid, []).append((line.rank, line.line, line.docid))
-    if not lines:
-        raise SourceError(f"{source}: the file contains no candidates. Give a TREC run.")
     run: dict[str, list[str]] = {}
+    disagreements = {"": 0, "scores": 0, "ties": 0}
     for qid, candidates in lines.items():
-        run[qid] = [docid for _, _, docid in sorted(candidates)]
-        seen: set[str] = set()
-        for _, line_number, docid in candidates:
-            if docid in seen:
-                raise SourceError(f"{name}:line {line_number}: document {docid!r} is repeated for query {qid!r}.")
-            seen.add(docid)
+        ranking = rank_candidates(candidates, name, duplicates)
+        run[qid] = ranking.docids
+        disagreements[ranking.disagreement] += 1
+    for kind, what in DISAGREEMENTS.items():
+        if notes is not None and disagreements[kind]:
+            notes(f"{name}: {disagreements[kind]} of {len(run)} queries {what}")
     return run
+
+
+DISAGREEMENTS = {
+    "scores": "with ranks that disagree with the scores; the order is by score, as in trec_eval",
+    "ties": "with ranks that differ among equal scores; these are in the order of document ids, as in trec_eval",
+}
+"""What is said of queries by the `disagreement` of their ranking."""
 
 
 def load_judgments(source: str | Path) -> dict[str, dict[str, int]]:
     """Relevance grade of each judged document, by query."""
     grades: dict[str, dict[str, int]] = {}
-    for place, qid, docid, grade in _judgments(source):
-        if grades.setdefault(qid, {}).setdefault(docid, grade) != grade:
-            raise SourceError(
-                f"{place}: document {docid!r} has grade {grade} here and {grades[qid][docid]} before for query {qid!r}."
-            )
+    for line in read_part(source, "judgments"):
+        known = grades.setdefault(line.qid, {})
+        if known.setdefault(line.docid, line.grade) != line.grade:
+            found = f"document {line.docid!r} has grade {line.grade} here and {known[line.docid]} before"
+            raise SourceError(f"{Path(source).name}:line {line.line}: {found} for query {line.qid!r}. Remove one.")
     return grades
 
 
-def _split_lines(path: str | Path, num_fields: int, layout: str) -> Iterator[tuple[str, int, list[str]]]:
-    path = Path(path)
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                fields = line.split()
-                if fields and len(fields) != num_fields:
-                    raise SourceError(
-                        f"{path.name}:line {number}: {line.strip()[:80]!r} has {len(fields)} fields; "
-                        f"expected {num_fields}: {layout}. Correct the line."
-                    )
-                if fields:
-                    yield f"{path.name}:line {number}", number, fields
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path.name}: after line {number}: {error}. Write the file as UTF-8.") from error
+def require_shared(what: str, one: tuple[str, Iterable[str]], other: tuple[str, Collection[str]]) -> None:
+    """Raise SourceError unless two sources, each (name, ids), share an id; shows one id of each."""
+    first = ""
+    for found in one[1]:
+        if found in other[1]:
+            return
+        first = first or found
+    raise nothing_shared(what, (one[0], first), (other[0], next(iter(other[1]), "")))
 
 
-def _unreadable(path: Path, error: OSError) -> SourceError:
-    return SourceError(f"{path}: the file cannot be read ({error.strerror}). Check its path and permissions.")
+def nothing_shared(what: str, one: tuple[str, str], other: tuple[str, str]) -> SourceError:
+    """The error that two sources, each (name, one of its ids), share no id of a query or a document."""
+    seen = ", ".join(f"{name} has {found!r}" if found else f"{name} has none" for name, found in (one, other))
+    return SourceError(f"{one[0]} and {other[0]} share no {what} id: {seen}. Check that they belong together.")
 
 
-def _json_object(line: bytes, place: str, key: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{place}: invalid JSON: {error}; expected one object per line, not compressed.") from error
-    if not isinstance(value, dict) or not isinstance(value.get(key), str) or not value[key].strip():
-        raise SourceError(f"{place}: no text under {key!r} in {str(value)[:80]}; expected an object that has it.")
-    if not is_unicode(value[key]):
-        raise SourceError(f"{place}: {key!r} contains an unpaired surrogate. Write the text as valid Unicode.")
-    return value
+def repeated(what: str, found: str, there: str, here: str) -> str:
+    """The message that an id has two texts."""
+    return f"{here}: {what} {found!r} is repeated with another text, also in {there}. Remove one."
 
 
-def _entries(source: str | Path, beir_file: str, key: str, dataset_iterator: str, dataset_key: str) -> Iterator[_Entry]:
-    if str(source).startswith(IR_DATASETS_PREFIX):
-        for item in getattr(_part(str(source), dataset_iterator.removesuffix("_iter")), dataset_iterator)():
-            yield str(source), str(getattr(item, dataset_key)), _fields(item)
+def _wanted_documents(source: str | Path, wanted: Collection[str]) -> Iterator[Document]:
+    if not str(source).startswith(IRDS):
+        yield from read_part(source, "docs")
         return
-    path = Path(source)
-    if path.is_dir():
-        path, key = path / beir_file, "_id"
-    for number, _, fields in read_json_lines(path, key):
-        yield f"{path.name}:line {number}", fields[key], fields
+    stored = _ir_dataset(str(source), "docs").docs_store().get_many(sorted(wanted))
+    for docid, item in stored.items():
+        yield document_of(Row(str(source), 0, None, 0), docid, _fields(item))
 
 
-def _judgments(source: str | Path) -> Iterator[tuple[str, str, str, int]]:
-    """(place, query id, document id, grade) of each judgment."""
-    if str(source).startswith(IR_DATASETS_PREFIX):
-        for item in _part(str(source), "qrels").qrels_iter():
-            yield str(source), item.query_id, item.doc_id, item.relevance
-        return
-    path = Path(source)
-    if path.is_dir():
-        path = path / "qrels" / "test.tsv"
-    if path.suffix != ".tsv":
-        for line in read_judgments(path):
-            yield f"{path.name}:line {line.line}", line.qid, line.docid, line.grade
-        return
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    for number, text in enumerate(lines[1:], start=2):  # the first line names the columns
-        place, columns = f"{path.name}:line {number}", text.split("\t")
-        if len(columns) != 3 or not re.fullmatch(r"-?\d+", columns[2]):
-            raise SourceError(f"{place}: the line is {text[:80]!r}; expected query-id, corpus-id, score. Correct it.")
-        yield place, columns[0], columns[1], int(columns[2])
+def _read_ir_dataset(source: str, part: Part) -> Iterator[Any]:
+    """The entries of a part of an ir_datasets dataset."""
+    row = Row(source, 0, None, 0)
+    if part == "queries":
+        for item in _ir_dataset(source, "queries").queries_iter():
+            yield query_of(row, str(item.query_id), _fields(item))
+    elif part == "docs":
+        for item in _ir_dataset(source, "docs").docs_iter():
+            yield document_of(row, str(item.doc_id), _fields(item))
+    elif part == "judgments":
+        for number, item in enumerate(_ir_dataset(source, "qrels").qrels_iter(), start=1):
+            yield Judgment(number, item.query_id, item.doc_id, item.relevance)
+    elif part in ("run", "teacher"):
+        for number, item in enumerate(_ir_dataset(source, "scoreddocs").scoreddocs_iter(), start=1):
+            yield run_line(row, item.query_id, item.doc_id, None, item.score)._replace(line=number)
+    else:
+        raise SourceError(f"{source}: ir_datasets has no {PARTS[part]}. Name a file.")
 
 
 def _fields(item: Any) -> Mapping[str, Any]:
@@ -240,9 +221,9 @@ def _fields(item: Any) -> Mapping[str, Any]:
     return fields if "text" in fields or not hasattr(item, "default_text") else {"text": item.default_text()}
 
 
-def _part(source: str, part: str) -> Any:
+def _ir_dataset(source: str, part: str) -> Any:
     """The ir_datasets dataset of an id, checked to have this part: docs, queries, qrels or scoreddocs."""
-    name = source.removeprefix(IR_DATASETS_PREFIX)
+    name = source.removeprefix(IRDS)
     try:
         import ir_datasets
     except ImportError as error:
@@ -255,3 +236,4 @@ def _part(source: str, part: str) -> Any:
     if not getattr(dataset, f"has_{part}")():
         raise SourceError(f"{source}: the dataset has no {part}. Choose one that does, or give a file.")
     return dataset
+

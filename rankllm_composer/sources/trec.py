@@ -1,14 +1,12 @@
-"""Training lists from retrieval files: a TREC run, queries and documents, ordered by judgments or by a teacher's run.
+"""Training lists from retrieval files: a first-stage run, queries and documents, ordered by judgments or by a teacher.
 
-The files are read once into a SQLite database on disk with ranks, grades and the offset of each document, so that
-memory does not grow with the files and any process can build the lists of any query.
+The files are read once into a SQLite database on disk: ranks, scores, grades, and the texts of the run's documents, so
+that memory does not grow with the files and any process can build the lists of any query.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,71 +16,39 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rankllm_composer.errors import PromptError, RecordError, SourceError
+from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import FROM_RUN, SourceOptions
-from rankllm_composer.prompts.permutations import format_permutation
-from rankllm_composer.prompts.record import Record, validate_record
-from rankllm_composer.prompts.user_turn import (
-    SYSTEM_MESSAGE,
-    clean_query,
-    document_text,
-    passage_word_limit,
-    render_user_turn,
-    truncate_passage,
-)
-from rankllm_composer.sources.records import Dropped, Item, describe_file
+from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.user_turn import passage_word_limit, truncate_passage
+from rankllm_composer.sources.entries import Judgment, Permutation, RunLine
+from rankllm_composer.sources.lists import candidate_lists, make_record, teacher_order, word_limit
+from rankllm_composer.sources.records import Dropped, Item, Made, Noted, describe_file
 from rankllm_composer.sources.retrieval_files import (
-    Judgment,
-    RunLine,
-    query_text,
-    read_json_lines,
-    read_judgments,
-    read_run,
+    DISAGREEMENTS,
+    IRDS,
+    Ranking,
+    file_of,
+    nothing_shared,
+    rank_candidates,
+    read_part,
+    repeated,
 )
 
 _BATCH_ROWS = 10_000
 _SCHEMA = """
-    CREATE TABLE queries (number INTEGER PRIMARY KEY, qid TEXT UNIQUE, text TEXT);
-    CREATE TABLE run (query INTEGER, rank INTEGER, line INTEGER, docid TEXT,
-        PRIMARY KEY (query, rank, line)) WITHOUT ROWID;
-    CREATE TABLE teacher (query INTEGER, rank INTEGER, line INTEGER, docid TEXT,
-        PRIMARY KEY (query, rank, line)) WITHOUT ROWID;
-    CREATE TABLE qrels (query INTEGER, grade INTEGER, line INTEGER, docid TEXT,
-        PRIMARY KEY (query, line)) WITHOUT ROWID;
-    CREATE TABLE docs (docid TEXT PRIMARY KEY, start INTEGER) WITHOUT ROWID;
+    CREATE TABLE queries (number INTEGER PRIMARY KEY, qid TEXT UNIQUE, text TEXT, place TEXT, problem TEXT);
+    CREATE TABLE run (query INTEGER, line INTEGER, docid TEXT, rank INTEGER, score REAL);
+    CREATE TABLE teacher (query INTEGER, line INTEGER, docid TEXT, rank INTEGER, score REAL);
+    CREATE TABLE judgments (query INTEGER, line INTEGER, docid TEXT, grade INTEGER);
+    CREATE TABLE wanted (docid TEXT PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE docs (docid TEXT PRIMARY KEY, text TEXT, place TEXT, problem TEXT) WITHOUT ROWID;
 """
-
-
-def candidate_lists(
-    num_candidates: int, *, window: int, stride: int, num_lists: int, seed: int, qid: str
-) -> list[tuple[int, ...]]:
-    """Choose and order the candidates of each list of a query.
-
-    The first lists are windows over the first-stage order, from the top, `stride` apart, the last one ending at the
-    last candidate. Further lists are random draws of `window` candidates in random order, each from a generator seeded
-    with (seed, qid, number of the list). With `num_lists` 0 there is one list per window. Positions count from 0.
-    """
-    size = min(window, num_candidates)
-    last = num_candidates - size
-    starts = [*range(0, last, stride), last]
-    lists = [tuple(range(start, start + size)) for start in starts]
-    for number in range(len(lists), num_lists):
-        lists.append(tuple(random.Random(f"{seed}/{qid}/{number}").sample(range(num_candidates), size)))
-    return lists[: num_lists or None]
-
-
-def teacher_order(
-    docids: Sequence[str], grades: dict[str, int] | None, teacher: Sequence[str] | None
-) -> tuple[int, ...]:
-    """Order a list's candidates from best to worst, as 0-based positions; ties keep the given order.
-
-    A teacher's ranking replaces the grades. Documents that it did not rank come last; unjudged documents have grade 0.
-    """
-    if teacher is not None:
-        rank = {docid: i for i, docid in enumerate(teacher)}
-        return tuple(sorted(range(len(docids)), key=lambda i: rank.get(docids[i], len(rank))))
-    known = grades or {}
-    return tuple(sorted(range(len(docids)), key=lambda i: -known.get(docids[i], 0)))
+_INSERT_DOCUMENT = """
+    INSERT INTO docs SELECT :docid, :text, :place, :problem WHERE EXISTS (SELECT 1 FROM wanted WHERE docid = :docid)
+    ON CONFLICT (docid) DO UPDATE SET problem = excluded.place WHERE text <> excluded.text AND problem = ''
+"""
+_ROLES = {"run": "run", "teacher": "teacher_run", "judgments": "judgments", "queries": "queries", "docs": "docs"}
+PARTLY_ORDERED = "lists that the teacher's order covers in part; the rest follow in first-stage order"
 
 
 @dataclass(frozen=True)
@@ -90,8 +56,9 @@ class TrecSource:
     """Records made from retrieval files; a `RecordSource`.
 
     Lists are built for the queries in the queries file. Passages are prepared as the inference client does: title and
-    text joined, repaired, truncated, `[12]` → `(12)`. Candidates are in the order of the run's rank column. Judgments
-    give the grades (negative grades become 0) and, without a teacher's run, the order. The id of a list is
+    text joined, repaired, truncated, `[12]` → `(12)`. Candidates and the teacher's order are sorted as trec_eval sorts
+    them, see `rank_candidates`. Judgments give the grades (negative grades become 0) and, without a teacher, the order.
+    Queries and documents that are not named come from the run, where its layout holds them. The id of a list is
     `qid-number`. `prepare` sets `database`.
     """
 
@@ -103,16 +70,17 @@ class TrecSource:
 
     @property
     def name(self) -> str:
-        return Path(self._path("run")).name
+        return Path(self._source("run")).name
+
+    @property
+    def makes_lists(self) -> bool:
+        return True
 
     def describe(self) -> dict[str, Any]:
-        files = {role: getattr(self.options, role) for role in ("run", "queries", "docs", "judgments", "teacher_run")}
+        given = {role: getattr(self.options, role) for role in ("run", "queries", "docs", "judgments", "teacher_run")}
+        files = [{"role": role, **_described(source, role)} for role, source in given.items() if source is not None]
         options = {name: getattr(self.options, name) for name in FROM_RUN}
-        return {
-            "kind": "trec",
-            "files": [{"role": role, **describe_file(path)} for role, path in files.items() if path is not None],
-            "options": options | {"require_relevant": self._drops_irrelevant},
-        }
+        return {"kind": "trec", "files": files, "options": options | {"require_relevant": self._drops_irrelevant}}
 
     def prepare(self, folder: Path) -> TrecSource:
         """Read the files into a database in `folder`; raise SourceError if one is malformed or they do not match."""
@@ -120,16 +88,7 @@ class TrecSource:
         os.close(handle)
         with sqlite3.connect(path) as database:
             database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _SCHEMA)
-            _import_queries(database, self._path("queries"))
-            _import_lines(database, "run", read_run(self._path("run")))
-            if self.options.teacher_run is not None:
-                _import_lines(database, "teacher", read_run(self.options.teacher_run))
-            if self.options.judgments is not None:
-                _import_lines(database, "qrels", read_judgments(self.options.judgments))
-            _import_docs(database, self._path("docs"))
-            if database.execute("SELECT 1 FROM run LIMIT 1").fetchone() is None:
-                found = f"the run has no candidates for any query in {self.options.queries}"
-                raise SourceError(f"{self.options.run}: {found}. Check that the two files belong together.")
+            self._import(database)
         database.close()
         return replace(self, database=path)
 
@@ -143,27 +102,29 @@ class TrecSource:
             for index, (number, qid) in enumerate(rows):
                 yield Item(index, f"{self.name}:query {qid!r}", (number, qid), size * num_lists)
 
-    def records(self, item: Item) -> list[tuple[str, Record | Dropped]]:
+    def records(self, item: Item) -> list[Made]:
         """Build the lists of one query."""
         with closing(_Files(self)) as files:
             return self._lists(files, item)
 
-    def _lists(self, files: _Files, item: Item) -> list[tuple[str, Record | Dropped]]:
+    def _lists(self, files: _Files, item: Item) -> list[Made]:
         number, qid = item.raw
         options = self.options
-        query = files.query(number)
+        query = files.query(number, qid)
         if query is None:
             return [(item.place, Dropped("queries of the run that are not in the queries file"))]
-        candidates = files.order("run", number, self.name, options.depth)
+        ranking = files.ranking("run", number, qid)
+        candidates = ranking.docids[: options.depth]
         if len(candidates) < 2:
             return [(item.place, Dropped("queries with fewer than two candidates"))]
+        made = self._notes(item, "run", ranking)
         teacher = None
         if options.teacher_run is not None:
-            teacher = files.order("teacher", number, Path(options.teacher_run).name, None)
-            if not teacher:
+            ordered = files.ranking("teacher", number, qid)
+            if not ordered.docids:
                 return [(item.place, Dropped("queries without a teacher's order"))]
-        grades = None if options.judgments is None else files.grades(number, Path(options.judgments).name)
-        made: list[tuple[str, Record | Dropped]] = []
+            teacher, made = ordered.docids, made + self._notes(item, "teacher", ordered)
+        grades = None if options.judgments is None else files.grades(number)
         passages: dict[str, str] = {}
         lists = candidate_lists(
             len(candidates),
@@ -177,25 +138,113 @@ class TrecSource:
             place = f"{item.place} list {i}"
             docids = tuple(candidates[member] for member in members)
             record_grades = None if grades is None else tuple(max(0, grades.get(docid, 0)) for docid in docids)
+            num_ordered = len(docids) if teacher is None else len(set(docids) & set(teacher))
+            if num_ordered == 0:
+                made.append((place, Dropped("lists without a candidate in the teacher's order")))
+                continue
             if self._drops_irrelevant and not any(record_grades or ()):
                 made.append((place, Dropped("lists without a relevant passage")))
                 continue
+            if num_ordered < len(docids):
+                made.append((place, Noted(PARTLY_ORDERED)))
             in_run = sorted(range(len(members)), key=lambda k: members[k])  # ties keep the first-stage order
             best_first = [in_run[k] for k in teacher_order([docids[k] for k in in_run], grades, teacher)]
-            words = options.max_passage_words or passage_word_limit(len(docids))
             for docid in docids:
                 if docid not in passages:  # windows overlap, and all lists of a query have the same length
-                    passages[docid] = truncate_passage(files.document(docid, place), words)
+                    passages[docid] = truncate_passage(files.document(docid, place), word_limit(options, len(docids)))
             shown = [passages[docid] for docid in docids]
-            user = render_user_turn(clean_query(query), shown, options.identifiers)
-            response = format_permutation(best_first, options.identifiers)
-            record = Record(f"{qid}-{i}", SYSTEM_MESSAGE, user, response, qid, docids, record_grades)
-            validate_record(record, place)
-            made.append((place, record))
+            record = Record(f"{qid}-{i}", "", "", "", qid, docids, record_grades)
+            made.append((place, make_record(record, query, shown, best_first, options, place)))
         return made
 
-    def _path(self, role: str) -> str:
-        return str(getattr(self.options, role))
+    def _notes(self, item: Item, part: str, ranking: Ranking) -> list[Made]:
+        if not ranking.disagreement:
+            return []
+        return [(item.place, Noted(f"queries of {self._name(part)} {DISAGREEMENTS[ranking.disagreement]}"))]
+
+    def _import(self, database: sqlite3.Connection) -> None:
+        """Read all files; raise SourceError if two of them that should share ids share none."""
+        first: dict[str, tuple[str, str]] = {}  # the first query id and the first document id of each
+        first["queries"] = (self._import_queries(database), "")
+        first["run"] = self._import_lines(database, "run")
+        run, queries = (self._name("run"), first["run"]), (self._name("queries"), first["queries"])
+        if database.execute("SELECT 1 FROM run LIMIT 1").fetchone() is None:
+            raise nothing_shared("query", (run[0], run[1][0]), (queries[0], queries[1][0]))
+        database.execute("CREATE INDEX run_query ON run (query, docid)")
+        for part in ("teacher", "judgments"):
+            if getattr(self.options, _ROLES[part]) is not None:
+                first[part] = self._import_lines(database, part)
+                database.execute(f"CREATE INDEX {part}_query ON {part} (query)")
+                other = (self._name(part), first[part])
+                if database.execute(f"SELECT 1 FROM {part} LIMIT 1").fetchone() is None:
+                    raise nothing_shared("query", (other[0], other[1][0]), (queries[0], queries[1][0]))
+                shared = f"SELECT 1 FROM {part} AS a JOIN run AS b ON a.query = b.query AND a.docid = b.docid LIMIT 1"
+                if database.execute(shared).fetchone() is None:
+                    raise nothing_shared("document", (other[0], other[1][1]), (run[0], run[1][1]))
+        database.execute("INSERT INTO wanted SELECT DISTINCT docid FROM run")
+        example = self._import_documents(database)
+        if database.execute("SELECT 1 FROM docs LIMIT 1").fetchone() is None:
+            raise nothing_shared("document", (run[0], run[1][1]), (self._name("docs"), example))
+
+    def _import_queries(self, database: sqlite3.Connection) -> str:
+        insert = (
+            "INSERT INTO queries (qid, text, place, problem) VALUES (?, ?, ?, '') ON CONFLICT (qid) DO UPDATE "
+            "SET problem = excluded.place WHERE text <> excluded.text AND problem = ''"
+        )
+        example = ""
+        for query in read_part(self._source("queries"), "queries"):
+            example = example or query.qid
+            database.execute(insert, (query.qid, query.text, query.place))
+        return example
+
+    def _import_lines(self, database: sqlite3.Connection, part: str) -> tuple[str, str]:
+        """Store the lines whose query has a text; store the run's other queries without text, to be counted."""
+        example: tuple[str, str] = ("", "")
+        qid, number = None, None
+        source: Iterator[RunLine | Judgment | Permutation] = read_part(self._source(part), part)  # type: ignore[arg-type]
+        while batch := list(islice(source, _BATCH_ROWS)):
+            rows: list[tuple[Any, ...]] = []
+            for line in batch:
+                if isinstance(line, Permutation):
+                    rows += self._permuted(database, line)
+                    continue
+                example = example if example[0] else (line.qid, line.docid)
+                if line.qid != qid:
+                    qid, number = line.qid, _query_number(database, line.qid, add=part == "run")
+                if number is not None:
+                    rows.append((number, *line[:1], *line[2:]))
+            marks = ", ".join("?" * (4 if part == "judgments" else 5))
+            database.executemany(f"INSERT INTO {part} VALUES ({marks})", rows)
+        return example
+
+    def _permuted(self, database: sqlite3.Connection, line: Permutation) -> list[tuple[Any, ...]]:
+        """Rows of a teacher's order that is given by positions in the run's list with the same number."""
+        database.execute("CREATE INDEX IF NOT EXISTS run_line ON run (line)")
+        listed = database.execute("SELECT query, docid FROM run WHERE line = ? ORDER BY rank", (line.line,)).fetchall()
+        if len(listed) < 2:
+            name, run = self._name("teacher"), self._name("run")
+            raise SourceError(
+                f"{name}: permutation {line.line} is for list {line.line} of {run}, which has no such list. Name the run "
+                "whose lists were permuted, with one list per entry."
+            )
+        chosen = [listed[position] for position in line.positions if 0 <= position < len(listed)]
+        return [(query, line.line, docid, rank, -rank) for rank, (query, docid) in enumerate(chosen, start=1)]
+
+    def _import_documents(self, database: sqlite3.Connection) -> str:
+        """Store the documents of the run; return the id of the first document of the file."""
+        example = ""
+        documents = read_part(self._source("docs"), "docs")
+        while batch := list(islice(documents, _BATCH_ROWS)):
+            example = example or batch[0].docid
+            database.executemany(_INSERT_DOCUMENT, [document._asdict() for document in batch])
+        return example
+
+    def _source(self, part: str) -> str:
+        """The source of a part; a run whose layout holds queries and documents is their source, too."""
+        return str(getattr(self.options, _ROLES[part]) or self.options.run)
+
+    def _name(self, part: str) -> str:
+        return Path(self._source(part)).name
 
     @property
     def _drops_irrelevant(self) -> bool:
@@ -205,88 +254,74 @@ class TrecSource:
 
 
 class _Files:
-    """The database and the documents of a prepared source, open for reading."""
+    """The database of a prepared source, open for reading."""
 
     def __init__(self, source: TrecSource) -> None:
         assert source.database is not None, "call prepare() first"
         self.database = sqlite3.connect(f"{Path(source.database).as_uri()}?mode=ro&immutable=1", uri=True)
-        self._docs = Path(source._path("docs")).open("rb")  # noqa: SIM115 - closed by close()
-        self._docs_name = Path(self._docs.name).name
+        self._source = source
 
     def close(self) -> None:
         self.database.close()
-        self._docs.close()
 
-    def query(self, number: int) -> str | None:
-        text: str | None = self.database.execute("SELECT text FROM queries WHERE number = ?", (number,)).fetchone()[0]
-        return text
+    def query(self, number: int, qid: str) -> str | None:
+        row = self.database.execute("SELECT text, place, problem FROM queries WHERE number = ?", (number,)).fetchone()
+        text, place, problem = row
+        if problem:
+            raise _record_error(repeated("query", qid, place, problem))
+        return text if text is None else str(text)
 
-    def order(self, table: str, number: int, name: str, depth: int | None) -> list[str]:
-        """Document ids of a query in a run, best first, at most `depth`."""
-        order = f"SELECT docid, line FROM {table} WHERE query = ? ORDER BY rank, line"
-        rows = self.database.execute(order, (number,)).fetchall()
-        lines: dict[str, int] = {}
-        for docid, line in rows:
-            if docid in lines:
-                reason = f"document {docid!r} is repeated, also in line {lines[docid]}. Remove one."
-                raise RecordError(f"{name}:line {line}", None, reason)
-            lines[docid] = line
-        return [docid for docid, _ in rows[:depth]]
+    def ranking(self, table: str, number: int, qid: str) -> Ranking:
+        """Candidates of a query in a run, best first."""
+        lines = _run_lines(self.database, table, number, qid)
+        try:
+            return rank_candidates(lines, self._source._name(table), self._source.options.duplicates)
+        except SourceError as error:
+            raise _record_error(str(error)) from error
 
-    def grades(self, number: int, name: str) -> dict[str, int]:
+    def grades(self, number: int) -> dict[str, int]:
         grades: dict[str, int] = {}
-        rows = self.database.execute("SELECT docid, grade, line FROM qrels WHERE query = ?", (number,))
+        rows = self.database.execute("SELECT docid, grade, line FROM judgments WHERE query = ?", (number,))
         for docid, grade, line in rows:
             if grades.setdefault(docid, grade) != grade:
                 reason = f"document {docid!r} has grade {grade} here and {grades[docid]} before. Remove one."
-                raise RecordError(f"{name}:line {line}", None, reason)
+                raise RecordError(f"{self._source._name('judgments')}:line {line}", None, reason)
         return grades
 
     def document(self, docid: str, place: str) -> str:
-        row = self.database.execute("SELECT start FROM docs WHERE docid = ?", (docid,)).fetchone()
+        row = self.database.execute("SELECT text, place, problem FROM docs WHERE docid = ?", (docid,)).fetchone()
+        name = self._source._name("docs")
         if row is None:
-            reason = f"document {docid!r} of the run is not in {self._docs_name}. Add it, or remove it from the run."
+            reason = f"document {docid!r} of the run is not in {name}. Add it, or remove it from the run."
             raise RecordError(place, None, reason)
-        self._docs.seek(row[0])
-        try:
-            return document_text(json.loads(self._docs.readline()))
-        except PromptError as error:
-            raise RecordError(place, None, f"document {docid!r} of {self._docs_name}: {error}") from error
+        text, found, problem = row
+        if problem.startswith(f"{name}:") and text:
+            raise RecordError(place, None, repeated("document", docid, found, problem))
+        if problem:
+            raise RecordError(place, None, f"document {docid!r} of {name}: {problem}")
+        return str(text)
 
 
-def _import_queries(database: sqlite3.Connection, path: str) -> None:
-    for number, _, query in read_json_lines(path, "qid"):
-        place = f"{Path(path).name}:line {number}"
-        try:
-            row = (query["qid"], query_text(query, query["qid"], place))
-            database.execute("INSERT INTO queries (qid, text) VALUES (?, ?)", row)
-        except sqlite3.IntegrityError as error:
-            raise SourceError(f"{place}: query {query['qid']!r} is repeated. Remove one.") from error
+def _query_number(database: sqlite3.Connection, qid: str, *, add: bool) -> int | None:
+    """Number of a query that has a text; one without is added, to be counted, if `add`."""
+    row = database.execute("SELECT number, text FROM queries WHERE qid = ?", (qid,)).fetchone()
+    if row is None and add:
+        database.execute("INSERT INTO queries (qid, problem) VALUES (?, '')", (qid,))
+    return None if row is None or row[1] is None else int(row[0])
 
 
-def _import_lines(database: sqlite3.Connection, table: str, lines: Iterable[RunLine | Judgment]) -> None:
-    """Store the lines whose query has a text; store the run's other queries without lines, to be counted."""
-    qid, number, has_text = None, 0, False
-    source = iter(lines)
-    while batch := list(islice(source, _BATCH_ROWS)):
-        rows = []
-        for line in batch:
-            if line.qid != qid:
-                qid = line.qid
-                row = database.execute("SELECT number, text FROM queries WHERE qid = ?", (qid,)).fetchone()
-                if row is None and table == "run":
-                    database.execute("INSERT INTO queries (qid) VALUES (?)", (qid,))
-                number, has_text = (row[0], row[1] is not None) if row else (0, False)
-            if has_text:
-                rows.append((number, line.rank if isinstance(line, RunLine) else line.grade, line.line, line.docid))
-        database.executemany(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", rows)
+def _run_lines(database: sqlite3.Connection, table: str, number: int, qid: str) -> list[RunLine]:
+    rows = database.execute(f"SELECT line, docid, rank, score FROM {table} WHERE query = ?", (number,))
+    return [RunLine(line, qid, docid, rank, score) for line, docid, rank, score in rows]
 
 
-def _import_docs(database: sqlite3.Connection, path: str) -> None:
-    source = ((number, start, doc["docid"]) for number, start, doc in read_json_lines(path, "docid"))
-    while batch := list(islice(source, _BATCH_ROWS)):
-        try:
-            database.executemany("INSERT INTO docs VALUES (?, ?)", [(docid, start) for _, start, docid in batch])
-        except sqlite3.IntegrityError as error:
-            place = f"{Path(path).name}:lines {batch[0][0]} to {batch[-1][0]}"
-            raise SourceError(f"{place}: a document is repeated. Remove one.") from error
+def _record_error(text: str) -> RecordError:
+    place, _, reason = text.partition(": ")
+    return RecordError(place, None, reason)
+
+
+def _described(source: str, role: str) -> dict[str, Any]:
+    """What identifies a source on any machine."""
+    if source.startswith(IRDS):
+        return {"name": source}
+    return describe_file(file_of(source, {"teacher_run": "teacher"}.get(role, role)))  # type: ignore[arg-type]

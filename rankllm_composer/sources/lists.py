@@ -1,0 +1,102 @@
+"""Training records made from a query and its candidates: which of them, in which order, with which prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.permutations import format_permutation
+from rankllm_composer.prompts.record import Record, validate_record
+from rankllm_composer.prompts.user_turn import (
+    SYSTEM_MESSAGE,
+    clean_query,
+    passage_word_limit,
+    render_user_turn,
+    truncate_passage,
+)
+from rankllm_composer.sources.records import Dropped, Made, Noted
+from rankllm_composer.sources.training_layouts import GradedList
+
+
+def candidate_lists(
+    num_candidates: int, *, window: int, stride: int, num_lists: int, seed: int, qid: str
+) -> list[tuple[int, ...]]:
+    """Choose and order the candidates of each list of a query.
+
+    The first lists are windows over the first-stage order, from the top, `stride` apart, the last one ending at the
+    last candidate. Further lists are random draws of `window` candidates in random order, each from a generator seeded
+    with (seed, qid, number of the list). With `num_lists` 0 there is one list per window. Positions count from 0.
+    """
+    size = min(window, num_candidates)
+    last = num_candidates - size
+    starts = [*range(0, last, stride), last]
+    lists = [tuple(range(start, start + size)) for start in starts]
+    for number in range(len(lists), num_lists):
+        lists.append(tuple(random.Random(f"{seed}/{qid}/{number}").sample(range(num_candidates), size)))
+    return lists[: num_lists or None]
+
+
+def teacher_order(
+    docids: Sequence[str], grades: dict[str, int] | None, teacher: Sequence[str] | None
+) -> tuple[int, ...]:
+    """Order a list's candidates from best to worst, as 0-based positions; ties keep the given order.
+
+    A teacher's ranking replaces the grades. Documents that it did not rank come last; unjudged documents have grade 0.
+    """
+    if teacher is not None:
+        rank = {docid: i for i, docid in enumerate(teacher)}
+        return tuple(sorted(range(len(docids)), key=lambda i: rank.get(docids[i], len(rank))))
+    known = grades or {}
+    return tuple(sorted(range(len(docids)), key=lambda i: -known.get(docids[i], 0)))
+
+
+def word_limit(options: SourceOptions, num_candidates: int) -> int:
+    """Words kept of each passage of a list."""
+    return options.max_passage_words or passage_word_limit(num_candidates)
+
+
+def make_record(
+    record: Record, query: str, passages: Sequence[str], best_first: Sequence[int], options: SourceOptions, place: str
+) -> Record:
+    """Write the turns of a record whose ids and grades are known, from passages that are cut already."""
+    user = render_user_turn(clean_query(query), passages, options.identifiers)
+    response = format_permutation(best_first, options.identifiers)
+    made = dataclasses.replace(record, system=SYSTEM_MESSAGE, user=user, response=response)
+    validate_record(made, place)
+    return made
+
+
+def record_of_graded_list(found: GradedList, options: SourceOptions, place: str) -> list[Made]:
+    """The record of a query with graded passages, presented in random order, since relevant ones are listed first.
+
+    The best come first by the teacher's scores, else by grade; equal ones keep the order of presentation. A list that
+    is longer than the window keeps its first passages, but at least one that is not relevant.
+    """
+    made: list[Made] = []
+    if found.is_numbered:
+        made.append((place, Noted(NUMBERED)))
+    num_relevant = sum(found.grades)
+    kept = [*range(min(num_relevant, options.window - 1)), *range(num_relevant, len(found.texts))][: options.window]
+    if num_relevant in (0, len(found.texts)) and found.scores is None:
+        return [*made, (place, Dropped("lists whose passages are all relevant, or none"))]
+    if len(kept) < len(found.texts):
+        made.append((place, Noted("lists longer than the window, of which the first passages are kept")))
+    random.Random(f"{options.seed}/{found.id}").shuffle(kept)
+    value = found.scores or found.grades
+    best_first = sorted(range(len(kept)), key=lambda i: -value[kept[i]])
+    record = Record(
+        found.id,
+        "",
+        "",
+        "",
+        qid=found.qid,
+        docids=None if found.docids is None else tuple(found.docids[i] for i in kept),
+        grades=tuple(found.grades[i] for i in kept),
+    )
+    passages = [truncate_passage(found.texts[i], word_limit(options, len(kept))) for i in kept]
+    return [*made, (place, make_record(record, found.query, passages, best_first, options, place))]
+
+
+NUMBERED = "records without an id; they are numbered"
