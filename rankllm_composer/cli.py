@@ -76,18 +76,17 @@ def shards_build(context: typer.Context, output: Output, source: SourceOptions, 
     from rankllm_composer.shards.build import build_shards
     from rankllm_composer.sources.records import open_source
 
-    if source.input is not None and not open_source(source).makes_lists:
-        _warn_without_effect(context, FROM_RUN, "--input, unless it holds passages with grades")
-    elif source.run is not None:
-        _warn_without_effect(context, ("split", "config"), "--run")
+    given = _given(context, FROM_RUN if source.run is None else ("split", "config"))
+    if given and (source.run is not None or (source.input is not None and not open_source(source).makes_lists)):
+        for name in given:
+            screen.report(f"warning: {flag(name)} has no effect with {'--run' if source.run else '--input'}")
     build_shards(output, source, options, screen.report)
 
 
-def _warn_without_effect(context: typer.Context, names: Sequence[str], reason: str) -> None:
-    """Warn of options among `names` that were set on the command line."""
-    for name in sorted(names):
-        if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE":
-            screen.report(f"warning: {flag(name)} has no effect with {reason}")
+def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """The options among `names` that were set on the command line."""
+    sources = {name: getattr(context.get_parameter_source(name), "name", None) for name in sorted(names)}
+    return [name for name, source in sources.items() if source == "COMMANDLINE"]
 
 
 @shards_app.command("merge")
@@ -179,16 +178,23 @@ def plan(
 @with_options(window_size="window")
 def rerank(
     model: Annotated[Path, typer.Option(help="Exported folder, with reranker.json.")],
-    queries: Annotated[
-        Path, typer.Option(help="Queries: JSONL with qid and text, a BEIR folder, or irds:ID of ir_datasets.")
+    run: Annotated[
+        Path, typer.Option(help="First-stage run: TREC, requests or results of rank_llm, or irds:ID that has one.")
     ],
-    docs: Annotated[Path, typer.Option(help="Documents: JSONL with docid, title and text, a BEIR folder, or irds:ID.")],
-    run: Annotated[Path, typer.Option(help="First-stage run in TREC format, or irds:ID that comes with one.")],
     output: Annotated[Path, typer.Option(help="TREC run to write.")],
     options: RerankOptions,
-    qrels: Annotated[
-        Path | None, typer.Option(help="Judgments (TREC, BEIR or irds:ID), to compare with the first stage.")
+    queries: Annotated[
+        Path | None, typer.Option(help="Queries: file, BEIR folder or irds:ID; default: those that --run holds.")
     ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="Documents: file, BEIR folder or irds:ID; default: those that --run holds.")
+    ] = None,
+    qrels: Annotated[
+        Path | None, typer.Option(help="Judgments: file, BEIR folder or irds:ID; compares with the first stage.")
+    ] = None,
+    duplicates: Annotated[
+        str, typer.Option(help="Document that a query has twice in --run: stop, or keep the first by score.")
+    ] = "stop",
     measure: Annotated[list[str] | None, typer.Option(help="Name from ir-measures; repeatable.")] = None,
     name: Annotated[
         str | None, typer.Option(help="With --qrels: name of the results, such as dl20-bm25; default: that of --run.")
@@ -202,7 +208,10 @@ def rerank(
 
     if qrels is None and (card or name is not None):
         raise ValueError("rerank: --card and --name need --qrels, as nothing is measured without judgments")
-    files = RerankFiles(queries=queries, documents=docs, first_stage=run, output=output, judgments=qrels)
+    if duplicates not in ("stop", "first"):
+        raise ValueError(f"--duplicates is {duplicates!r}; expected stop or first. Correct it.")
+    inputs: dict[str, Any] = {"queries": queries, "documents": docs, "judgments": qrels, "duplicates": duplicates}
+    files = RerankFiles(first_stage=run, output=output, **inputs)
     report = rerank_files(model, files, options, measures=measure or DEFAULT_MEASURES, name=name)
     screen.say(report.text)
     if card and report.result is not None:

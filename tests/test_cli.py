@@ -180,8 +180,8 @@ def test_options_reach_the_shard_builder(
 @pytest.mark.parametrize(
     "arguments, warned",
     [
-        (["--input", "a.json", "--window", "20"], "warning: --window has no effect with --input"),
-        (["--input", "a.json", "--no-require-relevant"], "warning: --require-relevant has no effect with --input"),
+        (["--input", RECORDS, "--window", "20"], "warning: --window has no effect with --input"),
+        (["--input", RECORDS, "--no-require-relevant"], "warning: --require-relevant has no effect with --input"),
         (["--run", "r", "--split", "train"], "warning: --split has no effect with --run"),
     ],
 )

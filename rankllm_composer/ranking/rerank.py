@@ -27,7 +27,14 @@ from rankllm_composer.ranking.comparison import (
     write_rerank_result,
 )
 from rankllm_composer.ranking.reranker import RerankedQuery, Reranker
-from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
+from rankllm_composer.sources.retrieval_files import (
+    Duplicates,
+    load_documents,
+    load_judgments,
+    load_queries,
+    load_run,
+    require_shared,
+)
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import try_lock
 
@@ -42,17 +49,19 @@ class RerankFiles:
     """Files of a reranking job.
 
     Attributes:
-        queries, documents: JSONL file, BEIR folder or irds:ID, see `sources.retrieval_files`.
-        first_stage: TREC run to rerank, or irds:ID.
+        first_stage: run to rerank, like the other inputs in any layout of docs/what-it-reads.md, or irds:ID.
         output: TREC run to write; replaced if it exists.
-        judgments: TREC or BEIR judgments or irds:ID; with them the reranked run is compared with the first stage.
+        queries, documents: files, BEIR folders or irds:ID; None for those that the first stage's layout holds.
+        judgments: the same; with them the reranked run is compared with the first stage.
+        duplicates: at a document that a query has twice in the run: stop, or keep the one with the highest score.
     """
 
-    queries: str | Path
-    documents: str | Path
     first_stage: str | Path
     output: str | Path
+    queries: str | Path | None = None
+    documents: str | Path | None = None
     judgments: str | Path | None = None
+    duplicates: Duplicates = "stop"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,17 +102,22 @@ def rerank_files(
         ValueError: a file, the model or an option cannot be used.
     """
     options = options or RerankOptions()
-    texts, first_stage = load_queries(files.queries), load_run(files.first_stage)
+    notes: list[str] = []
+    queries, collection = files.queries or files.first_stage, files.documents or files.first_stage
+    texts, first_stage = load_queries(queries), load_run(files.first_stage, files.duplicates, notes.append)
+    require_shared("query", (Path(files.first_stage).name, first_stage), (Path(queries).name, texts))
     grades = None if files.judgments is None else load_judgments(files.judgments)
+    if files.judgments is not None and grades is not None:
+        require_shared("query", (Path(files.judgments).name, grades), (Path(files.first_stage).name, first_stage))
     chosen = {qid: first_stage[qid] for qid in texts if qid in first_stage}
     if grades is not None and chosen:
         compare_runs(chosen, chosen, grades, measures)  # fails now, not after hours, if it cannot be measured
-    documents = load_documents(files.documents, {id for docids in chosen.values() for id in docids[: options.top_k]})
+    documents = load_documents(collection, {id for docids in chosen.values() for id in docids[: options.top_k]})
     reranker = Reranker.from_pretrained(folder, options)
     start = time.monotonic()
     ranked = rerank_run(reranker, texts, documents, first_stage, files.output, progress_bar=progress_bar)
     seconds = time.monotonic() - start
-    lines = [f"{files.output}: {len(ranked)} queries reranked by {reranker.decoding} in {seconds:.1f} s"]
+    lines = [f"{files.output}: {len(ranked)} queries reranked by {reranker.decoding} in {seconds:.1f} s", *notes]
     lines += _answer_statistics(ranked)
     for what, qids in (
         ("queries have no candidates in the run", texts.keys() - first_stage.keys()),

@@ -79,7 +79,8 @@ class FileSource:
             layout = layout_of(row, "records")
             return [made for found in layout.readers["records"](row) for made in self._made(found, item.place)]
         except SourceError as error:
-            raise _as_record_error(error, item.place) from error
+            named = row.value.get("id") if isinstance(row.value, Mapping) else None
+            raise _as_record_error(error, item.place, named if isinstance(named, str) else None) from error
 
     def _made(self, found: Any, place: str) -> list[Made]:
         if not isinstance(found, Conversation):
@@ -158,12 +159,12 @@ def _split_history(row: Row) -> Iterator[tuple[str, Any]]:
         yield f"{row.place} invocation {number}", {**value, HISTORY: [invocation], FIRST: number}
 
 
-def _as_record_error(error: SourceError, place: str) -> RecordError:
+def _as_record_error(error: SourceError, place: str, record_id: str | None = None) -> RecordError:
     text = str(error)
     if text.startswith(f"{place}: "):
-        return RecordError(place, None, text.removeprefix(f"{place}: "))
+        return RecordError(place, record_id, text.removeprefix(f"{place}: "))
     found, _, reason = text.partition(": ")
-    return RecordError(found, None, reason)
+    return RecordError(found, record_id, reason)
 
 
 def _record_from_layout(fields: Mapping[str, Any], place: str) -> Record:

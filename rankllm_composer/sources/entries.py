@@ -13,7 +13,7 @@ from rankllm_composer.prompts.user_turn import document_text
 from rankllm_composer.sources.files import Row
 
 QUERY_IDS = ("qid", "query_id", "query-id", "queryid", "question_id", "topic_id", "_id", "id", "num", "number", "docno")
-QUERY_TEXTS = ("text", "query", "title", "question", "contents", "content")
+QUERY_TEXTS = ("text", "query", "title", "question", "contents", "content", "query_txt")
 DOCUMENT_IDS = ("docid", "doc_id", "doc-id", "pid", "passage_id", "corpus-id", "corpus_id", "docno", "_id", "id")
 DOCUMENT_TEXTS = ("text", "segment", "contents", "content", "body", "passage")
 
@@ -65,7 +65,9 @@ def find_key(value: Any, keys: Sequence[str]) -> str | None:
     """The first of the keys under which an object has an id or a text."""
     if not isinstance(value, Mapping):
         return None
-    return next((key for key in keys if isinstance(value.get(key), str | int) and not isinstance(value[key], bool)), None)
+    return next(
+        (key for key in keys if isinstance(value.get(key), str | int) and not isinstance(value[key], bool)), None
+    )
 
 
 def identifier(row: Row, value: Any, keys: Sequence[str]) -> str:

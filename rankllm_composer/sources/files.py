@@ -1,6 +1,6 @@
 """Files of any container, by content and never by name: compressed or not, lines, JSON, Parquet, tagged blocks → rows.
 
-A row is one entry of a file: an object (of JSON, Parquet, a table with named columns, a tagged block) or a line of text.
+A row is one entry of a file: an object (of JSON, Parquet, a table with named columns, a tagged block) or a line.
 """
 
 from __future__ import annotations
@@ -31,16 +31,46 @@ _KINDS_OF_BYTES = (
     (b"ARROW1", "an Arrow file"),
     (b"\x80", "a Python pickle"),
 )
-_BLOCK_START = re.compile(r"<(?:top|topic|doc)(?=[\s>])", re.IGNORECASE)
-_BLOCK_END = re.compile(r"</(?:top|topic|doc)\s*>", re.IGNORECASE)
+_BLOCK_START = re.compile(r"<(?:top|topic|doc|query)(?=[\s>])", re.IGNORECASE)
 _TAG = re.compile(r"<(\w+)([^<>]*)>([^<]*)")
 _ATTRIBUTE = re.compile(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']")
 _TEXT = re.compile(r"<text>(.*?)</text\s*>", re.IGNORECASE | re.DOTALL)
 _LABEL = re.compile(r"\s*(?:Number|Topic|Title|Description|Narrative)\s*:\s*", re.IGNORECASE)
 
 COLUMNS = frozenset(
-    "id _id qid query_id query-id queryid topic_id docid doc_id doc-id pid passage_id corpus-id corpus_id docno "
-    "text query title contents question url body passage score relevance grade label rank iteration tag run_id".split()
+    [
+        "id",
+        "_id",
+        "qid",
+        "query_id",
+        "query-id",
+        "queryid",
+        "topic_id",
+        "docid",
+        "doc_id",
+        "doc-id",
+        "pid",
+        "passage_id",
+        "corpus-id",
+        "corpus_id",
+        "docno",
+        "text",
+        "query",
+        "title",
+        "contents",
+        "question",
+        "url",
+        "body",
+        "passage",
+        "score",
+        "relevance",
+        "grade",
+        "label",
+        "rank",
+        "iteration",
+        "tag",
+        "run_id",
+    ]
 )
 """Names by which a first line is recognized as the names of the columns of a table."""
 
@@ -71,18 +101,17 @@ def open_binary(path: str | Path) -> BinaryIO:
     """Open a file for reading, decompressed if it is compressed with gzip or zstd."""
     path = Path(path)
     try:
-        file = path.open("rb")
-        magic = file.read(4)
-        file.seek(0)
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic[:2] == b"\x1f\x8b":
+            return gzip.open(path)  # type: ignore[return-value]
+        if magic == b"\x28\xb5\x2f\xfd":
+            import pyarrow
+
+            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+        return path.open("rb")
     except OSError as error:
         raise unreadable(path, error) from error
-    if magic[:2] == b"\x1f\x8b":
-        return gzip.open(file)  # type: ignore[return-value]
-    if magic == b"\x28\xb5\x2f\xfd":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))  # type: ignore[arg-type]
-    return file
 
 
 def unreadable(path: Path, error: Exception) -> SourceError:
@@ -113,7 +142,8 @@ def container_of(path: str | Path) -> Container:
     if text[:1] == b"[" and text[1:].lstrip()[:1] in (b"{", b"[", b'"', b"]", b""):
         return Container(path, "array")
     if text[:1] == b"{":
-        whole = text.split(b"\n", 1)[0].strip() == b"{"  # one object over many lines
+        first, _, rest = text.partition(b"\n")
+        whole = first.strip() == b"{" and rest.lstrip()[:1] == b'"'  # one object over many lines
         return Container(path, "object" if whole else "json")
     if text[:1] == b"<":
         return Container(path, "blocks")
@@ -156,7 +186,9 @@ def read_rows(path: str | Path, *, parse: bool = True) -> Iterator[Row]:
                 if len(cells) != len(container.columns):
                     found = f"{text[:80]!r} has {len(cells)} columns"
                     names = ", ".join(container.columns)
-                    raise SourceError(f"{place}: {found}; expected {len(container.columns)}: {names}. Correct the line.")
+                    raise SourceError(
+                        f"{place}: {found}; expected {len(container.columns)}: {names}. Correct the line."
+                    )
                 yield Row(place, number, dict(zip(container.columns, cells)), len(line))
 
 
@@ -218,17 +250,18 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _block_rows(path: Path) -> Iterator[Row]:
-    """Tagged blocks, `<top>`, `<topic>` or `<DOC>`, as objects: tag in lower case → its first text."""
+    """Tagged blocks, `<top>`, `<topic>`, `<query>` or `<DOC>`, as objects: tag in lower case → its first text."""
     kept: list[str] = []
-    start = 0
+    start, end = 0, re.compile("")
     for number, line in _lines(path):
         text = line.decode("utf-8", "replace")
-        opened = _BLOCK_START.search(text)
-        if opened and not kept:
-            kept, start, text = [text[opened.start() :]], number, text[opened.start() :]
-        elif kept:
+        opened = None if kept else _BLOCK_START.search(text)
+        if opened:
+            text, start = text[opened.start() :], number
+            end = re.compile(rf"</{opened[0][1:]}\s*>", re.IGNORECASE)
+        if opened or kept:
             kept.append(text)
-        if kept and _BLOCK_END.search(text):
+        if kept and end.search(text):
             block = "".join(kept)
             yield Row(f"{path.name}:line {start}", start, _block_fields(block), len(block))
             kept = []
@@ -242,8 +275,7 @@ def _block_rows(path: Path) -> Iterator[Row]:
 
 
 def _block_fields(block: str) -> dict[str, str]:
-    block = _BLOCK_END.split(block.replace("<![CDATA[", "").replace("]]>", ""))[0]
-    (_, attributes, _), *tags = _TAG.findall(block)
+    (_, attributes, _), *tags = _TAG.findall(block.replace("<![CDATA[", "").replace("]]>", ""))
     fields = {name.lower(): value for name, value in _ATTRIBUTE.findall(attributes)}
     for tag, _, text in tags:
         if cleaned := _plain(_LABEL.sub("", text, count=1)):

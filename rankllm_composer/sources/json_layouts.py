@@ -50,6 +50,11 @@ def is_query(value: Any) -> bool:
     return find_key(value, QUERY_IDS) is not None and isinstance(value.get(find_key(value, QUERY_TEXTS)), str)
 
 
+def is_question(value: Any) -> bool:
+    """A question without an id, as in DPR."""
+    return isinstance(value, Mapping) and isinstance(value.get("question"), str) and not is_query(value)
+
+
 def is_document(value: Any) -> bool:
     """An id and a text, and perhaps a title."""
     return find_key(value, DOCUMENT_IDS) is not None and any(name in value for name in DOCUMENT_TEXTS)
@@ -121,6 +126,10 @@ def orders_judgments(row: Row) -> Iterator[Judgment]:
 
 def json_query(row: Row) -> Iterator[Query]:
     yield query_of(row, identifier(row, row.value, QUERY_IDS), row.value)
+
+
+def numbered_query(row: Row) -> Iterator[Query]:
+    yield query_of(row, numbered(row), row.value)
 
 
 def json_document(row: Row) -> Iterator[Document]:

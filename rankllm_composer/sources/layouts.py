@@ -65,7 +65,11 @@ LAYOUTS = (
             "judgments": objects.orders_judgments,
         },
     ),
-    Layout("vectors", lambda value: (_has("vector")(value) or _has("embedding")(value)) and not objects.is_query(value)),
+    Layout("queries with images", lambda value: _has("query_img_path")(value) and bool(value["query_img_path"])),
+    Layout("topics that name a document", lambda value: _has("num", "docid")(value) and not objects.is_query(value)),
+    Layout(
+        "vectors", lambda value: (_has("vector")(value) or _has("embedding")(value)) and not objects.is_query(value)
+    ),
     Layout("conversational topics with turns", _has("turn")),
     Layout("requests of OpenAI's batch API, without answers", _has("custom_id", "body")),
     Layout(
@@ -74,6 +78,7 @@ LAYOUTS = (
         {"judgments": objects.flat_judgment, "run": objects.flat_run, "teacher": objects.flat_run},
     ),
     Layout("queries", objects.is_query, {"queries": objects.json_query}),
+    Layout("questions without ids", objects.is_question, {"queries": objects.numbered_query}),
     Layout("documents", objects.is_document, {"docs": objects.json_document}),
     Layout(
         "one object of texts by id",
@@ -93,11 +98,8 @@ LAYOUTS = (
         lines.is_three_columns,
         {"judgments": lines.short_qrels, "run": lines.ranks, "teacher": lines.ranks},
     ),
-    Layout(
-        "lines of id, tab and text",
-        lines.is_id_and_text,
-        {"queries": lines.tsv_query, "docs": lines.tsv_document},
-    ),
+    Layout("lines of id, tab and text", lines.is_id_and_text, {"queries": lines.tsv_query, "docs": lines.tsv_document}),
+    Layout("lines of number, colon and text", lines.is_id_colon_text, {"queries": lines.colon_query}),
     Layout("paths of sections, as in TREC CAR", lines.is_section_path, {"queries": lines.section_query}),
 )
 

@@ -12,7 +12,7 @@ Every function raises a SourceError that names file and line if a file cannot be
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,7 +49,9 @@ def file_of(source: str | Path, part: Part) -> Path:
         if name is not None and (path / f"{name}{ending}").is_file():
             return path / f"{name}{ending}"
     expected = f"the file {name} of BEIR's layout" if name else "a file"
-    raise SourceError(f"{path}: the folder holds no {PARTS[part].removeprefix('a ')}; expected {expected}. Name a file.")
+    raise SourceError(
+        f"{path}: the folder holds no {PARTS[part].removeprefix('a ')}; expected {expected}. Name a file."
+    )
 
 
 class Ranking(NamedTuple):
@@ -67,7 +69,7 @@ def rank_candidates(lines: Iterable[RunLine], name: str, duplicates: Duplicates 
 
     Args:
         lines: the query's lines of a run.
-        name: of the run, for the error.
+        name: of the run.
         duplicates: at a document that is repeated, raise, or keep the one with the highest score.
     Raises:
         SourceError: a document is repeated.
@@ -79,14 +81,14 @@ def rank_candidates(lines: Iterable[RunLine], name: str, duplicates: Duplicates 
         if other is not line and duplicates == "stop":
             here, there = max(line.line, other.line), min(line.line, other.line)
             raise SourceError(
-                f"{name}:line {here}: document {line.docid!r} is repeated for query {line.qid!r}, also in line {there}. "
-                "Remove one, or set duplicates to first to keep the one with the highest score."
+                f"{name}:line {here}: document {line.docid!r} is repeated for query {line.qid!r}, also in line "
+                f"{there}. Remove one, or set duplicates to first to keep the one with the highest score."
             )
     ranks = [(line.score, line.rank) for line in first.values() if line.rank is not None]
     groups = [[rank for _, rank in group] for _, group in groupby(ranks, key=lambda pair: pair[0])]
-    if any(max(above) >= min(below) for above, below in zip(groups, groups[1:])):
+    if any(max(above) >= min(below) for above, below in pairwise(groups)):
         return Ranking(list(first), "scores")
-    in_order = all(one < other for (_, one), (_, other) in zip(ranks, ranks[1:]))
+    in_order = all(one < other for (_, one), (_, other) in pairwise(ranks))
     return Ranking(list(first), "" if in_order else "ties")
 
 
@@ -236,4 +238,3 @@ def _ir_dataset(source: str, part: str) -> Any:
     if not getattr(dataset, f"has_{part}")():
         raise SourceError(f"{source}: the dataset has no {part}. Choose one that does, or give a file.")
     return dataset
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -19,6 +20,8 @@ from rankllm_composer.sources.entries import (
     run_line,
 )
 from rankllm_composer.sources.files import Row
+
+_COLON = re.compile(r"(\d+):(?:\d+:)?([^\t]*\S[^\t]*)")
 
 
 def is_trec_run(value: Any) -> bool:
@@ -46,7 +49,12 @@ def is_id_and_text(value: Any) -> bool:
 
 def is_section_path(value: Any) -> bool:
     """A topic of TREC CAR, such as `Aftertaste/Taste%20receptors`."""
-    return isinstance(value, str) and bool(value.strip()) and not value.split()[1:] and "/" in value
+    return isinstance(value, str) and len(value.split()) == 1 and ("/" in value or value.startswith("enwiki:"))
+
+
+def is_id_colon_text(value: Any) -> bool:
+    """`12:text` or `12:1:text`, as in the tracks on efficiency and a million queries."""
+    return isinstance(value, str) and _COLON.fullmatch(value) is not None
 
 
 def trec_run(row: Row) -> Iterator[RunLine]:
@@ -80,8 +88,17 @@ def tsv_document(row: Row) -> Iterator[Document]:
     yield document_of(row, docid, {"title": texts[1], "text": texts[2]} if len(texts) == 3 else {"text": texts[0]})
 
 
+def colon_query(row: Row) -> Iterator[Query]:
+    found = _COLON.fullmatch(row.value)
+    if found is None:
+        raise row.error(f"the line is {row.value[:80]!r}; expected a number, a colon and a text. Correct the line.")
+    yield query_of(row, found[1], found[2])
+
+
 def section_query(row: Row) -> Iterator[Query]:
-    yield query_of(row, checked_id(row, row.value.strip()), unquote(row.value.strip()).replace("/", " "))
+    yield query_of(
+        row, checked_id(row, row.value.strip()), unquote(row.value.strip().removeprefix("enwiki:")).replace("/", " ")
+    )
 
 
 def _id_and_text(row: Row) -> tuple[str, list[str]]:

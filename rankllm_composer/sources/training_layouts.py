@@ -54,20 +54,21 @@ class GradedList(NamedTuple):
 
 def is_graded_list(value: Any) -> bool:
     """A query with positive and negative passages."""
-    if not isinstance(value, Mapping) or _key(value, _POSITIVES) is None or _key(value, _NEGATIVES) is None:
+    if not isinstance(value, Mapping) or not (_key(value, _POSITIVES) and _key(value, _NEGATIVES)):
         return False
     return isinstance(value.get("query"), str) or ("messages" in value and "negative_messages" in value)
 
 
 def is_conversation(value: Any) -> bool:
     """Turns of a system, a user and an assistant."""
-    return isinstance(value, Mapping) and _key(value, _TURNS) is not None
+    return isinstance(value, Mapping) and _key(value, _TURNS) != ""
 
 
 def is_instruction(value: Any) -> bool:
     """`instruction` and `output`, or `prompt` and its completion."""
     return isinstance(value, Mapping) and (
-        {"instruction", "output"} <= value.keys() or ("prompt" in value and _key(value, ("completion", "response")))
+        {"instruction", "output"} <= value.keys()
+        or ("prompt" in value and _key(value, ("completion", "response")) != "")
     )
 
 
@@ -84,7 +85,8 @@ def conversation(row: Row) -> Iterator[Conversation]:
             turns = json.loads(turns)
         except (ValueError, RecursionError) as error:
             raise row.error(f"conversations is text but no JSON: {error}. Correct or remove the record.") from error
-    if isinstance(turns, Mapping):  # a data set may store a list of turns as one list per field
+    # A data set may store a list of turns as one list per field.
+    if isinstance(turns, Mapping) and all(isinstance(turn, list) for turn in turns.values()):
         turns = [dict(zip(turns, turn)) for turn in zip(*turns.values())]
     if isinstance(turns, Sequence) and not isinstance(turns, str):
         turns = _three_turns(row, [_with_value(turn) for turn in turns], value.get("system"))

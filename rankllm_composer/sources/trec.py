@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -224,8 +224,8 @@ class TrecSource:
         if len(listed) < 2:
             name, run = self._name("teacher"), self._name("run")
             raise SourceError(
-                f"{name}: permutation {line.line} is for list {line.line} of {run}, which has no such list. Name the run "
-                "whose lists were permuted, with one list per entry."
+                f"{name}: permutation {line.line} is for list {line.line} of {run}, which has no such list. Name the "
+                "run whose lists were permuted, with one list per entry."
             )
         chosen = [listed[position] for position in line.positions if 0 <= position < len(listed)]
         return [(query, line.line, docid, rank, -rank) for rank, (query, docid) in enumerate(chosen, start=1)]

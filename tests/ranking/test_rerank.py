@@ -462,17 +462,25 @@ def test_the_command_accepts_ids_and_folders(exported, stored, tmp_path, capsys)
 
 
 BAD_FILES = {
-    "query twice": (load_queries, '{"qid": "1", "text": "x"}\n' * 2, r"f:line 2: query '1' is repeated"),
-    "query without text": (load_queries, '{"qid": "1"}\n', r"f:line 1: query '1' has no text"),
+    "query twice": (
+        load_queries,
+        '{"qid": "1", "text": "x"}\n{"qid": 1, "text": "y"}\n',
+        r"f:line 2: query '1' is repeated with another text, also in f:line 1",
+    ),
+    "query without text": (
+        load_queries,
+        '{"qid": "0", "text": "x"}\n{"qid": "1"}\n',
+        r"f:line 2: query '1' has no text",
+    ),
     "document twice": (
         lambda path: load_documents(path, ["1"]),
-        '{"docid": "1", "text": "x"}\n' * 2,
-        r"f:line 2: document '1' is repeated",
+        '{"docid": "1", "text": "x"}\n{"docid": 1, "text": "y"}\n',
+        r"f:line 2: document '1' is repeated with another text, also in f:line 1",
     ),
     "document without text": (
         lambda path: load_documents(path, ["1"]),
-        '{"docid": "1", "x": 1}\n',
-        r"f:line 1: document '1': .*expected text under one of",
+        '{"docid": "0", "text": "x"}\n{"docid": "1", "x": 1}\n',
+        r"f:line 2: document '1': .*expected text under one of",
     ),
     "document missing": (
         lambda path: load_documents(path, ["1", "2"]),
@@ -480,8 +488,13 @@ BAD_FILES = {
         r"1 documents of the run are missing, such as 2",
     ),
     "run with a document twice": (load_run, "1 Q0 a 1 2 t\n1 Q0 a 2 1 t\n", r"f:line 2: document 'a' is repeated"),
-    "empty run": (load_run, "", "contains no candidates"),
-    "run with a bad line": (load_run, "1 Q0 a 1\n", r"f:line 1: '1 Q0 a 1' has 4 fields"),
+    "empty run": (load_run, "", "the file is empty; expected a first-stage run"),
+    "run with a bad line": (load_run, "1 Q0 b 1 2 t\n1 Q0 a 1\n", r"f:line 2: '1 Q0 a 1' has 4 fields"),
+    "judgments for a run": (
+        load_run,
+        "1 Q0 a 1\n",
+        r"f:line 1: found TREC judgments, read as judgments; expected a first",
+    ),
     "contradiction": (load_judgments, "1 0 a 1\n1 0 a 2\n", r"f:line 2: document 'a' has grade 2 here and 1 before"),
 }
 
@@ -496,13 +509,19 @@ def test_bad_files_are_named_with_their_line(case, tmp_path):
 
 def test_a_bad_beir_line(tmp_path):
     (tmp_path / "f.tsv").write_text("query-id\tcorpus-id\tscore\n1 a 2\n")
-    with pytest.raises(SourceError, match=r"f\.tsv:line 2: the line is '1 a 2'; expected query-id, corpus-id, score"):
+    with pytest.raises(
+        SourceError, match=r"f\.tsv:line 2: '1 a 2' has 1 columns; expected 3: query-id, corpus-id, score"
+    ):
         load_judgments(tmp_path / "f.tsv")
 
 
-def test_run_order_is_the_rank_column(tmp_path):
+def test_run_order_is_by_score_and_the_disagreement_is_said(tmp_path):
     (tmp_path / "f").write_text("1 Q0 a 3 9 t\n1 Q0 b 1 1 t\n2 Q0 a 1 1 t\n1 Q0 c 2 5 t\n")
-    assert load_run(tmp_path / "f") == {"1": ["b", "c", "a"], "2": ["a"]}
+    notes = []
+    assert load_run(tmp_path / "f", notes=notes.append) == {"1": ["a", "c", "b"], "2": ["a"]}
+    assert notes == [
+        "f: 1 of 2 queries with ranks that disagree with the scores; the order is by score, as in trec_eval"
+    ]
 
 
 # Comparison

@@ -140,7 +140,7 @@ def test_invalid_build_options_are_errors_before_anything_is_written(source, tmp
         ({"input": None}, "input is null, as is run"),
         ({"run": "a.trec"}, "input is set, and so is run"),
         ({"queries": "a.jsonl"}, "queries is set"),
-        ({"input": None, "run": "a.trec", "judgments": "q.trec"}, "docs is null"),
+        ({"input": None, "run": "a.trec"}, "judgments is null, as is teacher_run"),
     ],
 )
 def test_contradictory_source_options_are_errors_before_anything_is_written(source, tmp_path, options, message_part):
@@ -155,11 +155,11 @@ def test_contradictory_source_options_are_errors_before_anything_is_written(sour
 
 SLOW_BUILD = """
 import sys, time
-from rankllm_composer.options import BuildOptions
+from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.shards.build import build_from
-from rankllm_composer.sources.conversations import JsonLinesSource
+from rankllm_composer.sources.conversations import FileSource
 
-class SlowSource(JsonLinesSource):
+class SlowSource(FileSource):
     def items(self):
         for item in super().items():
             if item.index == {stall}:
@@ -167,7 +167,8 @@ class SlowSource(JsonLinesSource):
             yield item
 
 if __name__ == "__main__":
-    build_from(SlowSource({source!r}), {output!r}, options=BuildOptions(shard_bytes=10_000, num_processes=2))
+    source = SlowSource(SourceOptions(input={source!r}))
+    build_from(source, {output!r}, options=BuildOptions(shard_bytes=10_000, num_processes=2))
 """
 
 

@@ -17,9 +17,11 @@ from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts import user_turn
 from rankllm_composer.prompts.permutations import parse_permutation
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, parse_user_turn
+from rankllm_composer.sources.entries import Judgment, RunLine
+from rankllm_composer.sources.lists import candidate_lists, teacher_order
 from rankllm_composer.sources.records import read_records
-from rankllm_composer.sources.retrieval_files import Judgment, RunLine, read_judgments, read_run
-from rankllm_composer.sources.trec import TrecSource, candidate_lists, teacher_order
+from rankllm_composer.sources.retrieval_files import read_part
+from rankllm_composer.sources.trec import TrecSource
 
 QUERIES = {"q1": "sea [1] birds", "q2": "old maps"}
 DOCS = {"d1": "gulls and terns", "d2": "the mole", "d3": "auks [2] fly", "d4": "a  chart\nof 1600", "d5": "ink"}
@@ -164,7 +166,7 @@ def test_queries_that_make_no_list_are_counted(tmp_path):
     }
 
 
-def test_the_rank_column_is_the_order_and_depth_cuts_it(tmp_path):
+def test_the_scores_are_the_order_and_depth_cuts_it(tmp_path):
     files = write_files(tmp_path)
     lines = Path(files["run"]).read_text().splitlines(keepends=True)
     Path(files["run"]).write_text("".join(reversed(lines)))
@@ -203,16 +205,17 @@ def test_negative_grades_are_worst_and_count_as_zero(tmp_path):
     ("file", "number", "line", "message_part"),
     [
         ("run", 2, "q1 Q0 d1 2 5.0", "has 5 fields"),
-        ("run", 2, "q1 Q0 d1 second 5.0 tag", "invalid literal"),
-        ("run", 2, "q1 Q0 d1 2 high tag", "could not convert"),
+        ("run", 2, "q1 Q0 d1 second 5.0 tag", "rank is 'second' and score '5.0'; expected numbers"),
+        ("run", 2, "q1 Q0 d1 2 high tag", "score 'high'"),
         ("run", 2, "q1 Q0 d1 2 nan tag", "nan"),
         ("judgments", 3, "q1 0 d5", "has 3 fields"),
-        ("judgments", 3, "q1 0 d5 good", "invalid literal"),
+        ("judgments", 3, "q1 0 d5 good", "grade is 'good'; expected a whole number"),
+        ("judgments", 3, "q1 0 d5 1.5", "grade is '1.5'"),
         ("queries", 1, '{"qid": "q1"', "invalid JSON"),
-        ("queries", 1, '{"qid": 1, "text": "a"}', "no text under 'qid'"),
-        ("queries", 1, '{"qid": "q1"}', "has no text"),
-        ("queries", 2, '{"qid": "q1", "text": "again"}', "is repeated"),
-        ("docs", 4, '["d4", "text"]', "no text under 'docid'"),
+        ("queries", 1, '{"qid": "q1"}', "an object with the keys 'qid'; expected queries"),
+        ("queries", 2, '{"qid": "q2"}', "has no text"),
+        ("queries", 2, '{"qid": true, "text": "a"}', "no id under 'qid'"),
+        ("docs", 4, '["d4", "text"]', "no id under 'docid'"),
         ("docs", 4, '{"docid": "d\\ud800", "text": "a"}', "surrogate"),
     ],
 )
@@ -232,7 +235,10 @@ def test_a_malformed_line_is_reported_with_file_and_line(tmp_path, file, number,
     ("change", "message_part"),
     [
         ({"docs": {"d1": "a", "d2": "b", "d3": "c", "d4": "d"}}, "document 'd5' of the run is not in docs.jsonl"),
-        ({"run": {"q1": ["d1", "d2", "d1"]}}, "first.trec:line 3: document 'd1' is repeated, also in line 1"),
+        (
+            {"run": {"q1": ["d1", "d2", "d1"]}},
+            "first.trec:line 3: document 'd1' is repeated for query 'q1', also in line 1",
+        ),
     ],
 )
 def test_files_that_contradict_each_other_are_an_error(tmp_path, change, message_part):
@@ -249,12 +255,32 @@ def test_two_grades_for_one_document_are_an_error(tmp_path):
         build(tmp_path, files=files)
 
 
-def test_a_repeated_document_is_reported_with_a_range_of_lines(tmp_path):
+def test_a_document_with_two_texts_is_bad_only_where_a_list_shows_it(tmp_path):
     files = write_files(tmp_path)
     with Path(files["docs"]).open("a") as file:
         file.write(json.dumps({"docid": "d2", "text": "again"}) + "\n")
-    with pytest.raises(SourceError, match=r"docs.jsonl:lines 1 to 6: a document is repeated"):
+        file.write(json.dumps({"docid": "d1", "title": "", "text": DOCS["d1"]}) + "\n")  # the same text is no fault
+        file.writelines(json.dumps({"docid": "d9", "text": text}) + "\n" for text in ("not", "shown"))
+    with pytest.raises(RecordError) as caught:
         build(tmp_path, files=files)
+    assert str(caught.value).startswith("first.trec:query 'q1' list 0: ")
+    assert "docs.jsonl:line 6: document 'd2' is repeated with another text, also in docs.jsonl:line 2." in str(
+        caught.value
+    )
+    source = TrecSource(SourceOptions(**files))
+    assert [record.qid for _, record in read_records(source, skip_bad=True)] == ["q2"]
+
+
+def test_a_query_with_two_texts_is_bad_on_its_own(tmp_path):
+    files = write_files(tmp_path)
+    with Path(files["queries"]).open("a") as file:
+        file.write(json.dumps({"qid": "q2", "text": "old maps"}) + "\n")
+        file.write(json.dumps({"qid": "q1", "text": "again"}) + "\n")
+    with pytest.raises(
+        RecordError, match=r"queries.jsonl:line 4: query 'q1' is repeated .* also in queries.jsonl:line 1"
+    ):
+        build(tmp_path, files=files)
+    assert [record.qid for _, record in read_records(TrecSource(SourceOptions(**files)), skip_bad=True)] == ["q2"]
 
 
 @pytest.mark.parametrize(
@@ -296,7 +322,7 @@ def test_each_user_turn_is_parsed_once(tmp_path, monkeypatch):
 
 def test_files_of_different_collections_are_an_error(tmp_path):
     files = write_files(tmp_path, queries={"x1": "another"})
-    with pytest.raises(SourceError, match="has no candidates for any query"):
+    with pytest.raises(SourceError, match=r"share no query id: first.trec has 'q1', queries.jsonl has 'x1'"):
         build(tmp_path, files=files)
 
 
@@ -322,8 +348,8 @@ def test_the_description_has_names_and_options_but_no_paths(tmp_path):
 
 def test_lines_have_named_fields(tmp_path):
     files = write_files(tmp_path)
-    assert next(read_run(files["run"])) == RunLine(line=1, qid="q1", docid="d2", rank=1, score=10.0)
-    assert next(read_judgments(files["judgments"])) == Judgment(line=1, qid="q1", docid="d1", grade=1)
+    assert next(read_part(files["run"], "run")) == RunLine(line=1, qid="q1", docid="d2", rank=1, score=10.0)
+    assert next(read_part(files["judgments"], "judgments")) == Judgment(line=1, qid="q1", docid="d1", grade=1)
 
 
 @given(
