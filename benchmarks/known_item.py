@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rankllm_composer.sources.retrieval_files import read_json_lines
+from rankllm_composer.sources.files import read_rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def build_known_items(
         )
     titles: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
-    for _, _, fields in read_json_lines(documents, "docid"):
+    for fields in (row.value for row in read_rows(documents)):
         title, text = (str(fields.get(name) or "").strip(" .\n") for name in ("title", "text"))
         if text and (title or ask_with == "text") and fields["docid"] not in exclude:
             titles[fields["docid"]], texts[fields["docid"]] = title, text.split()
