@@ -252,7 +252,6 @@ def report(
     ] = None,
 ) -> None:
     """Draw losses, learning rate, throughput, nDCG, gains, lengths and position bias of runs in one HTML page."""
-    from rankllm_composer.errors import RecipeError
     from rankllm_composer.preflight.list_lengths import measure_lists
     from rankllm_composer.ranking.comparison import read_rerank_result
     from rankllm_composer.recipe.load import load_recipe
@@ -263,9 +262,11 @@ def report(
     for folder in runs:
         try:
             lengths = measure_lists(load_recipe(folder / "recipe.yaml"), sample=1000).tokens
-        except RecipeError:
+        except (ValueError, OSError, RecursionError):  # a recipe, data or a tokenizer that are not here or damaged
             lengths = ()
         records.append(read_run(folder, lengths))
+        if records[-1].num_damaged:
+            screen.report(f"warning: {folder}: {records[-1].num_damaged:,} damaged lines and values are left out")
     records = with_reranked(records, runs, map(read_rerank_result, reranked or ()))
     target = output or runs[0] / "report.html"
     drawn = write_report(records, target, png)

@@ -18,7 +18,7 @@ _UNSAFE = (
 )
 _IN_LINES = re.compile(f"[{_UNSAFE}]")
 _IN_ONE_LINE = re.compile(rf"[\t\n{_UNSAFE}]")
-_MARKDOWN = re.compile(r"[\\`*|~]|(?<!\w)_|_(?!\w)|(?<=\])\(|(?<=\])\[")
+_MARKDOWN = re.compile(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(|(?<=\])\[")
 _ESCAPED_MARKDOWN = re.compile(r"\\([\\`*|~_(\[])")
 MAX_FIGURE_CHARS = 60
 

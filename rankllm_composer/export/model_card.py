@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rankllm_composer import __version__
 from rankllm_composer.errors import ModelError
+from rankllm_composer.escaping import for_markdown, for_screen, from_markdown
 from rankllm_composer.prompts.client_names import CLIENT_NAMES
 from rankllm_composer.prompts.contract import DecodingContract
 from rankllm_composer.redaction import redact
@@ -56,7 +57,7 @@ def render_card(facts: CardFacts) -> str:
     base = None if facts.base_model is None else _public(facts.base_model)
     parts = [
         _front_matter(facts, base),
-        f"# {facts.name}",
+        f"# {for_markdown(facts.name)}",
         _introduction(facts, base),
         _training(facts),
         _results_section(facts.figures, facts.published),
@@ -69,19 +70,26 @@ def render_card(facts: CardFacts) -> str:
 def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
     """Add or replace measured figures in the results of a card; raise ModelError if it has no such section."""
     path = Path(card)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     found = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     if found is None:
         raise ModelError(f"{path} has no section '## Results'; expected the card of an export. Export the model again.")
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].splitlines() if "|" in line]
+    rows = [_cells(line) for line in found[1].split("\n") if line.startswith("|")]
     measured: dict[str, float] = {}
     published: dict[str, float] = {}
     for name, *cells in rows[2:]:
         for place, values in enumerate((measured, published)):
-            if place < len(cells) and re.fullmatch(r"-?\d+\.\d+", cells[place]):
+            if place < len(cells) and re.fullmatch(r"-?\d+\.\d+|nan|-?inf", cells[place]):
                 values[name] = float(cells[place])
-    section = _results_section(measured | dict(figures), published)
-    write_atomic(path, text[: found.start()] + section + "\n\n" + text[found.end() :])
+    ours = {redact(" ".join(for_screen(name).split())): value for name, value in figures.items()}  # as a card has them
+    section = redact(_results_section(measured | ours, published))
+    whole = text[: found.start()] + section + "\n\n" + text[found.end() :]
+    write_atomic(path, whole.encode("utf-8", "surrogateescape"))
+
+
+def _cells(line: str) -> list[str]:
+    """Texts of a line of a table that `_table` wrote."""
+    return [from_markdown(cell.strip()) for cell in re.findall(r"(?:\\.|[^|\\])+", line)]
 
 
 def verdict(measured: float | None, published: float) -> str:
@@ -103,19 +111,24 @@ def _front_matter(facts: CardFacts, base: str | None) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-ranking"]
     lines += ["tags:", "  - reranking", "  - listwise-reranking", "  - rank_llm"]
     if base is not None and "/" in base:
-        lines.append(f"base_model: {json.dumps(base)}")
+        lines.append(f"base_model: {_quoted(base)}")
     if facts.base_licence is not None:
-        lines.append(f"license: {json.dumps(facts.base_licence)}")
+        lines.append(f"license: {_quoted(facts.base_licence)}")
     return "\n".join([*lines, "---"])
 
 
+def _quoted(text: str) -> str:
+    """A text of the front matter, which is YAML."""
+    return json.dumps(for_screen(text, one_line=True), ensure_ascii=False)
+
+
 def _introduction(facts: CardFacts, base: str | None) -> str:
-    origin = "trained from random weights" if base is None else f"fine-tuned from `{base}`"
+    origin = "trained from random weights" if base is None else f"fine-tuned from {for_markdown(base, code=True)}"
     text = (
         f"A listwise reranker, {origin} with rankllm-composer {__version__}. Given a query and up to "
         f"{facts.contract.window_size} passages, it orders the passages by relevance."
     )
-    return f"{text}\n\nWeights: {facts.progress}." if facts.progress else text
+    return f"{text}\n\nWeights: {for_markdown(facts.progress)}." if facts.progress else text
 
 
 def _training(facts: CardFacts) -> str:
@@ -199,13 +212,14 @@ def _licence(facts: CardFacts, base: str | None) -> str:
     if base is None:
         text = "The weights were trained from scratch; the terms of the training data apply."
     else:
-        licence = "its licence" if facts.base_licence is None else f"its licence ({facts.base_licence})"
-        text = f"The weights derive from `{base}`: {licence} and the terms of the training data apply."
+        licence = "its licence" if facts.base_licence is None else f"its licence ({for_markdown(facts.base_licence)})"
+        origin = for_markdown(base, code=True)
+        text = f"The weights derive from {origin}: {licence} and the terms of the training data apply."
     return f"## Licence\n\n{text} rankllm-composer itself is under Apache-2.0, which says nothing about the weights."
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+        return "| " + " | ".join(for_markdown(cell) for cell in cells) + " |"
 
     return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, rows)])

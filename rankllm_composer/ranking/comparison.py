@@ -223,8 +223,11 @@ def read_rerank_result(path: str | Path) -> RerankResult:
             MeasureComparison(name, compare(row["first_stage"], row["reranked"]), row["first_stage"], row["reranked"])
             for name, row in content["measures"].items()
         )
-        return RerankResult(content["name"], content["model"], content["decoding"], rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = content["name"], content["model"], content["decoding"]
+        if not rows or not all(isinstance(name, str) for name in names):
+            raise ValueError("it has no measures, or names that are not text")
+        return RerankResult(*names, rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(
             f"{path} is not the result of a reranking ({error!r}); expected the .figures.json that `rankllm-composer "
             "rerank --qrels` writes beside its output. Rerank again."

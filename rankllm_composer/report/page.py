@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankllm_composer.escaping import for_screen
 from rankllm_composer.export.model_card import TOLERANCE, verdict
 from rankllm_composer.options import DECODINGS
 from rankllm_composer.report.pictures import CAPTIONS, draw, gains
@@ -51,7 +52,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _page(runs: Sequence[RunRecord], drawn: Mapping[str, bytes]) -> str:
-    names = html.escape(", ".join(run.name for run in runs))
+    names = _html(", ".join(run.name for run in runs))
     parts = [
         "<!DOCTYPE html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{names}</title><style>{STYLE}</style></head>',
@@ -65,14 +66,18 @@ def _page(runs: Sequence[RunRecord], drawn: Mapping[str, bytes]) -> str:
     for name in CAPTIONS:
         if name in drawn or tables.get(name):
             title, caption = CAPTIONS[name]
-            section = f"<section><h2>{title}</h2><p>{html.escape(caption)}</p>{_image(name, drawn)}"
+            section = f"<section><h2>{title}</h2><p>{_html(caption)}</p>{_image(name, drawn)}"
             section += tables.get(name, "") + "</section>"
             (parts if name in FULL_WIDTH else narrow).append(section)
     parts.append(f'<div class="pair">{"".join(narrow)}</div>')
     for run in runs:
-        summary = f"Recipe of {html.escape(run.name)}"
-        parts.append(f"<details><summary>{summary}</summary><pre>{html.escape(run.recipe)}</pre></details>")
+        summary = f"Recipe of {_html(run.name)}"
+        parts.append(f"<details><summary>{summary}</summary><pre>{_html(run.recipe)}</pre></details>")
     return "\n".join([*filter(None, parts), "</body></html>\n"])
+
+
+def _html(text: str) -> str:
+    return html.escape(for_screen(text))
 
 
 def _image(name: str, drawn: Mapping[str, bytes]) -> str:
@@ -83,8 +88,8 @@ def _image(name: str, drawn: Mapping[str, bytes]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    lines = ["<tr>" + "".join(f"<th>{_html(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{_html(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "\n".join(lines) + "</table>" if rows else ""
 
 
@@ -99,7 +104,7 @@ def _training(run: RunRecord) -> Iterator[tuple[str, str]]:
     if run.batches:
         last = run.batches[-1]
         yield "batches", f"{last['batch']:,}"
-        yield "tokens", f"{last['tokens']:,}"
+        yield "tokens", f"{last['tokens']:,}" if "tokens" in last else "–"
         for name, value in sorted(last.items()):
             if name.startswith(LOSS_PREFIX):
                 yield name, "NaN" if value is None else f"{value:,.5g}"
@@ -109,7 +114,9 @@ def _lists(run: RunRecord) -> Iterator[tuple[str, str]]:
     """Counts of lists that were trained on and dropped."""
     for name, value in sorted(run.batches[-1].items()) if run.batches else ():
         if name.startswith("data/"):
-            yield name, f"{value:,.5g}" if isinstance(value, float) else f"{value:,}"
+            yield name, "NaN" if value is None else f"{value:,.5g}" if isinstance(value, float) else f"{value:,}"
+    if run.num_damaged:
+        yield "damaged lines and values, left out", f"{run.num_damaged:,}"
 
 
 def _evaluated(runs: Sequence[RunRecord]) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankllm_composer.escaping import for_figure
 from rankllm_composer.options import DECODINGS
 from rankllm_composer.training.progress import LOSS_PREFIX
 
@@ -24,6 +26,7 @@ STYLES = {"first_token": "-", "generation": "--"}
 BOUNDS = {"presented": ":", "chance": (0, (1, 4)), "oracle": "-."}
 HALF_PAGE, FULL_PAGE = 4.6, 9.3  # width in inches
 MIN_BATCHES_TO_SMOOTH = 100
+MAX_PANELS = 60  # of a figure: the first ones, because an image has a largest size
 
 # Name → (title, caption), in the order of the page.
 CAPTIONS = {
@@ -50,13 +53,15 @@ CAPTIONS = {
 
 def draw(runs: Sequence[RunRecord]) -> dict[str, Figure]:
     """Draw the figures of CAPTIONS for which there are measurements."""
+    runs = [replace(run, name=for_figure(run.name)) for run in runs]
     parts = sorted({name for run in runs for line in run.batches for name in line if name.startswith(LOSS_PREFIX)})
+    losses = {part: for_figure(part.removeprefix(LOSS_PREFIX).replace("_", " ")) for part in parts[:MAX_PANELS]}
     figures = {
         "quality": _quality(runs),
         "gains": _gains(runs),
         "reranked": _reranked(runs),
         "positions": _positions(runs),
-        "losses": _over_batches(runs, {part: part.removeprefix(LOSS_PREFIX).replace("_", " ") for part in parts}),
+        "losses": _over_batches(runs, losses),
         "learning_rate": _over_batches(runs, {"lr": "learning rate"}),
         "throughput": _over_batches(runs, {"tokens_per_second": "tokens per second"}),
         "lengths": _lengths(runs),
@@ -150,7 +155,11 @@ def gains(run: RunRecord, decoding: str) -> list[tuple[str, float]]:
     if not run.details:
         return []
     windows = run.details[-1]["ndcg@10"].items()
-    found = [(name, figures[decoding] - figures["presented"]) for name, figures in windows if decoding in figures]
+    found = [
+        (name, figures[decoding] - figures["presented"])
+        for name, figures in windows
+        if decoding in figures and "presented" in figures
+    ]
     return sorted(found, key=lambda pair: pair[1])
 
 
@@ -170,7 +179,8 @@ def _reranked(runs: Sequence[RunRecord]) -> Figure | None:
         for measured in run.reranked:
             row = measured.comparisons[0]
             values = sorted(row.reranked[qid] - row.first_stage[qid] for qid in row.reranked)
-            shown.append((index, f"{run.name}, {measured.name}, {measured.decoding.replace('_', ' ')}", values))
+            title = f"{run.name}, {for_figure(measured.name)}, {for_figure(measured.decoding.replace('_', ' '))}"
+            shown.append((index, title, values))
     return _sorted_bars(shown, "query", "gain over the first stage")
 
 
@@ -178,6 +188,7 @@ def _sorted_bars(shown: Sequence[tuple[int, str, Sequence[float]]], xlabel: str,
     """Draw one panel of bars per (color index, title, ascending values), on a common scale."""
     if not shown:
         return None
+    shown = shown[:MAX_PANELS]
     figure, panels = _new_figure(len(shown), 2)
     most = 1.05 * max(max(map(abs, values)) for _, _, values in shown) or 1.0
     for panel, (index, title, values) in zip(panels, shown):
@@ -213,6 +224,7 @@ def _positions(runs: Sequence[RunRecord]) -> Figure | None:
                 shown.append((f"{run.name}, {decoding.replace('_', ' ')}", np.asarray(found[-1], float)))
     if not shown:
         return None
+    shown = shown[:MAX_PANELS]
     figure, panels = _new_figure(len(shown), 2, 3.9)
     shares = [counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) for _, counts in shown]
     most = max(max(float(share.max()) for share in shares), 1e-9)

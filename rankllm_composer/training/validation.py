@@ -100,8 +100,9 @@ def read_details(path: Path) -> Iterator[dict[str, Any]]:
         "positions": decoding → counts, see `position_matrix`.
     """
     results = {}
-    for line in path.read_text().splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # incomplete line of a killed run, which is written again
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError, RecursionError):  # incomplete line of a killed run, which is written again
             details = json.loads(line)
-            results[details["batch"]] = details
+            if isinstance(details, dict) and type(details.get("batch")) is int:
+                results[details["batch"]] = details
     yield from (results[batch] for batch in sorted(results))
