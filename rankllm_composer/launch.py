@@ -3,14 +3,20 @@
     python -m rankllm_composer.launch -n 8 rankllm_composer/train.py yamls/first_mistral.yaml
 
 On SIGTERM, `composer` forwards it to its ranks and kills them 30 s later, possibly in the middle of a checkpoint. This
-launcher waits until they exit by themselves. After a failure it waits no longer than `composer` does.
+launcher waits until they exit by themselves, and treats SIGHUP (a closed terminal) alike. After a failure it waits no
+longer than `composer` does.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 import signal
 import sys
+import tempfile
+
+from rankllm_composer.processes import LAUNCHER_VARIABLE, drop_closed_outputs
+from rankllm_composer.storage.scratch import scratch_folder
 
 STOP_TIMEOUT = datetime.timedelta(hours=1)
 
@@ -20,14 +26,26 @@ def main() -> int:
     from composer.cli import launcher
 
     def wait_for_checkpoints(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal would make it give up
+        for stop in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(stop, signal.SIG_IGN)  # a second signal would make it give up
+        drop_closed_outputs()
         launcher.CLEANUP_TIMEOUT = STOP_TIMEOUT
         raise KeyboardInterrupt  # the launcher handles this as a request to stop
 
     # Composer sets handlers when imported that make the launcher print a traceback of where it waited.
     signal.signal(signal.SIGTERM, wait_for_checkpoints)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+        signal.signal(signal.SIGHUP, wait_for_checkpoints)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return launcher.main()
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    temporary = tempfile.tempdir
+    try:
+        with scratch_folder() as folder:
+            tempfile.tempdir = str(folder)  # the launcher keeps the output of its ranks there
+            return launcher.main()
+    finally:
+        tempfile.tempdir = temporary
+        del os.environ[LAUNCHER_VARIABLE]
 
 
 if __name__ == "__main__":

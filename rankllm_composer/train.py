@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import rankllm_composer.processes  # noqa: F401  # records the launcher before the slow imports
 from rankllm_composer.screen import say
 from rankllm_composer.training.run import TrainedRun, run_recipe, train
 

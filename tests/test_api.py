@@ -59,6 +59,9 @@ def test_every_public_name_exists_and_is_documented():
         rc.nothing  # noqa: B018
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def test_public_names_are_typed_for_editors():
     """The names imported under TYPE_CHECKING, which editors read, are the public ones."""
     import ast
@@ -70,7 +73,7 @@ def test_public_names_are_typed_for_editors():
 
 
 def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path, capsys):
-    environment, handlers = dict(os.environ), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    environment, handlers = dict(os.environ), [signal.getsignal(number) for number in STOPS]
     first = rc.train(load(*overrides))
     assert first.folder == tmp_path / "run" and [path.name for path in first.exports] == ["epoch_0"]
     assert first.best == first.exports[-1]
@@ -92,7 +95,7 @@ def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path
     weights = [(run.exports[0] / "model.safetensors").read_bytes() for run in (first, second)]
     assert weights[0] == weights[1]
     assert not torch.distributed.is_initialized() and dict(os.environ) == environment
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in STOPS] == handlers
     assert "exported:" in capsys.readouterr().out
 
     reranker = rc.Reranker.from_pretrained(first.best, rc.RerankOptions(top_k=2))

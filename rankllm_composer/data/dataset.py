@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,9 @@ from composer.utils import dist
 from rankllm_composer.data import packing
 from rankllm_composer.data.exact_streaming import ExactStreamingDataset
 from rankllm_composer.data.packing import TokenizedList
+from rankllm_composer.data.shared_memory import MAKE_SPACE
 from rankllm_composer.data.streams import Stream
-from rankllm_composer.errors import PromptError, ShardError
+from rankllm_composer.errors import PromptError, RunError, ShardError
 from rankllm_composer.options import BatchOptions, ObjectiveName, StreamOptions
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
 
 # Evens out the number of rows per rank; counted but never trained.
 PADDING = TokenizedList(encoded=None, record_id="", record_key=0)
-
-
-class LoaderError(RuntimeError):
-    """The data loader of a rank timed out or lost a worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ class ListLoader(streaming.StreamingDataLoader):
     """The data loader of a rank. Errors of its workers are raised again without the traceback of the worker."""
 
     def __iter__(self) -> Iterator[dict[str, list[TokenizedList]]]:  # type: ignore[override]
-        """Yield the batches of this rank for the next epoch; raise LoaderError if a worker dies or is too slow."""
+        """Yield the batches of this rank for the next epoch; raise RunError if a worker dies or is too slow."""
         try:
             yield from super().__iter__()
         except (PromptError, ShardError) as error:
@@ -133,12 +131,9 @@ class ListLoader(streaming.StreamingDataLoader):
             raise type(error)(str(error).rpartition(name)[2].strip()) from None
         except RuntimeError as error:
             self.close()
-            if not str(error).startswith("DataLoader "):
+            if (known := loader_error(error)) is None:
                 raise
-            raise LoaderError(
-                f"rank {dist.get_global_rank()}: {error}. Possible causes: a download that hangs, a machine out of "
-                "memory, too few data.num_workers. If loading is only slow, raise data.loader_timeout_seconds."
-            ) from error
+            raise known from error
 
     def close(self) -> None:
         """Stop the workers. A later `iter` starts new ones."""
@@ -147,7 +142,13 @@ class ListLoader(streaming.StreamingDataLoader):
             _end_workers(iterator, os.getpid())
 
     def _get_iterator(self) -> Any:
-        iterator = super()._get_iterator()
+        try:
+            iterator = super()._get_iterator()
+        except OSError as error:
+            raise RunError(
+                f"rank {dist.get_global_rank()}: the workers of the loader cannot start ({error.strerror}). "
+                f"{MAKE_SPACE if error.errno == errno.ENOSPC else 'Lower data.num_workers.'}"
+            ) from error
         if self.num_workers:
             # If garbage collection removes the queues before the loader, torch waits 5 seconds per worker.
             weakref.finalize(self, _end_workers, iterator, os.getpid())
@@ -157,6 +158,26 @@ class ListLoader(streaming.StreamingDataLoader):
 def _end_workers(iterator: Any, process: int) -> None:
     if os.getpid() == process:  # a forked worker has copies of its parent's loaders
         iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():  # it ignores SIGTERM, and this process would wait for it at its end
+                worker.kill()
+
+
+def loader_error(error: BaseException) -> RunError | None:
+    """Say what a loader's error means; None if it is another one.
+
+    A signal handler of torch raises the error of a lost worker wherever the rank is at that moment.
+    """
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
+        return None
+    cause = (
+        f"Its shared memory is full. {MAKE_SPACE}"
+        if "Bus error" in text
+        else "Possible causes: a download that hangs, a machine out of memory, too few data.num_workers. If loading is "
+        "only slow, raise data.loader_timeout_seconds."
+    )
+    return RunError(f"rank {dist.get_global_rank()}: {text.rstrip('.')}. {cause}")
 
 
 def collate(rows: list[TokenizedList]) -> dict[str, list[TokenizedList]]:

@@ -12,26 +12,32 @@ import contextlib
 import hashlib
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator, Sequence
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
+from rankllm_composer.errors import RankLLMComposerError, ShardError
 from rankllm_composer.storage.locks import FileLock, try_lock
+from rankllm_composer.storage.private_folder import private_folder
 
 # Above the numbers that streaming reaches; 10 digits keep the longest name within the 31 characters of macOS.
 _FIRST_NUMBER, _LAST_NUMBER = 10**6, 10**10 - 1
+_SHARED_MEMORY = Path("/dev/shm")
+_MIN_FREE_BYTES = 2**20  # streaming keeps 9 bytes per shard and some pages; the queues of the workers take a few more
 _caches: dict[Path, FileLock] = {}
+
+MAKE_SPACE = "Free space in /dev/shm, or enlarge it (in a container: docker run --shm-size=1g)."
+"""What to do if shared memory is full."""
 
 
 def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> FileLock | None:
     """Claim the cache folder of shards until this process ends; return None if another run holds it.
 
-    The wait covers the loader workers of a killed run, which survive it for some seconds.
+    The wait covers the ranks of a killed run, which may take some seconds to notice that it is over.
     """
     digest = hashlib.blake2b(os.path.realpath(folder).encode(), digest_size=12).hexdigest()
-    path = _claims_folder() / f"cache-{digest}"
+    path = private_folder() / f"cache-{digest}"
     claim = _caches.get(path)
     if claim is None or not claim.is_held:
         claim = try_lock(path, wait_seconds)
@@ -43,26 +49,37 @@ def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> FileLock | No
 
 @contextlib.contextmanager
 def private_shared_memory() -> Iterator[None]:
-    """Give streaming datasets created in this context shared-memory names of no other run, live or dead."""
+    """Give streaming datasets created in this context shared-memory names of no other run, live or dead.
+
+    Streaming's lock files go into the private folder of this user: in the temporary directory, another user could
+    create them first.
+
+    Raises:
+        ShardError: in this context, on every rank, if there is no space for them.
+    """
     from streaming.base import dataset
 
-    original = dataset.get_shm_prefix
+    originals = dataset.get_shm_prefix, dataset.gettempdir
     dataset.get_shm_prefix = _register_names
+    dataset.gettempdir = lambda: str(private_folder())
     try:
         yield
     finally:
-        dataset.get_shm_prefix = original
+        dataset.get_shm_prefix, dataset.gettempdir = originals
 
 
 def clear_dead_claims() -> int:
     """Remove the shared memory and locks of dead runs; return their number."""
     num_dead = 0
-    for path in _claims_folder().glob("names-*"):
+    for path in private_folder().glob("names-*"):
         claim = try_lock(path)
-        if claim is not None:
-            _remove_names(int(path.name.removeprefix("names-")))
-            claim.remove()
-            num_dead += 1
+        if claim is None:
+            continue
+        with claim:
+            if claim.is_certain:
+                _remove_names(int(path.name.removeprefix("names-")))
+                claim.remove()
+                num_dead += 1
     return num_dead
 
 
@@ -76,23 +93,43 @@ def _register_names(
     from streaming.base.shared.prefix import _check_self, _get_path, _pack_locals
 
     _check_self(streams_local)
-    number, memory = None, None
+    number, memory, problem = None, None, None
     if world.is_local_leader:
-        clear_dead_claims()
-        number = _claim_number()
-        text = _pack_locals(streams_local, number)
-        memory = StreamingSharedMemory(_get_path(number, LOCALS), True, len(text))
-        memory.buf[: len(text)] = text
-    numbers = all_gather_object(number)
-    number = numbers[world.node * world.ranks_per_node]
+        try:
+            clear_dead_claims()
+            _check_space()
+            number = _claim_number()
+            text = _pack_locals(streams_local, number)
+            memory = StreamingSharedMemory(_get_path(number, LOCALS), True, len(text))
+            memory.buf[: len(text)] = text
+        except (OSError, RankLLMComposerError) as error:
+            problem = str(error)
+    answers = all_gather_object((number, problem))
+    for _, problem in answers:
+        if problem is not None:
+            raise ShardError(problem)
+    number = answers[world.node * world.ranks_per_node][0]
     assert number is not None
     return number, memory or StreamingSharedMemory(_get_path(number, LOCALS), False)
+
+
+def _check_space() -> None:
+    """Check that the shared memory of a dataset can be written; a full one ends a process by SIGBUS, without a word."""
+    if not _SHARED_MEMORY.is_dir():
+        return
+    status = os.statvfs(_SHARED_MEMORY)
+    free = status.f_bavail * status.f_frsize
+    if free < _MIN_FREE_BYTES:
+        raise ShardError(
+            f"{_SHARED_MEMORY} has {free} free bytes; expected at least {_MIN_FREE_BYTES} for the state of an epoch. "
+            f"{MAKE_SPACE}"
+        )
 
 
 def _claim_number() -> int:
     while True:
         number = _FIRST_NUMBER + secrets.randbelow(_LAST_NUMBER - _FIRST_NUMBER)
-        claim = try_lock(_claims_folder() / f"names-{number}")
+        claim = try_lock(private_folder() / f"names-{number}")
         if claim is not None:
             atexit.register(_release_number, claim, number)
             return number
@@ -114,10 +151,4 @@ def _remove_names(number: int) -> None:
             memory.close()
             memory.unlink()
     for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
-        (Path(tempfile.gettempdir()) / _get_path(number, name)).unlink(missing_ok=True)
-
-
-def _claims_folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"rankllm_composer-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+        (private_folder() / _get_path(number, name)).unlink(missing_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from rankllm_composer.errors import ShardError
 from rankllm_composer.screen import get_logger
 from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, read_index
 from rankllm_composer.storage.object_store import is_remote, isolate_client_rng, without_credentials
+from rankllm_composer.storage.scratch import scratch_folder
 
 log = get_logger(__name__)
 _PARALLEL_REQUESTS = 16
@@ -138,8 +138,8 @@ def _fetch_index(stream: Stream, download_retry: int, timeout: float) -> tuple[S
     from streaming.base.util import retry
 
     url = f"{stream.root.rstrip('/')}/{INDEX_NAME}"
-    with tempfile.TemporaryDirectory() as folder:
-        fetched = Path(folder) / INDEX_NAME
+    with scratch_folder() as folder:
+        fetched = folder / INDEX_NAME
         try:
             downloader = CloudDownloader.get(stream.root)
             fetch = retry(clean_up_fn=downloader.clean_up, num_attempts=download_retry + 1)(downloader.download)

@@ -8,9 +8,7 @@ Only a few blocks are in memory at a time.
 from __future__ import annotations
 
 import json
-import os
 import signal
-import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import RecordError, ShardError
+from rankllm_composer.processes import end_with_parent
 from rankllm_composer.prompts.record import Record, id_digest
 from rankllm_composer.shards.index import COLUMNS, sample_from_record
 from rankllm_composer.shards.manifest import BuildStats
@@ -187,13 +186,5 @@ def count_duplicates(id_hashes: array[int]) -> int:
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and exit when it exits; workers of a killed parent would wait forever."""
-    import multiprocessing
-
-    def exit_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    end_with_parent()

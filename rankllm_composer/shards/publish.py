@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from rankllm_composer.shards.manifest import (
 )
 from rankllm_composer.storage.locks import try_lock
 from rankllm_composer.storage.object_store import Folder, LocalFolder, StoredFile, open_folder
+from rankllm_composer.storage.private_folder import private_folder
 
 WORKING_INDEX_NAME = "index.json.new"
 _WORK_NAME = ".building"
@@ -119,7 +119,7 @@ def work_folder(output: Path) -> Iterator[Path]:
 def staging_folder(parent: str | Path | None, name: str) -> Iterator[Path]:
     """Create a private, locked folder for the set with the URL `name`; remove it at the end, keep it after an error."""
     key = hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
-    path = Path(parent or tempfile.gettempdir()) / f"rankllm-composer-{os.getuid()}-{key}"
+    path = Path(parent or private_folder()) / f"rankllm-composer-{os.getuid()}-{key}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid():
         raise ShardError(f"{path}: belongs to another user. Choose another folder with --staging.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, record
 from rankllm_composer.shards.prepared import find_difference
 from rankllm_composer.sources.records import open_source, read_records
 from rankllm_composer.storage.object_store import Folder, open_folder
+from rankllm_composer.storage.scratch import scratch_folder
 
 
 class SplitRecords:
@@ -120,8 +120,8 @@ def _read_shard(local: Path, folder: Folder, shard: Shard, *, first: int) -> Ite
     if unpacked.exists():
         data = unpacked.read_bytes()
     else:
-        with tempfile.TemporaryDirectory() as scratch:
-            data = folder.fetch(shard.published.basename, Path(scratch)).read_bytes()
+        with scratch_folder() as scratch:
+            data = folder.fetch(shard.published.basename, scratch).read_bytes()
         if shard.packed is not None:
             data = decompress(shard.compression, data)
     if len(data) != shard.raw.num_bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from rankllm_composer.shards.index import (
 )
 from rankllm_composer.shards.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from rankllm_composer.storage.object_store import Folder, open_folder
+from rankllm_composer.storage.scratch import scratch_folder
 
 MAX_LISTED = 5
 _REFETCH = "Fetch or build it again."
@@ -124,8 +124,8 @@ def verify_shards(target: str | Path, *, records: bool = False, report: Callable
     seen: set[bytes] = set()
     for shard in shards:
         outcome.num_shards += 1
-        with tempfile.TemporaryDirectory() as scratch:
-            raw = _unpack(folder, shard, Path(scratch), problem)
+        with scratch_folder() as scratch:
+            raw = _unpack(folder, shard, scratch, problem)
         if raw is None:
             continue
         samples = _samples(raw, shard, problem)

@@ -7,7 +7,6 @@ and ends, and runs once, in one process; `records(item)` parses and validates, a
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from rankllm_composer.errors import RecordError
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.record import Record
+from rankllm_composer.storage.scratch import scratch_folder
 
 
 class Dropped(NamedTuple):
@@ -94,8 +94,8 @@ def read_records(
     Raises:
         RecordError: a record is bad, or the source cannot be read.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = source.prepare(Path(folder))
+    with scratch_folder() as folder:
+        prepared = source.prepare(folder)
         for item in prepared.items():
             try:
                 records = prepared.records(item)

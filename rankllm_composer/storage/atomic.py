@@ -102,6 +102,8 @@ def _clean_up(target: Path) -> None:
             if lock is None:
                 raise StoreError(f"{target}: another process is writing it, in {path.name}. Use another folder.")
             lock.release()
+            if not lock.is_certain:
+                continue
         log.warning("%s: removed, left by a killed process", path)
         shutil.rmtree(path, ignore_errors=True)
 

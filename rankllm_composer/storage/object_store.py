@@ -12,7 +12,6 @@ import importlib
 import random
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from rankllm_composer.errors import StoreError
 from rankllm_composer.storage.atomic import write_atomic
+from rankllm_composer.storage.scratch import scratch_folder
 
 UPLOAD_ATTEMPTS = 3
 UPLOAD_THREADS = 4
@@ -167,18 +167,18 @@ class RemoteFolder:
         files = self.files()
         if files is not None and name not in files:
             return None
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_folder() as scratch:
             try:
-                return self.fetch(name, Path(scratch)).read_bytes()
+                return self.fetch(name, scratch).read_bytes()
             except StoreError:
                 if files is None:  # such a store does not distinguish a missing file from a failure
                     return None
                 raise
 
     def write(self, name: str, content: str | bytes) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            Path(scratch, name).write_bytes(content.encode() if isinstance(content, str) else content)
-            self.put(Path(scratch), [name], lambda line: None)
+        with scratch_folder() as scratch:
+            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            self.put(scratch, [name], lambda line: None)
 
     def fetch(self, name: str, scratch: Path) -> Path:
         from streaming.base.storage.download import DEFAULT_TIMEOUT, CloudDownloader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.export_callback import ExportFolder
 from rankllm_composer.training.guards import EpochGuard, LossGuard
 from rankllm_composer.training.progress import MetricsFile, ProgressLine
+from rankllm_composer.training.run import announce_stop
 from rankllm_composer.training.stopping import Preemption
 from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation
 
@@ -264,7 +266,7 @@ def build_callbacks(
         recipe_yaml=recipe_to_yaml(recipe),
     )
     named = [_named("callbacks", name, CALLBACKS[name], options) for name, options in recipe.logging.callbacks.items()]
-    return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop)]
+    return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop, partial(announce_stop, recipe.run_folder))]
 
 
 def export_dtype(recipe: Recipe) -> Dtype:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -203,13 +204,15 @@ class ProgressLine(LoggerDestination):
     def _show(self, text: str) -> None:
         if dist.get_global_rank() != 0:
             return
-        if self._output.isatty():
-            width = shutil.get_terminal_size().columns
-            self._output.write(f"\r\x1b[K{for_screen(text, one_line=True)[: width - 1]}")
-            self._line_open = True
-        else:
-            self._output.write(for_screen(text, one_line=True) + "\n")
-        self._output.flush()
+        shown = for_screen(text, one_line=True)
+        with suppress(OSError):  # a terminal or a pipe that was closed does not end the run
+            if self._output.isatty():
+                width = shutil.get_terminal_size().columns
+                self._output.write(f"\r\x1b[K{shown[: width - 1]}")
+                self._line_open = True
+            else:
+                self._output.write(shown + "\n")
+            self._output.flush()
 
     @property
     def _output(self) -> TextIO:

@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
-from rankllm_composer.screen import say
+from rankllm_composer.screen import report, say
 from rankllm_composer.storage.atomic import write_atomic
-from rankllm_composer.storage.locks import try_lock
+from rankllm_composer.storage.locks import FileLock, try_lock
 
 if TYPE_CHECKING:
     from rankllm_composer.recipe.sections import Recipe, Split
     from rankllm_composer.training.stopping import PeerWatch
 
 CLAIM_WAIT_SECONDS = 30.0
-"""The loader workers of a killed run hold the lock of its folder until they notice that it is gone."""
+"""Rank 0 of a killed run holds the lock of its folder until it notices that the others are gone."""
+
+_LOCK_NAME = ".lock"
+_STOPPING = "stopping"
 
 
 def prepare_shards(split: Split, key: str) -> None:
@@ -114,7 +117,7 @@ def train(recipe: Recipe) -> TrainedRun:
     if torch.distributed.is_initialized():
         raise RunError("train: this process already has a process group. Destroy it first, or use `composer -n N`.")
     environment = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     watch = PeerWatch()
     try:
         with warnings.catch_warnings():
@@ -139,20 +142,22 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     """
     from composer.utils import dist
 
+    from rankllm_composer.data.dataset import loader_error
     from rankllm_composer.distributed import run_on_rank_zero
     from rankllm_composer.recipe.checks import check_world
     from rankllm_composer.recipe.load import recipe_to_yaml
     from rankllm_composer.training.assembly import choose_device
-    from rankllm_composer.training.stopping import Preempted, raise_preempted
+    from rankllm_composer.training.stopping import Preempted, on_stop_signals, raise_preempted
     from rankllm_composer.training.stragglers import STATUS_FOLDER, find_stragglers
     from rankllm_composer.training.trainer import build_trainer
 
     device = choose_device(recipe.parallelism.device)
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
-    dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
     # Composer's handlers would end the process without a message.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, raise_preempted)
+    on_stop_signals(raise_preempted)
+    watch.watch_launcher()
+    dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
     watch.start()
     check_world(recipe, dist.get_world_size())
     folder = Path(recipe.run_folder)
@@ -171,10 +176,12 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
                 trainer.fit()
             except Preempted as preempted:
                 stopped = preempted
-            except BaseException:
+            except BaseException as error:
                 if num_ranks == 1:  # of several ranks, some may no longer take part in a collective
                     trainer.close()
-                raise
+                if (known := loader_error(error)) is None:
+                    raise
+                raise known from error
         elif rank == 0:
             say(
                 f"nothing to train: {folder} is at batch {trainer.state.timestamp.batch.value}, where "
@@ -204,12 +211,29 @@ def exports_summary(run: TrainedRun) -> str:
     return text + f"\nserve it with rank_llm:\n{textwrap.indent(serving_command(contract, str(run.best)), '    ')}"
 
 
+def announce_stop(folder: str | Path) -> None:
+    """Write into the lock file of a run's folder that the run is stopping, so that the next one waits for it."""
+    with contextlib.suppress(OSError):
+        Path(folder, _LOCK_NAME).write_text(_STOPPING)
+
+
+def _lock(path: Path, wait_seconds: float) -> FileLock | None:
+    lock = try_lock(path, wait_seconds)
+    if lock is None and path.read_text() == _STOPPING:
+        report(f"{path.parent}: waiting for the run that is stopping there")
+        while lock is None and path.read_text() == _STOPPING:
+            lock = try_lock(path, wait_seconds)
+    if lock is not None:
+        path.write_text("")
+    return lock
+
+
 @contextlib.contextmanager
 def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) -> Iterator[None]:
     """Lock a run's folder while it trains, and write the resolved recipe into it. Call it in one process per run.
 
     Args:
-        wait_seconds: how long to wait for another process, such as the workers of a killed run.
+        wait_seconds: how long to wait for another process. One that was asked to stop is waited for until it ends.
     Raises:
         RunError: another process trains in the folder, it holds a run of another recipe, or it cannot be written.
     """
@@ -217,7 +241,7 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = try_lock(folder / ".lock", wait_seconds)
+            lock = _lock(folder / _LOCK_NAME, wait_seconds)
             if lock is None:
                 raise RunError(
                     f"run.folder: another process is training in {folder}. Wait for it, or change run.name or "

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from rankllm_composer.processes import (
+    drop_closed_outputs,
+    end_with_parent,
+    has_launcher,
+    launcher_is_gone,
+    machine,
+    start_of,
+)
 from rankllm_composer.screen import report
 from rankllm_composer.training.progress import ends_epoch
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 """How long a rank may take to notice by itself that another one is gone, and to exit after it failed."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Requests to stop: SIGTERM from a scheduler or a launcher, SIGHUP from a terminal that is closed."""
+
+STOP_REQUESTED = "stop requested (SIGTERM, SIGHUP, or the launcher is gone)"
 
 RESUME = "checkpoints are intact; rerun the same command to resume"
 
@@ -36,21 +47,17 @@ class Peer(NamedTuple):
 
     rank: int
     process: int
-    started: float
+    started: float | None
 
     def is_alive(self) -> bool:
-        try:
-            process = psutil.Process(self.process)
-            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return self.started is not None and start_of(self.process) == self.started
 
 
 class PeerWatch:
     """End this rank when another one on its machine has died, even if a collective would wait forever.
 
     A rank that notices the loss by itself, as an error of a collective, exits normally; any other is ended after
-    `GRACE_SECONDS`.
+    `GRACE_SECONDS`. A rank whose launcher is gone is asked to stop, as by SIGTERM.
 
     Args:
         end: ends the process with an exit code, immediately.
@@ -63,14 +70,19 @@ class PeerWatch:
         self.peers: list[Peer] = []
         self.find_stragglers: Callable[[], str] = str
         self._end = end
-        self._stopped = threading.Event()
+        self._started, self._stopped = threading.Event(), threading.Event()
+
+    def watch_launcher(self) -> None:
+        """Watch the launcher, if there is one. Handlers of `STOP_SIGNALS` have to be in place."""
+        if has_launcher():
+            threading.Thread(target=self._await_launcher, name="launcher watch", daemon=True).start()
 
     def start(self) -> None:
         """Watch the other ranks on this machine. A collective."""
-        process = psutil.Process()
-        self.rank, machine = dist.get_global_rank(), socket.gethostname()
-        everyone = dist.all_gather_object((machine, Peer(self.rank, process.pid, process.create_time())))
-        self.watch([peer for other, peer in everyone if other == machine and peer.rank != self.rank])
+        self.rank, here, process = dist.get_global_rank(), machine(), os.getpid()
+        everyone = dist.all_gather_object((here, Peer(self.rank, process, start_of(process))))
+        self._started.set()
+        self.watch([peer for other, peer in everyone if other == here and peer.rank != self.rank])
 
     def watch(self, peers: list[Peer]) -> None:
         self.peers = peers
@@ -97,8 +109,9 @@ class PeerWatch:
             Exit code: 130 for an interrupt, 2 for an error that a user can correct, 1 for anything else.
         """
         self.stop()
+        drop_closed_outputs()
         if self.peers:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it to the remaining ranks
+            on_stop_signals(signal.SIG_IGN)  # the launcher sends one to the remaining ranks
         code = 130 if isinstance(failure, KeyboardInterrupt) else 2 if isinstance(failure, ValueError) else 1
         patience = GRACE_SECONDS if self.rank else GRACE_SECONDS / 4  # rank 0 reports first, then exits
         gone = self.lost(patience) if code == 1 or (code == 2 and self.rank) else []
@@ -121,6 +134,7 @@ class PeerWatch:
     def exit_preempted(self, request: Preempted) -> int:
         """Report a stop on request, on rank 0, and end this process within `GRACE_SECONDS`. Returns exit code 0."""
         self.stop()
+        drop_closed_outputs()
         if self.rank == 0:
             report(str(request))
         return self._end_soon(0)
@@ -135,6 +149,16 @@ class PeerWatch:
         if self.peers:
             threading.Thread(target=end_later, name="end", daemon=True).start()
         return code
+
+    def _await_launcher(self) -> None:
+        while not launcher_is_gone():
+            if self._stopped.wait(POLL_SECONDS):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+        # A rank that waits for the others to connect would not notice; later, one that waits for them ends with them.
+        if not self._started.wait(GRACE_SECONDS) and not self._stopped.is_set():
+            report(f"rank {self.rank}: {STOP_REQUESTED} before the run started")
+            self._end(1)
 
     def _look(self) -> None:
         while not self._stopped.wait(POLL_SECONDS):
@@ -154,30 +178,39 @@ def lost_ranks_message(rank: int, gone: list[Peer]) -> str:
     )
 
 
+def on_stop_signals(handler: Any) -> dict[int, Any]:
+    """Handle `STOP_SIGNALS`; SIGHUP stays ignored where it is (nohup). Returns the handlers before."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, earlier in before.items():
+        if number != signal.SIGHUP or earlier != signal.SIG_IGN:
+            signal.signal(number, handler)
+    return before
+
+
 class Preemption(Callback):
-    """Stop all ranks at the next batch boundary after any of them got SIGTERM or lost its launcher.
+    """Stop all ranks at the next batch boundary after any of them got one of `STOP_SIGNALS`.
 
     Place it after the callbacks that write files. After the last batch of an epoch it stops once the callbacks of the
     end of the epoch have run.
 
     Args:
         save: collective that writes a checkpoint of a state unless there is one.
+        announce: called on rank 0 once a stop is requested.
     Raises:
         Preempted: on every rank, after the checkpoint.
     """
 
-    def __init__(self, save: Callable[[State], None]) -> None:
+    def __init__(self, save: Callable[[State], None], announce: Callable[[], None] = lambda: None) -> None:
         self.save = save
-        self._launcher = os.getppid()
+        self.announce = announce
         self._is_requested = self._is_agreed = False
-        self._handler_before: Any = signal.SIG_DFL
+        self._handlers_before: dict[int, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._handler_before = signal.signal(signal.SIGTERM, self._request)
+        self._handlers_before = on_stop_signals(self._request)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        is_requested = self._is_requested or os.getppid() != self._launcher
-        requested = state.device.tensor_to_device(torch.tensor([is_requested], dtype=torch.int32))
+        requested = state.device.tensor_to_device(torch.tensor([self._is_requested], dtype=torch.int32))
         dist.all_reduce(requested, reduce_operation="MAX")
         self._is_agreed = bool(requested.item())
         if self._is_agreed and not ends_epoch(state):
@@ -188,26 +221,32 @@ class Preemption(Callback):
             self._stop(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        signal.signal(signal.SIGTERM, self._handler_before)
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
         self._is_requested = True
+        drop_closed_outputs()
+        if dist.get_global_rank() == 0:
+            self.announce()
 
     def _stop(self, state: State) -> None:
         self.save(state)
         raise Preempted(
-            f"stop requested (SIGTERM, or the launcher is gone): wrote a checkpoint after batch "
-            f"{state.timestamp.batch.value}; rerun the same command to resume"
+            f"{STOP_REQUESTED}: wrote a checkpoint after batch {state.timestamp.batch.value}; "
+            "rerun the same command to resume"
         )
 
 
 def raise_preempted(number: int, frame: object) -> None:
-    """Handle SIGTERM before and after training, when there is nothing to save."""
+    """Handle `STOP_SIGNALS` before and after training, when there is nothing to save."""
     del number, frame
-    raise Preempted("stop requested (SIGTERM) outside training, nothing to save; rerun the same command to resume")
+    raise Preempted(f"{STOP_REQUESTED} outside training, nothing to save; rerun the same command to resume")
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Initialize a loader worker: only the trainer handles a signal to the process group."""
+def start_worker(worker: int) -> None:
+    """Initialize a loader worker: it ends with its rank, and leaves requests to stop to the rank."""
     del worker
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -18,7 +18,7 @@ from rankllm_composer.recipe.times import explain_warmup
 from rankllm_composer.screen import warn
 from rankllm_composer.training import assembly
 from rankllm_composer.training.schedule import apply_schedule, build_schedule
-from rankllm_composer.training.stopping import ignore_sigterm
+from rankllm_composer.training.stopping import start_worker
 from rankllm_composer.training.stragglers import STATUS_FOLDER, StatusNotes
 
 
@@ -52,7 +52,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         prefetch_factor=recipe.data.prefetch_factor,
         loader_timeout_seconds=recipe.data.loader_timeout_seconds,
     )
-    data_spec.dataloader.worker_init_fn = ignore_sigterm  # type: ignore[union-attr]
+    data_spec.dataloader.worker_init_fn = start_worker  # type: ignore[union-attr]
     updates_per_epoch: int = len(data_spec.dataloader)  # type: ignore[arg-type]
     length = {"lists_per_update": recipe.batch.global_lists, "updates_per_epoch": updates_per_epoch}
     warning = explain_warmup(recipe.schedule.warmup, recipe.run.max_duration, **length)

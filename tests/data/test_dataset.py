@@ -17,7 +17,7 @@ from composer.models import ComposerModel
 from support.list_shards import new_record, write_shards
 
 from rankllm_composer.data import dataset as data
-from rankllm_composer.data.dataset import ListDataset, ListEncoding, LoaderError, build_train_data_spec, lists_per_rank
+from rankllm_composer.data.dataset import ListDataset, ListEncoding, build_train_data_spec, lists_per_rank
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import PromptError, RunError, ShardError
 from rankllm_composer.prompts.encoding import encode_record
@@ -218,7 +218,7 @@ class Dying(ListDataset):
 @pytest.mark.parametrize(("kind", "message"), [(Stalling, "timed out after 1 seconds"), (Dying, "exited unexpectedly")])
 def test_a_worker_that_stalls_or_dies_is_an_error_that_names_the_rank(new_dataset, kind, message):
     loader = new_loader(new_dataset(kind=kind), num_workers=1, loader_timeout_seconds=1 if kind is Stalling else 60)
-    with pytest.raises(LoaderError, match=rf"^rank 0: DataLoader .*{message}.*data\.loader_timeout_seconds"):
+    with pytest.raises(RunError, match=rf"^rank 0: DataLoader .*{message}.*data\.loader_timeout_seconds"):
         read(loader)
 
 

@@ -68,7 +68,7 @@ def stored_checkpoints(server, run: str) -> list[str]:
 def assert_no_secret(folder: Path) -> None:
     """Check that no secret is in any file or output of a run."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    assert {"output.txt", "recipe.yaml", "metrics.jsonl"} <= {path.name for path in paths}
+    assert {"output-0.txt", "recipe.yaml", "metrics.jsonl"} <= {path.name for path in paths}
     for path in paths:
         content = path.read_bytes()
         assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path

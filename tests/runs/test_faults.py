@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +19,7 @@ import pytest
 import torch
 from composer import Trainer
 from composer.core import Callback
-from support import child_process, exporting, guarded_updates, resumable_runs
+from support import child_process, exporting, guarded_updates, missing_calls, resumable_runs
 from support import streaming_loader as streaming_tests
 from support.killing import Run, kill
 from support.list_shards import build_from_file, damage, write_shards
@@ -33,6 +36,7 @@ from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
+from rankllm_composer.storage.private_folder import private_folder
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.guards import EpochGuard, LossGuard
 from rankllm_composer.training.progress import MetricsFile, read_metrics
@@ -65,7 +69,7 @@ SIGNALS = {
 }
 
 
-SLOW = {*SIGNALS, "asked-to-stop-early"}
+SLOW = {*SIGNALS, "asked-to-stop-early", "terminal-closed", "loader-worker-dies", "run-restarted-at-once"}
 
 
 def causes(*keys: str) -> Callable[[Callable[..., Ended]], Callable[..., Ended]]:
@@ -410,6 +414,55 @@ def stale_shared_memory(key: str, tools: Tools) -> Ended:
     return CONTINUED
 
 
+@causes("shared-memory-full", "shared-memory-fills-up")
+def full_shared_memory(key: str, tools: Tools) -> Ended:
+    if os.geteuid() != 0:
+        pytest.skip("a file system in place of /dev/shm needs root")
+    stream, size = tools.cached(), 2**20 + 2**16
+
+    def read_there() -> list[str]:
+        loader = streaming_tests.new_loader(stream, workers=1)
+        if key == "shared-memory-fills-up":
+            with contextlib.suppress(OSError), Path("/dev/shm/file").open("wb", buffering=0) as file:
+                while file.write(b"x" * 4096):
+                    pass
+        return streaming_tests.read(loader)
+
+    message = child_process.with_small_shared_memory(2**16 if key == "shared-memory-full" else size, read_there)
+    return Ended(2, message)
+
+
+@causes("temporary-folder-taken")
+def taken_folder(key: str, tools: Tools) -> Ended:
+    tools.patch.setattr(tempfile, "tempdir", str(tools.folder))
+    private_folder().chmod(0o777)
+    assert read(tools.cached()) == ALL_LISTS
+    assert private_folder().name.endswith("-1") and private_folder().stat().st_mode & 0o777 == 0o700
+    return Ended(0, tools.fixture("caplog").text)
+
+
+@causes("no-locks")
+def file_system_without_locks(key: str, tools: Tools) -> Ended:
+    """Two runs in one folder: the second is refused by the lock that stands in for the missing one."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from rankllm_composer.training.run import claim_run_folder as claim\n"
+        "text = 'run: {seed: 1}'\n"
+        "with claim(Path('run'), text):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        claim(Path('run'), text).__enter__()\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1)\n"
+    )
+    run = tools.folder / "run"
+    environment = {**os.environ, **missing_calls.no_locks(tools.folder, run)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tools.folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "RunError: run.folder: another process is training in run. Wait for it" in done.stderr
+    return Ended(done.returncode, done.stderr)
+
+
 @causes("two-runs-one-folder", "folder-of-another-recipe", "run-folder-read-only")
 def run_folder(key: str, tools: Tools) -> Ended:
     first = recipe_to_yaml(load_recipe(RECIPE))
@@ -482,6 +535,48 @@ def stopped_at_the_start(key: str, tools: Tools) -> Ended:
     code = run.finish()
     assert "Traceback" not in run.output() and not run.locks()
     return Ended(code, run.output())
+
+
+@causes("terminal-closed")
+def closed_terminal(key: str, tools: Tools) -> Ended:
+    run = Run(RECIPE, tools.fixture("overlay"), tools.folder, ranks=1, is_patient=True, on_terminal=True)
+    run.wait_until(lambda: run.batches() >= 3)
+    segments = run.shared_memory()
+    run.close_terminal()
+    code = run.finish()
+    newest, _ = complete_checkpoints(tools.folder / "run" / "checkpoints")[-1]
+    assert 3 <= run.batches() < 12 and newest.name.endswith(f"-ba{run.batches()}")
+    assert segments and not [path for path in segments if path.exists()] and not run.locks()
+    return Ended(code, run.output())
+
+
+@causes("loader-worker-dies")
+def lost_worker(key: str, tools: Tools) -> Ended:
+    run = Run(RECIPE, tools.fixture("overlay"), tools.folder, ranks=1)
+    run.wait_until(lambda: run.batches() >= 3)
+    kill(run.workers())
+    code = run.finish()
+    assert run.output().count("error: ") == 1 and complete_checkpoints(tools.folder / "run" / "checkpoints")
+    return Ended(code, run.output())
+
+
+@causes("run-restarted-at-once")
+def restarted_at_once(key: str, tools: Tools) -> Ended:
+    """Ranks, then the launcher, are killed; the second time the ranks still write a checkpoint, and are waited for."""
+    first = Run(RECIPE, tools.fixture("overlay"), tools.folder)
+    first.wait_until(lambda: first.batches() >= 3)
+    workers = first.workers()
+    kill(first.ranks())
+    second = Run(RECIPE, tools.fixture("overlay"), tools.folder)
+    second.wait_until(lambda: second.batches() >= 7)
+    second.process.kill()
+    third = Run(RECIPE, tools.fixture("overlay"), tools.folder, is_patient=True)
+    code = third.finish()
+    first.finish(), second.finish()
+    assert len(workers) == 2 and third.batches() == 12
+    assert "another process is training" not in second.output() + third.output()
+    assert not third.locks()
+    return Ended(code, third.output())
 
 
 @causes(*SIGNALS)

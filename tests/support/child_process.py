@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
 from multiprocessing.shared_memory import SharedMemory
 
 from rankllm_composer.data.shared_memory import private_shared_memory
+
+_NEW_MOUNTS = 0x20000  # CLONE_NEWNS
 
 
 def in_a_child(action, then_die=False):
@@ -50,3 +54,19 @@ def names_of_a_dataset():
         number, memory = get_shm_prefix(["/data"], [None], World.detect())
     assert _unpack_locals(bytes(memory.buf)) == (["/data"], number)
     return number
+
+
+def with_small_shared_memory(num_bytes, action):
+    """Return the message of the error that `action()` raises where /dev/shm has this size. Needs root."""
+
+    def act():
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(_NEW_MOUNTS) == 0, os.strerror(ctypes.get_errno())
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "none", "/dev/shm"], check=True)
+        try:
+            return f"no error: {action()}"
+        except ValueError as error:
+            return error
+
+    return in_a_child(act)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 import torch
@@ -30,28 +34,52 @@ class Run:
         folder: working directory.
         ranks: number of ranks.
         is_patient: start it with `python -m rankllm_composer.launch` instead of `composer`.
+        on_terminal: let it write to a terminal of its own.
     """
 
     def __init__(
-        self, recipe: Path, overrides: list[str], folder: Path, ranks: int = 2, *, is_patient: bool = False
+        self,
+        recipe: Path,
+        overrides: list[str],
+        folder: Path,
+        ranks: int = 2,
+        *,
+        is_patient: bool = False,
+        on_terminal: bool = False,
     ) -> None:
         self.folder = folder
         self.temporary = folder / "temporary"  # separate, so that its leftovers are known
         self.temporary.mkdir(parents=True, exist_ok=True)
-        self._output = (folder / "output.txt").open("w+")
+        self._output = folder / f"output-{len(list(folder.glob('output-*.txt')))}.txt"  # an earlier run may still write
+        output = self._output.open("wb")
+        self._terminal, slave = os.openpty() if on_terminal else (-1, None)
         composer = [str(Path(sys.executable).with_name("composer"))]
         launcher = ["-m", "rankllm_composer.launch"] if is_patient else composer
         self.process = subprocess.Popen(
             [sys.executable, *launcher, "-n", str(ranks), TRAIN, recipe, *overrides, "run.folder=run"],
             cwd=folder,
-            stdout=self._output,
+            stdin=slave,
+            stdout=output if slave is None else slave,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=None if slave is None else _become_terminal,
             env={**os.environ, "TMPDIR": str(self.temporary)},
         )
+        if slave is not None:
+            os.close(slave)
+            threading.Thread(target=self._copy_terminal, args=[output], daemon=True).start()
+
+    def _copy_terminal(self, output: BinaryIO) -> None:
+        with contextlib.suppress(OSError):
+            while select.select([self._terminal], [], []) and (text := os.read(self._terminal, 4096)):
+                output.write(text)
+                output.flush()
+
+    def close_terminal(self) -> None:
+        os.close(self._terminal)
 
     def output(self) -> str:
-        return (self.folder / "output.txt").read_text()
+        return self._output.read_text(errors="replace")
 
     def wait_until(self, moment: Callable[[], bool], timeout: float = 1800) -> None:
         """Wait until `moment()`; fail if the run ends before."""
@@ -75,6 +103,11 @@ class Run:
         """The training processes, rank 0 first."""
         return psutil.Process(self.process.pid).children()
 
+    def workers(self) -> list[psutil.Process]:
+        """The loader workers of all ranks."""
+        children = [child for rank in self.ranks() for child in rank.children()]
+        return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+
     def shared_memory(self) -> set[Path]:
         """Shared-memory segments that the processes of the run have open."""
         maps = []
@@ -91,11 +124,15 @@ class Run:
     def finish(self, timeout: float = 1800) -> int:
         """Return the launcher's exit code once every process of the run is gone; fail if one stays."""
         code = self.process.wait(timeout)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while left := [process.pid for process in processes_of_session(self.process.pid)]:
             assert time.monotonic() < deadline, f"left behind: {left}\n{self.output()}"
             time.sleep(0.05)
         return code
+
+
+def _become_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def processes_of_session(session: int) -> Iterator[psutil.Process]:

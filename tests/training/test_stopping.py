@@ -7,20 +7,21 @@ import subprocess
 import sys
 import threading
 
-import psutil
 import pytest
 
+from rankllm_composer.processes import start_of
 from rankllm_composer.training import stopping
-from rankllm_composer.training.stopping import Peer, PeerWatch, Preempted
+from rankllm_composer.training.stopping import Peer, PeerWatch, Preempted, on_stop_signals
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(stopping, "POLL_SECONDS", 0.02)
-    before = signal.getsignal(signal.SIGTERM)
+    before = on_stop_signals(signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture()
@@ -32,7 +33,7 @@ def process():
 
 
 def peer(process: subprocess.Popen, rank: int) -> Peer:
-    return Peer(rank, process.pid, psutil.Process(process.pid).create_time())
+    return Peer(rank, process.pid, start_of(process.pid))
 
 
 def new_watch(rank: int, peers: list[Peer]) -> tuple[PeerWatch, list[int], threading.Event]:
