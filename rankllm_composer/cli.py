@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,6 +135,9 @@ def inspect(
         bool, typer.Option("--loss", help="Load the model on the CPU and compute the losses of the record.")
     ] = False,
     model: Annotated[Path | None, typer.Option(help="Instead of a recipe: exported folder to check.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="With --model: run code that comes with it.")
+    ] = False,
 ) -> None:
     """Print a record as the model will see it, or check an exported folder and compare a request, token by token, with
     the client's. Exit code 2 if something is wrong."""
@@ -144,7 +148,7 @@ def inspect(
     if (recipe is None) == (model is None):
         raise ValueError("inspect: pass exactly one of RECIPE and --model")
     if model is not None:
-        found: Any = inspect_folder(model)
+        found: Any = inspect_folder(model, trust_remote_code=trust_remote_code)
     else:
         found = inspect_recipe(load_recipe(str(recipe), overrides or []), record, loss=loss)
     for line in found.lines(sys.stdout.isatty()):
@@ -177,7 +181,7 @@ def plan(
 @app.command("rerank")
 @with_options(window_size="window")
 def rerank(
-    model: Annotated[Path, typer.Option(help="Exported folder, with reranker.json.")],
+    model: Annotated[str, typer.Option(help="Exported folder, with reranker.json, or any HF folder or id.")],
     run: Annotated[
         Path, typer.Option(help="First-stage run: TREC, requests or results of rank_llm, or irds:ID that has one.")
     ],
@@ -201,13 +205,17 @@ def rerank(
     ] = None,
     card: Annotated[bool, typer.Option("--card", help="With --qrels: add the results to the model card.")] = False,
 ) -> None:
-    """Rerank a first-stage run with an exported model; rerun a stopped job to resume it."""
+    """Rerank a first-stage run with an exported model, or with any other that the options describe; rerun a stopped job
+    to resume it."""
     from rankllm_composer.export.model_card import add_figures
     from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
     from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
 
-    if qrels is None and (card or name is not None):
-        raise ValueError("rerank: --card and --name need --qrels, as nothing is measured without judgments")
+    if qrels is None and (card or name is not None or measure):
+        raise ValueError("rerank: --card, --name and --measure need --qrels, as nothing is measured without judgments")
+    page = Path(model, "README.md")
+    if card and not os.access(page, os.W_OK):
+        raise ValueError(f"{page}: no model card that can be written. Rerank an exported folder, or leave out --card.")
     if duplicates not in ("stop", "first"):
         raise ValueError(f"--duplicates is {duplicates!r}; expected stop or first. Correct it.")
     inputs: dict[str, Any] = {"queries": queries, "documents": docs, "judgments": qrels, "duplicates": duplicates}
@@ -215,8 +223,8 @@ def rerank(
     report = rerank_files(model, files, options, measures=measure or DEFAULT_MEASURES, name=name)
     screen.say(report.text)
     if card and report.result is not None:
-        add_figures(model / "README.md", report.result.figures())
-        screen.say(f"{model / 'README.md'}: results of {report.result.name} added")
+        add_figures(page, report.result.figures())
+        screen.say(f"{page}: results of {report.result.name} added")
 
 
 @app.command("export")

@@ -283,12 +283,25 @@ class RerankOptions:
     passes: Whole = option("Times the window slides over each list.", 1, unit="passes", ge=1)
     top_k: Whole = option("Candidates reranked; the rest follow in their order.", 100, unit="candidates", ge=2)
     decoding: Decoding | None = option("How rankings are decoded; null = as the model was trained.", None)
+    objective: ObjectiveName | None = option(
+        "What a model without reranker.json was trained for; null = the contract's, or by `decoding`.", None
+    )
+    identifiers: IdentifierStyle | None = option(
+        "Identifiers that a model without reranker.json was trained with; null = the contract's.", None
+    )
+    context_size_tokens: Whole | None = option(
+        "Most tokens of prompt and answer together; null = the contract's, or 4096.", None, unit="tokens", ge=1
+    )
     constrained: Flag = option("Restrict generation to well-formed answers.", False)
     batch_tokens: Whole = option("Most tokens in one forward pass.", 16384, unit="tokens", ge=1)
     queries_at_once: Whole = option("Queries whose windows are packed together.", 32, unit="queries", ge=1)
     attention: AttentionName = option(
         "Attention over packed sequences; auto = flash_attention_2 on a GPU that has it, else packed_sdpa.", "auto"
     )
+    revision: Text | None = option(
+        "Branch, tag or commit of the HF model id; null = its default.", None, unit="revision"
+    )
+    trust_remote_code: Flag = option("Run code that comes with the model.", False)
     device: Text | None = option("torch's name of a device; null = cuda where there is one, else cpu.", None)
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         "Type of the weights; null = as stored on cuda, float32 on cpu.", None

@@ -161,7 +161,7 @@ def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> l
     return []
 
 
-def inspect_folder(folder: str | Path) -> FolderInspection:
+def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> FolderInspection:
     """Check an exported folder against its decoding contract, and a request against the client's.
 
     Raises:
@@ -170,14 +170,16 @@ def inspect_folder(folder: str | Path) -> FolderInspection:
     from transformers import AutoConfig
 
     from rankllm_composer.model.loading import load_tokenizer
+    from rankllm_composer.model.remote_code import code_refused
     from rankllm_composer.options import ModelOptions
 
     contract = read_contract(folder)
-    tokenizer = load_tokenizer(ModelOptions(name_or_path=str(folder)))
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the configuration cannot be read: {error}; export the model again") from error
+    with code_refused(str(folder)):
+        tokenizer = load_tokenizer(ModelOptions(name_or_path=str(folder), trust_remote_code=trust_remote_code))
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder}: the configuration cannot be read: {error}; export the model again") from error
     problems: list[str] = []
     request: RequestDiff | None = None
 

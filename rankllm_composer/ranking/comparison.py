@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import RunError, first_line
 from rankllm_composer.ranking.metrics import Floats
 from rankllm_composer.storage.atomic import write_atomic
 
@@ -152,37 +152,69 @@ def compare_runs(
         judgments: relevance grade of each judged document, by query.
         measures: names of measures as in ir-measures.
     Raises:
-        RunError: no query is judged and in both runs, or ir-measures has no such measure.
+        RunError: no query is judged and in both runs, or a measure cannot be computed with ir-measures.
     """
-    import ir_measures
-
-    parsed = []
-    for name in measures:
-        try:
-            parsed.append(ir_measures.parse_measure(name))
-        except (NameError, ValueError, TypeError, SyntaxError) as error:
-            raise RunError(
-                f"measure is {name!r}; expected a name of ir-measures, such as nDCG@10, RR@10, AP or P@5 ({error})."
-            ) from error
+    parsed = [_parse_measure(name) for name in measures]
     qids = [qid for qid in reranked if qid in first_stage and qid in judgments]
     if not qids:
         raise RunError(
             f"judgments has grades for {len(judgments)} queries, but for none of the {len(reranked)} reranked queries. "
             "Use the judgments of these queries."
         )
-    values: list[dict[str, dict[str, float]]] = []
-    for run in (first_stage, reranked):
-        # Scores from the ranks, because trec_eval would reorder ties of the run's own scores by document id.
-        scores = {qid: {docid: -float(rank) for rank, docid in enumerate(run[qid])} for qid in qids}
-        grades = {qid: dict(judgments[qid]) for qid in qids}
-        by_measure: dict[str, dict[str, float]] = {str(measure): {} for measure in parsed}
-        for metric in ir_measures.iter_calc(parsed, grades, scores):
-            by_measure[str(metric.measure)][metric.query_id] = metric.value
-        values.append(by_measure)
+    first, second = (
+        _measure_run({qid: run[qid] for qid in qids}, judgments, parsed) for run in (first_stage, reranked)
+    )
     return [
-        MeasureComparison(name, compare(values[0][name], values[1][name]), values[0][name], values[1][name])
+        MeasureComparison(name, compare(first[name], second[name]), first[name], second[name])
         for name in map(str, parsed)
     ]
+
+
+def _parse_measure(name: str) -> Any:
+    import ir_measures
+
+    try:
+        measure = ir_measures.parse_measure(name)
+    except (NameError, ValueError, TypeError, SyntaxError) as error:
+        raise RunError(
+            f"measure is {name!r}; expected a name of ir-measures, such as nDCG@10, RR@10, AP or P@5 "
+            f"({first_line(error)}). Correct the name."
+        ) from error
+    cutoff = measure.params.get("cutoff", 1)
+    if type(cutoff) is not int or cutoff < 1:  # trec_eval ends the process at 0
+        raise RunError(f"measure is {name!r}, with the cutoff {cutoff}; expected a whole number from 1. Correct it.")
+    return measure
+
+
+def _measure_run(
+    run: Mapping[str, Sequence[str]], judgments: Mapping[str, Mapping[str, int]], measures: Sequence[Any]
+) -> dict[str, dict[str, float]]:
+    """Value of each query by measure.
+
+    Queries and documents are numbered for the providers of ir-measures, of which some read only numbers as ids.
+    """
+    import ir_measures
+
+    qids = list(run)
+    grades, scores = {}, {}
+    for number, qid in enumerate(qids, start=1):
+        number_of: dict[str, str] = {}
+        for docid in (*run[qid], *judgments[qid]):
+            number_of.setdefault(docid, str(len(number_of) + 1))
+        grades[str(number)] = {number_of[docid]: int(grade) for docid, grade in judgments[qid].items()}
+        # Scores from the ranks, because trec_eval would reorder ties of the run's own scores by document id.
+        scores[str(number)] = {number_of[docid]: -float(rank) for rank, docid in enumerate(run[qid])}
+    values: dict[str, dict[str, float]] = {}
+    for measure in measures:
+        try:
+            found = {found.query_id: found.value for found in ir_measures.iter_calc([measure], grades, scores)}
+        except Exception as error:  # each provider raises its own; some are programs that fail
+            raise RunError(
+                f"measure is {str(measure)!r}, which ir-measures cannot compute on these judgments "
+                f"({type(error).__name__}: {first_line(error)}). Correct its parameters, or use another measure."
+            ) from error
+        values[str(measure)] = {qids[int(number) - 1]: float(value) for number, value in found.items()}
+    return values
 
 
 def comparison_table(comparisons: Sequence[MeasureComparison]) -> str:

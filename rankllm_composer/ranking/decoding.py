@@ -55,6 +55,11 @@ class FirstTokenAnswer:
         """Candidates, best first; those without a score follow in their input order."""
         return permutation_from_scores(self.scores)
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether no candidate has a score, so that the presented order is kept."""
+        return bool(np.isneginf(self.scores).all())
+
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
@@ -67,6 +72,11 @@ class GeneratedAnswer:
     def permutation(self) -> tuple[int, ...]:
         """Candidates, best first."""
         return self.parsed.permutation
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the answer names no candidate, so that the presented order is kept."""
+        return self.parsed.num_missing == len(self.permutation)
 
 
 def score_windows_first_token(

@@ -6,9 +6,11 @@ Finished queries are kept on disk, so that a stopped job resumes.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,7 +94,7 @@ def rerank_files(
     The measures are stored in `OUTPUT.figures.json`, see `comparison.write_rerank_result`.
 
     Args:
-        folder: an exported model with its decoding contract.
+        folder: a model as in `Reranker.from_pretrained`.
         files: inputs and output.
         options: how to rerank; None for the defaults.
         measures: names of measures as in ir-measures.
@@ -102,6 +104,7 @@ def rerank_files(
         ValueError: a file, the model or an option cannot be used.
     """
     options = options or RerankOptions()
+    _check_output(Path(files.output))
     notes: list[str] = []
     queries, collection = files.queries or files.first_stage, files.documents or files.first_stage
     texts, first_stage = load_queries(queries), load_run(files.first_stage, files.duplicates, notes.append)
@@ -110,7 +113,7 @@ def rerank_files(
     if files.judgments is not None and grades is not None:
         require_shared("query", (Path(files.judgments).name, grades), (Path(files.first_stage).name, first_stage))
     chosen = {qid: first_stage[qid] for qid in texts if qid in first_stage}
-    if grades is not None and chosen:
+    if grades is not None:
         compare_runs(chosen, chosen, grades, measures)  # fails now, not after hours, if it cannot be measured
     documents = load_documents(collection, {id for docids in chosen.values() for id in docids[: options.top_k]})
     reranker = Reranker.from_pretrained(folder, options)
@@ -130,7 +133,7 @@ def rerank_files(
     if grades is None:
         return RerankReport(tuple(ranked), None, "\n".join(lines))
     rows = compare_runs(first_stage, {query.qid: query.docids for query in ranked}, grades, measures)
-    model = str(Path(folder).resolve())
+    model = str(Path(folder).resolve() if Path(folder).is_dir() else folder)
     result = RerankResult(name or Path(files.first_stage).stem, model, reranker.decoding, tuple(rows))
     write_rerank_result(f"{files.output}{FIGURES_SUFFIX}", result)
     lines += ["", f"{result.name}: {len(rows[0].reranked)} queries", comparison_table(rows), "", *query_lines(rows[0])]
@@ -168,6 +171,7 @@ def rerank_run(
             f"run: none of its {len(first_stage)} queries is among the {len(queries)} queries given. Check that both "
             "are of the same collection."
         )
+    reranker.check_queries({qid: queries[qid] for qid in qids}, first_stage)
     presented = hashlib.blake2b(digest_size=16)
     for qid in qids:
         texts = [qid, queries[qid], *(text for docid in first_stage[qid] for text in (docid, documents.get(docid)))]
@@ -219,6 +223,27 @@ def _answer_statistics(queries: Sequence[RerankedQuery]) -> Iterator[str]:
         if num_windows and None not in counts:
             num = sum(count or 0 for count in counts)
             yield f"{num} of {num_windows} {what} ({num / num_windows:.1%})"
+    if num := sum(query.num_unread for query in queries):
+        yield f"{num} of {num_windows} windows kept the first stage's order, as their answer names no candidate"
+    if num := sum(query.num_client_empties for query in queries):
+        yield (
+            f"{num} of {num_windows} windows hold passages without spaces that are too long, cut here between "
+            "characters; rank_llm would show every passage of these windows empty"
+        )
+    if num := sum(query.num_emptied for query in queries):
+        yield f"{num} passages were shown empty, as nothing of them fits the context"
+
+
+def _check_output(output: Path) -> None:
+    """Raise RunError if the run could not be written at the end."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise RunError(f"{output}: the run cannot be written ({error.strerror}). Name another output.") from error
 
 
 @contextmanager

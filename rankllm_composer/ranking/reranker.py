@@ -13,9 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankllm_composer.errors import ModelError, RunError, first_line
+import torch
+
+from rankllm_composer.errors import RunError, first_line
 from rankllm_composer.options import Decoding, RerankOptions
-from rankllm_composer.prompts.contract import DecodingContract, chat_template_sha256, read_contract
+from rankllm_composer.prompts.chat import identifier_token_ids
+from rankllm_composer.prompts.contract import DecodingContract
 from rankllm_composer.prompts.windows import fit_window, sliding_spans
 from rankllm_composer.ranking.decoding import (
     FirstTokenAnswer,
@@ -23,6 +26,7 @@ from rankllm_composer.ranking.decoding import (
     generate_windows,
     score_windows_first_token,
 )
+from rankllm_composer.ranking.served_model import load_served_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +62,9 @@ class RerankedQuery:
         num_windows: number of windows read.
         num_opened: windows in which the model's first token was `[`; None with generation.
         num_malformed: windows whose answer deviated from the requested format; None with first-token decoding.
+        num_unread: windows that kept their order because their answer named no candidate.
+        num_emptied: passages that were shown empty in a window, because not one piece of each fits.
+        num_client_empties: windows in which the inference client would show every passage empty.
     """
 
     qid: str
@@ -65,6 +72,9 @@ class RerankedQuery:
     num_windows: int
     num_opened: int | None
     num_malformed: int | None
+    num_unread: int = 0
+    num_emptied: int = 0
+    num_client_empties: int = 0
 
 
 class Reranker:
@@ -80,6 +90,7 @@ class Reranker:
         decoding: the decoding used: that of the options, else the one that the model was trained for.
     Raises:
         RunError: the model does not support the options.
+        PromptError: the decoding needs identifiers of one token, and the tokenizer has others.
         ModelError: the contract does not allow the window or its stride.
     """
 
@@ -95,9 +106,9 @@ class Reranker:
         options = options or RerankOptions()
         self.model = model
         self.tokenizer = tokenizer
-        self.contract = dataclasses.replace(
-            contract, window_size=options.window_size or contract.window_size, stride=options.stride or contract.stride
-        )
+        window = options.window_size or contract.window_size
+        stride = contract.stride if window == contract.window_size else min(contract.stride, max(1, window // 2))
+        self.contract = dataclasses.replace(contract, window_size=window, stride=options.stride or stride)
         self.options = options
         self.name = name
         trained_for: Decoding = "generation" if contract.objective == "generation" else "first_token"
@@ -109,35 +120,22 @@ class Reranker:
             )
         if options.constrained and self.decoding != "generation":
             raise RunError(f"constrained has no effect on {self.decoding} decoding. Leave it out, or use generation.")
+        if options.constrained or (self.decoding == "first_token" and contract.identifier_style == "numbers"):
+            identifier_token_ids(tokenizer, window, contract.identifier_style)  # fails now, not at the first window
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, options: RerankOptions | None = None) -> Reranker:
-        """Load an exported Hugging Face folder with its `reranker.json`; options None means the defaults.
+        """Load a model: an exported folder with its `reranker.json`, or any Hugging Face folder or id.
+
+        Without `reranker.json` the options have to give `decoding` (or `objective`), `identifiers` and `window_size`.
 
         Raises:
-            ModelError: the folder has no contract, or a tokenizer with another chat template than its contract states.
-            RunError: the folder contains no model that loads, or the model does not support the options.
+            ModelError: it cannot be loaded, or its tokenizer has another chat template than its contract states.
+            RunError: it has no contract and the options do not replace it, or it does not support the options.
         """
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         options = options or RerankOptions()
-        contract = read_contract(folder)
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = options.dtype or ("float32" if device == "cpu" else "auto")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
-            model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{folder} contains no model that loads: {first_line(error)}. Export the model again."
-            ) from error
-        if chat_template_sha256(tokenizer) != contract.chat_template_sha256:
-            raise ModelError(
-                f"{folder}: the tokenizer's chat template is not the one that the model was trained with (the hash in "
-                "reranker.json). Export the model again, or restore the tokenizer's files."
-            )
-        return cls(model.to(device).eval(), tokenizer, contract, options, name=_folder_version(folder))
+        model, tokenizer, contract, name = load_served_model(folder, options)
+        return cls(model, tokenizer, contract, options, name=name)
 
     def rerank(self, query: str, passages: Sequence[str]) -> list[RankedPassage]:
         """Rank passages, given in the order of the first stage, by their relevance to a query.
@@ -229,29 +227,49 @@ class Reranker:
                 return
             unfinished = [state for state in active if state.spans]
             windows = [
-                fit_window(
+                self._window(
                     f"{state.qid}:{state.spans[0][0]}-{state.spans[0][1]}",
                     queries[state.qid],
                     [documents[docid] for docid in state.docids[slice(*state.spans[0])]],
-                    self.tokenizer,
-                    style=self.contract.identifier_style,
-                    context_size_tokens=self.contract.context_size_tokens,
-                    max_passage_words=self.contract.max_passage_words,
                 )
                 for state in unfinished
             ]
-            for state, answer in zip(unfinished, self._answer(windows)):
-                state.apply(answer)
+            for state, window, answer in zip(unfinished, windows, self._answer(windows)):
+                state.apply(window, answer)
             on_windows(len(windows))
             yield from (state for state in active if not state.spans)
             active = [state for state in active if state.spans]
 
+    def check_queries(self, queries: Mapping[str, str], first_stage: Mapping[str, Sequence[str]]) -> None:
+        """Raise PromptError if the longest window of a query does not fit the context even without passages."""
+        for qid, query in queries.items():
+            longest = max((stop - start for start, stop in self.spans(len(first_stage[qid]))), default=0)
+            if longest:
+                self._window(qid, query, [""] * longest)
+
+    def _window(self, window_id: str, query: str, texts: Sequence[str]) -> Window:
+        return fit_window(
+            window_id,
+            query,
+            texts,
+            self.tokenizer,
+            style=self.contract.identifier_style,
+            context_size_tokens=self.contract.context_size_tokens,
+            max_passage_words=self.contract.max_passage_words,
+        )
+
     def _answer(self, windows: Sequence[Window]) -> Sequence[FirstTokenAnswer | GeneratedAnswer]:
         shared = (self.model, self.tokenizer, windows, self.contract)
         batch_tokens = self.options.batch_tokens
-        if self.decoding == "first_token":
-            return score_windows_first_token(*shared, batch_tokens=batch_tokens, attention=self.options.attention)
-        return generate_windows(*shared, batch_tokens=batch_tokens, constrained=self.options.constrained)
+        try:
+            if self.decoding == "first_token":
+                return score_windows_first_token(*shared, batch_tokens=batch_tokens, attention=self.options.attention)
+            return generate_windows(*shared, batch_tokens=batch_tokens, constrained=self.options.constrained)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"the device is out of memory with batch_tokens {batch_tokens} ({first_line(error)}). Lower "
+                "--batch-tokens, and rerun the same command to resume."
+            ) from error
 
 
 @dataclass(slots=True)
@@ -263,9 +281,13 @@ class _QueryState:
     spans: list[tuple[int, int]]
     answers: list[FirstTokenAnswer | GeneratedAnswer] = field(default_factory=list)
     log_probabilities: dict[str, float] = field(default_factory=dict)
+    num_emptied: int = 0
+    num_client_empties: int = 0
 
-    def apply(self, answer: FirstTokenAnswer | GeneratedAnswer) -> None:
+    def apply(self, window: Window, answer: FirstTokenAnswer | GeneratedAnswer) -> None:
         """Reorder the next window."""
+        self.num_emptied += window.num_emptied
+        self.num_client_empties += window.client_empties
         start, stop = self.spans.pop(0)
         presented = self.docids[start:stop]
         self.docids[start:stop] = [presented[i] for i in answer.permutation]
@@ -280,14 +302,13 @@ class _QueryState:
         else:
             parsed = [answer.parsed for answer in self.answers if isinstance(answer, GeneratedAnswer)]
             malformed = sum(not answer.is_well_formed for answer in parsed)
-        return RerankedQuery(self.qid, tuple(self.docids), len(self.answers), opened, malformed)
-
-
-def _folder_version(folder: str | Path) -> str:
-    """Path of a model folder and a hash of the names, sizes and times of its files."""
-    import hashlib
-
-    folder = Path(folder).resolve()
-    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-    versions = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
-    return f"{folder} {hashlib.blake2b(repr(versions).encode(), digest_size=8).hexdigest()}"
+        return RerankedQuery(
+            self.qid,
+            tuple(self.docids),
+            len(self.answers),
+            opened,
+            malformed,
+            num_unread=sum(answer.is_unread for answer in self.answers),
+            num_emptied=self.num_emptied,
+            num_client_empties=self.num_client_empties,
+        )

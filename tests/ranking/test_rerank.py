@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import ir_measures
 import numpy as np
 import pytest
 import torch
@@ -570,6 +571,51 @@ def test_runs_that_cannot_be_compared_are_refused():
         compare_runs({"a": ["1"]}, {"a": ["1"]}, {"b": {"1": 1}})
 
 
+@pytest.mark.parametrize("name", ["ERR@10", "nDCG(dcg='exp-log2')@10", "nERR@5", "P(rel=2)@3"])
+def test_ids_of_any_kind_are_measured(name):
+    """Providers that read only numbers, or files with spaces between ids, give what they give for plain numbers."""
+    first, second = {"7": ["1", "2", "3"], "8": ["4", "1"]}, {"7": ["3", "1", "2"], "8": ["4", "1"]}
+    judgments = {"7": {"3": 2, "2": 1, "9": 1}, "8": {"1": 3, "4": 0}}
+    if name == "nERR@5":
+        with pytest.raises(RunError, match="measure is 'nERR@5'; expected a name of ir-measures"):
+            compare_runs(first, second, judgments, [name])
+        return
+
+    def renamed(texts):
+        return f"q {texts} é>|" if isinstance(texts, str) else [f"doc #{text}\t{{" for text in texts]
+
+    strange = [{renamed(qid): renamed(docids) for qid, docids in run.items()} for run in (first, second)]
+    grades = {renamed(qid): dict(zip(renamed(judged), judged.values())) for qid, judged in judgments.items()}
+    (plain,), (odd,) = compare_runs(first, second, judgments, [name]), compare_runs(*strange, grades, [name])
+    measure = ir_measures.parse_measure(name)
+    for values, own, run in ((plain.first_stage, odd.first_stage, first), (plain.reranked, odd.reranked, second)):
+        scores = {qid: {docid: -float(i) for i, docid in enumerate(docids)} for qid, docids in run.items()}
+        theirs = {row.query_id: row.value for row in ir_measures.iter_calc([measure], judgments, scores)}
+        assert values == theirs and own == {renamed(qid): value for qid, value in theirs.items()}
+    assert plain.comparison.second_mean > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nDCG@0",
+        "P@-1",
+        "RR@5.5",
+        "Judged@0",
+        "alpha_nDCG@10",
+        "INST",
+        "BPM",
+        "SetF(beta=0)",
+        "P(rel=0)@5",
+        "AP@x",
+        "R@True",
+    ],
+)
+def test_measures_that_no_provider_computes_are_said_in_words(name):
+    with pytest.raises(RunError, match=r"^measure is .*\. (Correct|Use) "):
+        compare_runs({"a": ["1"]}, {"a": ["1"]}, {"a": {"1": 1}}, [name])
+
+
 # From an exported folder
 
 
@@ -632,7 +678,7 @@ def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
         arguments += [f"--{name}", str(files[key])]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--card"])
-    assert ended.value.code == 2 and "--card and --name need --qrels" in capsys.readouterr().err
+    assert ended.value.code == 2 and "--card, --name and --measure need --qrels" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--qrels", str(files["judgments"]), "--name", "dl20-bm25", "--card"])
     assert not ended.value.code
@@ -659,10 +705,11 @@ def test_loading_a_reranker(exported, tmp_path):
     model, tokenizer, contract = reranker.model, reranker.tokenizer, reranker.contract
     assert not model.training and contract.window_size == 6
     assert Reranker.from_pretrained(exported, RerankOptions(dtype="bfloat16")).model.dtype == torch.bfloat16
-    with pytest.raises(ModelError, match="no contract"):
+    with pytest.raises(RunError, match=r"has no reranker\.json"):
+        new_tokenizer().save_pretrained(tmp_path)
         Reranker.from_pretrained(tmp_path)
     (tmp_path / "reranker.json").write_text(contract.to_json())
-    with pytest.raises(RunError, match="contains no model that loads"):
+    with pytest.raises(ModelError, match="cannot load"):
         Reranker.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     tokenizer.chat_template += " "

@@ -1,0 +1,179 @@
+"""The model that reranks: any Hugging Face folder or id, and how it is prompted and read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankllm_composer.errors import ModelError, RunError, first_line
+from rankllm_composer.options import ModelOptions, ObjectiveName, RerankOptions
+from rankllm_composer.prompts.contract import (
+    CONTRACT_FILE,
+    DecodingContract,
+    chat_template_sha256,
+    decoding_contract,
+    read_contract,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+def load_served_model(
+    name_or_path: str | Path, options: RerankOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DecodingContract, str]:
+    """Load a model to rerank with, its tokenizer, its contract, and a name with its version.
+
+    Raises:
+        ModelError: it cannot be loaded, or its tokenizer has another chat template than its contract states.
+        RunError: it has no `reranker.json` and the options do not replace it, or the device cannot be used.
+    """
+    import torch
+
+    from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
+    from rankllm_composer.model.remote_code import code_refused
+
+    name = str(name_or_path)
+    given = read_given_contract(name, options)
+    source = ModelOptions(name_or_path=name, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    with code_refused(name):
+        tokenizer = load_tokenizer(source)
+    contract = served_contract(name, given, tokenizer, options)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device is {device!r}, which torch cannot use ({first_line(error)}). Use cpu.") from error
+    with code_refused(name):
+        model = load_causal_lm(source, dtype=_dtype(source, options, place))
+    version = _folder_version(Path(name)) if Path(name).is_dir() else f"{name} {_commit(model)}"
+    return model.to(place).eval(), tokenizer, contract, version
+
+
+def read_given_contract(name: str, options: RerankOptions) -> DecodingContract | None:
+    """Contract of a local folder or a hub id; None if it has none."""
+    if Path(name).is_dir():
+        check_weight_files(Path(name))
+        return read_contract(name) if Path(name, CONTRACT_FILE).is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            name,
+            CONTRACT_FILE,
+            revision=options.revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model: there is no folder {name!r}, and the Hugging Face Hub has no such model ({first_line(error)}). "
+            "Correct the path or the id."
+        ) from error
+    return None if found is None else read_contract(Path(found).parent)
+
+
+def served_contract(
+    name: str, given: DecodingContract | None, tokenizer: PreTrainedTokenizerBase, options: RerankOptions
+) -> DecodingContract:
+    """The contract that a model came with, or the one that the options describe.
+
+    Raises:
+        ModelError: the tokenizer has another chat template than the contract states, or none.
+        RunError: the options contradict the contract, or leave something open where there is none.
+    """
+    if given is None:
+        return _described_contract(name, tokenizer, options)
+    if chat_template_sha256(tokenizer) != given.chat_template_sha256:
+        raise ModelError(
+            f"{name}: the tokenizer's chat template is not the one that the model was trained with (the hash in "
+            "reranker.json). Export the model again, or restore the tokenizer's files."
+        )
+    for option, wanted, trained in (
+        ("objective", options.objective, given.objective),
+        ("identifiers", options.identifiers, given.identifier_style),
+    ):
+        if wanted is not None and wanted != trained:
+            raise RunError(
+                f"{option} is {wanted}, but {name} was trained with {trained} (reranker.json). Leave it out."
+            )
+    if options.context_size_tokens is None:
+        return given
+    return dataclasses.replace(given, context_size_tokens=options.context_size_tokens)
+
+
+def _described_contract(name: str, tokenizer: PreTrainedTokenizerBase, options: RerankOptions) -> DecodingContract:
+    of_decoding: dict[str | None, ObjectiveName] = {"first_token": "combined", "generation": "generation"}
+    objective = options.objective or of_decoding.get(options.decoding)
+    missing = [
+        example
+        for value, example in (
+            (objective, "--decoding generation (or first_token, for a model trained with a ranking loss)"),
+            (options.identifiers, "--identifiers letters (or numbers)"),
+            (options.window_size, "--window 20"),
+        )
+        if value is None
+    ]
+    if missing:
+        raise RunError(
+            f"{name} has no {CONTRACT_FILE}, so how to prompt and read it has to be given. Add what it was trained "
+            f"with: {', '.join(missing)}."
+        )
+    assert objective is not None and options.identifiers is not None and options.window_size is not None
+    return decoding_contract(
+        tokenizer,
+        objective,
+        options.identifiers,
+        num_identifiers=options.window_size,
+        stride=options.stride,
+        context_size_tokens=options.context_size_tokens or 4096,
+    )
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise ModelError if the index of a folder's weights names a file outside the folder, or cannot be read."""
+    path = folder / WEIGHTS_INDEX
+    if not path.is_file():
+        return
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} cannot be read ({error!r}). Export or download the model again.") from error
+    outside = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
+    if outside:
+        raise ModelError(f"{path} names the file {outside[0]!r}, which is not in its folder. Do not use this model.")
+
+
+def _dtype(source: ModelOptions, options: RerankOptions, device: torch.device) -> torch.dtype:
+    import torch
+
+    if options.dtype is not None:
+        return getattr(torch, options.dtype)  # type: ignore[no-any-return]
+    if device.type == "cpu":
+        return torch.float32
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        source.name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    return config.torch_dtype or torch.float32
+
+
+def _commit(model: PreTrainedModel) -> str:
+    return str(getattr(model.config, "_commit_hash", None))
+
+
+def _folder_version(folder: Path) -> str:
+    """Path of a model folder and a hash of the names, sizes and times of its files."""
+    folder = folder.resolve()
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    versions = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    return f"{folder} {hashlib.blake2b(repr(versions).encode(), digest_size=8).hexdigest()}"
