@@ -28,10 +28,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+sources_app = typer.Typer(help="Look at files before lists are built or reranked from them.", no_args_is_help=True)
 shards_app = typer.Typer(help="Build, merge and check sets of training lists (MDS shards).", no_args_is_help=True)
 
 
 app.add_typer(shards_app, name="shards")
+app.add_typer(sources_app, name="sources")
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -68,6 +70,17 @@ def _options(
 
 Output = Annotated[str, typer.Option(help="Folder or URL (s3://, gs://, …) of the set.")]
 Target = Annotated[str, typer.Argument(help="Folder or URL of the set.")]
+
+
+@sources_app.command("look")
+def sources_look(
+    files: Annotated[list[str], typer.Argument(help="Files, BEIR folders or irds:ID, in any order.")],
+) -> None:
+    """Print what files are taken for, what joins with what and how many ids match, and one list made from them."""
+    from rankllm_composer.sources.look import look
+
+    for line in look(files):
+        screen.say(line)
 
 
 @shards_app.command("build")

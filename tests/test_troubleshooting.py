@@ -24,6 +24,7 @@ from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.ranking.decoding import check_not_nan
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.sources.retrieval_files import load_queries, require_shared
 from rankllm_composer.training import assembly
 from rankllm_composer.training.guards import LossGuard
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
@@ -58,6 +59,15 @@ def no_local(tools: Tools) -> None:
 
 def no_shards(tools: Tools) -> None:
     prepare_shards(first_mistral(f"data.train.local={tools.folder}", "data.train.source=null").data.train, "data.train")
+
+
+def files_apart(tools: Tools) -> None:
+    require_shared("query", ("run", ["q1"]), ("queries", {"x": "text"}))
+
+
+def another_file(tools: Tools) -> None:
+    (tools.folder / "bm25.trec").write_text("1 Q0 d1 1 9.5 bm25\n")
+    load_queries(tools.folder / "bm25.trec")
 
 
 def merged_identifiers(tools: Tools) -> None:
@@ -129,6 +139,8 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "is an unknown key": unknown_key,
     "data.train.local": no_local,
     "data.train: no shards": no_shards,
+    "share no query id": files_apart,
+    "found …, read as": another_file,
     "is several tokens": merged_identifiers,
     "has no chat template": no_template,
     "model.attention": no_flash,

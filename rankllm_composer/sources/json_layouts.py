@@ -63,7 +63,12 @@ def is_document(value: Any) -> bool:
 def is_flat_judgment(value: Any) -> bool:
     """The ids of a query and of a document, and a number."""
     ids = find_key(value, _FLAT_QUERY_IDS), find_key(value, _FLAT_DOCUMENT_IDS)
-    return None not in ids and any(name in value for name in _GRADES)
+    return None not in ids and "corpus-id" not in value and any(name in value for name in _GRADES)
+
+
+def is_beir_judgment(value: Any) -> bool:
+    """`query-id`, `corpus-id` and `score`, where the score is a grade."""
+    return isinstance(value, Mapping) and {"query-id", "corpus-id", "score"} <= value.keys()
 
 
 def is_text_by_id(value: Any) -> bool:

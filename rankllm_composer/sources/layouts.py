@@ -72,6 +72,7 @@ LAYOUTS = (
     ),
     Layout("conversational topics with turns", _has("turn")),
     Layout("requests of OpenAI's batch API, without answers", _has("custom_id", "body")),
+    Layout("judgments of BEIR", objects.is_beir_judgment, {"judgments": objects.flat_judgment}),
     Layout(
         "pairs of a query and a document with a number",
         objects.is_flat_judgment,

@@ -23,7 +23,8 @@ from rankllm_composer.sources.layouts import PARTS, Layout, Part, layout_of
 
 IRDS = "irds:"
 Duplicates = Literal["stop", "first"]
-_BEIR_FILES: dict[Part, str] = {"queries": "queries.jsonl", "docs": "corpus.jsonl", "judgments": "qrels/test.tsv"}
+BEIR_FILES: dict[Part, str] = {"queries": "queries.jsonl", "docs": "corpus.jsonl", "judgments": "qrels/test.tsv"}
+"""Files of a folder in BEIR's layout."""
 
 
 def read_part(source: str | Path, part: Part) -> Iterator[Any]:
@@ -44,7 +45,7 @@ def file_of(source: str | Path, part: Part) -> Path:
     path = Path(source)
     if not path.is_dir():
         return path
-    name = _BEIR_FILES.get(part)
+    name = BEIR_FILES.get(part)
     for ending in ("", ".gz", ".zst"):
         if name is not None and (path / f"{name}{ending}").is_file():
             return path / f"{name}{ending}"

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,12 +17,13 @@ from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts import user_turn
 from rankllm_composer.prompts.permutations import parse_permutation
+from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, parse_user_turn
 from rankllm_composer.sources.entries import Judgment, RunLine
 from rankllm_composer.sources.lists import candidate_lists, teacher_order
-from rankllm_composer.sources.records import read_records
-from rankllm_composer.sources.retrieval_files import read_part
-from rankllm_composer.sources.trec import TrecSource
+from rankllm_composer.sources.records import Dropped, Noted, read_records
+from rankllm_composer.sources.retrieval_files import load_run, read_part
+from rankllm_composer.sources.trec import PARTLY_ORDERED, TrecSource
 
 QUERIES = {"q1": "sea [1] birds", "q2": "old maps"}
 DOCS = {"d1": "gulls and terns", "d2": "the mole", "d3": "auks [2] fly", "d4": "a  chart\nof 1600", "d5": "ink"}
@@ -172,6 +174,128 @@ def test_the_scores_are_the_order_and_depth_cuts_it(tmp_path):
     Path(files["run"]).write_text("".join(reversed(lines)))
     assert build(tmp_path, files=files)[0][0][1].docids == ("d2", "d1", "d3", "d5")
     assert build(tmp_path, files=files, depth=3)[0][0][1].docids == ("d2", "d1", "d3")
+
+
+def write_run(path: Path, lines: list[str]) -> str:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+def ranked_by_trec_eval(lines: list[str]) -> list[str]:
+    """Documents of query q1 as trec_eval orders them, each found as the only relevant one by its reciprocal rank."""
+    scores = {docid: float(score) for _, _, docid, _, score, _ in (line.split() for line in lines)}
+    place = {}
+    for docid in scores:
+        evaluator = pytrec_eval.RelevanceEvaluator({"q1": {docid: 1}}, {"recip_rank"})
+        place[docid] = round(1 / evaluator.evaluate({"q1": scores})["q1"]["recip_rank"])
+    return sorted(scores, key=place.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("lines", "noted"),
+    [
+        (["q1 Q0 d2 0 1.5 t", "q1 Q0 d1 0 9.5 t", "q1 Q0 d3 0 -2 t"], "disagree with the scores"),
+        (["q1 Q0 d1 1 5 t", "q1 Q0 d3 2 5 t", "q1 Q0 d2 3 5 t"], "differ among equal scores"),
+        (["q1 Q0 d1 1 17.123456789 t", "q1 Q0 d2 2 17.123456788 t"], "differ among equal scores"),  # equal in 32 bits
+        (["q1 Q0 d1 1.0 1e3 t", "q1 Q0 d2 2.0 9.5e2 t"], None),
+        (["q1 Q0 d2 2 1 t", "q1 Q0 d1 1 2 t"], None),
+        (["q1 Q0 d1 1 1 t", "q1 Q0 d2 2 2 t"], "disagree with the scores"),
+    ],
+)
+def test_candidates_and_teachers_are_in_the_order_of_trec_eval(tmp_path, lines, noted):
+    order = ranked_by_trec_eval(lines)
+    assert load_run(write_run(tmp_path / "r", lines)) == {"q1": order}
+    files = write_files(tmp_path, grades=None) | {"teacher_run": str(tmp_path / "r")}
+    source = TrecSource(SourceOptions(**files, identifiers="numbers")).prepare(tmp_path)
+    first = next(source.items())
+    made = [entry for _, entry in source.records(first)]
+    record = made[-1]
+    best = [record.docids[i] for i in parse_permutation(record.response, 4, "numbers")]
+    assert best[: len(order)] == order
+    texts = [entry.what for entry in made if isinstance(entry, Noted)]
+    assert [noted in text for text in texts if "queries of r" in text] == ([True] if noted else [])
+    files = write_files(tmp_path) | {"run": str(tmp_path / "r")}
+    assert build(tmp_path, files=files, require_relevant=False)[0][0][1].docids == tuple(order)
+
+
+def test_lists_that_the_teacher_does_not_order_are_dropped_or_counted(tmp_path):
+    files = write_files(tmp_path, teacher={"q1": ["d1", "d9"], "q2": ["d8", "d7"]})
+    source = TrecSource(SourceOptions(**files, window=2, stride=2, lists_per_query=0)).prepare(tmp_path)
+    made = [entry for item in source.items() for _, entry in source.records(item)]
+    counts = Counter(entry for entry in made if not isinstance(entry, Record))
+    dropped = Dropped("lists without a candidate in the teacher's order")
+    assert counts == {dropped: 3, Noted(PARTLY_ORDERED): 1}  # q1: (d2, d1) in part, (d3, d5) not at all; q2: two lists
+    assert [entry.response for entry in made if isinstance(entry, Record)] == ["[B] > [A]"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": {"x": ["d1", "d2"]}}, "first.trec and queries.jsonl share no query id: first.trec has 'x'"),
+        (
+            {"docs": {"x1": "a"}},
+            "first.trec and docs.jsonl share no document id: first.trec has 'd2', docs.jsonl has 'x1'",
+        ),
+        ({"grades": {"q9": {"d1": 1}}}, "qrels.trec and queries.jsonl share no query id: qrels.trec has 'q9'"),
+        ({"grades": {"q1": {"D1": 1}}}, "qrels.trec and first.trec share no document id: qrels.trec has 'D1'"),
+        ({"teacher": {"q9": ["d1"]}}, "teacher.trec and queries.jsonl share no query id: teacher.trec has 'q9'"),
+        ({"teacher": {"q2": ["D1"]}}, "teacher.trec and first.trec share no document id: teacher.trec has 'D1'"),
+    ],
+)
+def test_files_that_share_no_id_are_an_error_that_shows_one_of_each(tmp_path, change, message):
+    with pytest.raises(SourceError) as caught:
+        build(tmp_path, files=write_files(tmp_path, **change))
+    assert message in str(caught.value)
+    assert str(caught.value).endswith("Check that they belong together.")
+
+
+def test_duplicates_in_a_run_stop_or_keep_the_highest_score(tmp_path):
+    files = write_files(tmp_path)
+    files["run"] = write_run(tmp_path / "r", ["q1 Q0 d1 1 9 t", "q1 Q0 d2 2 8 t", "q1 Q0 d1 3 7 t", "q1 Q0 d2 4 8 t"])
+    with pytest.raises(
+        SourceError, match=r"r:line 4: document 'd2' .*in line 2. Remove one, or set duplicates to first"
+    ):
+        load_run(files["run"])
+    assert load_run(files["run"], "first") == {"q1": ["d1", "d2"]}
+    with pytest.raises(RecordError, match="r:line 4"):
+        build(tmp_path, files=files)
+    assert build(tmp_path, files=files, duplicates="first")[0][0][1].docids == ("d1", "d2")
+
+
+def test_a_run_that_holds_queries_and_documents_needs_no_other_file(tmp_path):
+    candidates = [{"docid": docid, "score": 0, "doc": {"contents": DOCS[docid]}} for docid in RUN["q1"]]
+    rows = [{"query": {"qid": qid, "text": text}, "candidates": candidates} for qid, text in QUERIES.items()]
+    requests = write_run(tmp_path / "requests.jsonl", [json.dumps(row) for row in rows])
+    results = [row | {"candidates": candidates[::-1]} for row in rows]
+    teacher = write_run(tmp_path / "results.json", [json.dumps(results)])
+    records, dropped = build(tmp_path, files={"run": requests, "teacher_run": teacher})
+    assert [(record.id, record.docids, record.response) for _, record in records] == [
+        (f"{qid}-0", tuple(RUN["q1"]), "[D] > [C] > [B] > [A]") for qid in QUERIES
+    ]
+    assert parse_user_turn(records[0][1].user).query == "sea (1) birds"
+    assert not dropped
+    with pytest.raises(SourceError, match=r"found a TREC run, read as a first-stage run .*; expected queries"):
+        build(tmp_path, files={"run": write_files(tmp_path)["run"], "teacher_run": teacher})
+
+
+def test_permutations_order_the_lists_with_the_same_number(tmp_path):
+    passages = [{"docid": docid, "text": text} for docid, text in DOCS.items()]
+    rows = [
+        {"query": f"query {number}", "positive_passages": passages[:1], "retrieved_passages": passages[:size]}
+        for number, size in enumerate((3, 2, 3))
+    ]
+    run = write_run(tmp_path / "marco.jsonl", [json.dumps(row) for row in rows])
+    (tmp_path / "gpt.json").write_text(json.dumps(["[2] > [3] > [1]", "I am sorry.", "[3] > [3] > [9] > [1]"]))
+    files = {"run": run, "teacher_run": str(tmp_path / "gpt.json"), "judgments": run}
+    records, dropped = build(tmp_path, files=files)
+    assert [(record.id, record.response, record.grades) for _, record in records] == [
+        ("0-0", "[B] > [C] > [A]", (1, 0, 0)),
+        ("2-0", "[C] > [A] > [B]", (1, 0, 0)),
+    ]
+    assert dropped == {"queries without a teacher's order": 1}
+    trec = write_files(tmp_path) | {"teacher_run": str(tmp_path / "gpt.json")}
+    with pytest.raises(SourceError, match=r"which has no such list\. Name the run whose lists were permuted"):
+        build(tmp_path, files=trec)
 
 
 @pytest.mark.parametrize(("words", "expected"), [(2, "Title: Auks"), (4, "Title: Auks Content: auks")])
