@@ -6,17 +6,18 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support import guarded_updates
+from support import exporting, guarded_updates
 from support.launching import REPOSITORY
 from support.real_tokenizers import build_tokenizer
 from support.small_run import mark_trained
 from support.synthetic_records import conversation
-from support.tiny_rerankers import new_contract, new_tokenizer
+from support.tiny_rerankers import new_contract, new_tokenizer, record_of
 
 from rankllm_composer.model.attention import choose_attention
 from rankllm_composer.prompts.chat import check_tokenizer
@@ -26,6 +27,7 @@ from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.sources.retrieval_files import load_queries, require_shared
 from rankllm_composer.training import assembly
+from rankllm_composer.training.dry_run import check_space
 from rankllm_composer.training.guards import LossGuard
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
 
@@ -115,10 +117,19 @@ def bad_loss(tools: Tools) -> None:
 
 
 def no_relevant_window(tools: Tools) -> None:
-    windows = SimpleNamespace(num_samples=1, record=lambda number: SimpleNamespace(grades=(0, 0)))
+    windows = SimpleNamespace(num_samples=1, record=lambda number: replace(record_of([0, 1]), grades=(0, 0)))
     tools.patch.setattr(assembly, "build_dataset", lambda *_: windows)
     keys = ["data.eval={local: windows}", "evaluation={best_by: first_token/ndcg@10}"]
     assembly.build_validation(first_mistral(*keys), new_contract(new_tokenizer()), new_tokenizer())
+
+
+def full_disk(tools: Tools) -> None:
+    check_space({tools.folder: ("export", 10**18)})
+
+
+def another_runs_export(tools: Tools) -> None:
+    exporting.write(tools.folder / "hf" / "epoch_0")
+    exporting.new_exporter(tools.folder / "hf").after_load(None, None)  # type: ignore[arg-type]
 
 
 def logits_that_are_nan(tools: Tools) -> None:
@@ -151,6 +162,8 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "another process is training in": another_process,
     "the loss is not finite": bad_loss,
     "evaluation.best_by is …": no_relevant_window,
+    "GB free, but one of each": full_disk,
+    "is the export of another run": another_runs_export,
     "logits contain NaN": logits_that_are_nan,
     "evaluation.best_by is set": exports_at_other_times,
 }

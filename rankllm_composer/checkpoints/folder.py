@@ -1,16 +1,17 @@
 """Checkpoints on disk: written completely or not at all, found by batch number, pruned to the newest.
 
 A checkpoint is a folder such as `ep1-ba200` with the files that Composer writes (one per rank, or one) and a
-`checkpoint.json`, written last, that lists them with their sizes. A folder without it, or in which a file is missing or
-short, is incomplete and never read.
+`checkpoint.json`, written last, that lists them with their sizes and SHA-256. A folder without it, or in which a file
+is missing or short, is incomplete and never read; one in which a file holds something else is damaged and refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 
 from rankllm_composer.errors import CheckpointError
 from rankllm_composer.storage.atomic import publish_folder, write_atomic
+from rankllm_composer.storage.content import differing_files
 
 MANIFEST = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"ep(\d{1,18})-ba(\d{1,18})", re.ASCII)
 _STAGE = ".partial"
 
@@ -36,6 +38,7 @@ class Manifest:
     weights: Mapping[str, list[int]]  # name → shape
     callbacks: list[str]  # Composer callbacks with a state in the checkpoint
     files: Mapping[str, int]  # name → bytes
+    sha256: Mapping[str, str]  # name → SHA-256 of the content
     format: int = FORMAT
 
     @property
@@ -43,20 +46,29 @@ class Manifest:
         return f"ep{self.epoch}-ba{self.batch}"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps({**asdict(self), "checksum": self.checksum()}, indent=1) + "\n"
+
+    def checksum(self) -> str:
+        """SHA-256 of the manifest itself."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def parse_manifest(text: str | bytes) -> Manifest | None:
     """Parse a `checkpoint.json`; None if it is damaged or of another format."""
     try:
-        manifest = Manifest(**json.loads(text))
-    except (ValueError, TypeError, RecursionError):
+        values = json.loads(text)
+        checksum = values.pop("checksum", None)
+        manifest = Manifest(**values)
+        if manifest.checksum() != checksum:
+            return None
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     is_valid = (
         _NAME.fullmatch(manifest.name) is not None
         and all(_is_count(number) for number in (manifest.batch, manifest.epoch, manifest.num_ranks, manifest.format))
         and isinstance(manifest.is_sharded, bool)
-        and all(isinstance(table, dict) for table in (manifest.weights, manifest.files))
+        and all(isinstance(table, dict) for table in (manifest.weights, manifest.files, manifest.sha256))
+        and manifest.files.keys() == manifest.sha256.keys()
         and isinstance(manifest.callbacks, list)
         and all(isinstance(name, str) for name in manifest.callbacks)
         and all(_is_count(size) and _is_file_name(name) for name, size in manifest.files.items())
@@ -90,6 +102,24 @@ def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     return sorted(found, key=lambda pair: (pair[1].batch, pair[1].epoch))
 
 
+def damaged_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints with a manifest that were complete once, but are not what it says, oldest first."""
+    found = [path for path in _checkpoint_folders(folder) if (path / MANIFEST).exists() and read_manifest(path) is None]
+    return sorted(found, key=lambda path: batch_of(path.name))
+
+
+def damage_in(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None) -> str | None:
+    """Describe the damage in files of a checkpoint, by default in all; None if all are as they were written."""
+    names = manifest.files if names is None else names
+    differing = differing_files(checkpoint, {name: manifest.sha256[name] for name in names})
+    if not differing:
+        return None
+    return (
+        f"{checkpoint} is damaged (the SHA-256 of {', '.join(differing[:3])} is not that in {MANIFEST}). Remove "
+        f"{checkpoint} to resume from the checkpoint before it."
+    )
+
+
 def stage_folder(folder: Path) -> Path:
     """Return the folder in which the ranks write a checkpoint of `folder` until it is complete."""
     return folder / _STAGE
@@ -97,7 +127,8 @@ def stage_folder(folder: Path) -> Path:
 
 def clear_stage(folder: Path) -> None:
     """Remove what a killed run left of an unfinished checkpoint. Call it in one process."""
-    shutil.rmtree(stage_folder(folder), ignore_errors=True)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(stage_folder(folder))
     stage_folder(folder).mkdir(parents=True)
 
 

@@ -1,11 +1,13 @@
-"""Load checkpoints as data only: a pickle that references anything else is refused before it runs."""
+"""Load checkpoints as data only: a pickle that references anything else is refused before it runs; explain errors."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +32,8 @@ _INDEX_TYPES = {
     "torch.serialization": {"_get_layout"},
 }
 INDEX_NAME = ".metadata"
+_FULL_BYTES = 1 << 20
+"""A disk with less free space after a failed write was full; torch does not always report why a write failed."""
 
 
 def data_types() -> list[Any]:
@@ -99,3 +103,27 @@ def explain_unreadable(name: object, error: BaseException) -> str:
             "arbitrary code. Use a checkpoint from a run you trust."
         )
     return f"{name} is damaged ({first_line(error)}). Use an earlier checkpoint."
+
+
+def write_error(checkpoint: Path, error: BaseException) -> CheckpointError:
+    """Describe an error from writing a checkpoint, by torch or by the system."""
+    reason = _write_reason(checkpoint.parent, error)
+    return CheckpointError(
+        f"{checkpoint} could not be written ({reason}); earlier checkpoints are intact. Free space or "
+        "correct the permissions, then rerun the same command to resume."
+    )
+
+
+def _write_reason(folder: Path, error: BaseException) -> str:
+    """Return why a write failed: the error of the system behind torch's, or the last line of the error."""
+    errors = [error, *(failure[0] for failure in getattr(error, "failures", {}).values())]
+    for cause in errors:
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.strerror:
+                return cause.strerror
+            cause = cause.__cause__ or cause.__context__
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if shutil.disk_usage(parent).free < _FULL_BYTES:
+        return os.strerror(errno.ENOSPC)
+    lines = [line.strip() for line in str(errors[-1]).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(errors[-1]).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from rankllm_composer.checkpoints.folder import (
@@ -10,12 +11,14 @@ from rankllm_composer.checkpoints.folder import (
     Manifest,
     batch_of,
     clear_stage,
+    damage_in,
     parse_manifest,
     publish,
     stage_folder,
 )
-from rankllm_composer.errors import StoreError
+from rankllm_composer.errors import CheckpointError, StoreError
 from rankllm_composer.screen import get_logger
+from rankllm_composer.storage.content import differing_files
 from rankllm_composer.storage.object_store import RemoteFolder, StoredFile
 
 log = get_logger(__name__)
@@ -38,33 +41,66 @@ class CheckpointStore:
         """Return the newest complete copy, if any; raise StoreError if the store cannot be reached or cannot list."""
         listing = self._listing()
         for name in sorted(listing, key=batch_of, reverse=True):
-            if MANIFEST in listing[name]:
-                manifest = parse_manifest(self.folder.read(f"{name}/{MANIFEST}") or "")
-                if manifest is not None and manifest.name == name and _has_all(listing[name], manifest):
-                    return manifest
+            manifest = self._manifest(name, listing[name])
+            if manifest is not None:
+                return manifest
         return None
 
+    def _manifest(self, name: str, files: dict[str, StoredFile]) -> Manifest | None:
+        """Return the manifest of a copy; None if the copy is incomplete."""
+        if MANIFEST not in files:
+            return None
+        manifest = parse_manifest(self.folder.read(f"{name}/{MANIFEST}") or "")
+        return manifest if manifest is not None and manifest.name == name and _has_all(files, manifest) else None
+
     def fetch(self, manifest: Manifest, folder: Path) -> Path:
-        """Download a checkpoint into a local folder of checkpoints, complete or not at all (StoreError)."""
+        """Download a checkpoint into a local folder of checkpoints, complete or not at all (StoreError).
+
+        A file that arrives short or damaged is downloaded once more.
+        """
         clear_stage(folder)
         staged = stage_folder(folder) / manifest.name
         staged.mkdir()
-        for name, num_bytes in manifest.files.items():
-            path = self.folder.fetch(f"{manifest.name}/{name}", stage_folder(folder))
-            if not path.exists() or path.stat().st_size != num_bytes:
+        for name, digest in manifest.sha256.items():
+            for _ in range(2):
+                (staged / name).unlink(missing_ok=True)
+                self.folder.fetch(f"{manifest.name}/{name}", stage_folder(folder))
+                if not differing_files(staged, {name: digest}):
+                    break
+            else:
+                copy = f"{self.folder.name}/{manifest.name}"
                 raise StoreError(
-                    f"checkpoint.folder: {self.folder.name}/{manifest.name}/{name} is missing or short; expected "
-                    f"{num_bytes} bytes. Rerun the same command."
+                    f"checkpoint.folder: {copy}/{name} is missing, short or damaged; expected {manifest.files[name]} "
+                    f"bytes with the SHA-256 in {MANIFEST}. Rerun the same command, or remove {copy} to resume from "
+                    "the checkpoint before it."
                 )
         return publish(folder, manifest)
 
-    def start_upload(self, checkpoint: Path, manifest: Manifest) -> None:
-        """Wait for the previous upload, as `finish` does, then start to upload a complete local checkpoint."""
+    def start_upload(self, *checkpoints: tuple[Path, Manifest], is_new: bool = True) -> None:
+        """Wait for the previous upload, as `finish` does, then start to upload complete local checkpoints in order.
+
+        Args:
+            is_new: False = they were written a while ago, so their content is checked first.
+        """
         self.finish()
-        self._upload = threading.Thread(
-            target=self._copy, args=(checkpoint, manifest), name=f"upload of {checkpoint.name}", daemon=True
-        )
+        name = f"upload of {checkpoints[-1][0].name}"
+        self._upload = threading.Thread(target=self._copy, args=(checkpoints, is_new), name=name, daemon=True)
         self._upload.start()
+
+    def complete_copies(self, checkpoints: Sequence[tuple[Path, Manifest]]) -> None:
+        """Start to upload those of the complete local checkpoints, oldest first, of which the store has no whole copy.
+
+        An earlier process may have been killed, or refused, before it had stored them.
+        """
+        listing = self._listing()
+        kept = checkpoints if self.keep < 0 else checkpoints[-self.keep :]
+        missing = [(path, manifest) for path, manifest in kept if not self._has_copy(listing.get(path.name), manifest)]
+        if missing:
+            log.info("%s: completing the copies of %s", self.folder.name, ", ".join(path.name for path, _ in missing))
+            self.start_upload(*missing, is_new=False)
+
+    def _has_copy(self, files: dict[str, StoredFile] | None, manifest: Manifest) -> bool:
+        return files is not None and self._manifest(manifest.name, files) == manifest
 
     def finish(self) -> None:
         """Wait for the upload in progress, if any; raise its error. The local checkpoint is intact in any case."""
@@ -74,10 +110,14 @@ class CheckpointStore:
         if failure is not None:
             raise failure
 
-    def _copy(self, checkpoint: Path, manifest: Manifest) -> None:
+    def _copy(self, checkpoints: Sequence[tuple[Path, Manifest]], is_new: bool) -> None:
         try:
-            for names in (manifest.files, [MANIFEST]):
-                self.folder.put(checkpoint.parent, [f"{checkpoint.name}/{name}" for name in names], log.info)
+            for checkpoint, manifest in checkpoints:
+                damage = None if is_new else damage_in(checkpoint, manifest)
+                if damage is not None:
+                    raise CheckpointError(damage)
+                for names in (manifest.files, [MANIFEST]):
+                    self.folder.put(checkpoint.parent, [f"{checkpoint.name}/{name}" for name in names], log.info)
             if self.keep > 0:
                 self._prune()
         except Exception as error:  # raised in the training thread by `finish`

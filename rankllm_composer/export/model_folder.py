@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_utils import no_init_weights
 
-from rankllm_composer.errors import ModelError
+from rankllm_composer.errors import ModelError, StoreError, first_line
 from rankllm_composer.export.weights import (
     Weights,
-    check_tied,
     gather_full_state_dict,
+    is_tied,
     load_adapter,
     read_checkpoint_weights,
 )
@@ -23,13 +27,26 @@ from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.prompts.contract import CONTRACT_FILE, DecodingContract, chat_template_sha256
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.atomic import staged_folder
+from rankllm_composer.storage.content import ExportContent, read_content, write_content
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Dtype = Literal["bfloat16", "float16", "float32"]
 BEST = "best"
+_DRY_RUN = ".dry-run-"
+_KEPT = {
+    "bos_token_id",
+    "eos_token_id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "return_dict_in_generate",
+    "transformers_version",
+    "use_cache",
+}
+"""Attributes that the configurations of a model and of its generation both have, but that are no decoding settings."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,14 @@ class ServedModel:
 
 
 def write_model_folder(
-    folder: str | Path, weights: Weights, model: ServedModel, card: str, *, max_shard_size: str = "5GB"
+    folder: str | Path,
+    weights: Weights,
+    model: ServedModel,
+    card: str,
+    *,
+    run: str = "",
+    batch: int = 0,
+    max_shard_size: str = "5GB",
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM`, `AutoTokenizer` and the inference client load.
 
@@ -65,38 +89,107 @@ def write_model_folder(
         folder: local path.
         weights: full weights on the CPU, named as in the HF model; with an adapter configuration the adapter's alone.
         card: text of `README.md`; credentials in it are redacted.
+        run, batch: see `ExportContent`.
     Raises:
         ModelError: the weights do not fit the configuration, or the tokenizer has more tokens than the model.
         StoreError: something else is at that path, or there is no space. Nothing is left behind in any case.
     """
     target = local_path(folder)
     warn_misread(target)
-    if len(model.tokenizer) > model.config.vocab_size:
-        raise ModelError(
-            f"tokenizer {model.tokenizer.name_or_path} has {len(model.tokenizer)} tokens but the model only "
-            f"{model.config.vocab_size}. Resize the embeddings before training."
-        )
     dtype = DTYPES[model.dtype]
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    num_bytes = sum(tensor.nbytes for tensor in cast.values())
+    saved = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    num_bytes = sum(tensor.nbytes for tensor in saved.values())
     with staged_folder(target, mark=CONTRACT_FILE, num_bytes=num_bytes) as stage:
         if model.adapter_config is not None:
-            _write_adapter(stage, cast, model.adapter_config)
+            _write_adapter(stage, saved, model.adapter_config)
         else:
-            _write_model(stage, cast, model, max_shard_size)
-        # Older readers look for the chat template in tokenizer_config.json only.
-        model.tokenizer.save_pretrained(stage, save_jinja_files=False)
-        (stage / CONTRACT_FILE).write_text(model.contract.to_json(), encoding="utf-8")
-        (stage / "README.md").write_text(redact(card), encoding="utf-8")
+            skeleton = _skeleton(model, saved)
+            skeleton.save_pretrained(stage, state_dict=saved, max_shard_size=max_shard_size, safe_serialization=True)
+        _write_rest(stage, model, card)
+        write_content(stage, run, batch)
     return target
 
 
+def check_export(folder: Path, weights: Weights, model: ServedModel, card: str) -> None:
+    """Try what `write_model_folder` does, without weights, beside the folders of `folder`, and load the result.
+
+    Args:
+        weights: on the meta device.
+        card: as in `write_model_folder`.
+    Raises:
+        ModelError: the parts do not fit together, or cannot be saved and loaded.
+        StoreError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{_DRY_RUN}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_DRY_RUN, dir=folder) as stage:
+            if model.adapter_config is None:
+                skeleton = _skeleton(model, dict(weights))
+                skeleton.config.save_pretrained(stage)
+                _served_config(model)[1].save_pretrained(stage)
+                AutoConfig.from_pretrained(stage)
+            _write_rest(Path(stage), model, card)
+            load: Any = AutoTokenizer.from_pretrained
+            template = chat_template_sha256(load(stage))
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        if isinstance(error, OSError) and error.errno is not None:
+            raise StoreError(
+                f"checkpoint.export.folder: {folder} cannot be written ({error.strerror}). Free space, correct the "
+                "permissions, or choose another folder."
+            ) from error
+        raise ModelError(
+            f"checkpoint.export: the model could not be exported ({first_line(error)}). Correct the files of "
+            "model.name_or_path or model.tokenizer that this names, or set checkpoint.export: null."
+        ) from error
+    if template != model.contract.chat_template_sha256:
+        raise ModelError(
+            f"tokenizer {model.tokenizer.name_or_path}: the chat template changes when it is saved and loaded. Give "
+            "the tokenizer one chat template."
+        )
+
+
+def exported_bytes(weights: Weights, dtype: Dtype) -> int:
+    """Return the bytes of weights on disk."""
+    size = DTYPES[dtype].itemsize
+    return sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in weights.values())
+
+
+def exports_in(folder: Path) -> dict[str, ExportContent | None]:
+    """Return the exported folders in a folder by name, by batch; None for one whose list of files cannot be read."""
+    found: dict[str, ExportContent | None] = {}
+    for path in folder.glob(f"*/{CONTRACT_FILE}"):
+        if path.parent.name.startswith(".") or path.parent.is_symlink():
+            continue
+        try:
+            found[path.parent.name] = read_content(path.parent)
+        except ModelError:
+            found[path.parent.name] = None
+    return dict(sorted(found.items(), key=lambda item: (item[1].batch if item[1] else -1, item[0])))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is an export with all of its files."""
+    content = exports_in(folder.parent).get(folder.name)
+    return content is not None and all((folder / name).is_file() for name in content.sha256)
+
+
 def export_checkpoint(
-    checkpoint: str | Path, folder: str | Path, model: ServedModel, card: str, *, base: torch.nn.Module | None = None
+    checkpoint: str | Path,
+    folder: str | Path,
+    model: ServedModel,
+    card: str,
+    *,
+    batch: int = 0,
+    base: torch.nn.Module | None = None,
 ) -> Path:
     """Turn a Composer checkpoint, in one file or sharded, into a model folder, as `write_model_folder` does.
 
     Args:
+        batch: optimizer steps before the checkpoint.
         base: PEFT model that a checkpoint's adapter is loaded into and merged with; full weights need none.
     Raises:
         ModelError: the checkpoint cannot be read, or holds an adapter without `base` or an adapter configuration; see
@@ -114,7 +207,7 @@ def export_checkpoint(
             f"{checkpoint} holds {len(adapter)} tensors of an adapter; expected full weights. Give the adapter's "
             "configuration to export the adapter, or the base model to merge it into."
         )
-    return write_model_folder(folder, weights, model, card)
+    return write_model_folder(folder, weights, model, card, batch=batch)
 
 
 def local_path(folder: str | Path) -> Path:
@@ -126,24 +219,20 @@ def local_path(folder: str | Path) -> Path:
 def _served_config(model: ServedModel) -> tuple[PretrainedConfig, GenerationConfig]:
     """Configurations for serving: a key-value cache, no trace of training's attention, greedy decoding.
 
-    Answers end at the token training ended them with, besides those of the base model.
+    Of the base model's generation settings only its length limit and its ends of an answer are kept; answers also end
+    at the token training ended them with.
     """
-    from transformers import GenerationConfig
-
     tokenizer = model.tokenizer
     served = copy.deepcopy(model.config)
     served.use_cache = True
     served._attn_implementation = None
     served.torch_dtype = DTYPES[model.dtype]
-    generation = copy.deepcopy(model.generation_config or GenerationConfig.from_model_config(served))
-    generation._from_model_config = False
-    generation.do_sample = False
-    defaults = GenerationConfig()  # type: ignore[no-untyped-call]
-    for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-        for holder in (generation, served):
-            if name in vars(holder):
-                setattr(holder, name, getattr(defaults, name))
-    eos = generation.eos_token_id
+    base = model.generation_config or GenerationConfig.from_model_config(served)
+    generation = GenerationConfig(max_length=base.max_length)  # type: ignore[no-untyped-call]
+    for name, default in vars(GenerationConfig()).items():  # type: ignore[no-untyped-call]
+        if name in vars(served) and name not in _KEPT and not name.startswith("_"):
+            setattr(served, name, default)
+    eos = base.eos_token_id
     stops = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
         stops.insert(0, tokenizer.eos_token_id)
@@ -153,30 +242,28 @@ def _served_config(model: ServedModel) -> tuple[PretrainedConfig, GenerationConf
     return served, generation
 
 
-def _write_model(stage: Path, weights: Weights, model: ServedModel, max_shard_size: str) -> None:
-    """Weights, config.json and generation_config.json through `save_pretrained` of a model without storage."""
-    from transformers import AutoModelForCausalLM
-    from transformers.modeling_utils import no_init_weights
+def _skeleton(model: ServedModel, weights: Weights) -> PreTrainedModel:
+    """A model without storage whose `save_pretrained` writes these weights; drops output layers that are tied.
 
+    An output layer that differs from the embeddings, as after merging an adapter of one of the two, is not tied.
+    """
     served, generation = _served_config(model)
-    skeleton_config = copy.deepcopy(served)
-    skeleton_config._attn_implementation = "eager"
-    with torch.device("meta"), no_init_weights():
-        if model.model_class is None:
-            make: Any = AutoModelForCausalLM.from_config
-            skeleton = make(skeleton_config, torch_dtype=served.torch_dtype)
-        else:
-            skeleton = model.model_class._from_config(skeleton_config, torch_dtype=served.torch_dtype)
-    skeleton.config = served
-    skeleton.generation_config = generation
-
+    if len(model.tokenizer) > served.vocab_size:
+        raise ModelError(
+            f"tokenizer {model.tokenizer.name_or_path} has {len(model.tokenizer)} tokens but the model only "
+            f"{served.vocab_size}. Resize the embeddings before training."
+        )
+    skeleton = _on_meta(model, served)
     known = set(skeleton.state_dict())
-    tied = set(skeleton._tied_weights_keys or ()) & known if served.tie_word_embeddings else set()
+    tied: set[str] = set(skeleton._tied_weights_keys or ()) & known if served.tie_word_embeddings else set()
     embedding = next(
         name for name, tensor in skeleton.named_parameters() if tensor is skeleton.get_input_embeddings().weight
     )
+    if not all(is_tied(weights, head, embedding) for head in tied):
+        served.tie_word_embeddings = False
+        skeleton, tied = _on_meta(model, served), set()
+    skeleton.config, skeleton.generation_config = served, generation
     for head in tied:
-        check_tied(weights, served, head, embedding)
         weights.pop(head, None)
     missing, unknown = sorted(known - tied - set(weights)), sorted(set(weights) - known)
     if missing or unknown:
@@ -190,7 +277,25 @@ def _write_model(stage: Path, weights: Weights, model: ServedModel, max_shard_si
                 f"weights: {name} of shape {tuple(weights[name].shape)}, but the configuration has "
                 f"{tuple(parameter.shape)}. Give the configuration of the model that was trained."
             )
-    skeleton.save_pretrained(stage, state_dict=weights, max_shard_size=max_shard_size, safe_serialization=True)
+    return skeleton
+
+
+def _on_meta(model: ServedModel, served: PretrainedConfig) -> PreTrainedModel:
+    config = copy.deepcopy(served)
+    config._attn_implementation = "eager"
+    with torch.device("meta"), no_init_weights():
+        if model.model_class is None:
+            make: Any = AutoModelForCausalLM.from_config
+            return cast("PreTrainedModel", make(config, torch_dtype=served.torch_dtype))
+        return model.model_class._from_config(config, torch_dtype=served.torch_dtype)
+
+
+def _write_rest(stage: Path, model: ServedModel, card: str) -> None:
+    """Write tokenizer, contract and card."""
+    # Older readers look for the chat template in tokenizer_config.json only.
+    model.tokenizer.save_pretrained(stage, save_jinja_files=False)
+    (stage / CONTRACT_FILE).write_text(model.contract.to_json(), encoding="utf-8")
+    (stage / "README.md").write_text(redact(card), encoding="utf-8")
 
 
 def _write_adapter(stage: Path, weights: Weights, adapter_config: Any) -> None:

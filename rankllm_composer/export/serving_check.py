@@ -33,6 +33,7 @@ from rankllm_composer.prompts.user_turn import (
     truncate_passage,
 )
 from rankllm_composer.prompts.windows import fit_window
+from rankllm_composer.storage.content import check_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,6 +183,10 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
             raise ModelError(f"{folder}: the configuration cannot be read: {error}; export the model again") from error
     problems: list[str] = []
     request: RequestDiff | None = None
+    try:
+        check_content(folder)
+    except ModelError as error:
+        problems.append(str(error))
 
     def compare(key: str, expected: Any, actual: Any, remedy: str) -> None:
         if expected != actual:

@@ -16,7 +16,7 @@ from rankllm_composer.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 Weights = dict[str, torch.Tensor]
 _MODEL_PREFIX = "state.model."
@@ -41,26 +41,40 @@ def gather_full_state_dict(
     inner = hf_module(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(Weights, get_model_state_dict(inner, options=options))
-    adapters = getattr(inner, "peft_config", None)
-    if weights and adapters:
-        if len(adapters) != 1:
-            raise ModelError(
-                f"the model has the adapters {sorted(adapters)}; expected one. Keep the one that was trained."
-            )
-        (adapter,) = adapters
-        if merge_lora:
-            weights = merge_lora_weights(weights, _lora_scalings(inner, adapter), adapter)
-        else:
-            import peft
-
-            get_adapter: Any = peft.get_peft_model_state_dict
-            # "auto" would ask a hub whether the vocabulary grew.
-            weights = get_adapter(inner, state_dict=weights, adapter_name=adapter, save_embedding_layers=False)
+    weights = _as_exported(inner, weights, merge_lora) if weights else {}
     if dtype is not None:
         for name, tensor in weights.items():
             if tensor.is_floating_point():
                 weights[name] = tensor.to(dtype)
     return weights
+
+
+def meta_state_dict(model: torch.nn.Module, *, merge_lora: bool = True) -> Weights:
+    """Names, shapes and types of what `gather_full_state_dict` returns, on the meta device. Not a collective."""
+    inner = hf_module(model)
+    wrapper = re.compile(r"(?:^|(?<=\.))(?:_checkpoint_wrapped_module|_orig_mod)\.")
+    weights = {
+        wrapper.sub("", name): torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in inner.state_dict().items()
+    }
+    return _as_exported(inner, weights, merge_lora)
+
+
+def _as_exported(inner: torch.nn.Module, weights: Weights, merge_lora: bool) -> Weights:
+    """Weights named as in the HF model, with merged adapters, or those of the adapter alone."""
+    adapters = getattr(inner, "peft_config", None)
+    if not adapters:
+        return weights
+    if len(adapters) != 1:
+        raise ModelError(f"the model has the adapters {sorted(adapters)}; expected one. Keep the one that was trained.")
+    (adapter,) = adapters
+    if merge_lora:
+        return merge_lora_weights(weights, _lora_scalings(inner, adapter), adapter)
+    import peft
+
+    get_adapter: Any = peft.get_peft_model_state_dict
+    # "auto" would ask a hub whether the vocabulary grew.
+    return cast(Weights, get_adapter(inner, state_dict=weights, adapter_name=adapter, save_embedding_layers=False))
 
 
 def hf_module(model: torch.nn.Module) -> torch.nn.Module:
@@ -207,12 +221,8 @@ def _read_shards(path: Path) -> Weights:
     return {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in weights.items()}
 
 
-def check_tied(weights: Mapping[str, torch.Tensor], config: PretrainedConfig, head: str, embedding: str) -> None:
-    """Raise ModelError if the output layer differs from the embeddings that the configuration ties it to."""
-    if not config.tie_word_embeddings or head not in weights or embedding not in weights:
-        return
-    if not torch.equal(weights[head], weights[embedding]):
-        raise ModelError(
-            f"{head} differs from {embedding}, although the configuration ties them. "
-            "Call tie_weights() before training, or set tie_word_embeddings to false."
-        )
+def is_tied(weights: Mapping[str, torch.Tensor], head: str, embedding: str) -> bool:
+    """Whether an output layer holds the same weights as the embeddings, or is absent because it does."""
+    if head not in weights or embedding not in weights or weights[head].is_meta:
+        return True
+    return torch.equal(weights[head], weights[embedding])

@@ -12,13 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from rankllm_composer.errors import ModelError, first_line
 from rankllm_composer.options import ModelOptions
 from rankllm_composer.screen import warn
+from rankllm_composer.storage.content import check_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or raise ModelError; its pad token defaults to the EOS token."""
+    """Load the tokenizer of a model, or raise ModelError.
+
+    Its pad token defaults to the EOS token; of several chat templates it keeps the default one.
+    """
     name_or_path = options.tokenizer or options.name_or_path
     if options.trust_remote_code:
         warn_trust_remote_code(name_or_path)
@@ -33,6 +37,14 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(tokenizer.chat_template, dict):  # such as those of Command-R and Mixtral
+        if "default" not in tokenizer.chat_template:
+            raise ModelError(
+                f"model.tokenizer: {name_or_path!r} has the chat templates {', '.join(tokenizer.chat_template)}, and "
+                "none is named default; expected one that writes a user turn. Set model.tokenizer to a local copy with "
+                "that template alone in chat_template.jinja."
+            )
+        tokenizer.chat_template = tokenizer.chat_template["default"]
     return tokenizer
 
 
@@ -69,6 +81,7 @@ def load_causal_lm(
         with torch.device("meta") if on_meta else nullcontext():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     else:
+        check_content(name_or_path)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 name_or_path,

@@ -77,6 +77,13 @@ class ListwiseReranker(HuggingFaceModel):
         for layer in decoder_layers(self.model):
             layer.compile()
 
+    def get_metadata(self) -> dict[str, Any]:
+        """Return what Composer adds to a checkpoint about config and tokenizer: nothing, as the recipe names both.
+
+        Composer would save the tokenizer into every checkpoint, and fails on one with several chat templates.
+        """
+        return {}
+
     @property
     def output_head(self) -> torch.nn.Module:
         return self.model.get_output_embeddings()

@@ -130,7 +130,8 @@ class Reranker:
         Without `reranker.json` the options have to give `decoding` (or `objective`), `identifiers` and `window_size`.
 
         Raises:
-            ModelError: it cannot be loaded, or its tokenizer has another chat template than its contract states.
+            ModelError: it cannot be loaded, a file is not what was exported, or its tokenizer has another chat template
+                than its contract states.
             RunError: it has no contract and the options do not replace it, or it does not support the options.
         """
         options = options or RerankOptions()

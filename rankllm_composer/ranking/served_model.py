@@ -17,6 +17,7 @@ from rankllm_composer.prompts.contract import (
     decoding_contract,
     read_contract,
 )
+from rankllm_composer.storage.content import check_content
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,7 @@ def read_given_contract(name: str, options: RerankOptions) -> DecodingContract |
     """Contract of a local folder or a hub id; None if it has none."""
     if Path(name).is_dir():
         check_weight_files(Path(name))
+        check_content(name)
         return read_contract(name) if Path(name, CONTRACT_FILE).is_file() else None
     from transformers.utils import cached_file
 

@@ -249,6 +249,9 @@ def _outputs(recipe: Recipe) -> Iterator[Problem]:
     if recipe.checkpoint.keep == 0:
         remedy = "Keep at least one, or the run cannot resume."
         yield Problem("checkpoint.keep", "0", "-1 for all, or at least 1", remedy, ("run.autoresume",))
+    if recipe.checkpoint.export is not None and recipe.checkpoint.export.keep == 0:
+        remedy = "Keep at least one, or set checkpoint.export: null."
+        yield Problem("checkpoint.export.keep", "0", "-1 for all, or at least 1", remedy)
     if recipe.model.lora is not None and not recipe.model.lora.target_modules:
         remedy = "Name the layers, or set model.lora: null."
         yield Problem("model.lora.target_modules", "[]", "at least one module name", remedy)
@@ -344,6 +347,18 @@ def surprises(recipe: Recipe) -> Iterator[str]:
         split.identifiers or (split.source.identifiers if split.source and split.source.run else None)
         for _, split in named_splits(recipe)
     ]
+    source = recipe.data.eval.source if recipe.data.eval is not None else None
+    if (
+        recipe.evaluation is not None
+        and "first_token" in recipe.evaluation.decodings
+        and styles[-1] == "numbers"
+        and source is not None
+        and source.window > 9
+    ):
+        yield (
+            f"evaluation.decodings: windows of {source.window} candidates named by numbers are ranked by first_token "
+            "only if the tokenizer has one token for each number; otherwise by generation"
+        )
     if recipe.objective.name != "generation" and "numbers" in styles:
         yield (
             f"objective.name: {recipe.objective.name} scores identifiers at one token, where the inference client "

@@ -216,6 +216,9 @@ class Export:
 
     interval: Text = time("checkpoint.export.interval", "How often an HF folder is written.", "1ep")
     folder: Text | None = option("Where the HF folders go; null = <run folder>/hf.", None, unit="path")
+    keep: Whole = option(
+        "Number of newest HF folders kept, besides the one behind `best`; -1 = all.", -1, unit="folders", ge=-1
+    )
     merge_lora: Flag = option("Merge the adapters into the weights; false = export them separately.", True)
 
 

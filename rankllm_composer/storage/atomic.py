@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rankllm_composer.errors import StoreError
@@ -32,15 +32,26 @@ def fsync(path: Path) -> None:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write or replace a file in an existing folder, complete or not at all; text becomes UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    fsync(partial)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync(partial)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 
 def publish_folder(stage: Path, target: Path) -> None:
-    """Flush a folder to disk and rename it to `target`; an existing one is moved aside first and removed last."""
+    """Flush a folder to disk and rename it to `target`; an existing one is moved aside first and removed last.
+
+    Its files get the permissions that the umask gives to new files; safetensors, for one, keeps its own to the owner.
+    """
+    permissions = stage.stat().st_mode & 0o666  # the stage is a new folder
     for path in [*stage.rglob("*"), stage]:
+        if path.is_file():
+            path.chmod(permissions)
         fsync(path)
     previous = target.parent / f".{target.name}.previous-{secrets.token_hex(4)}"
     if target.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,20 +26,20 @@ from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
-from rankllm_composer.prompts.lists import check_lists, trained_window
-from rankllm_composer.ranking.evaluation import EvaluationOptions
+from rankllm_composer.prompts.lists import check_lists, list_kind, trained_window
 from rankllm_composer.recipe.load import recipe_to_yaml
 from rankllm_composer.recipe.sections import Recipe, Split
-from rankllm_composer.screen import get_logger
+from rankllm_composer.screen import get_logger, warn
 from rankllm_composer.shards.contents import SetContents, read_contents
 from rankllm_composer.storage.object_store import is_remote
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+from rankllm_composer.training.dry_run import DryRun
 from rankllm_composer.training.export_callback import ExportFolder
 from rankllm_composer.training.guards import EpochGuard, LossGuard
 from rankllm_composer.training.progress import MetricsFile, ProgressLine
 from rankllm_composer.training.run import announce_stop
 from rankllm_composer.training.stopping import Preemption
-from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation
+from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation, measurable
 
 log = get_logger(__name__)
 LOGGERS = {"tensorboard": loggers.TensorboardLogger, "wandb": loggers.WandBLogger, "mlflow": loggers.MLFlowLogger}
@@ -196,30 +197,30 @@ def build_validation(
     """Build the evaluation on `data.eval` while training, with every n-th window on this rank; None if there is none.
 
     Raises:
-        RunError: `best_by` is a figure that these windows cannot have.
+        RunError: `best_by` is a figure that these windows cannot have, or no decoding can rank them.
     """
     if recipe.evaluation is None or recipe.data.eval is None:
         return None
     windows = build_dataset(recipe, recipe.data.eval, tokenizer)
-    best_by = recipe.evaluation.best_by
-    grades = (windows.record(number).grades for number in range(windows.num_samples))
-    if best_by is not None and not best_by.endswith("/tau") and not any(max(window or (0,)) >= 1 for window in grades):
+    records = [windows.record(number) for number in range(windows.num_samples)]
+    options, best_by, changes = measurable(
+        recipe.evaluation, recipe.run.seed, tokenizer, contract, Counter(map(list_kind, records))
+    )
+    for sentence in changes if dist.get_global_rank() == 0 else ():
+        warn(sentence, stacklevel=2)
+    is_judged = any(max(record.grades or (0,)) >= 1 for record in records)
+    if best_by is not None and not best_by.endswith("/tau") and not is_judged:
         raise RunError(
             f"evaluation.best_by is {best_by}, but no window of data.eval has a relevant candidate (grade 1 or more). "
             f"Build data.eval with judgments, or use {best_by.partition('/')[0]}/tau."
         )
-    share = range(dist.get_global_rank(), windows.num_samples, dist.get_world_size())
     return Validation(
-        [windows.record(number) for number in share],
+        records[dist.get_global_rank() :: dist.get_world_size()],
         tokenizer=tokenizer,
         contract=contract,
         interval=recipe.evaluation.interval,
-        options=EvaluationOptions(
-            decodings=recipe.evaluation.decodings,
-            constrained=recipe.evaluation.constrained,
-            num_shuffles=recipe.evaluation.num_shuffles,
-            seed=recipe.run.seed,
-        ),
+        options=options,
+        best_by=best_by,
         details=Path(recipe.run_folder, EVALUATIONS_FILE),
     )
 
@@ -232,14 +233,23 @@ def build_callbacks(
     num_lists: int,
     validation: Validation | None,
 ) -> list[Callback]:
-    """Build all callbacks, in order: guards, evaluation, export, those of the recipe, checkpoints, stop on request."""
+    """Build all callbacks, in order: guards, evaluation, those of the recipe, export, checkpoints, stop on request."""
     ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
     if validation is not None:
         ours.append(validation)
     is_url = is_remote(recipe.checkpoint_folder)
     folder = Path(recipe.run_folder, "checkpoints") if is_url else Path(recipe.checkpoint_folder)
+    checkpoints = CheckpointFolder(
+        folder,
+        interval=recipe.checkpoint.interval,
+        keep=recipe.checkpoint.keep,
+        resume=recipe.run.autoresume,
+        url=recipe.checkpoint_folder if is_url else None,
+        recipe_yaml=recipe_to_yaml(recipe),
+    )
+    exports: list[ExportFolder] = []
     if recipe.export_folder is not None and recipe.checkpoint.export is not None:
-        ours.append(
+        exports.append(
             ExportFolder(
                 recipe.export_folder,
                 model=ServedModel(
@@ -250,23 +260,16 @@ def build_callbacks(
                     dtype=export_dtype(recipe),
                 ),
                 facts=card_facts(recipe, contract, data, num_lists),
-                interval=recipe.checkpoint.export.interval,
-                merge_lora=recipe.checkpoint.export.merge_lora,
+                options=recipe.checkpoint.export,
+                save=checkpoints.save,
                 figures=lambda batch: {} if validation is None else validation.figures_after(batch),
-                best_by=None if recipe.evaluation is None else recipe.evaluation.best_by,
+                best_by=None if validation is None else validation.best_by,
                 recipe_folder=folder,
             )
         )
-    checkpoints = CheckpointFolder(
-        folder,
-        interval=recipe.checkpoint.interval,
-        keep=recipe.checkpoint.keep,
-        resume=recipe.run.autoresume,
-        url=recipe.checkpoint_folder if is_url else None,
-        recipe_yaml=recipe_to_yaml(recipe),
-    )
     named = [_named("callbacks", name, CALLBACKS[name], options) for name, options in recipe.logging.callbacks.items()]
-    return [*ours, *named, checkpoints, Preemption(checkpoints.save_to_stop, partial(announce_stop, recipe.run_folder))]
+    stop = Preemption(checkpoints.save_to_stop, partial(announce_stop, recipe.run_folder))
+    return [*ours, *named, *exports, checkpoints, stop, DryRun(checkpoints, *exports)]
 
 
 def export_dtype(recipe: Recipe) -> Dtype:

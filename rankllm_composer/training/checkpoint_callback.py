@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import composer.algorithms
+import torch
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, load_checkpoint, reproducibility
 from composer.utils.checkpoint import save_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rankllm_composer.checkpoints.folder import (
     Manifest,
+    batch_of,
     check_same_model,
     clear_stage,
     complete_checkpoints,
+    damage_in,
+    damaged_checkpoints,
     prune,
     publish,
     stage_folder,
     weight_shapes,
 )
-from rankllm_composer.checkpoints.safe_loading import INDEX_NAME, explain_unreadable, holds_only_data, safe_loading
+from rankllm_composer.checkpoints.safe_loading import (
+    INDEX_NAME,
+    explain_unreadable,
+    holds_only_data,
+    safe_loading,
+    write_error,
+)
 from rankllm_composer.checkpoints.store import CheckpointStore
 from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import CheckpointError
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
 from rankllm_composer.screen import get_logger
 from rankllm_composer.storage.atomic import write_atomic
+from rankllm_composer.storage.content import sha256_of
 from rankllm_composer.training.progress import ends_epoch
 
 log = get_logger(__name__)
 UNSHARDED_FILE = "rank0.pt"
+DRY_RUN = "dry-run"
 
 
 class CheckpointFolder(Callback):
@@ -43,6 +58,9 @@ class CheckpointFolder(Callback):
     its Trainer does not restore random numbers in the middle of an epoch. This callback restores weights, optimizer,
     schedule, the state of data and callbacks, and the random numbers of every rank; ranks that the checkpoint does not
     have start with fresh random numbers.
+
+    What an earlier process was killed before doing is done when the next one starts: local checkpoints and copies are
+    pruned, and copies that are missing or partial in the object store are completed.
 
     After the last batch of an epoch, the checkpoint is written once the callbacks of the end of the epoch have run.
 
@@ -93,6 +111,7 @@ class CheckpointFolder(Callback):
         if newest is None:
             return
         path, manifest = newest
+        _check_content(path, manifest)
         run_name = state.run_name
         # Under PEFT a checkpoint contains only the adapters; torch would report the base weights as missing.
         are_adapters = bool(getattr(state.model, "using_peft", False))
@@ -122,11 +141,12 @@ class CheckpointFolder(Callback):
                 )
         except CheckpointError:
             raise
-        except Exception as error:  # torch and Composer raise many kinds
+        except (Exception, CheckpointException) as error:  # torch and Composer raise many kinds
             raise CheckpointError(explain_unreadable(path, error)) from error
         state.run_name = run_name
         self.resumed_from, self._last_batch = path, manifest.batch
         log.info("resumed from %s", path)
+        run_on_rank_zero(self._catch_up, "copies of earlier checkpoints")
 
     # A loader may draw random numbers when it starts. In an uninterrupted run it does so before the first batch of an
     # epoch, but not where a resumed run starts in the middle of one.
@@ -179,8 +199,18 @@ class CheckpointFolder(Callback):
         if remote is not None and (not local or remote.batch > local[-1][1].batch):
             self.store.fetch(remote, self.folder)
 
+    def _catch_up(self) -> None:
+        """Do what an earlier process was killed, or refused, before doing after its last checkpoint."""
+        prune(self.folder, self.keep)
+        if self.store is not None:
+            self.store.complete_copies(complete_checkpoints(self.folder))
+
     def _newest(self, state: State) -> tuple[Path, Manifest] | None:
         checkpoints = complete_checkpoints(self.folder)
+        newest = checkpoints[-1][1].batch if checkpoints else -1
+        for damaged in damaged_checkpoints(self.folder):
+            if batch_of(damaged.name) > newest:
+                log.warning("%s: not used, a file is missing or short", damaged)
         if not checkpoints:
             return None
         path, manifest = checkpoints[-1]
@@ -215,66 +245,114 @@ class CheckpointFolder(Callback):
         self._is_due = False
         if state.timestamp.batch.value == self._last_batch:
             return
-        is_sharded = state.fsdp_sharded_state_dict_enabled
-        stage = stage_folder(self.folder)
         name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
-
-        def clear() -> None:
-            try:
-                clear_stage(self.folder)
-            except OSError as error:
-                raise _write_error(self.folder / name, error) from error
-
-        _on_every_rank(clear)
-        try:
-            # Composer adds the name itself if it writes one file per rank.
-            target = stage / UNSHARDED_FILE if is_sharded else stage / name / UNSHARDED_FILE
-            saved = save_checkpoint(state, str(target), ignore_keys=_drop_unused)
-        except Exception as error:  # torch wraps the errors of all ranks
-            raise _write_error(self.folder / name, error) from error
-        sizes = {} if saved is None else {Path(saved).name: Path(saved).stat().st_size}
-        if is_sharded and dist.get_global_rank() == 0:
-            sizes[INDEX_NAME] = (stage / name / INDEX_NAME).stat().st_size
-        files = {name: size for part in dist.all_gather_object(sizes) for name, size in part.items()}
+        files = self._write(state, name)
         manifest = Manifest(
             batch=state.timestamp.batch.value,
             epoch=state.timestamp.epoch.value,
             num_ranks=dist.get_world_size(),
-            is_sharded=is_sharded,
+            is_sharded=state.fsdp_sharded_state_dict_enabled,
             weights=weight_shapes(state.model),
             callbacks=sorted({type(callback).__qualname__ for callback in state.callbacks}),
-            files=files,
+            files={name: num_bytes for name, (num_bytes, _) in files.items()},
+            sha256={name: digest for name, (_, digest) in files.items()},
         )
 
         def finish() -> None:
-            for file in files:
-                if not (stage / name / file).exists():
-                    raise CheckpointError(
-                        f"{self.folder / name}: {file} of another rank is missing; all ranks must see the same folder. "
-                        "Put run.folder on a disk that all machines share."
-                    )
+            self._check_shared(name, files)
             try:
                 checkpoint = publish(self.folder, manifest)
             except OSError as error:
-                raise _write_error(self.folder / name, error) from error
+                raise write_error(self.folder / name, error) from error
             if self.store is not None:
-                self.store.start_upload(checkpoint, manifest)
+                self.store.start_upload((checkpoint, manifest))
             prune(self.folder, self.keep)
 
         run_on_rank_zero(finish, f"checkpoint {name}")
         self._last_batch = manifest.batch
 
+    def _write(self, state: State, name: str) -> dict[str, tuple[int, str]]:
+        """Write the files of a checkpoint to the stage; return the bytes and SHA-256 of all by name. A collective."""
+        is_sharded, stage = state.fsdp_sharded_state_dict_enabled, stage_folder(self.folder)
+
+        def clear() -> None:
+            try:
+                clear_stage(self.folder)
+            except OSError as error:
+                raise write_error(self.folder / name, error) from error
+
+        _on_every_rank(clear)
+        try:
+            # Composer adds the name itself if it writes one file per rank.
+            target = stage / (name if not is_sharded else "") / UNSHARDED_FILE
+            saved = save_checkpoint(state, str(target), ignore_keys=_drop_unused)
+        except (Exception, CheckpointException) as error:  # torch wraps the errors of all ranks
+            failure = write_error(self.folder / name, error)
+            if dist.get_global_rank() == 0:
+                shutil.rmtree(stage, ignore_errors=True)  # a full disk is no longer full
+            raise failure from error
+        written = [] if saved is None else [Path(saved)]
+        if is_sharded and dist.get_global_rank() == 0:
+            written.append(stage / name / INDEX_NAME)
+        parts = dist.all_gather_object({path.name: (path.stat().st_size, sha256_of(path)) for path in written})
+        return {name: content for part in parts for name, content in part.items()}
+
+    def _check_shared(self, name: str, files: dict[str, tuple[int, str]]) -> None:
+        for file in files:
+            if not (stage_folder(self.folder) / name / file).exists():
+                raise CheckpointError(
+                    f"{self.folder / name}: {file} of another rank is missing; all ranks must see the same folder. "
+                    "Put run.folder on a disk that all machines share."
+                )
+
+    def try_out(self, state: State) -> None:
+        """Write a checkpoint without weights and optimizer, read it back, and remove it. A collective.
+
+        Raises:
+            CheckpointError: the folder cannot be written or is not shared by all ranks, or a state cannot be read back.
+        """
+        with _without_weights(state):
+            # Under FSDP2, Composer names the folder after the time in training.
+            sharded = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
+            name = sharded if state.fsdp_sharded_state_dict_enabled else DRY_RUN
+            files = self._write(state, name)
+
+        def read_back() -> None:
+            self._check_shared(name, files)
+            folder = stage_folder(self.folder) / name
+            try:
+                with safe_loading():
+                    if (folder / INDEX_NAME).exists():
+                        holds_only_data(folder / INDEX_NAME)
+                    else:
+                        torch.load(folder / UNSHARDED_FILE, map_location="cpu", weights_only=True)
+            except Exception as error:  # as above
+                raise CheckpointError(explain_unreadable(folder, error)) from error
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        run_on_rank_zero(read_back, "dry run of a checkpoint")
+
     def fit_end(self, state: State, logger: Logger) -> None:
-        self._finish_upload()
+        self.finish()
 
     def save_to_stop(self, state: State) -> None:
         """Write a checkpoint and wait until it is stored everywhere. A collective."""
         self.save(state)
-        self._finish_upload()
+        self.finish()
 
-    def _finish_upload(self) -> None:
+    def finish(self) -> None:
+        """Wait until the copies in the object store are whole, if there is one. A collective."""
         if self.store is not None:
             run_on_rank_zero(self.store.finish, "upload of the newest checkpoint")
+
+    def summary(self) -> str:
+        """Name the newest checkpoint and the places that have it; empty without one."""
+        checkpoints = complete_checkpoints(self.folder)
+        if not checkpoints:
+            return ""
+        copy = "" if self.store is None else f", copied to {self.store.folder.name}"
+        return f"checkpoint {checkpoints[-1][0].name} in {self.folder}{copy}"
 
 
 def _drop_unused(state_dict: dict[str, Any]) -> None:
@@ -299,9 +377,20 @@ def _on_every_rank(task: Callable[[], Any]) -> Any:
     return result
 
 
-def _write_error(checkpoint: Path, error: BaseException) -> CheckpointError:
-    reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)
-    return CheckpointError(
-        f"{checkpoint} could not be written ({reason.strip()[:200]}); earlier checkpoints are intact. Free space or "
-        "correct the permissions, then rerun the same command to resume."
-    )
+def _check_content(path: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError on every rank if a file differs from its SHA-256; the ranks share the reading."""
+    share = sorted(manifest.files)[dist.get_global_rank() :: dist.get_world_size()]
+    found = [damage for damage in dist.all_gather_object(damage_in(path, manifest, share)) if damage is not None]
+    if found:
+        raise CheckpointError(found[0])
+
+
+@contextmanager
+def _without_weights(state: State) -> Iterator[None]:
+    """In this context a state has no model, optimizer and data to save, so that a checkpoint of it takes no time."""
+    names = state.serialized_attributes
+    state.serialized_attributes = [name for name in names if name not in ("model", "optimizers", "dataset_state")]
+    try:
+        yield
+    finally:
+        state.serialized_attributes = names

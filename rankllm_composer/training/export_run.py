@@ -33,6 +33,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         ModelError: the checkpoint cannot be read, or does not fit the recipe's model.
         StoreError: `output` cannot be written.
     """
+    from rankllm_composer.checkpoints.folder import damage_in
     from rankllm_composer.export.model_card import render_card
     from rankllm_composer.export.model_folder import ServedModel, export_checkpoint
     from rankllm_composer.model.loading import load_causal_lm
@@ -50,6 +51,9 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     if checkpoints is None or is_remote(checkpoints):
         checkpoints = str(run / "checkpoints")
     checkpoint, manifest = _choose(Path(checkpoints), name)
+    damage = damage_in(checkpoint, manifest)
+    if damage is not None:
+        raise CheckpointError(damage)
     if merge_lora is None:
         merge_lora = recipe.checkpoint.export is None or recipe.checkpoint.export.merge_lora
     tokenizer = assembly.build_tokenizer(recipe)
@@ -80,7 +84,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         changes=read_changes(checkpoint.parent),
     )
     source = checkpoint if manifest.is_sharded else checkpoint / UNSHARDED_FILE
-    export_checkpoint(source, output, served, render_card(facts), base=base)
+    export_checkpoint(source, output, served, render_card(facts), batch=manifest.batch, base=base)
     return checkpoint.name
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +21,7 @@ from composer.utils import dist
 from rankllm_composer.errors import RunError
 from rankllm_composer.escaping import for_screen
 from rankllm_composer.screen import get_logger
+from rankllm_composer.storage.atomic import write_atomic
 
 log = get_logger(__name__)
 LOSS_PREFIX = "loss/train/"
@@ -35,7 +36,7 @@ class MetricsFile(LoggerDestination):
       `loss/train/total`;
     - "eval" and "epoch": metrics logged by an evaluation or at the end of an epoch, if any.
     A value that is not finite is null, and `not_finite` holds it as text: nan, inf or -inf. A resumed run drops lines
-    after the batch that it resumes from, and an incomplete last line.
+    after the batch that it resumes from, and an incomplete last line; it keeps a damaged line between whole ones.
 
     Raises:
         RunError: on rank 0: a line could not be written.
@@ -51,11 +52,13 @@ class MetricsFile(LoggerDestination):
         if dist.get_global_rank() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept, dropped = _lines_until(self.path, state.timestamp.batch.value, state.timestamp.epoch.value)
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._descriptor, kept)
-        if dropped:
+        before = self.path.read_bytes() if self.path.exists() else b""
+        kept = _lines_until(before, state.timestamp.batch.value, state.timestamp.epoch.value)
+        if kept != before:
+            dropped = len(before[len(kept) :].splitlines())
             log.info("%s: dropped %d lines after batch %d", self.path, dropped, state.timestamp.batch.value)
+            write_atomic(self.path, kept)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self._descriptor is not None:
@@ -220,9 +223,8 @@ class ProgressLine(LoggerDestination):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file, without an incomplete last one."""
-    with Path(path).open("rb") as file:
-        return [line for line, _ in _complete_lines(file)]
+    """Read the lines of a metrics file, without damaged ones and an incomplete last one."""
+    return [line for line, _ in _readable_lines(Path(path).read_bytes())]
 
 
 def fraction_done(state: State) -> float:
@@ -296,33 +298,24 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return line
 
 
-def _lines_until(path: Path, batch: int, epoch: int) -> tuple[int, int]:
-    """Return the size in bytes of a metrics file up to (batch, epoch), and the number of lines after that.
+def _lines_until(content: bytes, batch: int, epoch: int) -> bytes:
+    """Return the beginning of a metrics file up to (batch, epoch), damaged lines included.
 
     An evaluation at the end of an epoch has the number of the next epoch, so that (batch, epoch) orders all lines. A
     run at batch 0 is new: nothing of an older file is kept.
     """
-    if not path.exists():
-        return 0, 0
-    data = path.read_bytes()
-    kept = 0
-    if batch > 0:
-        for line, end in _complete_lines(data.splitlines(keepends=True)):
-            if (line["batch"], line["epoch"]) > (batch, epoch):
-                break
-            kept = end
-    return kept, len(data[kept:].splitlines())
+    ends = [end for line, end in _readable_lines(content) if (line["batch"], line["epoch"]) <= (batch, epoch)]
+    return content[: max(ends, default=0)] if batch > 0 else b""
 
 
-def _complete_lines(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each parsed line with its end in bytes, up to the first incomplete line."""
+def _readable_lines(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield each line that can be parsed, with its end in bytes."""
     end = 0
-    for raw in lines:
+    for raw in content.split(b"\n")[:-1]:  # what follows the last line break is a torn line, or nothing
+        end += len(raw) + 1
         try:
-            line = json.loads(raw) if raw.endswith(b"\n") else None
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or not {"batch", "epoch"} <= line.keys():
-            return
-        end += len(raw)
-        yield line, end
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and all(type(line.get(name)) is int for name in ("batch", "epoch")):
+            yield line, end

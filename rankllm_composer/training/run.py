@@ -74,7 +74,7 @@ class TrainedRun:
 
     Attributes:
         folder: folder of the run, with the resolved recipe and `metrics.jsonl`.
-        exports: exported Hugging Face folders, oldest first; empty if the recipe exports nothing.
+        exports: exported Hugging Face folders by batch, the newest last; empty if the recipe exports nothing.
         best: the best export by `evaluation.best_by`, else the newest; None if there is none.
     """
 
@@ -85,15 +85,13 @@ class TrainedRun:
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> TrainedRun:
         """Outputs in the folders of a recipe."""
-        from rankllm_composer.export.model_folder import BEST
-        from rankllm_composer.prompts.contract import CONTRACT_FILE
+        from rankllm_composer.export.model_folder import BEST, exports_in
 
         if recipe.export_folder is None:
             return cls(Path(recipe.run_folder), (), None)
         folder = Path(recipe.export_folder)
-        contracts = sorted(folder.glob(f"*/{CONTRACT_FILE}"), key=lambda path: path.stat().st_mtime)
-        exports = tuple(path.parent for path in contracts if not path.parent.is_symlink())
-        best = folder / BEST if (folder / BEST).is_symlink() else exports[-1] if exports else None
+        exports = tuple(folder / name for name in exports_in(folder))
+        best = folder / BEST if (folder / BEST).exists() else exports[-1] if exports else None
         return cls(Path(recipe.run_folder), exports, best)
 
 
@@ -147,6 +145,7 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     from rankllm_composer.recipe.checks import check_world
     from rankllm_composer.recipe.load import recipe_to_yaml
     from rankllm_composer.training.assembly import choose_device
+    from rankllm_composer.training.checkpoint_callback import CheckpointFolder
     from rankllm_composer.training.stopping import Preempted, on_stop_signals, raise_preempted
     from rankllm_composer.training.stragglers import STATUS_FOLDER, find_stragglers
     from rankllm_composer.training.trainer import build_trainer
@@ -187,12 +186,17 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
                 f"nothing to train: {folder} is at batch {trainer.state.timestamp.batch.value}, where "
                 f"run.max_duration={recipe.run.max_duration} is reached; raise run.max_duration to train longer"
             )
+        checkpoints = next(found for found in trainer.state.callbacks if isinstance(found, CheckpointFolder))
+        if stopped is None:
+            checkpoints.finish()
         watch.stop()
         trainer.close()
         if stopped is not None:
             raise stopped
-        if rank == 0 and recipe.export_folder is not None:
-            say(exports_summary(TrainedRun.of_recipe(recipe)))
+        if rank == 0:
+            say(checkpoints.summary())
+            if recipe.export_folder is not None:
+                say(exports_summary(TrainedRun.of_recipe(recipe)))
         dist.barrier()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,35 +13,91 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
+from rankllm_composer.errors import PromptError, RunError
 from rankllm_composer.export.weights import hf_module
-from rankllm_composer.options import DECODINGS
+from rankllm_composer.options import DECODINGS, Decoding
+from rankllm_composer.prompts.chat import identifier_token_ids
+from rankllm_composer.prompts.lists import ListCounts, unreadable_decodings
+from rankllm_composer.prompts.permutations import parse_permutation
+from rankllm_composer.prompts.windows import record_window
 from rankllm_composer.ranking.evaluation import (
     EvaluationOptions,
+    WindowResult,
     evaluate_windows,
     position_matrix,
     summarize,
     window_ndcg,
 )
+from rankllm_composer.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rankllm_composer.prompts.contract import DecodingContract
     from rankllm_composer.prompts.record import Record
+    from rankllm_composer.recipe.sections import Evaluation
 
 PREFIX = "eval/"
 EVALUATIONS_FILE = "evaluations.jsonl"
 
 
+def measurable(
+    evaluation: Evaluation, seed: int, tokenizer: PreTrainedTokenizerBase, contract: DecodingContract, lists: ListCounts
+) -> tuple[EvaluationOptions, str | None, list[str]]:
+    """Choose how windows of these kinds can be ranked: as the recipe says, or by the other decoding.
+
+    Returns:
+        How to rank; the name of the figure by which the best export is chosen; and a sentence for every change.
+    Raises:
+        RunError: neither decoding can rank them.
+    """
+    reasons = unreadable_decodings(tokenizer, contract.objective, lists)
+    left: list[Decoding] = [name for name in evaluation.decodings if name not in reasons]
+    left = left or [name for name in DECODINGS if name not in reasons]
+    if not left:
+        raise RunError(
+            f"evaluation: no decoding can rank the windows of data.eval ({'; '.join(reasons.values())}). Build "
+            "data.eval with the identifiers and the window of data.train, or set evaluation: null."
+        )
+    best_by, constrained = evaluation.best_by, evaluation.constrained
+    sentences = []
+    for name in evaluation.decodings:
+        if name in reasons:
+            sentences.append(
+                f"evaluation.decodings: data.eval cannot be ranked by {name} and is ranked by {', '.join(left)} "
+                f"instead: {reasons[name]}"
+            )
+            best_by = best_by and best_by.replace(f"{name}/", f"{left[0]}/")
+    if best_by != evaluation.best_by:
+        sentences.append(f"evaluation.best_by: the best export is chosen by {best_by} instead of {evaluation.best_by}")
+    if constrained and "generation" in left:
+        try:
+            for style, size in lists:
+                identifier_token_ids(tokenizer, size, style)
+        except PromptError as error:
+            constrained = False
+            sentences.append(f"evaluation.constrained: answers are generated without constraints: {error}")
+    options = EvaluationOptions(
+        decodings=left,
+        constrained=constrained and "generation" in left,
+        num_shuffles=evaluation.num_shuffles,
+        bias_decodings=("first_token",) if "first_token" in left else ("generation",),
+        seed=seed,
+    )
+    return options, best_by, sentences
+
+
 class Validation(Callback):
     """Rank windows at an interval and at the end of training; log the figures of `evaluation.summarize`.
 
-    The figures are of the windows of all ranks, each counted once, and the same on every rank.
+    Every window is read, and one of each rank is ranked, before the first batch. The figures are of the windows of all
+    ranks, each counted once, and the same on every rank.
 
     Args:
         records: this rank's share of the windows; ranks may have different numbers, or none.
         interval: Composer time string.
         options: how the windows are ranked; None for the defaults.
+        best_by: figure by which the best export is chosen, if any; the export reads it here.
         details: file to which rank 0 adds a line per evaluation, see `read_details`; None = not written.
     """
 
@@ -52,27 +109,28 @@ class Validation(Callback):
         contract: DecodingContract,
         interval: str,
         options: EvaluationOptions | None = None,
+        best_by: str | None = None,
         details: Path | None = None,
     ) -> None:
         self.figures: dict[str, float] = {}
+        self.best_by = best_by
         self._records = records
         self._tokenizer = tokenizer
         self._contract = contract
-        self._options = options
+        self._options = options or EvaluationOptions()
         self._details = details
         self._last_batch = -1
         ends = {Event.BATCH_END, Event.EPOCH_END}  # of training, depending on the unit of its duration
         self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            self._try_out(state)
         batch = state.timestamp.batch.value
         # At the end of training, both the batch and the epoch are due.
         if event in (Event.BATCH_END, Event.EPOCH_END) and self._is_due(state, event) and batch != self._last_batch:
             self._last_batch = batch
-            model: Any = hf_module(state.model)
-            results = evaluate_windows(
-                model, self._tokenizer, self._records, self._contract, self._options, lockstep=dist.get_world_size() > 1
-            )
+            results = self._rank(state, self._records, self._options)
             results = [result for part in dist.all_gather_object(results) for result in part]
             self.figures = {PREFIX + name: value for name, value in summarize(results).items()}
             logger.log_metrics(self.figures)
@@ -84,12 +142,38 @@ class Validation(Callback):
                     "ndcg@10": {result.id: window_ndcg(result) for result in results},
                     "positions": {name: counts.tolist() for name, counts in positions.items() if counts.size},
                 }
-                with self._details.open("a") as file:
-                    file.write(json.dumps(details) + "\n")
+                _add_line(self._details, json.dumps(details), batch)
+
+    def _try_out(self, state: State) -> None:
+        for record in self._records:
+            window = record_window(record, self._tokenizer)
+            parse_permutation(record.response, window.num_candidates, window.style)
+            if self._options.num_shuffles:
+                record_window(record, self._tokenizer, range(window.num_candidates))
+        self._rank(state, self._records[:1], replace(self._options, num_shuffles=0))
+
+    def _rank(self, state: State, records: Sequence[Record], options: EvaluationOptions) -> list[WindowResult]:
+        model: Any = hf_module(state.model)
+        lockstep = dist.get_world_size() > 1
+        return evaluate_windows(model, self._tokenizer, records, self._contract, options, lockstep=lockstep)
 
     def figures_after(self, num_batches: int) -> dict[str, float]:
         """Return the figures of the model after `num_batches`; empty if it was not evaluated then."""
         return self.figures if num_batches == self._last_batch else {}
+
+
+def _add_line(path: Path, line: str, batch: int) -> None:
+    """Add a line to a file, which is replaced as a whole; what a killed writer left of a line stays apart."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        if content and not content.endswith(b"\n"):
+            content += b"\n"
+        write_atomic(path, content + line.encode() + b"\n")
+    except OSError as error:
+        raise RunError(
+            f"{path}: the evaluation after batch {batch} could not be written ({error.strerror}); checkpoints are "
+            "intact. Free space or correct the permissions, then rerun the same command to resume."
+        ) from error
 
 
 def read_details(path: Path) -> Iterator[dict[str, Any]]:

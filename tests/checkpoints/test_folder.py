@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -22,6 +23,8 @@ from rankllm_composer.checkpoints.folder import (
     check_same_model,
     clear_stage,
     complete_checkpoints,
+    damage_in,
+    damaged_checkpoints,
     parse_manifest,
     prune,
     publish,
@@ -38,7 +41,9 @@ WEIGHTS = {"model.embed": [8, 4], "model.head": [4, 8]}
 def write(folder: Path, epoch: int, batch: int, contents: tuple[bytes, ...] = (b"first", b"second")) -> Path:
     """Write a checkpoint of two files, as a run does."""
     files = {f"__{rank}_0.distcp": content for rank, content in enumerate(contents)}
-    manifest = Manifest(batch, epoch, 2, True, WEIGHTS, [], {name: len(content) for name, content in files.items()})
+    sizes = {name: len(content) for name, content in files.items()}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    manifest = Manifest(batch, epoch, 2, True, WEIGHTS, [], sizes, digests)
     clear_stage(folder)
     staged = stage_folder(folder) / manifest.name
     staged.mkdir()
@@ -108,14 +113,15 @@ def test_invalid_manifests(text):
 
 
 def test_a_manifest_round_trips():
-    manifest = Manifest(12, 2, 2, True, WEIGHTS, ["EpochGuard"], {"a": 3})
+    manifest = Manifest(12, 2, 2, True, WEIGHTS, ["EpochGuard"], {"a": 3}, {"a": "ab"})
     assert parse_manifest(manifest.to_json()) == manifest
-    assert parse_manifest(dataclasses.replace(manifest, format=2).to_json()) is None
+    assert parse_manifest(manifest.to_json().replace('"EpochGuard"', '"EpochGuarc"')) is None
+    assert parse_manifest(dataclasses.replace(manifest, format=1).to_json()) is None
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "a\\b", "/etc", "c:x", MANIFEST])
 def test_a_manifest_cannot_name_files_outside_its_folder(name):
-    assert parse_manifest(Manifest(1, 0, 1, False, WEIGHTS, [], {name: 3}).to_json()) is None
+    assert parse_manifest(Manifest(1, 0, 1, False, WEIGHTS, [], {name: 3}, {name: "ab"}).to_json()) is None
 
 
 ANYTHING = st.recursive(
@@ -127,8 +133,10 @@ ANYTHING = st.recursive(
 
 @given(changed=st.dictionaries(st.sampled_from([*Manifest.__dataclass_fields__, "other"]), ANYTHING, max_size=3))
 def test_a_manifest_with_arbitrary_values_is_valid_or_none(changed):
-    whole = dataclasses.asdict(Manifest(12, 2, 2, True, WEIGHTS, ["EpochGuard"], {"a": 3}))
-    manifest = parse_manifest(json.dumps({**whole, **changed}))
+    whole = dataclasses.asdict(Manifest(12, 2, 2, True, WEIGHTS, ["EpochGuard"], {"a": 3}, {"a": "ab"}))
+    values = {**whole, **changed}
+    checksum = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    manifest = parse_manifest(json.dumps({**values, "checksum": checksum}))
     if manifest is not None:
         assert batch_of(manifest.name) == manifest.batch >= 0 and manifest.num_ranks >= 0
         assert all(Path("folder", name).parent == Path("folder") for name in manifest.files)
@@ -161,6 +169,26 @@ def test_only_complete_checkpoints_count_as_kept(tmp_path):
     assert prune(tmp_path, 1) == ["ep0-ba2"]
     assert names(tmp_path) == ["ep0-ba4"] and (tmp_path / "notes").exists() and (tmp_path / "ep0-ba6").exists()
     assert prune(tmp_path, 2) == []
+
+
+@given(place=st.integers(0, 10), bit=st.integers(0, 7))
+def test_one_flipped_bit_is_found(tmp_path_factory, place, bit):
+    path = write(tmp_path_factory.mktemp("c"), 0, 2)
+    manifest = read_manifest(path)
+    assert damage_in(path, manifest) is None
+    name = "__0_0.distcp" if place < 5 else "__1_0.distcp"
+    content = bytearray((path / name).read_bytes())
+    content[place % 5] ^= 1 << bit
+    (path / name).write_bytes(content)
+    assert f"ep0-ba2 is damaged (the SHA-256 of {name} is not that in checkpoint.json)" in damage_in(path, manifest)
+    assert damage_in(path, manifest, [other for other in manifest.files if other != name]) is None
+
+
+def test_a_checkpoint_that_lost_a_file_or_has_a_damaged_manifest_is_listed_as_damaged(tmp_path):
+    for epoch, damage in ((0, unfinished), (1, torn), (2, short), (3, missing)):
+        damage(write(tmp_path, epoch, 2 + epoch))
+    write(tmp_path, 9, 99)
+    assert [path.name for path in damaged_checkpoints(tmp_path)] == ["ep1-ba3", "ep2-ba4", "ep3-ba5"]
 
 
 def test_a_checkpoint_of_another_model(tmp_path):

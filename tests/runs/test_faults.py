@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -24,6 +24,7 @@ from support import streaming_loader as streaming_tests
 from support.killing import Run, kill
 from support.list_shards import build_from_file, damage, write_shards
 from support.s3_server import s3_server
+from support.small_disk import fill, make_read_only, small_disk
 from support.small_run import RECIPE, mark_trained, small_run
 from support.synthetic_records import conversation, write_jsonl
 from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
@@ -32,12 +33,16 @@ from rankllm_composer.checkpoints.folder import complete_checkpoints, remove
 from rankllm_composer.data.dataset import ListDataset, ListEncoding, build_train_data_spec
 from rankllm_composer.data.shared_memory import clear_dead_claims
 from rankllm_composer.data.streams import Stream, check_stream
+from rankllm_composer.model.loading import load_tokenizer
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.options import ModelOptions
 from rankllm_composer.prompts.chat import check_tokenizer
+from rankllm_composer.ranking.reranker import Reranker
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
 from rankllm_composer.storage.private_folder import private_folder
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+from rankllm_composer.training.dry_run import DryRun
 from rankllm_composer.training.guards import EpochGuard, LossGuard
 from rankllm_composer.training.progress import MetricsFile, read_metrics
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
@@ -189,6 +194,8 @@ def clear_store(client, bucket: str) -> None:
     "checkpoint-store-missing",
     "checkpoint-store-empty",
     "checkpoint-copy-short",
+    "checkpoint-copy-damaged",
+    "checkpoint-copy-missing",
     "store-of-another-recipe",
 )
 def checkpoint_store(key: str, tools: Tools) -> Ended:
@@ -203,6 +210,17 @@ def checkpoint_store(key: str, tools: Tools) -> Ended:
             elif key == "checkpoint-copy-short":
                 resumable_runs.train(here, "2ba", url=url)
                 server.client().delete_object(Bucket="faults", Key=f"{key}/ep0-ba2/rank0.pt")
+            elif key == "checkpoint-copy-damaged":
+                resumable_runs.train(here, "2ba", url=url)
+                flip_a_bit(here / "ep0-ba2" / "rank0.pt")
+                server.client().upload_file(str(here / "ep0-ba2" / "rank0.pt"), "faults", f"{key}/ep0-ba2/rank0.pt")
+            elif key == "checkpoint-copy-missing":  # the upload of the last checkpoint was refused
+                server.on_put = lambda name: 403 if "/ep1-ba4" in name else None
+                with pytest.raises(ValueError, match=r"ep1-ba4/rank0\.pt cannot be uploaded"):
+                    resumable_runs.train(here, "1ep", url=url)
+                server.on_put = lambda name: None
+                _, _, finished = resumable_runs.train(here, "1ep", url=url)
+                assert finished.summary() == f"checkpoint ep1-ba4 in {here}, copied to {url}"
             elif key == "store-of-another-recipe":
                 resumable_runs.train(here, "2ba", url=url, recipe_yaml=recipe_to_yaml(load_recipe(RECIPE)))
             other = recipe_to_yaml(load_recipe(RECIPE, ["optimizer.lr=1e-4"]))
@@ -210,7 +228,11 @@ def checkpoint_store(key: str, tools: Tools) -> Ended:
         finally:
             if key != "checkpoint-store-missing":
                 clear_store(server.client(), "faults")
-    before = {"checkpoint-copy-short": there / "ep0-ba1", "checkpoint-store-empty": None}
+    before = {
+        "checkpoint-copy-short": there / "ep0-ba1",
+        "checkpoint-copy-missing": there / "ep1-ba4",
+        "checkpoint-store-empty": None,
+    }
     assert checkpoints.resumed_from == before[key]
     return CONTINUED
 
@@ -311,26 +333,100 @@ def full_cache_disk(key: str, tools: Tools) -> Ended:
     return Ended(2, str(raised.value))
 
 
-def permission_denied(*arguments, **options):
-    raise PermissionError(13, os.strerror(13))
+@causes("disk-full-checkpoint", "checkpoint-folder-read-only")
+def checkpoint_disk(key: str, tools: Tools) -> Ended:
+    with small_disk(tools.folder / "disk", 4 << 20) as disk:
+        resumable_runs.train(disk, "2ba", keep=1)
+        if key == "disk-full-checkpoint":
+            filler = fill(disk, free=100_000)
+        else:
+            make_read_only(disk)
+        try:
+            resumable_runs.train(disk, "1ep", keep=1)
+        finally:
+            assert resumable_runs.names(disk) == ["ep0-ba2"]
+            if key == "disk-full-checkpoint":  # the part of the checkpoint no longer takes space
+                assert not list((disk / ".partial").glob("*"))
+                filler.unlink()
+                resumable_runs.train(disk, "1ep", keep=1)
+                assert resumable_runs.names(disk) == ["ep1-ba4"]
+    return CONTINUED
 
 
-@causes("disk-full-checkpoint", "checkpoint-folder-read-only", "checkpoint-of-another-model", "checkpoint-damaged")
+@causes("checkpoint-of-another-model", "checkpoint-damaged")
 def checkpoint(key: str, tools: Tools) -> Ended:
-    resumable_runs.train(tools.folder, "2ba", keep=1)
-    ((path, _),) = complete_checkpoints(tools.folder)
+    resumable_runs.train(tools.folder, "2ba", keep=2)
+    path = tools.folder / "ep0-ba2"
     if key == "checkpoint-damaged":
-        damaged = path / "rank0.pt"
-        damaged.write_bytes(bytes(damaged.stat().st_size))
-    if key == "disk-full-checkpoint":
-        tools.patch.setattr("rankllm_composer.training.checkpoint_callback.save_checkpoint", no_space)
-    if key == "checkpoint-folder-read-only":
-        tools.patch.setattr("rankllm_composer.training.checkpoint_callback.clear_stage", permission_denied)
+        flip_a_bit(path / "rank0.pt")
     family = "qwen2" if key == "checkpoint-of-another-model" else "mistral"
     try:
         resumable_runs.train(tools.folder, "1ep", family=family)
     finally:
-        assert resumable_runs.names(tools.folder) == ["ep0-ba2"]
+        assert resumable_runs.names(tools.folder) == ["ep0-ba1", "ep0-ba2"]
+        if key == "checkpoint-damaged":  # what the message says
+            shutil.rmtree(path)
+            _, _, resumed = resumable_runs.train(tools.folder, "1ep")
+            assert resumed.resumed_from == tools.folder / "ep0-ba1"
+    return CONTINUED
+
+
+def flip_a_bit(path: Path) -> None:
+    """Flip one bit in the middle of a file, where the weights are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@causes("export-damaged")
+def damaged_export(key: str, tools: Tools) -> Ended:
+    folder = exporting.write(tools.folder / "model")
+    flip_a_bit(folder / "model.safetensors")
+    Reranker.from_pretrained(folder)
+    return CONTINUED
+
+
+@causes("exports-of-another-run")
+def foreign_exports(key: str, tools: Tools) -> Ended:
+    for name in ("one", "two"):
+        checkpoints = CheckpointFolder(tools.folder / name, interval="1ep")
+        exporter = exporting.new_exporter(tools.folder / "hf", save=checkpoints.save)
+        new_trainer(new_hf_model(), "1ep", callbacks=[exporter, checkpoints]).fit()
+    return CONTINUED
+
+
+@causes("exports-gone")
+def lost_exports(key: str, tools: Tools) -> Ended:
+    for times in (1, 2):
+        checkpoints = CheckpointFolder(tools.folder / "checkpoints", interval="1ep")
+        exporter = exporting.new_exporter(tools.folder / "hf", save=checkpoints.save)
+        trainer = new_trainer(new_hf_model(), "1ep", callbacks=[exporter, checkpoints])
+        if times == 1:
+            trainer.fit()
+        assert (tools.folder / "hf" / "epoch_0" / "model.safetensors").exists()
+        shutil.rmtree(tools.folder / "hf")
+    return CONTINUED
+
+
+@causes("disk-too-small")
+def small_disks(key: str, tools: Tools) -> Ended:
+    """A dry run finds it before the first batch, and passes once there is space."""
+    with small_disk(tools.folder / "disk", 4 << 20) as disk:
+        filler = fill(disk, free=40_000)
+
+        def train() -> None:
+            checkpoints = CheckpointFolder(tools.folder / "checkpoints", interval="1ep")
+            exporter = exporting.new_exporter(disk / "hf", save=checkpoints.save)
+            dry_run = DryRun(checkpoints, exporter)
+            new_trainer(new_hf_model(), "1ep", callbacks=[exporter, checkpoints, dry_run]).fit()
+
+        try:
+            train()
+        finally:
+            assert not (tools.folder / "checkpoints" / "ep1-ba4").exists()
+            filler.unlink()
+            train()
+            assert (disk / "hf" / "epoch_0").is_dir()
     return CONTINUED
 
 
@@ -357,39 +453,55 @@ def pickle_in_a_checkpoint(key: str, tools: Tools) -> Ended:
     return CONTINUED
 
 
-@causes("disk-full-metrics", "metrics-torn")
-def metrics_file(key: str, tools: Tools) -> Ended:
-    path, checkpoints = tools.folder / "metrics.jsonl", tools.folder / "checkpoints"
+def train_with_metrics(path: Path, checkpoints: Path, duration: str, *callbacks: Callback) -> None:
+    ours = [*callbacks, CheckpointFolder(checkpoints, interval="1ba")]
+    trainer = new_trainer(new_hf_model(), duration, callbacks=ours, loggers=[MetricsFile(path)])
+    trainer.fit()
+    trainer.close()
 
-    def train(duration: str, disk: Callback | None = None) -> None:
-        callbacks = [*filter(None, [disk]), CheckpointFolder(checkpoints, interval="1ba")]
-        trainer = new_trainer(new_hf_model(), duration, callbacks=callbacks, loggers=[MetricsFile(path)])
-        trainer.fit()
-        trainer.close()
 
-    try:
-        if key == "disk-full-metrics":
-            train("1ep", FullDisk(tools.patch))
-        train("2ba")
-        path.write_bytes(path.read_bytes()[:-20])
-        remove(checkpoints / "ep0-ba2")  # the line of a batch is written before its checkpoint
-    finally:
-        tools.patch.undo()
-        assert resumable_runs.names(checkpoints) == ["ep0-ba1"]
-        train("1ep")
-        assert [line["batch"] for line in read_metrics(path)] == [1, 2, 3, 4]
+@causes("disk-full-metrics")
+def full_metrics_disk(key: str, tools: Tools) -> Ended:
+    checkpoints = tools.folder / "checkpoints"
+    with small_disk(tools.folder / "disk", 1 << 20) as disk:
+        path = disk / "metrics.jsonl"
+        try:
+            train_with_metrics(path, checkpoints, "1ep", FullDisk(disk))
+        finally:
+            (disk / "filler").unlink()
+            assert resumable_runs.names(checkpoints) == ["ep0-ba1"]
+            train_with_metrics(path, checkpoints, "1ep")
+            assert [line["batch"] for line in read_metrics(path)] == [1, 2, 3, 4]
     return CONTINUED
 
 
 class FullDisk(Callback):
-    """Fill the disk from the second batch on."""
+    """Fill the disk from the second batch on; log so much that a line does not fit into space that is left."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.patch = patch
+    def __init__(self, disk: Path) -> None:
+        self.disk = disk
 
     def batch_start(self, state, logger):
         if state.timestamp.batch.value == 1:
-            self.patch.setattr("rankllm_composer.training.progress.os", SimpleNamespace(write=no_space, close=os.close))
+            fill(self.disk)
+        logger.log_metrics({f"padding/{number}": 1.0 for number in range(500)})
+
+
+@causes("metrics-torn", "metrics-damaged")
+def broken_metrics(key: str, tools: Tools) -> Ended:
+    path, checkpoints = tools.folder / "metrics.jsonl", tools.folder / "checkpoints"
+    train_with_metrics(path, checkpoints, "3ba")
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    if key == "metrics-torn":
+        path.write_bytes(b"".join([first, *rest])[:-20])
+        remove(checkpoints / "ep0-ba3")  # the line of a batch is written before its checkpoint
+    else:
+        path.write_bytes(first.replace(b'"batch"', b'"batch\xff', 1) + b"".join(rest))
+    train_with_metrics(path, checkpoints, "1ep")
+    kept = [2, 3, 4] if key == "metrics-damaged" else [1, 2, 3, 4]
+    assert [line["batch"] for line in read_metrics(path)] == kept
+    assert path.read_bytes().count(b"\n") == 4
+    return CONTINUED
 
 
 @causes("disk-full-export")
@@ -567,7 +679,7 @@ def restarted_at_once(key: str, tools: Tools) -> Ended:
     first.wait_until(lambda: first.batches() >= 3)
     workers = first.workers()
     kill(first.ranks())
-    second = Run(RECIPE, tools.fixture("overlay"), tools.folder, is_patient=True)
+    second = Run(RECIPE, tools.fixture("overlay"), tools.folder)
     second.wait_until(lambda: second.batches() >= 7)
     second.process.kill()
     third = Run(RECIPE, tools.fixture("overlay"), tools.folder, is_patient=True)
@@ -575,7 +687,7 @@ def restarted_at_once(key: str, tools: Tools) -> Ended:
     first.finish(), second.finish()
     assert len(workers) == 2 and third.batches() == 12
     assert "another process is training" not in second.output() + third.output()
-    assert not third.leftovers()
+    assert not third.locks()
     return Ended(code, third.output())
 
 
@@ -619,6 +731,22 @@ def tokenizer(key: str, tools: Tools) -> Ended:
     if key == "no-chat-template":
         found.chat_template = None
     check_tokenizer(found, "generation")
+    return CONTINUED
+
+
+@causes("several-chat-templates", "no-default-chat-template")
+def chat_templates(key: str, tools: Tools) -> Ended:
+    """Training writes a checkpoint and an export, as with one template."""
+    found = new_tokenizer()
+    found.chat_template = {"default": found.chat_template, "tool_use": "{{ tools }}"}
+    if key.startswith("no"):
+        del found.chat_template["default"]
+    found.save_pretrained(tools.folder / "base")
+    loaded = load_tokenizer(ModelOptions(name_or_path=str(tools.folder / "base")))
+    model = ListwiseReranker(new_hf_model(), loaded, Objective("generation"))
+    assert model.get_metadata() == {}  # where Composer fails on several templates
+    exported = exporting.write(tools.folder / "hf", tokenizer=loaded)
+    assert load_tokenizer(ModelOptions(name_or_path=str(exported))).chat_template == new_tokenizer().chat_template
     return CONTINUED
 
 

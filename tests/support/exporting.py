@@ -9,6 +9,7 @@ from pathlib import Path
 from rankllm_composer.errors import StoreError
 from rankllm_composer.export.model_card import CardFacts
 from rankllm_composer.export.model_folder import ServedModel, write_model_folder
+from rankllm_composer.recipe.sections import Export
 from rankllm_composer.training.export_callback import ExportFolder
 from support.contracts import new_contract
 from support.tiny_training import new_hf_model, new_tokenizer
@@ -28,7 +29,9 @@ def served(model, **changes) -> ServedModel:
 def new_exporter(folder: Path, family: str = "mistral", *, tokenizer=None, **options) -> ExportFolder:
     changes = {} if tokenizer is None else {"tokenizer": tokenizer}
     facts = CardFacts(name="tiny", base_model=None, contract=new_contract())
-    return ExportFolder(folder, model=served(new_hf_model(family), **changes), facts=facts, **options)
+    keys = {name: options.pop(name) for name in ("interval", "keep", "merge_lora") if name in options}
+    model = served(new_hf_model(family), **changes)
+    return ExportFolder(folder, model=model, facts=facts, options=Export(**keys), **options)
 
 
 def write_on_a_full_disk(folder: Path, report: Path) -> None:

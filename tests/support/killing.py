@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 import psutil
 import torch
 
-from rankllm_composer.checkpoints.folder import MANIFEST
 from support.launching import TRAIN
 
 NOT_COMPARED = ("batch_seconds", "tokens_per_second")
@@ -97,32 +96,19 @@ class Run:
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written."""
-        return bool(_names_in(self.folder / "run" / "checkpoints" / ".partial"))
-
-    def is_exporting(self) -> bool:
-        """Whether a model folder is being written."""
-        return any(".partial-" in name for name in _names_in(self.folder / "run" / "hf"))
-
-    def is_pruning(self) -> bool:
-        """Whether a checkpoint is being removed."""
         folder = self.folder / "run" / "checkpoints"
-        return any(name.startswith("ep") and not (folder / name / MANIFEST).exists() for name in _names_in(folder))
-
-    def is_building(self) -> bool:
-        """Whether shards are being built."""
-        return (self.folder / "shards" / ".building").exists()
+        staged = {path.name for path in (folder / ".partial").glob("ep*")}
+        # The dry run at startup writes one of the step that it starts from.
+        return bool(staged - {"ep0-ba0"} - {path.name for path in folder.glob("ep*")})
 
     def ranks(self) -> list[psutil.Process]:
-        """The living training processes, rank 0 first."""
-        return _children(self.process.pid)
-
-    def living_launcher(self) -> list[psutil.Process]:
-        """The launcher, unless it has ended."""
-        return [psutil.Process(self.process.pid)] if self.process.poll() is None else []
+        """The training processes, rank 0 first."""
+        return psutil.Process(self.process.pid).children()
 
     def workers(self) -> list[psutil.Process]:
         """The loader workers of all ranks."""
-        return [child for rank in self.ranks() for child in _children(rank.pid) if not _is_tracker(child)]
+        children = [child for rank in self.ranks() for child in rank.children()]
+        return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
     def shared_memory(self) -> set[Path]:
         """Shared-memory segments that the processes of the run have open."""
@@ -136,10 +122,6 @@ class Run:
     def locks(self) -> list[Path]:
         """Lock files of the run, or of killed ones."""
         return [path for name in ("names-*", "cache-*", "*_filelock") for path in self.temporary.rglob(name)]
-
-    def leftovers(self) -> list[Path]:
-        """What is left in the temporary directory, beside the private folder of the user."""
-        return [path for path in self.temporary.rglob("*") if not path.name.startswith("rankllm_composer-")]
 
     def finish(self, timeout: float = 1800) -> int:
         """Return the launcher's exit code once every process of the run is gone; fail if one stays."""
@@ -165,38 +147,9 @@ def processes_of_session(session: int) -> Iterator[psutil.Process]:
             pass
 
 
-def _children(process: int) -> list[psutil.Process]:
-    """Living children of a process, the oldest first; none if it has ended."""
-    try:
-        living = [child for child in psutil.Process(process).children() if child.status() != psutil.STATUS_ZOMBIE]
-        return sorted(living, key=lambda child: (child.create_time(), child.pid))
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208
-    except OSError:
-        return []
-
-
-def _is_tracker(process: psutil.Process) -> bool:
-    """Whether this is the helper process of Python that removes shared memory."""
-    try:
-        return "resource_tracker" in " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return True
-
-
-def kill(processes: list[psutil.Process], number: int = signal.SIGKILL) -> bool:
-    """Send a signal to processes; return whether one of them was alive."""
-    was_alive = False
+def kill(processes: list[psutil.Process], number: int = signal.SIGKILL) -> None:
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
-            was_alive = True
-    return was_alive
+        process.send_signal(number)
 
 
 def comparable_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -206,7 +159,7 @@ def comparable_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint by dotted name, without times (weights, optimizer, …)."""
+    """Return the content of a checkpoint by dotted name, without times and identities (weights, optimizer, …)."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     path = checkpoint / "rank0.pt"
@@ -214,7 +167,7 @@ def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
         path = checkpoint.parent / f"{checkpoint.name}.unsharded"
         dcp_to_torch_save(checkpoint, path)
     flat = dict(_flatten(torch.load(path, weights_only=False), ""))
-    return {name: value for name, value in flat.items() if not name.endswith(("_wct", ".repr"))}
+    return {name: value for name, value in flat.items() if not name.endswith(("_wct", ".repr", "ExportFolder.run"))}
 
 
 def _flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from composer.core import Callback
 from composer.models import HuggingFaceModel
 from peft import LoraConfig, get_peft_model
 
-from rankllm_composer.checkpoints.folder import MANIFEST, complete_checkpoints
+from rankllm_composer.checkpoints.folder import MANIFEST, complete_checkpoints, parse_manifest
+from rankllm_composer.storage.content import hash_files
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
 
@@ -35,7 +36,9 @@ def train(folder: Path, duration: str, *, interval: str = "1ba", family: str = "
     if lora:
         model = HuggingFaceModel(get_peft_model(model, LORA), new_tokenizer())
     trainer = new_trainer(model, duration, callbacks=[draws, checkpoints])
-    trainer.fit()
+    if trainer.state.timestamp < trainer.state.max_duration:
+        trainer.fit()
+    checkpoints.finish()
     trainer.close()
     return draws.seen, {name: weight.clone() for name, weight in model.state_dict().items()}, checkpoints
 
@@ -62,6 +65,6 @@ def poison(checkpoint: Path, change) -> None:
     content = torch.load(checkpoint / "rank0.pt", weights_only=False)
     change(content["state"])
     torch.save(content, checkpoint / "rank0.pt")
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    manifest["files"]["rank0.pt"] = (checkpoint / "rank0.pt").stat().st_size
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    before = parse_manifest((checkpoint / MANIFEST).read_text())
+    files, sha256 = {"rank0.pt": (checkpoint / "rank0.pt").stat().st_size}, hash_files(checkpoint, ["rank0.pt"])
+    (checkpoint / MANIFEST).write_text(replace(before, files=files, sha256=sha256).to_json())

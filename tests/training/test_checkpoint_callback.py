@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from composer.core import Callback
-from support.resumable_runs import Payload, names, poison, train
+from support.resumable_runs import Draws, Payload, names, poison, train
 from support.s3_server import s3_server
 from support.tiny_training import new_hf_model, new_trainer
 
@@ -17,6 +17,7 @@ from rankllm_composer.checkpoints.folder import MANIFEST
 from rankllm_composer.errors import CheckpointError, StoreError
 from rankllm_composer.training import checkpoint_callback
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+from rankllm_composer.training.dry_run import DryRun, checkpoint_bytes
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
@@ -82,20 +83,45 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not trap.exists()
 
 
-def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch):
-    train(tmp_path, "2ba", keep=1)
+def test_a_dry_run_writes_and_reads_a_checkpoint_without_weights(tmp_path):
+    """Nothing of it is left, and the training that follows is the same."""
+    draws, weights, _ = train(tmp_path / "plain", "1ep")
+    seen, checkpoints = Draws(), CheckpointFolder(tmp_path / "tried", interval="1ba")
+    trainer = new_trainer(new_hf_model(), "1ep", callbacks=[seen, checkpoints, DryRun(checkpoints)])
+    before = checkpoint_bytes(trainer.state)
+    trainer.fit()
+    assert seen.seen == draws
+    assert all(torch.equal(weight, weights[name]) for name, weight in trainer.state.model.model.state_dict().items())
+    written = (tmp_path / "tried" / "ep1-ba4" / "rank0.pt").stat().st_size
+    assert before < written < before + 100_000  # small parts besides weights and averages
+    assert not list((tmp_path / "tried" / ".partial").iterdir())
 
-    def full(*arguments, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_callback, "save_checkpoint", full)
-    with pytest.raises(CheckpointError, match=r"ep0-ba3 could not be written \(.*No space left"):
-        train(tmp_path, "1ep")
-    assert names(tmp_path) == ["ep0-ba2"]
+class Unreadable(Callback):
+    """A callback whose state a checkpoint can hold, but not give back as data."""
+
+    def state_dict(self):
+        return {"lock": Path("/somewhere")}
+
+
+def test_a_dry_run_finds_a_state_that_cannot_be_read_back(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, interval="1ep")
+    trainer = new_trainer(new_hf_model(), "1ep", callbacks=[Unreadable(), checkpoints, DryRun(checkpoints)])
+    with pytest.raises(CheckpointError, match=r"contains a pickle that references pathlib\.PosixPath"):
+        trainer.fit()
+    assert trainer.state.timestamp.batch.value == 0
+
+
+def test_what_was_left_after_the_last_checkpoint_is_done_at_the_next_start(tmp_path):
+    train(tmp_path, "1ep", keep=-1)
+    assert names(tmp_path) == ["ep0-ba1", "ep0-ba2", "ep0-ba3", "ep1-ba4"]
+    train(tmp_path, "1ep", keep=2)  # nothing left to train
+    assert names(tmp_path) == ["ep0-ba3", "ep1-ba4"]
 
 
 def test_machines_without_a_shared_disk_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_callback.dist, "all_gather_object", lambda own: [own, {"__9_0.distcp": 5}])
+    elsewhere = {"__9_0.distcp": (5, "ab")}
+    monkeypatch.setattr(checkpoint_callback.dist, "all_gather_object", lambda own: [own, elsewhere])
     with pytest.raises(CheckpointError, match=r"ep0-ba1: __9_0\.distcp of another rank is missing.* share"):
         train(tmp_path, "2ba")
     assert names(tmp_path) == []
@@ -190,3 +216,13 @@ def test_a_store_that_refuses_uploads(tmp_path, server):
     server.on_put = lambda key: None
     train(tmp_path, "1ep", url="s3://refused/run")
     assert "ep1-ba4" in copies(server, "refused")
+    # A finished run completes copies that are missing, partial or of another content, and leaves whole ones alone.
+    kept = ["ep0-ba2", "ep0-ba3", "ep1-ba4"]
+    server.client().delete_object(Bucket="refused", Key="run/ep1-ba4/rank0.pt")
+    server.client().delete_object(Bucket="refused", Key=f"run/ep0-ba3/{MANIFEST}")
+    server.puts.clear()
+    train(tmp_path, "1ep", url="s3://refused/run")
+    assert copies(server, "refused") == set(kept)
+    assert {key.split("/")[1] for key in server.puts if key.count("/") == 2} == {"ep0-ba3", "ep1-ba4"}
+    _, _, resumed = train(tmp_path / "another machine", "1ep", url="s3://refused/run")
+    assert resumed.resumed_from == tmp_path / "another machine" / "ep1-ba4"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,14 +14,18 @@ from composer import Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
 from support.launching import REPOSITORY
+from support.small_disk import fill, small_disk
 from support.tiny_rerankers import FAMILIES, new_contract, new_tokenizer, record_of
 from support.tiny_training import new_loader
 from transformers import AutoModelForCausalLM
 
+from rankllm_composer.errors import PromptError, RunError
+from rankllm_composer.prompts.lists import list_kind
 from rankllm_composer.ranking.evaluation import EvaluationOptions, evaluate_windows, summarize, window_ndcg
 from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.recipe.sections import Evaluation
 from rankllm_composer.training import assembly
-from rankllm_composer.training.validation import PREFIX, Validation, read_details
+from rankllm_composer.training.validation import PREFIX, Validation, measurable, read_details
 
 GRADED = [
     ([None, None], "generation/ndcg@10", True),
@@ -138,3 +143,72 @@ def test_an_evaluation_repeated_after_resuming_counts_once(tmp_path):
     lines = [{"batch": 4, "x": "lost"}, {"batch": 2, "x": "first"}, {"batch": 4, "x": "again"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"batch": 6, "ndc')
     assert [(found["batch"], found["x"]) for found in read_details(path)] == [(2, "first"), (4, "again")]
+
+
+def test_an_evaluation_is_added_after_a_torn_line(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text(json.dumps({"batch": 2}) + '\n{"batch": 3, "ndc')
+    trained("4ba", new_validation("4ba", decodings=["first_token"], details=path))
+    assert [found["batch"] for found in read_details(path)] == [2, 4]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_one_readable_error(tmp_path):
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        path = disk / "evaluations.jsonl"
+        path.write_text("{}\n" * 2000)
+        fill(disk)
+        with pytest.raises(RunError, match=r"after batch 4 could not be written \(No space left on device\); checkp"):
+            trained("4ba", new_validation("4ba", decodings=["first_token"], details=path))
+        assert path.read_text() == "{}\n" * 2000
+
+
+def test_what_first_token_decoding_cannot_rank_is_ranked_by_generation():
+    """Numbers beyond 9 are several tokens of this tokenizer, as of most."""
+    tokenizer = new_tokenizer()
+    contract = new_contract(tokenizer, "generation", "numbers")
+    records = [record_of(range(size), style="numbers", record_id=f"n{size}") for size in (3, 11)]
+    section = Evaluation(best_by="first_token/ndcg@10", num_shuffles=1, constrained=True)
+    options, best_by, changes = measurable(section, 7, tokenizer, contract, Counter(map(list_kind, records)))
+    assert (options.decodings, options.bias_decodings, options.constrained) == (["generation"], ("generation",), False)
+    assert best_by == "generation/ndcg@10"
+    assert [text.partition(":")[0] for text in changes] == [
+        "evaluation.decodings",
+        "evaluation.best_by",
+        "evaluation.constrained",
+    ]
+    assert "cannot be ranked by first_token and is ranked by generation instead" in changes[0]
+    memory = InMemoryLogger()
+    validation = Validation(records, tokenizer=tokenizer, contract=contract, interval="1ep", options=options)
+    trained("1ep", validation, loggers=[memory])
+    assert {"eval/generation/ndcg@10", "eval/generation/shuffled/tau"} <= memory.data.keys()
+    assert not any(name.startswith("eval/first_token") for name in memory.data)
+
+
+def test_decodings_that_can_rank_the_windows_are_unchanged():
+    tokenizer = new_tokenizer()
+    section = Evaluation(best_by="first_token/ndcg@10", constrained=True)
+    options, best_by, changes = measurable(section, 7, tokenizer, new_contract(tokenizer), {("letters", 20): 3})
+    assert (list(options.decodings), options.constrained, best_by) == (
+        ["first_token", "generation"],
+        True,
+        "first_token/ndcg@10",
+    )
+    assert changes == []
+    with pytest.raises(RunError, match=r"evaluation: no decoding can rank the windows of data\.eval"):
+        measurable(Evaluation(), 7, tokenizer, new_contract(tokenizer, "ranking"), {("numbers", 20): 3})
+
+
+def test_a_window_that_cannot_be_presented_is_found_before_the_first_batch():
+    memory = InMemoryLogger()
+    tokenizer = new_tokenizer()
+    validation = Validation(
+        [RECORDS[0], replace(RECORDS[1], user="no list")],
+        tokenizer=tokenizer,
+        contract=new_contract(tokenizer),
+        interval="2ep",
+        options=EvaluationOptions(num_shuffles=1),
+    )
+    with pytest.raises(PromptError):
+        trained("2ep", validation, loggers=[memory])
+    assert "loss/train/total" not in memory.data
