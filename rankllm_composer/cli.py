@@ -15,7 +15,7 @@ from rankllm_composer import __version__, screen
 from rankllm_composer.cli_options import flag, with_options
 from rankllm_composer.errors import counted
 from rankllm_composer.escaping import in_one_line
-from rankllm_composer.options import FROM_RUN, BuildOptions, RerankOptions, SourceOptions
+from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.recipe.bundled import find_recipe
 from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
 
@@ -91,9 +91,10 @@ def shards_build(context: typer.Context, output: Output, source: SourceOptions, 
     from rankllm_composer.sources.records import open_source
 
     given = _given(context, FROM_RUN if source.run is None else ("split", "config"))
-    if given and (source.run is not None or (source.input is not None and not open_source(source).makes_lists)):
-        for name in given:
-            screen.report(f"warning: {flag(name)} has no effect with {'--run' if source.run else '--input'}")
+    if given and source.run is None and source.input is not None and open_source(source).makes_lists:
+        given = [name for name in given if name not in FOR_PASSAGES]
+    for name in given:
+        screen.report(f"warning: {flag(name)} has no effect with {'--run' if source.run else '--input'}")
     build_shards(output, source, options, screen.report)
 
 

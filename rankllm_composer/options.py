@@ -31,7 +31,10 @@ FROM_RUN = (
     "require_relevant",
     "duplicates",
 )
-"""Options of a source that only matter for lists made from a first-stage run."""
+"""Options of a source that matter only for lists whose prompts it writes: those made from a first-stage run."""
+
+FOR_PASSAGES = ("window", "max_passage_words", "identifiers", "seed")
+"""Those of them that also matter for an `input` of queries with graded passages."""
 
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 """For every class of options: unknown names, NaN and infinities are refused."""

@@ -192,6 +192,14 @@ def test_options_without_effect_warn(
     assert run("shards", "build", "--output", "out", *arguments).err.strip() == warned
 
 
+def test_sources_look(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1 Q0 d1 1 2 t\n")
+    outcome = run("sources", "look", tmp_path / "a", RECORDS)
+    assert outcome.code == 0
+    assert "a: a TREC run (text), read for a first-stage run, a teacher's order" in outcome.out
+    assert "records.json: conversations (array), read for training records" in outcome.out
+
+
 def test_build_info_verify(run: Run, tmp_path: Path) -> None:
     target = tmp_path / "set"
     built = run("shards", "build", "--input", RECORDS, "--output", target, "--processes", 1)

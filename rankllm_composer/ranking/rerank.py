@@ -36,6 +36,7 @@ from rankllm_composer.sources.retrieval_files import (
     load_queries,
     load_run,
     require_shared,
+    source_of,
 )
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import try_lock
@@ -106,12 +107,19 @@ def rerank_files(
     options = options or RerankOptions()
     _check_output(Path(files.output))
     notes: list[str] = []
-    queries, collection = files.queries or files.first_stage, files.documents or files.first_stage
+    queries = source_of("queries", files.queries, files.first_stage)
+    collection = source_of("docs", files.documents, files.first_stage)
     texts, first_stage = load_queries(queries), load_run(files.first_stage, files.duplicates, notes.append)
-    require_shared("query", (Path(files.first_stage).name, first_stage), (Path(queries).name, texts))
-    grades = None if files.judgments is None else load_judgments(files.judgments)
-    if files.judgments is not None and grades is not None:
-        require_shared("query", (Path(files.judgments).name, grades), (Path(files.first_stage).name, first_stage))
+    run = Path(files.first_stage).name
+    require_shared("query", (run, first_stage), (Path(queries).name, texts))
+    grades = None
+    if files.judgments is not None:
+        grades, judgments = load_judgments(files.judgments), Path(files.judgments).name
+        require_shared("query", (judgments, grades), (run, first_stage))
+        candidates = {docid for docids in first_stage.values() for docid in docids}
+        require_shared(
+            "document", (judgments, (docid for known in grades.values() for docid in known)), (run, candidates)
+        )
     chosen = {qid: first_stage[qid] for qid in texts if qid in first_stage}
     if grades is not None:
         compare_runs(chosen, chosen, grades, measures)  # fails now, not after hours, if it cannot be measured

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from rankllm_composer.errors import Problem, RecipeError
 from rankllm_composer.model.loss_table import RANKING_LOSSES
-from rankllm_composer.options import FROM_RUN, SourceOptions
+from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, SourceOptions
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.recipe.keys import plain_tree, show
 from rankllm_composer.recipe.resume import acceptance_problems
@@ -331,10 +331,11 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         reasons["data.eval"] = "evaluation is null"
     for section, split in named_splits(recipe):
         if split.source is not None and split.source.input is not None:
-            keys = [f"{section}.source.{name}" for name in FROM_RUN]
+            keys = [f"{section}.source.{name}" for name in FROM_RUN if name not in FOR_PASSAGES]
             reasons |= dict.fromkeys(keys, f"{section}.source.input is set")
         elif split.source is not None:
-            reasons[f"{section}.source.split"] = f"{section}.source.input is null"
+            keys = [f"{section}.source.{name}" for name in ("split", "config")]
+            reasons |= dict.fromkeys(keys, f"{section}.source.input is null")
     return reasons
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import RecordError, SourceError
-from rankllm_composer.options import FROM_RUN, SourceOptions
+from rankllm_composer.options import FOR_PASSAGES, SourceOptions
 from rankllm_composer.prompts.record import Record, validate_record
 from rankllm_composer.sources.files import Row, parse_json, read_rows
 from rankllm_composer.sources.layouts import layout_of
@@ -91,7 +91,7 @@ class FileSource:
     def _changed_options(self) -> dict[str, Any]:
         """Options that matter for graded passages, where they are not the defaults."""
         options, defaults = self.options, SourceOptions(input=self.path)
-        changed = {name: found for name in FROM_RUN if (found := getattr(options, name)) != getattr(defaults, name)}
+        changed = {name: found for name in FOR_PASSAGES if (found := getattr(options, name)) != getattr(defaults, name)}
         return {"options": changed} if changed else {}
 
     def _rows(self) -> Iterator[Row]:

@@ -29,6 +29,8 @@ _KINDS_OF_BYTES = (
     (b"BZh", "compressed with bzip2"),
     (b"\xfd7zXZ", "compressed with xz"),
     (b"ARROW1", "an Arrow file"),
+    (b"\xff\xfe", "text in UTF-16"),
+    (b"\xfe\xff", "text in UTF-16"),
     (b"\x80", "a Python pickle"),
 )
 _BLOCK_START = re.compile(r"<(?:top|topic|doc|query)(?=[\s>])", re.IGNORECASE)
@@ -135,7 +137,7 @@ def container_of(path: str | Path) -> Container:
         return Container(path, "parquet")
     for magic, what in _KINDS_OF_BYTES:
         if head.startswith(magic):
-            raise SourceError(f"{path.name}: the file is {what}; expected text. Convert it to JSON Lines.")
+            raise SourceError(f"{path.name}: the file is {what}; expected text in UTF-8. Convert it.")
     if b"\0" in head:
         raise SourceError(f"{path.name}: the file is binary; expected text or Parquet. Convert it to JSON Lines.")
     text = head.removeprefix(_BOM).lstrip()

@@ -204,9 +204,12 @@ def _candidates(row: Row) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _qid(row: Row) -> str:
-    query = row.value.get("query")
-    owner = query if find_key(query, _ROW_IDS) is not None else row.value
-    return numbered(row) if find_key(owner, _ROW_IDS) is None else identifier(row, owner, _ROW_IDS)
+    """The id of a row's query: of the query, the row, or its first candidate (as in RankGPT); else the row's number."""
+    listed = row.value.get(_list_key(row.value) or "") or [None]
+    candidate = {"qid": listed[0]["qid"]} if find_key(listed[0], ("qid",)) else None
+    owners = (owner for owner in (row.value.get("query"), row.value, candidate) if find_key(owner, _ROW_IDS))
+    owner = next(owners, None)
+    return numbered(row) if owner is None else identifier(row, owner, _ROW_IDS)
 
 
 def _ranked(row: Row, key: str) -> Iterator[RunLine]:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rankllm_composer.errors import SourceError
+from rankllm_composer.screen import report
 from rankllm_composer.sources.entries import Document, Judgment, Query, RunLine, document_of, query_of, run_line
 from rankllm_composer.sources.files import Row, read_rows
-from rankllm_composer.sources.layouts import PARTS, Layout, Part, layout_of
+from rankllm_composer.sources.layouts import PARTS, Layout, Part, layout_of, layouts_of
 
 IRDS = "irds:"
 Duplicates = Literal["stop", "first"]
@@ -53,6 +54,17 @@ def file_of(source: str | Path, part: Part) -> Path:
     raise SourceError(
         f"{path}: the folder holds no {PARTS[part].removeprefix('a ')}; expected {expected}. Name a file."
     )
+
+
+def source_of(part: Part, given: str | Path | None, run: str | Path) -> str | Path:
+    """The source of queries or documents: the one that is given, else the run, if its layout holds them."""
+    if given is not None or str(run).startswith(IRDS):
+        return run if given is None else given
+    row = next(read_rows(run), None)
+    if row is not None and not any(part in layout.readers for layout in layouts_of(row.value)):
+        found = f"{part} is not given, and {Path(run).name} holds no {PARTS[part]}"
+        raise SourceError(f"{found}; expected a file, a BEIR folder or irds:ID. Name it in {part} (--{part}).")
+    return run
 
 
 class Ranking(NamedTuple):
@@ -126,7 +138,7 @@ def load_documents(source: str | Path, wanted: Collection[str]) -> dict[str, str
 
 
 def load_run(
-    source: str | Path, duplicates: Duplicates = "stop", notes: Callable[[str], object] | None = None
+    source: str | Path, duplicates: Duplicates = "stop", notes: Callable[[str], object] = report
 ) -> dict[str, list[str]]:
     """Document ids per query, best first, see `rank_candidates`; queries in the order of the file.
 
@@ -146,7 +158,7 @@ def load_run(
         run[qid] = ranking.docids
         disagreements[ranking.disagreement] += 1
     for kind, what in DISAGREEMENTS.items():
-        if notes is not None and disagreements[kind]:
+        if disagreements[kind]:
             notes(f"{name}: {disagreements[kind]} of {len(run)} queries {what}")
     return run
 

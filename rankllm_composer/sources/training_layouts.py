@@ -95,6 +95,8 @@ def conversation(row: Row) -> Iterator[Conversation]:
 
 def instruction(row: Row) -> Iterator[Conversation]:
     value = row.value
+    if value.get("history"):
+        raise row.error("the record has a history of further turns; expected one user turn. Remove it or the record.")
     if "instruction" in value:
         asked = "\n".join(str(value[key]) for key in ("instruction", "input") if value.get(key))
         answer = value["output"]
@@ -156,12 +158,12 @@ def scores_of(value: Mapping[str, Any], keys: Sequence[str], number: int) -> lis
 
 def _passages(row: Row, value: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str | None, str]]:
     """(document id, text) of each passage, which may be text, an object, or a list of turns."""
-    given = value[_key(value, keys)]
+    given: Any = value[_key(value, keys)]
     passages: list[tuple[str | None, str]] = []
     for passage in [given] if isinstance(given, str | Mapping) else given or []:
         docid = find_key(passage, DOCUMENT_IDS)
         if isinstance(passage, Sequence) and not isinstance(passage, str):
-            passage = "".join(turn["value"] for turn in _turns_of(passage, "user")[-1:])
+            passage = "".join(str(turn["value"]) for turn in _turns_of(passage, "user")[-1:])
         try:
             text = document_text({"text": passage} if isinstance(passage, str) else passage)
         except (PromptError, AttributeError, TypeError, ValueError) as error:
@@ -183,8 +185,8 @@ def _with_value(turn: Any) -> Any:
         return turn
     content = turn.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        content = None if None in texts else "".join(map(str, texts))
     return {"from": turn.get("role"), "value": content}
 
 
@@ -214,4 +216,7 @@ def _role(turn: Any) -> str | None:
 
 def _with_id(row: Row, fields: dict[str, Any]) -> Conversation:
     key = next((key for key in ("id", "_id", "uid", "uuid", "custom_id") if fields.get(key) not in (None, "")), None)
+    grades = fields.get("grades")
+    if isinstance(grades, list) and all(isinstance(grade, float) and grade.is_integer() for grade in grades):
+        fields = {**fields, "grades": [int(grade) for grade in grades]}
     return Conversation({**fields, "id": numbered(row) if key is None else fields[key]}, is_numbered=key is None)

@@ -32,6 +32,7 @@ from rankllm_composer.sources.retrieval_files import (
     rank_candidates,
     read_part,
     repeated,
+    source_of,
 )
 
 _BATCH_ROWS = 10_000
@@ -164,6 +165,8 @@ class TrecSource:
 
     def _import(self, database: sqlite3.Connection) -> None:
         """Read all files; raise SourceError if two of them that should share ids share none."""
+        for part in ("queries", "docs"):
+            source_of(part, getattr(self.options, part), self._source("run"))  # type: ignore[arg-type]
         first: dict[str, tuple[str, str]] = {}  # the first query id and the first document id of each
         first["queries"] = (self._import_queries(database), "")
         first["run"] = self._import_lines(database, "run")

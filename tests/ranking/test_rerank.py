@@ -444,7 +444,7 @@ def test_ir_datasets_without_the_package(monkeypatch):
 
 
 def test_the_command_accepts_ids_and_folders(exported, stored, tmp_path, capsys):
-    """All four inputs as one ir_datasets id, and as a BEIR folder beside a TREC run: the same reranked run."""
+    """From an ir_datasets id, a BEIR folder beside a TREC run, and requests of rank_llm: the same reranked run."""
     beir = tmp_path / "beir"
     rows = [{"_id": docid, "text": text} for docid, text in (("a", "one"), ("b", "two [12]"), ("c", "three"))]
     write_json_lines(beir / "corpus.jsonl", rows)
@@ -452,13 +452,24 @@ def test_the_command_accepts_ids_and_folders(exported, stored, tmp_path, capsys)
     (beir / "qrels").mkdir()
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
     write_run(tmp_path / "run.trec", {"1": ["a", "b"], "2": ["c"]})
-    for name, source, run in (("ids", "irds:rankllm-local", "irds:rankllm-local"), ("beir", beir, "run.trec")):
-        inputs = {"queries": source, "docs": source, "qrels": source, "run": tmp_path / run if name == "beir" else run}
+    texts = {row["_id"]: {"docid": row["_id"], "doc": {"text": row["text"]}} for row in rows}
+    queries = (("1", "heat", ("a", "b")), ("2", "flow", ("c",)))
+    requests = tmp_path / "requests.jsonl"
+    write_json_lines(
+        requests,
+        [{"query": {"qid": q, "text": text}, "candidates": [texts[d] for d in docs]} for q, text, docs in queries],
+    )
+    for name, inputs in {
+        "ids": {"run": "irds:rankllm-local", "qrels": "irds:rankllm-local"},
+        "beir": {"run": tmp_path / "run.trec", "queries": beir, "docs": beir, "qrels": beir},
+        "requests": {"run": requests, "qrels": beir},
+    }.items():
         arguments = [text for key, value in inputs.items() for text in (f"--{key}", str(value))]
         with pytest.raises(SystemExit) as ended:
             main(["rerank", "--model", str(exported), *arguments, "--output", str(tmp_path / f"{name}.trec")])
         assert not ended.value.code, capsys.readouterr().err
     assert (tmp_path / "ids.trec").read_text() == (tmp_path / "beir.trec").read_text()
+    assert (tmp_path / "ids.trec").read_text() == (tmp_path / "requests.trec").read_text()
     assert "nDCG@10" in capsys.readouterr().out
 
 

@@ -84,8 +84,6 @@ CPU = "parallelism.device=cpu"
         (["data.train.source={}"], "data.train.source.input", "null, as is run"),
         (["data.train.source={input: a.json, run: b}"], "data.train.source.input", "set, and so is run"),
         (["data.train.source={input: a.json, docs: d}"], "data.train.source.docs", "set"),
-        (["data.train.source={run: b, queries: q, judgments: j}"], "data.train.source.docs", "null"),
-        (["data.train.source={run: b, docs: q, judgments: j}"], "data.train.source.queries", "null"),
         (["data.train.source={run: b, docs: q, queries: j}"], "data.train.source.judgments", "null, as is teacher_run"),
         ([TREC + ", window: 27}"], "data.train.source.window", "27 with identifiers: letters"),
         ([TREC + ", window: 100, identifiers: numbers}"], "data.train.source.window", "100 with identifiers: numbers"),
@@ -185,7 +183,7 @@ def test_a_wrong_value_is_reported_once(minimal_recipe: Path) -> None:
             "parallelism.mixed_precision = PURE has no effect",
         ),
         (["data.eval={local: x}"], "data.eval has no effect: evaluation is null"),
-        (["data.train.source={input: a.json, window: 10}"], "data.train.source.window = 10 has no effect"),
+        (["data.train.source={input: a.json, depth: 10}"], "data.train.source.depth = 10 has no effect"),
         (
             ["run.name=my_gpt_killer"],
             "checkpoint.export.folder: runs/my_gpt_killer/hf contains 'gpt', so rank_llm takes",

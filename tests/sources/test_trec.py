@@ -274,7 +274,7 @@ def test_a_run_that_holds_queries_and_documents_needs_no_other_file(tmp_path):
     ]
     assert parse_user_turn(records[0][1].user).query == "sea (1) birds"
     assert not dropped
-    with pytest.raises(SourceError, match=r"found a TREC run, read as a first-stage run .*; expected queries"):
+    with pytest.raises(SourceError, match=r"queries is not given, and first.trec holds no queries"):
         build(tmp_path, files={"run": write_files(tmp_path)["run"], "teacher_run": teacher})
 
 
