@@ -262,6 +262,13 @@ class ModelOptions:
         "Branch, tag or commit of the HF model id; null = its default.", None, unit="revision"
     )
     trust_remote_code: Flag = option("Run code that comes with the model.", False)
+    template_date: Text | None = option(
+        "Date in place of today's in prompts whose chat template prints it; exports write it into their template.",
+        None,
+        unit="date",
+        pattern=r"^[12]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$",
+        examples=["2024-07-26"],
+    )
     random_weights: Flag = option("Build from the config only, with fresh weights, instead of loading them.", False)
     config_overrides: dict[str, Any] = option("Values that override the HF config, under its own names.", {})
     attention: AttentionName = option(

@@ -26,7 +26,7 @@ ALLOWED = {
     "processes": "",
     "storage": "",
     "prompts": "",
-    "model": "storage",
+    "model": "prompts storage",
     "recipe": "model prompts redaction",
     "sources": "prompts storage",
     "checkpoints": "storage",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import ModelError, PromptError, first_line
 from rankllm_composer.escaping import for_screen
-from rankllm_composer.prompts.chat import identifier_token_ids, render_chat
+from rankllm_composer.prompts.chat import identifier_token_ids, render_chat, template_notes
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
@@ -89,7 +89,7 @@ class FolderInspection:
     contract: DecodingContract
     request: RequestDiff | None  # None if the tokenizer cannot make one
     problems: tuple[str, ...]
-    warnings: tuple[str, ...] = ()  # names in the path that the inference client misreads
+    warnings: tuple[str, ...] = ()  # names in the path that the client misreads, and `template_notes`
 
     def lines(self, color: bool) -> Iterator[str]:
         """Yield the lines to print, escaped for a terminal, with or without ANSI colors."""
@@ -229,4 +229,7 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
             "the tokenizer's files."
         )
     misread = describe_misread(folder)
-    return FolderInspection(contract, request, tuple(problems), () if misread is None else (misread,))
+    notes: tuple[str, ...] = () if misread is None else (misread,)
+    if request is not None:
+        notes += tuple(template_notes(tokenizer))
+    return FolderInspection(contract, request, tuple(problems), notes)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from rankllm_composer.errors import ModelError, first_line
 from rankllm_composer.options import ModelOptions
+from rankllm_composer.prompts.template import fix_date
 from rankllm_composer.screen import warn
 from rankllm_composer.storage.content import check_content
 
@@ -35,6 +36,8 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
             f"model.tokenizer: cannot load {name_or_path!r}: {first_line(error)}. "
             "Check the name and your access to it (HF_TOKEN), or set a local folder."
         ) from error
+    if options.template_date is not None:
+        fix_date(tokenizer, options.template_date)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if isinstance(tokenizer.chat_template, dict):  # such as those of Command-R and Mixtral

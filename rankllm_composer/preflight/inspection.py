@@ -5,7 +5,6 @@ rankllm-composer inspect RECIPE [--record K] [--loss]
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,6 +16,7 @@ from rankllm_composer.errors import PromptError, ShardError
 from rankllm_composer.escaping import for_screen
 from rankllm_composer.export.serving_check import serving_differences, shown_token
 from rankllm_composer.options import ObjectiveName
+from rankllm_composer.prompts.chat import control_tokens_in, template_notes
 from rankllm_composer.prompts.contract import count_bos
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.record import Record
@@ -149,11 +149,10 @@ def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedR
     if not record.has_standard_prompt:
         difference = "the user turn differs from the inference client's"
         yield f"{difference}; training uses it as it is, but the client will send its own"
-    written = Counter(tokenizer(record.user, add_special_tokens=False)["input_ids"])
-    special = sorted(set(tokenizer.all_special_ids) & set(written))
-    if special:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(special))
-        yield f"the query or a passage contains {names}, which becomes a special token, also when serving"
+    control = control_tokens_in(record.user, tokenizer)
+    if control:
+        yield f"the query or a passage contains {', '.join(control)}, which becomes a special token, also when serving"
+    yield from template_notes(tokenizer)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield "the padding token is the end-of-sequence token; harmless, because training does not pad"
     if encoded.identifier_token_ids is None:

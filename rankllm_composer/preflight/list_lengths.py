@@ -36,6 +36,7 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     If its records are not, the split has `num_lists`.
     """
     from rankllm_composer.model.loading import load_tokenizer
+    from rankllm_composer.prompts.chat import control_tokens_in
     from rankllm_composer.prompts.encoding import encode_record
     from rankllm_composer.shards.read import find_split
 
@@ -54,11 +55,13 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     except ModelError:
         return ListLengths((), (), count, f"{count:,} in {records.place}; no tokenizer here, so {assumed}")
     step = max(1, count // sample)
-    sampled = islice(records, 0, None, step)
+    sampled = list(islice(records, 0, None, step))
+    num_control = sum(bool(control_tokens_in(record.user, tokenizer)) for record in sampled)
+    control = f", of which {num_control:,} contain control tokens of the tokenizer" if num_control else ""
     encoded = [encode_record(record, tokenizer, recipe.objective.name) for record in sampled]
     return ListLengths(
         tuple(len(item.input_ids) for item in encoded),
         tuple(max(1, len(item.input_ids) - item.response_start) for item in encoded),
         count,
-        f"{count:,} in {records.place}; lengths of {len(encoded):,} of them",
+        f"{count:,} in {records.place}; lengths of {len(encoded):,} of them{control}",
     )

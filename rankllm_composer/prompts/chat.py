@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from rankllm_composer.errors import PromptError
 from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
+from rankllm_composer.prompts.template import render_template
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
 
 _PROBE = "rankllmprobe"  # a word that no template contains
+_CLOCKS: tuple[Callable[[], datetime], ...] = (  # they differ in every part
+    lambda: datetime(2001, 2, 3, 4, 5, 6),
+    lambda: datetime(2017, 11, 28, 19, 50, 51),
+)
 _OPEN_END = "End the generation prompt of the chat template with a line break or a special token"
 
 
@@ -48,18 +54,21 @@ def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
     """Prompt text: the chat template with the generation prompt, then `ftfy.fix_text`; PromptError if it fails."""
     from ftfy import fix_text
 
+    return fix_text(_render(messages, tokenizer))
+
+
+def _render(
+    messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, now: Callable[[], datetime] = datetime.now
+) -> str:
     try:
-        # The client sends enable_thinking=False; other templates ignore it.
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        text = render_template(tokenizer, messages, now)
     except Exception as error:  # a template is a program and can raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise PromptError(
             f"{_name(tokenizer)}: the chat template failed on the roles {roles}: {error}. Correct "
             "tokenizer.chat_template."
         ) from error
-    return fix_text(str(text))
+    return text
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
@@ -169,6 +178,61 @@ def check_tokenizer(
         identifier_token_ids(tokenizer, num_candidates, style)
     if objective != "ranking":
         end_of_sequence(tokenizer)
+
+
+def template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield sentences on what makes prompts of a chat template differ from what they seem to be.
+
+    That is: today's date in them, tokens that the repair of the text changes, and thinking that they begin.
+
+    Raises:
+        PromptError: the tokenizer cannot be used (see `check_tokenizer`).
+    """
+    from ftfy import fix_text
+
+    turn = render_user_turn(_PROBE, (_PROBE, _PROBE))
+    probes = [build_messages(system, turn, tokenizer) for system in (SYSTEM_MESSAGE, "")]
+    for messages in probes:
+        one, other = (_render(messages, tokenizer, now).splitlines() for now in _CLOCKS)
+        differing = next((index for index, pair in enumerate(zip(one, other)) if len(set(pair)) > 1), None)
+        if differing is not None or len(one) != len(other):
+            today = _render(messages, tokenizer).splitlines()
+            line = today[differing].strip() if differing is not None and differing < len(today) else "lines"
+            where = "" if messages is probes[0] else " where a record has no system text"
+            yield (
+                f"{_name(tokenizer)}: the chat template prints the date{where} ({line[:60]!r}), so that prompts change "
+                "from day to day: a run resumed on another day is not exact, and a server's prompts are not those of "
+                f"the training. Set model.template_date={datetime.now():%Y-%m-%d}, which exports write into their "
+                "template."
+            )
+            break
+    raw = _render(probes[0], tokenizer)
+    repaired = fix_text(raw)
+    lost = [token for token in _control_tokens(tokenizer, raw) if repaired.count(token) < raw.count(token)]
+    if lost:
+        yield (
+            f"{_name(tokenizer)}: the repair of text (ftfy), as in the inference client, changes {', '.join(lost)} of "
+            "the chat template into other characters, which are not that token. Use a template whose tokens it keeps."
+        )
+    end = repaired.rpartition(_PROBE)[2]
+    if end.count("<think>") > end.count("</think>"):
+        yield (
+            f"{_name(tokenizer)}: the chat template opens <think> and does not close it, so that the ranking stands "
+            "inside the thinking. Use a template that closes it where enable_thinking is false."
+        )
+
+
+def control_tokens_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Control tokens that a text of a record contains: of the tokenizer, and of its chat template."""
+    return [token for token in _control_tokens(tokenizer, _facts(tokenizer).prompt) if token in text]
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
+    """Special tokens, and the added ones that a prompt of the chat template contains or that mark thinking."""
+    added = tokenizer.added_tokens_decoder.values()
+    marks = {"<think>", "</think>"}
+    found = {token.content for token in added if token.special or token.content in marks or token.content in prompt}
+    return sorted(token for token in found | set(tokenizer.all_special_tokens) if token.strip())
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase) -> _TokenizerInfo:

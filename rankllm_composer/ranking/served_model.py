@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rankllm_composer.errors import ModelError, RunError, first_line
 from rankllm_composer.options import ModelOptions, ObjectiveName, RerankOptions
+from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
     DecodingContract,
@@ -17,6 +18,7 @@ from rankllm_composer.prompts.contract import (
     decoding_contract,
     read_contract,
 )
+from rankllm_composer.screen import warn
 from rankllm_composer.storage.content import check_content
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def load_served_model(
     with code_refused(name):
         tokenizer = load_tokenizer(source)
     contract = served_contract(name, given, tokenizer, options)
+    for note in template_notes(tokenizer):
+        warn(note, stacklevel=2)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)

@@ -25,6 +25,7 @@ from rankllm_composer.export.model_folder import Dtype, ServedModel
 from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
+from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
 from rankllm_composer.prompts.lists import check_lists, list_kind, trained_window
 from rankllm_composer.recipe.load import recipe_to_yaml
@@ -66,8 +67,15 @@ def choose_device(name: str) -> str:
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Load the recipe's tokenizer; `build_contract` checks it against the lists."""
-    return load_tokenizer(recipe.model)
+    """Load the recipe's tokenizer, and warn of a chat template whose prompts are not what they seem to be.
+
+    `build_contract` checks the tokenizer against the lists.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    if dist.get_global_rank() == 0:
+        for note in template_notes(tokenizer):
+            warn(note, stacklevel=2)
+    return tokenizer
 
 
 def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> ListDataset:
