@@ -212,7 +212,12 @@ class StreamOptions:
         unit="nodes",
         ge=1,
     )
-    download_retry: Whole = option("How often a failed download is retried.", 2, unit="times", ge=0)
+    store_patience_seconds: Whole = option(
+        "How long a request to a store that fails for the moment is repeated before the run stops.",
+        300,
+        unit="seconds",
+        ge=0,
+    )
     download_timeout_seconds: Whole = option("Longest download of one shard.", 60, unit="seconds", ge=1)
 
 

@@ -20,6 +20,7 @@ from rankllm_composer.errors import CheckpointError, StoreError
 from rankllm_composer.screen import get_logger
 from rankllm_composer.storage.content import differing_files
 from rankllm_composer.storage.object_store import RemoteFolder, StoredFile
+from rankllm_composer.storage.patience import PATIENCE_SECONDS
 
 log = get_logger(__name__)
 
@@ -31,8 +32,8 @@ class CheckpointStore:
     Old copies are removed from S3 only.
     """
 
-    def __init__(self, url: str, keep: int) -> None:
-        self.folder = RemoteFolder(url, "checkpoint.folder")
+    def __init__(self, url: str, keep: int, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self.folder = RemoteFolder(url, "checkpoint.folder", patience_seconds)
         self.keep = keep
         self._upload: threading.Thread | None = None
         self._failure: Exception | None = None

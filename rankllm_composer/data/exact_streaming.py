@@ -6,7 +6,6 @@ if a shard cannot be read, ends an epoch early without an error or waits forever
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,6 +24,7 @@ from streaming.base.hashing import get_hash
 from streaming.base.shuffle import get_shuffle
 from streaming.base.util import bytes_to_int
 
+from rankllm_composer.data.shard_files import CheckedStream
 from rankllm_composer.data.shared_memory import private_shared_memory
 from rankllm_composer.data.streams import Stream, cause, check_streams
 from rankllm_composer.errors import ShardError
@@ -69,20 +69,6 @@ def worker_rows(
     return samples[is_read[: len(samples)]], int(is_read[len(samples) :].sum())
 
 
-class _SharedStream(streaming.Stream):
-    """Decompresses a shard under a unique name, as machines that share a folder may do so at the same time."""
-
-    def _decompress_shard_part(self, zip_info: Any, zip_filename: str, raw_filename: str, compression: Any) -> None:
-        unique = Path(f"{raw_filename}.{secrets.token_hex(8)}")
-        try:
-            super()._decompress_shard_part(zip_info, zip_filename, str(unique), compression)
-            unique.replace(raw_filename)
-        except BaseException:
-            for path in (unique, Path(f"{unique}.tmp")):  # streaming writes the second one first
-                path.unlink(missing_ok=True)
-            raise
-
-
 class ExactStreamingDataset(streaming.StreamingDataset):
     """Samples of MDS shards: each once per epoch, or as often as the proportions of the streams require.
 
@@ -117,13 +103,14 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         options = options or StreamOptions()
         own_process_group = maybe_init_dist()
         try:
-            contents = check_streams(streams, options.download_retry, options.download_timeout_seconds)
+            contents = check_streams(streams, options.store_patience_seconds, options.download_timeout_seconds)
             if options.cache_limit is not None:
                 _check_cache_limit(options.cache_limit, streams, max(c.largest_shard_bytes for c in contents))
             with private_shared_memory():
                 super().__init__(
                     streams=[
-                        _SharedStream(
+                        CheckedStream(
+                            options.store_patience_seconds,
                             remote=stream.remote if stream.is_cache else None,
                             local=stream.local,
                             proportion=stream.proportion,
@@ -131,7 +118,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
                         )
                         for stream, found in zip(streams, contents)
                     ],
-                    download_retry=options.download_retry + 1,  # streaming counts attempts
+                    download_retry=1,  # `CheckedStream` repeats downloads
                     download_timeout=options.download_timeout_seconds,
                     predownload=predownload,
                     cache_limit=options.cache_limit,
@@ -263,6 +250,7 @@ class ExactStreamingDataset(streaming.StreamingDataset):
                 self.prepare_shard(shard_id)
                 continue
             if len(data) == info.bytes and (algorithm is None or get_hash(algorithm, data) == info.hashes[algorithm]):
+                self._check_count(shard_id, data)
                 self._checked_shards.add(shard_id)
                 return
             if self._source(shard_id).is_cache:
@@ -275,6 +263,11 @@ class ExactStreamingDataset(streaming.StreamingDataset):
         raise self._shard_error(
             shard_id, "it is evicted from the cache as fast as it is fetched; raise data.train.cache_limit"
         )
+
+    def _check_count(self, shard_id: int, data: bytes) -> None:
+        found, expected = int.from_bytes(data[:4], "little"), self.shards[shard_id].samples
+        if found != expected:
+            raise self._shard_error(shard_id, f"it holds {found} lists, but {expected} by the index")
 
     def _stream(self, shard_id: int) -> streaming.Stream:
         return self.streams[self.stream_per_shard[shard_id]]

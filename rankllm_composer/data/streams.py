@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from rankllm_composer.data.shared_memory import claim_cache
-from rankllm_composer.errors import ShardError
+from rankllm_composer.errors import RankLLMComposerError, ShardError
 from rankllm_composer.screen import get_logger
-from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, read_index
-from rankllm_composer.storage.object_store import is_remote, isolate_client_rng, without_credentials
-from rankllm_composer.storage.scratch import scratch_folder
+from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardFile, dump_index, read_index
+from rankllm_composer.shards.manifest import read_set
+from rankllm_composer.storage.atomic import write_atomic
+from rankllm_composer.storage.object_store import (
+    Folder,
+    LocalFolder,
+    RemoteFolder,
+    inside,
+    is_remote,
+    isolate_client_rng,
+    without_credentials,
+)
+from rankllm_composer.storage.patience import PATIENCE_SECONDS, patiently
 
 log = get_logger(__name__)
 _PARALLEL_REQUESTS = 16
@@ -33,11 +43,13 @@ class Stream:
         local: folder that holds the shards, or the cache of `remote`.
         remote: folder or URL that holds the shards; None = they are in `local`.
         proportion: share of the samples of an epoch; None for all streams = every sample of every stream once.
+        renew: replace shards of another set in the cache; False = they are an error.
     """
 
     local: str
     remote: str | None = None
     proportion: float | None = None
+    renew: bool = False
 
     @property
     def is_cache(self) -> bool:
@@ -73,7 +85,7 @@ class StreamContents:
 
 
 def check_streams(
-    streams: Sequence[Stream], download_retry: int = 2, download_timeout_seconds: float = 60
+    streams: Sequence[Stream], store_patience_seconds: float = PATIENCE_SECONDS, download_timeout_seconds: float = 60
 ) -> tuple[StreamContents, ...]:
     """Check all streams once per node; return the result, or raise ShardError, on every rank. A collective."""
     from streaming.base.distributed import all_gather_object, get_local_rank
@@ -84,8 +96,8 @@ def check_streams(
     error = None
     if get_local_rank() == 0:
         try:
-            found = tuple(check_stream(stream, download_retry, download_timeout_seconds) for stream in streams)
-        except ShardError as raised:
+            found = tuple(check_stream(stream, store_patience_seconds, download_timeout_seconds) for stream in streams)
+        except RankLLMComposerError as raised:
             error = str(raised)
     answers = all_gather_object((found, error))
     for _, error in answers:
@@ -98,15 +110,18 @@ def check_streams(
     return differing[0]
 
 
-def check_stream(stream: Stream, download_retry: int = 2, download_timeout_seconds: float = 60) -> StreamContents:
+def check_stream(
+    stream: Stream, store_patience_seconds: float = PATIENCE_SECONDS, download_timeout_seconds: float = 60
+) -> StreamContents:
     """Check that a stream is complete: a valid index, paths inside the folder, and every shard of the right size.
 
-    Files of the wrong size are removed from a cache. Contents are not read; hashes are checked when a shard is used. A
-    failed request is retried `download_retry` times; the timeout applies to fetching the index.
+    Files of the wrong size are removed from a cache. Contents are not read; hashes are checked when a shard is used.
+    The timeout applies to fetching the index.
 
     Raises:
-        ShardError: the index is missing or damaged, shards are missing or have another size, access is denied, or
-            another run or another set uses the cache.
+        ShardError: the index is missing, damaged or of another build than `build.json`, shards are missing or have
+            another size, or another run or another set uses the cache.
+        StoreError: the store cannot be read, or a path leads out of the set or its cache, also through a link.
     """
     if stream.is_cache:
         if claim_cache(stream.local) is None:
@@ -114,13 +129,27 @@ def check_stream(stream: Stream, download_retry: int = 2, download_timeout_secon
                 f"cache folder {stream.local}: another running process uses it. End that run, or set another folder "
                 "(data.train.local)."
             )
-        shards = _fetch_index(stream, download_retry, download_timeout_seconds)
-        _clean_cache(Path(stream.local), shards)
+        if is_remote(stream.root):
+            folder: Folder = RemoteFolder(stream.root, "", store_patience_seconds, download_timeout_seconds)
+        else:
+            folder = LocalFolder(Path(stream.root))
+        shards, _ = read_set(folder)
     else:
-        shards = read_index(Path(stream.local) / INDEX_NAME)
+        shards, _ = read_set(LocalFolder(Path(stream.local)))
+    for place in {stream.local, stream.local if is_remote(stream.root) else stream.root}:
+        for file in _files(shards):
+            inside(Path(place), file.basename)
+    if stream.is_cache:
+        try:
+            _prepare_cache(stream, shards)
+        except OSError as error:
+            raise ShardError(
+                f"cache folder {stream.local}: cannot be written ({error.strerror}). Free space, correct the "
+                "permissions, or set another folder (data.train.local)."
+            ) from error
     if not shards:
         raise ShardError(f"{stream.place}: the index lists no shards. Build the set (rankllm-composer shards build).")
-    _check_sizes(stream, shards, download_retry)
+    _check_sizes(stream, shards, store_patience_seconds)
     algorithm = _hash_algorithm(shards)
     if algorithm is None:
         log.warning("%s: the index has no hashes, so damage inside a shard cannot be detected", stream.place)
@@ -133,54 +162,44 @@ def check_stream(stream: Stream, download_retry: int = 2, download_timeout_secon
     )
 
 
-def _fetch_index(stream: Stream, download_retry: int, timeout: float) -> tuple[Shard, ...]:
-    from streaming.base.storage.download import CloudDownloader
-    from streaming.base.util import retry
-
-    url = f"{stream.root.rstrip('/')}/{INDEX_NAME}"
-    with scratch_folder() as folder:
-        fetched = folder / INDEX_NAME
-        try:
-            downloader = CloudDownloader.get(stream.root)
-            fetch = retry(clean_up_fn=downloader.clean_up, num_attempts=download_retry + 1)(downloader.download)
-            fetch(url, str(fetched), timeout)
-            downloader.clean_up()
-        except Exception as error:  # each backend raises different errors
+def _prepare_cache(stream: Stream, shards: Sequence[Shard]) -> None:
+    """Remove from a cache what is incomplete or damaged; raise ShardError if it holds another set."""
+    folder = Path(stream.local)
+    cached = folder / INDEX_NAME
+    cached_shards: Sequence[Shard] | None = None
+    try:
+        cached_shards = read_index(cached) if cached.exists() else None
+    except ShardError:
+        log.warning("%s is damaged; fetching it again", cached)
+    if cached_shards is not None and cached_shards != shards:
+        if not stream.renew:
             raise ShardError(
-                f"{stream.place}: the index cannot be fetched: {cause(error, stream)}. Check the URL, the credentials "
-                "and the network. If the set does not exist yet, build it (rankllm-composer shards build)."
-            ) from error
-        shards = parse_index(fetched.read_bytes(), f"{stream.place}/{INDEX_NAME}")
-    cached = Path(stream.local) / INDEX_NAME
-    cached.with_name(INDEX_NAME + ".tmp").unlink(missing_ok=True)
-    if cached.exists():
-        try:
-            cached_shards = read_index(cached)
-        except ShardError:
-            log.warning("%s is damaged; fetching it again", cached)
-            cached.unlink()
-        else:
-            if cached_shards != shards:
-                raise ShardError(
-                    f"cache folder {stream.local}: it holds shards of another set than {stream.place}, or of an "
-                    "earlier build. Remove the folder, or set another one (data.train.local)."
-                )
-    return shards
+                f"cache folder {stream.local}: it holds shards of another set than {stream.place}, or of an earlier "
+                "build. Remove the folder, or set another one (data.train.local)."
+            )
+        for file in _files(cached_shards):
+            inside(folder, file.basename).unlink(missing_ok=True)
+    paths = {folder / file.basename for file in _files(shards)}
+    for path in [path for parent in {path.parent for path in paths} for path in parent.glob("*")]:
+        if path not in paths and not paths.isdisjoint({path.with_suffix(""), path.with_suffix("").with_suffix("")}):
+            path.unlink()  # of a killed download or decompression
+    for file in _files(shards):
+        path = folder / file.basename
+        if path.is_file() and path.stat().st_size != file.num_bytes:
+            log.warning("%s has %d of %d bytes; fetching it again", path, path.stat().st_size, file.num_bytes)
+            path.unlink()
+    cached.with_name(f"{INDEX_NAME}.tmp").unlink(missing_ok=True)
+    if cached_shards != shards:  # streaming would fetch the index without a check
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(cached, dump_index([shard.entry for shard in shards]))
 
 
-def _clean_cache(folder: Path, shards: Sequence[Shard]) -> None:
-    for shard in shards:
-        for file in filter(None, (shard.raw, shard.packed)):
-            path = folder / file.basename
-            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
-            if path.is_file() and path.stat().st_size != file.num_bytes:
-                log.warning("%s has %d of %d bytes; fetching it again", path, path.stat().st_size, file.num_bytes)
-                path.unlink()
+def _files(shards: Sequence[Shard]) -> Iterator[ShardFile]:
+    """Every file that a set may have, compressed or not."""
+    return (file for shard in shards for file in (shard.raw, shard.packed) if file is not None)
 
 
-def _check_sizes(stream: Stream, shards: Sequence[Shard], download_retry: int) -> None:
-    from streaming.base.util import retry
-
+def _check_sizes(stream: Stream, shards: Sequence[Shard], store_patience_seconds: float) -> None:
     files = [shard.published for shard in shards]
     try:
         size_of = _size_reader(stream)
@@ -188,7 +207,9 @@ def _check_sizes(stream: Stream, shards: Sequence[Shard], download_retry: int) -
             log.warning("%s: this store does not report sizes; shards are checked as they are fetched", stream.place)
             return
         with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            sizes = list(pool.map(retry(num_attempts=download_retry + 1)(size_of), [file.basename for file in files]))
+            what = f"{stream.place}: the sizes of the shards cannot be read"
+            names = [file.basename for file in files]
+            sizes = [*pool.map(lambda name: patiently(lambda: size_of(name), what, store_patience_seconds), names)]
     except Exception as error:  # each backend raises different errors
         raise ShardError(
             f"{stream.place}: the sizes of the shards cannot be read: {cause(error, stream)}. Check the URL, the "
@@ -243,8 +264,7 @@ def _size_reader(stream: Stream) -> Callable[[str], int | None] | None:
 def _hash_algorithm(shards: Sequence[Shard]) -> str | None:
     from streaming.base.hashing import is_hash
 
-    files = [file for shard in shards for file in (shard.raw, shard.packed) if file is not None]
-    common = set.intersection(*(set(file.hashes) for file in files))
+    common = set.intersection(*(set(file.hashes) for file in _files(shards)))
     # The xx family is several times faster, and detecting damage needs no cryptographic hash.
     return next(iter(sorted(filter(is_hash, common), key=lambda name: (not name.startswith("xx"), name))), None)
 

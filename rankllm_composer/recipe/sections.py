@@ -229,6 +229,12 @@ class Checkpoint:
     interval: Text = time("checkpoint.interval", "How often a checkpoint is written.", "1ep")
     keep: Whole = option("Number of newest checkpoints kept on local disk; -1 = all.", 3, unit="checkpoints", ge=-1)
     folder: Text | None = option("Where checkpoints go; null = <run folder>/checkpoints.", None, unit="path or URL")
+    store_patience_seconds: Whole = option(
+        "How long a failing request to the object store of `folder` is repeated before the run stops.",
+        300,
+        unit="seconds",
+        ge=0,
+    )
     export: Export | None = option("HF folders for inference; null = none.", Export)
 
 

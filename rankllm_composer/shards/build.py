@@ -21,6 +21,7 @@ from rankllm_composer.shards.index import INDEX_NAME, Shard, dump_index, index_d
 from rankllm_composer.shards.manifest import IDS_NAME, MANIFEST_NAME, QUARANTINE_NAME, BuildReport, BuildStats, Manifest
 from rankllm_composer.shards.publish import (
     WORKING_INDEX_NAME,
+    clear_leftovers,
     find_set,
     part_folder,
     publish,
@@ -86,6 +87,7 @@ def build_from(
     existing = find_set(folder, planned, options.overwrite)
     if existing is not None:
         report(f"{folder.name}: the same set exists already")
+        clear_leftovers(folder, options.staging)
         return BuildReport.of(folder.name, *existing, time.monotonic() - started, existed=True)
 
     def build(target: LocalFolder) -> tuple[tuple[Shard, ...], BuildStats]:

@@ -16,6 +16,7 @@ from rankllm_composer.errors import ShardError
 from rankllm_composer.prompts.record import Record
 
 INDEX_NAME = "index.json"
+MAX_SHARD_BYTES = 1 << 32  # a shard counts its bytes in 32 bits
 COLUMNS: dict[str, str] = {
     "id": "str",
     "qid": "str",
@@ -141,6 +142,8 @@ def _shard(entry: Any, where: str) -> Shard:
     if (packed is None) != (compression is None) or not isinstance(compression, (str, type(None))):
         raise ShardError(f"{where}: compression {compression!r} does not match its file. {REMEDY}")
     raw_file = _file(entry.get("raw_data"), f"{where}.raw_data")
+    if raw_file.num_bytes >= MAX_SHARD_BYTES:
+        raise ShardError(f"{where}.raw_data.bytes: is {raw_file.num_bytes:,}; expected less than 4 GiB. {REMEDY}")
     packed_file = None if packed is None else _file(packed, f"{where}.zip_data")
     return Shard(num_samples, raw_file, packed_file, compression, entry)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rankllm_composer import __version__
-from rankllm_composer.errors import ShardError
+from rankllm_composer.errors import ShardError, StoreError
 from rankllm_composer.prompts.permutations import identifier_style
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.screen import get_logger
@@ -169,9 +169,10 @@ def read_set(folder: Folder) -> tuple[tuple[Shard, ...], Manifest | None]:
         StoreError: the files cannot be read.
     """
     for is_last in (False, True):
-        index_text, text = folder.read(INDEX_NAME), folder.read(MANIFEST_NAME)
+        index_text = folder.read(INDEX_NAME)
         if index_text is None:
             raise missing_index(f"{folder.name}/{INDEX_NAME}")
+        text = _read_manifest(folder)
         try:
             shards = parse_index(index_text, f"{folder.name}/{INDEX_NAME}")
             manifest = None if text is None else parse_manifest(text, f"{folder.name}/{MANIFEST_NAME}")
@@ -185,6 +186,14 @@ def read_set(folder: Folder) -> tuple[tuple[Shard, ...], Manifest | None]:
         else:
             return shards, manifest
     raise AssertionError("unreachable")
+
+
+def _read_manifest(folder: Folder) -> bytes | None:
+    try:
+        return folder.read(MANIFEST_NAME)
+    except StoreError as error:  # S3 refuses a missing file if its folder may not be listed
+        log.warning("%s", error)
+        return None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ WORKING_INDEX_NAME = "index.json.new"
 _WORK_NAME = ".building"
 _LOCK_NAME = ".lock"
 _SHARD_FILE = re.compile(r"shard\.\d{5,}\.[0-9a-f]{1,16}\.mds(\.[a-z0-9]+)?")
+_PARTIAL_FILE = re.compile(r"\..+\.partial|index\.json\.(new|tmp)")
+_UNPACKING = re.compile(r"shard\..+\.mds\.[0-9a-f]{16}")  # by a run that may be training now
 _PART_FOLDER = re.compile(r"part-(\d+)-of-(\d+)(?=/)")
 
 
@@ -83,13 +85,41 @@ def publish(source: Path, names: Sequence[str], target: Folder, report: Callable
         (source / WORKING_INDEX_NAME).replace(source / INDEX_NAME)
     target.put(source, [INDEX_NAME], report)
     if isinstance(target, LocalFolder):
-        shards = parse_index((target.path / INDEX_NAME).read_bytes(), target.name)
-        listed = {file.basename for shard in shards for file in (shard.raw, shard.packed) if file is not None}
-        for path in target.path.iterdir():
-            if _SHARD_FILE.fullmatch(path.name) and path.name not in listed:
-                path.unlink()
+        for path in _leftovers(target):
+            path.unlink()
         if QUARANTINE_NAME not in names:
             (target.path / QUARANTINE_NAME).unlink(missing_ok=True)
+
+
+def _leftovers(target: LocalFolder) -> list[Path]:
+    """Files in the folder of a complete set that no index lists: shards of an earlier set, partly written files."""
+    shards = parse_index((target.path / INDEX_NAME).read_bytes(), target.name)
+    listed = {file.basename for shard in shards for file in (shard.raw, shard.packed) if file is not None}
+    found = [path for path in target.path.iterdir() if path.name not in listed]
+    hour_ago = time.time() - 3600
+    return [
+        path
+        for path in found
+        if _PARTIAL_FILE.fullmatch(path.name)
+        or (_UNPACKING.fullmatch(path.name) and path.stat().st_mtime < hour_ago)
+        or (_SHARD_FILE.fullmatch(path.name) and not _UNPACKING.fullmatch(path.name))
+    ]
+
+
+def clear_leftovers(folder: Folder, staging: str | Path | None = None) -> None:
+    """Remove what killed builds left beside a complete set, or in the staging folder of one in an object store.
+
+    Nothing is done while another process builds the set, or where it cannot be written.
+    """
+    with suppress(ShardError, OSError):
+        if not isinstance(folder, LocalFolder):
+            if _staging_path(staging, folder.name).exists():
+                with staging_folder(staging, folder.name):
+                    pass
+        elif (folder.path / _WORK_NAME).exists() or _leftovers(folder):
+            with work_folder(folder.path):
+                for path in _leftovers(folder):
+                    path.unlink()
 
 
 @contextmanager
@@ -97,6 +127,8 @@ def work_folder(output: Path) -> Iterator[Path]:
     """Create an empty, locked, hidden folder inside `output`, and remove it at the end."""
     existed = output.exists()
     work = output / _WORK_NAME
+    if work.is_symlink():
+        raise ShardError(f"{work} is a link; expected a folder of a build or nothing. Remove it.")
     work.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(work, output):
@@ -118,14 +150,18 @@ def work_folder(output: Path) -> Iterator[Path]:
 @contextmanager
 def staging_folder(parent: str | Path | None, name: str) -> Iterator[Path]:
     """Create a private, locked folder for the set with the URL `name`; remove it at the end, keep it after an error."""
-    key = hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
-    path = Path(parent or private_folder()) / f"rankllm-composer-{os.getuid()}-{key}"
+    path = _staging_path(parent, name)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid():
         raise ShardError(f"{path}: belongs to another user. Choose another folder with --staging.")
     with _lock(path, name):
         yield path
         shutil.rmtree(path)
+
+
+def _staging_path(parent: str | Path | None, name: str) -> Path:
+    key = hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
+    return Path(parent or private_folder()) / f"rankllm-composer-{os.getuid()}-{key}"
 
 
 @contextmanager

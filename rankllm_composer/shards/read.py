@@ -14,8 +14,9 @@ from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, record_from_sample
 from rankllm_composer.shards.prepared import find_difference
+from rankllm_composer.shards.unpack import unpack
 from rankllm_composer.sources.records import open_source, read_records
-from rankllm_composer.storage.object_store import Folder, open_folder
+from rankllm_composer.storage.object_store import Folder, inside, open_folder
 from rankllm_composer.storage.scratch import scratch_folder
 
 
@@ -113,17 +114,20 @@ class _AbsentError(ShardError):
 
 def _read_shard(local: Path, folder: Folder, shard: Shard, *, first: int) -> Iterator[Record]:
     """Records of a shard from sample `first` on; an uncompressed file in `local` is read instead of a download."""
-    from streaming.base.compression import decompress
     from streaming.base.format import reader_from_json
 
-    unpacked = local / shard.raw.basename
+    unpacked = inside(local, shard.raw.basename)
     if unpacked.exists():
         data = unpacked.read_bytes()
     else:
         with scratch_folder() as scratch:
             data = folder.fetch(shard.published.basename, scratch).read_bytes()
-        if shard.packed is not None:
-            data = decompress(shard.compression, data)
+        if shard.compression is not None:
+            try:
+                data = unpack(data, shard.compression, shard.raw.num_bytes)
+            except ValueError as error:
+                place = f"{folder.name}/{shard.published.basename}"
+                raise ShardError(f"{place}: {error}. Run rankllm-composer shards verify for details.") from error
     if len(data) != shard.raw.num_bytes:
         raise ShardError(
             f"{folder.name}/{shard.raw.basename}: size is {len(data):,} bytes; expected {shard.raw.num_bytes:,}. "

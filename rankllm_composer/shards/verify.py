@@ -25,7 +25,8 @@ from rankllm_composer.shards.index import (
     record_from_sample,
 )
 from rankllm_composer.shards.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from rankllm_composer.storage.object_store import Folder, open_folder
+from rankllm_composer.shards.unpack import unpack
+from rankllm_composer.storage.object_store import Folder, LocalFolder, open_folder
 from rankllm_composer.storage.scratch import scratch_folder
 
 MAX_LISTED = 5
@@ -165,20 +166,21 @@ def _check_manifest(
 
 def _unpack(folder: Folder, shard: Shard, scratch: Path, problem: Callable[[str], None]) -> bytes | None:
     """Uncompressed content of a shard; None if its files do not match the index."""
-    from streaming.base.compression import decompress
-
     path = folder.fetch(shard.published.basename, scratch)
+    if not isinstance(folder, LocalFolder) and _read(path, shard.published, lambda text: None) is None:
+        path.unlink(missing_ok=True)  # damaged on the way, perhaps
+        path = folder.fetch(shard.published.basename, scratch)
     data = _read(path, shard.published, problem)
-    if data is None or shard.packed is None:
+    if data is None or shard.packed is None or shard.compression is None:
         return data
     # Streaming unpacks a local set in place, and from then on reads only the uncompressed file.
     unpacked = path.with_name(Path(shard.raw.basename).name)
     if unpacked.exists() and _read(unpacked, shard.raw, problem) is None:
         return None
     try:
-        raw = decompress(shard.compression, data)
-    except Exception as error:  # every codec has its own errors
-        problem(f"{shard.packed.basename}: cannot be decompressed: {error}. {_REFETCH}")
+        raw = unpack(data, shard.compression, shard.raw.num_bytes)
+    except ValueError as error:
+        problem(f"{shard.packed.basename}: {error}. {_REFETCH}")
         return None
     return raw if _matches(raw, shard.raw, problem) else None
 

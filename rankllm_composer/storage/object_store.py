@@ -1,5 +1,8 @@
 """Folders on disk or in an object store, behind the same few operations.
 
+Names of files may come from elsewhere, so no operation on disk leaves its folder, also through links. An operation on a
+store is repeated for some time (see `patience`).
+
 Transfers use streaming's uploaders and downloaders, so credentials and `S3_ENDPOINT_URL` are those of training. A file
 counts as stored if size and checksum agree (S3-compatible stores) or if its name is listed (stores that list names
 only); to a store that cannot list, everything is uploaded again.
@@ -9,20 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import random
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from rankllm_composer.errors import StoreError
 from rankllm_composer.storage.atomic import write_atomic
+from rankllm_composer.storage.patience import PATIENCE_SECONDS, is_absent, patiently
 from rankllm_composer.storage.scratch import scratch_folder
 
-UPLOAD_ATTEMPTS = 3
 UPLOAD_THREADS = 4
 
 # These modules draw from Python's global random numbers, for pauses between retries and for temporary names.
@@ -86,6 +91,22 @@ def open_folder(target: str | Path, *below: str) -> Folder:
     return LocalFolder(Path(target, *below))
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file by the name that a set, a checkpoint or a model gives it, relative to its folder.
+
+    Raises:
+        StoreError: the file would be outside the folder: by an absolute path, by "..", or by a link.
+    """
+    path = folder / name
+    root, resolved = os.path.realpath(folder), os.path.realpath(path)
+    if not resolved.startswith(f"{root.rstrip('/')}/"):
+        raise StoreError(
+            f"{folder}: the file {name!r} is {resolved}, outside the folder. Do not use it; of files of your own, "
+            "replace the link by the file."
+        )
+    return path
+
+
 def isolate_client_rng() -> None:
     """Give the S3 client and streaming a random number generator apart from Python's global one.
 
@@ -112,7 +133,7 @@ class LocalFolder:
 
     def read(self, name: str) -> bytes | None:
         try:
-            return (self.path / name).read_bytes()
+            return inside(self.path, name).read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -121,23 +142,33 @@ class LocalFolder:
             ) from error
 
     def write(self, name: str, content: str | bytes) -> None:
-        write_atomic(self.path / name, content)
+        write_atomic(inside(self.path, name), content)
 
     def fetch(self, name: str, scratch: Path) -> Path:
-        return self.path / name
+        return inside(self.path, name)
 
     def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
         """Move the files; `source` must be on the same file system."""
         for name in names:
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).replace(self.path / name)
+            target = inside(self.path, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (source / name).replace(target)
 
 
 class RemoteFolder:
-    """A folder in an object store; messages begin with the recipe key of its URL, if given."""
+    """A folder in an object store.
 
-    def __init__(self, url: str, key: str = "") -> None:
+    Args:
+        key: recipe key of the URL, with which messages begin.
+        patience_seconds: how long an operation that fails for the moment is repeated.
+        timeout_seconds: longest download of one file.
+    """
+
+    def __init__(
+        self, url: str, key: str = "", patience_seconds: float = PATIENCE_SECONDS, timeout_seconds: float = 60
+    ) -> None:
         self.url = url.rstrip("/")
+        self._patience, self._timeout = patience_seconds, timeout_seconds
         self.name = without_credentials(self.url)
         self._prefix = f"{key}: {self.name}" if key else self.name
         parts = urlsplit(self.url)
@@ -147,33 +178,38 @@ class RemoteFolder:
         self._downloader: Any = None
 
     def files(self) -> dict[str, StoredFile] | None:
-        uploader, prefix = self._connect(), self._key_prefix
+        uploader = self._connect()
         try:
-            if self._is_s3:
-                pages = uploader.s3.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
-                return {
-                    entry["Key"].removeprefix(prefix): StoredFile(entry["Size"], entry["ETag"].strip('"'))
-                    for page in pages
-                    for entry in page.get("Contents", ())
-                }
-            keys = uploader.list_objects() or []
+            return patiently(lambda: self._list(uploader), f"{self._prefix} cannot be listed", self._patience)
         except NotImplementedError:
             return None
         except Exception as error:  # every store's client has its own errors
             raise self._error("cannot be listed", error) from error
-        return {key.removeprefix(prefix): StoredFile(None) for key in keys}
+
+    def _list(self, uploader: Any) -> dict[str, StoredFile]:
+        prefix = self._key_prefix
+        if not self._is_s3:
+            return {key.removeprefix(prefix): StoredFile(None) for key in uploader.list_objects() or ()}
+        pages = uploader.s3.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+        return {
+            entry["Key"].removeprefix(prefix): StoredFile(entry["Size"], entry["ETag"].strip('"'))
+            for page in pages
+            for entry in page.get("Contents", ())
+        }
 
     def read(self, name: str) -> bytes | None:
-        files = self.files()
-        if files is not None and name not in files:
-            return None
         with scratch_folder() as scratch:
             try:
-                return self.fetch(name, scratch).read_bytes()
+                path = self.fetch(name, scratch)
             except StoreError:
-                if files is None:  # such a store does not distinguish a missing file from a failure
-                    return None
-                raise
+                files = None if self._is_s3 else self.files()
+                if self._is_s3 or (files is not None and name in files):
+                    raise
+                return None  # other stores do not distinguish a missing file from a failure
+            if path.exists():
+                return path.read_bytes()
+            self._connect()  # raises if there is no bucket either
+            return None
 
     def write(self, name: str, content: str | bytes) -> None:
         with scratch_folder() as scratch:
@@ -181,17 +217,21 @@ class RemoteFolder:
             self.put(scratch, [name], lambda line: None)
 
     def fetch(self, name: str, scratch: Path) -> Path:
-        from streaming.base.storage.download import DEFAULT_TIMEOUT, CloudDownloader
+        from streaming.base.storage.download import CloudDownloader
 
-        path = scratch / name
+        path = inside(scratch, name)
+        isolate_client_rng()
         try:
-            self._downloader = self._downloader or CloudDownloader.get(self.url)
-            self._downloader.download(f"{self.url}/{name}", str(path), DEFAULT_TIMEOUT)
+            downloader = self._downloader = self._downloader or CloudDownloader.get(self.url)
+            patiently(
+                lambda: downloader.download(f"{self.url}/{name}", str(path), self._timeout),
+                f"{self._prefix}: {name} cannot be downloaded",
+                self._patience,
+                downloader.clean_up,
+            )
         except Exception as error:  # as above
-            code = getattr(error, "response", {}).get("Error", {}).get("Code")
-            if code in ("404", "NoSuchKey"):
-                return path
-            raise self._error(f"{name} cannot be downloaded", error) from error
+            if not is_absent(error):
+                raise self._error(f"{name} cannot be downloaded", error) from error
         return path
 
     def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
@@ -204,7 +244,7 @@ class RemoteFolder:
         if len(missing) < len(names):
             report(f"{self.name}: {len(names) - len(missing)} of {len(names)} files are stored already")
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            uploads = {name: pool.submit(uploader.upload_file, name) for name in missing}
+            uploads = {name: pool.submit(self._upload, uploader, name) for name in missing}
             for name, upload in uploads.items():
                 try:
                     upload.result()
@@ -222,18 +262,25 @@ class RemoteFolder:
     def remove(self, names: Iterable[str]) -> None:
         """Remove files from S3, in this order; do nothing in other stores."""
         for name in names if self._is_s3 else ():
+            s3, key = self._connect().s3, f"{self._key_prefix}{name}"
+            delete = partial(s3.delete_object, Bucket=self._bucket, Key=key)
             try:
-                self._connect().s3.delete_object(Bucket=self._bucket, Key=f"{self._key_prefix}{name}")
+                patiently(delete, f"{self._prefix}: {name} cannot be removed", self._patience)
             except Exception as error:  # as above
                 raise self._error(f"{name} cannot be removed", error) from error
+
+    def _upload(self, uploader: Any, name: str) -> None:
+        what = f"{self._prefix}: {name} cannot be uploaded"
+        patiently(lambda: uploader.upload_file(name), what, self._patience)
 
     def _connect(self) -> Any:
         if self._uploader is None:
             from streaming.base.storage.upload import CloudUploader
 
             isolate_client_rng()
+            connect = partial(CloudUploader.get, self.url, keep_local=True, retry=1)
             try:
-                self._uploader = CloudUploader.get(self.url, keep_local=True, retry=UPLOAD_ATTEMPTS)
+                self._uploader = patiently(connect, f"{self._prefix} cannot be reached", self._patience)
             except Exception as error:  # as above, and what a missing client library raises
                 raise self._error("cannot be reached", error) from error
             # The uploader made an empty local folder for itself; `put` sets the one to read from.

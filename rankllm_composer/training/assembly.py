@@ -80,9 +80,9 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> ListDataset:
     """Build the streamed and tokenized lists of a split."""
-    streams = [Stream(s.local, s.remote, s.proportion) for s in split.streams]
+    streams = [Stream(s.local, s.remote, s.proportion, split.rebuild) for s in split.streams]
     return ListDataset(
-        streams or [Stream(split.local, split.remote)],  # type: ignore[arg-type]
+        streams or [Stream(split.local, split.remote, renew=split.rebuild)],  # type: ignore[arg-type]
         ListEncoding(
             tokenizer=tokenizer,
             objective=recipe.objective.name,
@@ -254,6 +254,7 @@ def build_callbacks(
         resume=recipe.run.autoresume,
         url=recipe.checkpoint_folder if is_url else None,
         recipe_yaml=recipe_to_yaml(recipe),
+        store_patience_seconds=recipe.checkpoint.store_patience_seconds,
     )
     exports: list[ExportFolder] = []
     if recipe.export_folder is not None and recipe.checkpoint.export is not None:

@@ -44,6 +44,7 @@ from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
 from rankllm_composer.screen import get_logger
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.content import sha256_of
+from rankllm_composer.storage.patience import PATIENCE_SECONDS
 from rankllm_composer.training.progress import ends_epoch
 
 log = get_logger(__name__)
@@ -73,6 +74,7 @@ class CheckpointFolder(Callback):
             than those in `folder` is downloaded. None = no copies.
         recipe_yaml: the resolved recipe, stored beside the checkpoints so that no other recipe resumes from them. None
             = not stored.
+        store_patience_seconds: how long a failing request to the object store is repeated.
     Raises:
         RunError: on rank 0: the checkpoints belong to another recipe.
         CheckpointError: on every rank: the newest checkpoint is of another model, damaged or unsafe to load; there is
@@ -89,11 +91,12 @@ class CheckpointFolder(Callback):
         resume: bool = True,
         url: str | None = None,
         recipe_yaml: str | None = None,
+        store_patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow the links a user made)
         self.keep = keep
         self.resume = resume
-        self.store = None if url is None else CheckpointStore(url, keep)
+        self.store = None if url is None else CheckpointStore(url, keep, store_patience_seconds)
         self.recipe_yaml = recipe_yaml
         self.resumed_from: Path | None = None
         self._is_time: Callable[[State, Event], bool] = create_interval_scheduler(interval)

@@ -43,6 +43,8 @@ def prepare_shards(split: Split, key: str) -> None:
     from rankllm_composer.options import BuildOptions
     from rankllm_composer.shards import build as shards
     from rankllm_composer.shards.prepared import find_difference
+    from rankllm_composer.shards.publish import clear_leftovers
+    from rankllm_composer.storage.object_store import open_folder
 
     if split.streams:
         return
@@ -55,6 +57,7 @@ def prepare_shards(split: Split, key: str) -> None:
                 return
             difference = find_difference(place, split.source, split.local or place, key)
             if difference is None:
+                clear_leftovers(open_folder(place))
                 return
             if not split.rebuild:
                 raise difference

@@ -139,7 +139,7 @@ def test_a_shard_lost_during_the_epoch_stops_the_run(remote, fault, workers):
     loader = new_loader(remote, workers=workers, batch_size=2, predownload=2)
     shard = Path(remote.remote) / "01" / "shard.00000.mds.zstd"
     shard.unlink() if fault == "missing" else damage(shard)
-    reason = "FileNotFoundError" if fault == "missing" else "Checksum failure"
+    reason = "FileNotFoundError" if fault == "missing" else "its content does not match its hash"
     with pytest.raises(ShardError, match=rf"rank 0: shard 01/shard\.00000\.mds\.zstd of .*remote cannot be .*{reason}"):
         read(loader)
     assert not [name for name in files(remote.local) if name.startswith("01/")]
@@ -167,7 +167,7 @@ def test_shards_unpacked_in_place_can_be_unpacked_again(tmp_path):
 def test_machines_that_share_a_folder_can_unpack_a_shard_at_the_same_time(tmp_path, monkeypatch):
     """Another machine unpacks the shard after this one has written its copy but before it renames it."""
     folder = write_shards(tmp_path / "shared", range(4))
-    rename, others = os.rename, []
+    rename, others = os.replace, []
 
     def rename_late(source, target):
         if not others:
@@ -175,7 +175,7 @@ def test_machines_that_share_a_folder_can_unpack_a_shard_at_the_same_time(tmp_pa
             others[0] = read(new_loader(Stream(local=str(folder)), shuffle=False))
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", rename_late)
+    monkeypatch.setattr(os, "replace", rename_late)
     assert read(new_loader(Stream(local=str(folder)), shuffle=False)) == [[ids(0, 1, 2, 3)]] == others[0]
     kept = [path.name for path in sorted(folder.rglob("*")) if path.is_file()]
     assert kept == ["shard.00000.mds", "shard.00000.mds.zstd", "index.json"]
@@ -240,7 +240,7 @@ def test_object_store(sets, in_store, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_temporary_store_failures_lose_no_list(store, in_store, workers):
-    loader = new_loader(in_store, workers=workers, download_retry=2)
+    loader = new_loader(in_store, workers=workers, store_patience_seconds=60)
     refusals = iter([500, 503] * 2)
     store.on_get = lambda key: next(refusals, None) if key.startswith("02/") else None
     (epoch,) = read(loader)

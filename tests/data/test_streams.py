@@ -11,7 +11,7 @@ from support.list_shards import damage, write_shards
 from support.s3_server import s3_server
 
 from rankllm_composer.data.streams import Stream, check_stream, check_streams
-from rankllm_composer.errors import ShardError
+from rankllm_composer.errors import ShardError, StoreError
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_incomplete_sets_are_errors(fault, cached, shards, tmp_path):
     cause(shards)
     stream = Stream(local=str(tmp_path / "cache"), remote=str(shards)) if cached else Stream(local=str(shards))
     with pytest.raises(ShardError, match=found) as error:
-        check_stream(stream, download_retry=0)
+        check_stream(stream, store_patience_seconds=0)
     assert str(shards) in str(error.value) and remedy in str(error.value)
 
 
@@ -94,16 +94,41 @@ def test_broken_files_are_removed_from_the_cache(shards, cache):
     assert not partial.exists() and not (cache / "index.json.tmp").exists()
 
 
+def test_leftovers_of_killed_downloads_are_removed_from_the_cache(shards, cache):
+    ends = (".0123456789abcdef", ".0123456789abcdef.tmp", ".zstd.1a2B3c4D", ".zstd.tmp")
+    for end in ends:
+        (cache / "01" / f"shard.00000.mds{end}").write_text("x")
+    (cache / "01" / "notes.txt").write_text("x")
+    before = {path for path in cache.rglob("*") if not path.name.endswith(ends)}
+    check_stream(Stream(local=str(cache), remote=str(shards)))
+    assert set(cache.rglob("*")) == before
+
+
+def test_a_link_out_of_a_cache_is_not_followed(shards, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "shard.00000.mds.zstd").write_text("precious")
+    cache = tmp_path / "links"
+    cache.mkdir()
+    (cache / "01").symlink_to(outside)
+    with pytest.raises(StoreError, match=r"links: the file '01/shard.* is .*outside/shard.*, outside the folder"):
+        check_stream(Stream(local=str(cache), remote=str(shards)))
+    assert (outside / "shard.00000.mds.zstd").read_text() == "precious"
+
+
 def test_a_damaged_cached_index_is_fetched_again(shards, cache):
     (cache / "index.json").write_text("{")
     check_stream(Stream(local=str(cache), remote=str(shards)))
-    assert not (cache / "index.json").exists()
+    assert (cache / "index.json").read_text() == (shards / "index.json").read_text()
 
 
 def test_a_cache_of_another_set_is_an_error(cache, tmp_path):
     other = write_shards(tmp_path / "other", range(5))
     with pytest.raises(ShardError, match=r"cache folder .*cache: it holds shards of another set than .*other"):
         check_stream(Stream(local=str(cache), remote=str(other)))
+    check_stream(Stream(local=str(cache), remote=str(other), renew=True))  # data.train.rebuild
+    assert (cache / "index.json").read_text() == (other / "index.json").read_text()
+    assert not list(cache.rglob("shard*"))
 
 
 def test_files_in_place_are_never_removed(shards):
@@ -116,8 +141,8 @@ def test_files_in_place_are_never_removed(shards):
 def test_credentials_are_not_shown():
     stream = Stream(local="cache", remote="sftp://me:secret@host/set")
     assert stream.place == "sftp://host/set"
-    with pytest.raises(ShardError) as error:
-        check_stream(stream, download_retry=0, download_timeout_seconds=1)
+    with pytest.raises(StoreError) as error:
+        check_stream(stream, store_patience_seconds=0, download_timeout_seconds=1)
     assert "secret" not in str(error.value) and "sftp://host/set" in str(error.value)
 
 
@@ -137,8 +162,8 @@ def test_object_store(shards, tmp_path):
             check_streams([stream])
 
         nowhere = Stream(local=str(tmp_path / "cache2"), remote="s3://lists/nowhere")
-        with pytest.raises(ShardError, match=r"s3://lists/nowhere: the index cannot be fetched: ClientError"):
-            check_streams([nowhere], download_retry=0)
+        with pytest.raises(ShardError, match=r"s3://lists/nowhere/index\.json: there is no index, so the set"):
+            check_streams([nowhere], store_patience_seconds=0)
 
 
 def test_damage_that_keeps_the_size_is_not_detected_yet(shards):

@@ -24,7 +24,7 @@ FREE_CHANGES = [
     ["data.train.remote=s3://bucket/shards", "data.train.cache_limit=100gb"],
     ["data.train.local=elsewhere"],
     ["data.train.source.input=moved.jsonl"],
-    ["data.train.download_retry=9", "data.train.download_timeout_seconds=900"],
+    ["data.train.store_patience_seconds=9", "data.train.download_timeout_seconds=900"],
     ["data.loader_timeout_seconds=3600", "data.num_workers=0"],
     ["optimizer.max_skipped_updates=3"],
     ["run.max_duration=9ep", "run.autoresume=false", "run.folder=moved"],

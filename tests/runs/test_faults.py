@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -12,13 +13,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+import zstd
 from composer import Trainer
 from composer.core import Callback
+from streaming.base.hashing import get_hash
 from support import child_process, exporting, guarded_updates, missing_calls, resumable_runs
 from support import streaming_loader as streaming_tests
 from support.killing import Run, kill
@@ -143,16 +147,29 @@ def test_a_fault_has_the_exit_code_and_message_of_its_row(key, tmp_path, monkeyp
 # --- the object store -------------------------------------------------------------------------------------------------
 
 
-@causes("store-fails-a-while", "store-slow-a-while", "store-fails-for-good", "store-times-out", "wrong-credentials")
+@causes(
+    "store-fails-a-while",
+    "store-slow-a-while",
+    "store-fails-for-good",
+    "store-times-out",
+    "wrong-credentials",
+    "shard-arrives-damaged",
+    "index-arrives-damaged",
+)
 def object_store(key: str, tools: Tools) -> Ended:
-    folder = tools.shards()
+    if key == "index-arrives-damaged":
+        folder = tools.folder / "built"
+        records = write_jsonl(tools.folder / "records.jsonl", map(conversation, range(10)))
+        build_from_file(folder, records, shard_bytes=5000)
+    else:
+        folder = tools.shards()
     with s3_server() as server:
         client = server.client()
         client.create_bucket(Bucket="lists")
         for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".zstd")):
             client.upload_file(str(path), "lists", path.relative_to(folder).as_posix())
         stream = Stream(local=str(tools.folder / "cache"), remote="s3://lists")
-        refusals = iter([500, 503, 503, 500])
+        refusals = iter([500, 503, 503, 500] * 4)  # more than three tries of every layer
         answers = {
             "store-fails-a-while": lambda: next(refusals, None),
             "store-fails-for-good": lambda: 503,
@@ -161,25 +178,46 @@ def object_store(key: str, tools: Tools) -> Ended:
         try:
             if key == "wrong-credentials":
                 server.on_get = lambda name: 403
-                check_stream(stream, download_retry=0)
+                check_stream(stream, store_patience_seconds=0)
             if key == "store-slow-a-while":
                 naps = iter([4, 4])
-                loader = streaming_tests.new_loader(stream, download_retry=2, download_timeout_seconds=1)
+                loader = streaming_tests.new_loader(stream, store_patience_seconds=60, download_timeout_seconds=1)
                 server.on_get = lambda name: time.sleep(next(naps, 0)) if name.startswith("02/") else None
                 assert sorted(streaming_tests.flat(streaming_tests.read(loader)[0])) == ALL_LISTS
                 assert next(naps, None) is None
                 return CONTINUED
+            if key.endswith("arrives-damaged"):
+                name = "index.json" if key == "index-arrives-damaged" else "02/shard.00000.mds.zstd"
+                for number, make in enumerate((flipped, flipped, shortened)):  # each once: the file is fetched again
+                    server.sends_checksums, pending = number == 0, [make]
+
+                    def once(at: str, data: bytes, pending: list = pending) -> bytes:
+                        return pending.pop()(data) if at == name and pending else data
+
+                    server.on_body = once
+                    assert read(replace(stream, local=f"{stream.local}-{number}")) == ALL_LISTS and not pending
+                return CONTINUED
             if key == "store-fails-a-while":  # also when the set is checked
                 server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
-                assert read(stream, download_retry=2) == ALL_LISTS and next(refusals, None) is None
+                assert read(stream, store_patience_seconds=60) == ALL_LISTS and next(refusals, None) is None
                 return CONTINUED
             loader = streaming_tests.new_loader(stream, download_timeout_seconds=1)
             server.on_get = lambda name: answers[key]() if name.startswith("02/") else None
             streaming_tests.read(loader)
             return CONTINUED
         finally:
-            server.on_get = lambda name: None
+            server.on_get, server.on_body = lambda name: None, lambda name, data: data
             clear_store(client, "lists")
+
+
+def shortened(data: bytes) -> bytes:
+    return data[:-3]
+
+
+def flipped(data: bytes) -> bytes:
+    """Content with one bit flipped in the middle."""
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def clear_store(client, bucket: str) -> None:
@@ -240,6 +278,26 @@ def checkpoint_store(key: str, tools: Tools) -> Ended:
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
+@causes("counts-differ", "path-through-a-link", "shard-unpacks-to-more")
+def untrue_index(key: str, tools: Tools) -> Ended:
+    folder = tools.shards()
+    index, shard = folder / "index.json", folder / "02" / "shard.00000.mds.zstd"
+    content = json.loads(index.read_text())
+    if key == "counts-differ":
+        content["shards"][1]["samples"] = 3
+    elif key == "path-through-a-link":
+        outside = tools.folder / "outside"
+        shutil.move(folder / "02", outside)
+        (folder / "02").symlink_to(outside)
+    else:
+        shard.write_bytes(zstd.compress(bytes(1 << 24)))
+        file = content["shards"][2]["zip_data"]
+        file["bytes"], file["hashes"] = shard.stat().st_size, {"xxh64": get_hash("xxh64", shard.read_bytes())}
+    index.write_text(json.dumps(content))
+    read(Stream(local=str(tools.folder / "cache"), remote=str(folder)))
+    return CONTINUED
+
+
 @causes("shard-missing", "shard-truncated", "index-damaged", "path-outside")
 def damaged_set(key: str, tools: Tools) -> Ended:
     folder = tools.shards()
@@ -252,7 +310,7 @@ def damaged_set(key: str, tools: Tools) -> Ended:
         index.write_text(index.read_text()[:40])
     else:
         index.write_text(index.read_text().replace("02/shard", "../shard"))
-    check_stream(Stream(local=str(tools.folder / "cache"), remote=str(folder)), download_retry=0)
+    check_stream(Stream(local=str(tools.folder / "cache"), remote=str(folder)), store_patience_seconds=0)
     return CONTINUED
 
 

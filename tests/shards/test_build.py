@@ -244,6 +244,29 @@ def test_a_rerun_does_nothing_if_the_set_is_complete_and_repairs_it_if_not(sourc
     assert content(output) == before
 
 
+def test_a_rerun_over_a_complete_set_removes_what_killed_builds_left(source, tmp_path):
+    output = tmp_path / "set"
+    build_from_file(output, source, **SMALL)
+    before = content(output)
+    (output / ".building").mkdir()
+    (output / ".building" / "block.00000").write_text("x")
+    unpacking = output / "shard.00000.0123456789abcdef.mds.0123456789abcdef"
+    for name in ("shard.00000.feed.mds.zstd", ".index.json.partial", "index.json.tmp", unpacking.name):
+        (output / name).write_text("x")
+    assert build_from_file(output, source, **SMALL).existed
+    assert set(content(output)) == {*before, unpacking.name}  # which another run may be writing
+    os.utime(unpacking, (0, 0))
+    assert build_from_file(output, source, **SMALL).existed
+    assert content(output) == before
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("x")
+    (output / ".building").symlink_to(elsewhere)
+    with pytest.raises(ShardError, match=r"\.building is a link; expected a folder of a build or nothing"):
+        build_from_file(output, source, overwrite=True, **(SMALL | {"shard_bytes": 20_000}))
+    assert build_from_file(output, source, **SMALL).existed and (elsewhere / "precious").exists()
+
+
 def test_another_set_is_replaced_only_with_overwrite(source, tmp_path):
     output = tmp_path / "set"
     build_from_file(output, source, **SMALL)

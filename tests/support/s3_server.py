@@ -24,6 +24,8 @@ class S3Server:
         puts: keys stored so far, in the order their uploads began.
         on_put: called with each key before it is stored; may block, or return an HTTP status to answer instead.
         on_get: the same for each GET and HEAD request.
+        on_body: called with each key and the content that answers a GET; returns the content to send instead.
+        sends_checksums: whether the store sends a checksum with which the client finds a changed content, as S3 does.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,8 @@ class S3Server:
         self.puts: list[str] = []
         self.on_put: Callable[[str], int | None] = lambda key: None
         self.on_get: Callable[[str], int | None] = lambda key: None
+        self.on_body: Callable[[str, bytes], bytes] = lambda key, content: content
+        self.sends_checksums = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
@@ -71,7 +75,18 @@ class S3Server:
             if status is not None:
                 start_response(f"{status} Refused", [("Content-Length", "0")])
                 return [b""]
-        return self._app(environ, start_response)
+        if environ["REQUEST_METHOD"] != "GET" or not key:
+            return self._app(environ, start_response)
+        answer: list[Any] = []
+        content = b"".join(self._app(environ, lambda status, headers, *more: answer.extend((status, headers))))
+        if answer[0].startswith("200"):
+            content = self.on_body(key, content)
+            answer[1] = [(name, value) for name, value in answer[1] if name.lower() != "content-length"]
+            if not self.sends_checksums:
+                answer[1] = [(name, value) for name, value in answer[1] if "checksum" not in name.lower()]
+            answer[1].append(("Content-Length", str(len(content))))
+        start_response(*answer)
+        return [content]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ def new_loader(stream, *, workers=0, batch_size=4, **options):
     """Create a loader of record ids (None for padding rows); `options` are those of the dataset and `StreamOptions`."""
     streams = stream if isinstance(stream, list) else [stream]
     dataset_options = {name: options.pop(name) for name in ("seed", "predownload", "validate_hash") if name in options}
-    stream_options = StreamOptions(**{"download_retry": 0, **options})
+    stream_options = StreamOptions(**{"store_patience_seconds": 0, **options})
     return ListLoader(
         ExactStreamingDataset(streams, stream_options, batch_size=batch_size, **{"seed": 7, **dataset_options}),
         batch_size=batch_size,

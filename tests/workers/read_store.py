@@ -34,7 +34,13 @@ def main(folder: Path) -> None:
     for number, (proportions, workers) in enumerate(CASES):
         roots = {name: (str(folder / f"cache {number}" / name), f"s3://exact/{name}") for name in SETS}
         limit = f"{int((folder / 'limit').read_text()) / 1024}kb"
-        options = {"workers": workers, "batch_size": 2, "cache_limit": limit, "predownload": 2, "download_retry": 2}
+        options = {
+            "workers": workers,
+            "batch_size": 2,
+            "cache_limit": limit,
+            "predownload": 2,
+            "store_patience_seconds": 60,
+        }
         answers.append(read(new_loader_of_sets(roots, proportions, **options), NUM_EPOCHS))
         dist.barrier()
     (folder / f"rank_{dist.get_global_rank()}.json").write_text(json.dumps(answers))

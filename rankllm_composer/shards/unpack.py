@@ -1,0 +1,45 @@
+"""Decompression of a shard, to at most the size that its index tells."""
+
+from __future__ import annotations
+
+# Codecs of pyarrow by streaming's names. They unpack piece by piece, streaming's own whole files of any size.
+_CODECS = {"zstd": "zstd", "gz": "gzip", "br": "brotli", "bz2": "bz2"}
+
+
+def unpack(data: bytes, compression: str, num_bytes: int) -> bytes:
+    """Decompress the file of a shard.
+
+    Args:
+        compression: as in the index: zstd, gz, br, bz2 or snappy, possibly with a level.
+        num_bytes: size of the result by the index.
+    Raises:
+        ValueError: the data are damaged, or unpack to another size; no more memory than that is used.
+    """
+    import pyarrow
+
+    name = compression.partition(":")[0]
+    try:
+        if name == "snappy":
+            if _snappy_size(data) != num_bytes:
+                raise ValueError(f"unpacks to {_snappy_size(data):,} bytes; expected {num_bytes:,} by the index")
+            return bytes(pyarrow.Codec(name).decompress(data, num_bytes))
+        with pyarrow.input_stream(pyarrow.BufferReader(data), compression=_CODECS[name]) as stream:
+            unpacked: bytes = stream.read(num_bytes + 1)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"cannot be decompressed: {error}") from error
+    except KeyError:
+        raise ValueError(f"compression is {compression!r}; expected {', '.join(_CODECS)} or snappy") from None
+    if len(unpacked) != num_bytes:
+        found = f"more than {num_bytes:,}" if len(unpacked) > num_bytes else f"{len(unpacked):,}"
+        raise ValueError(f"unpacks to {found} bytes; expected {num_bytes:,} by the index")
+    return unpacked
+
+
+def _snappy_size(data: bytes) -> int:
+    """Size of the result, which is written in front: seven bits a byte, the lowest first."""
+    size = 0
+    for place, byte in enumerate(data[:5]):
+        size |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            break
+    return size
