@@ -2,11 +2,14 @@
 
     python benchmarks/kill_soak.py --kills 24 --seed 1
 
-Each kill sends SIGKILL to one rank, all ranks or the launcher, or SIGTERM to all ranks: after a random batch, while a
-checkpoint is being written, or at a random second after the start. Runs use FSDP2, FSDP2 with copies of the checkpoints
-in a local object store, or DDP with LoRA and dropout, on two ranks. Every other kill of a run with copies also deletes
-its folder. A finished run must equal its reference bit for bit: metrics.jsonl without times (as far as it was not
-deleted), weights, optimizer, schedule and random numbers. The exit code is 1 if one differs.
+Each kill sends SIGKILL to a rank, all ranks, loader workers, the launcher or several of them, or asks the run to stop
+with SIGTERM or SIGHUP: after a random batch; while shards are built, a checkpoint or an export is written, or an old
+checkpoint is removed; in the first second; or at a random second after the start. The same command is started again
+at once, whatever still lives of the killed run, and may be killed again at once. Runs use FSDP2, FSDP2 with copies of
+the checkpoints in a local object store, or DDP with LoRA and dropout, on two ranks. Every other kill of a run with
+copies also deletes its folder, once all of its processes have ended. A finished run must equal its reference bit for
+bit: metrics.jsonl without times, weights, optimizer, schedule, random numbers and exports, as far as they were not
+deleted. It must leave no process, lock, shared memory or temporary file. The exit code is 1 if one differs.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -37,45 +41,70 @@ LAYOUTS = {
 }
 STORE = "FSDP2, object store"
 LAST_BATCH = 12
+MOST_KILLS = 4
+STOP_SIGNALS = {"all ranks (SIGTERM)": signal.SIGTERM, "everything (SIGHUP)": signal.SIGHUP}
+VICTIMS = (
+    "one rank",
+    "all ranks",
+    "launcher",
+    "launcher and one rank",
+    "one worker",
+    "all workers",
+    "everything",
+    *STOP_SIGNALS,
+)
+MOMENTS: dict[str, Callable[[Run], bool]] = {
+    "building": Run.is_building,
+    "checkpoint": Run.is_saving,
+    "export": Run.is_exporting,
+    "pruning": Run.is_pruning,
+}
+"""Moments that can be seen in the folder of a run."""
 
 
 def wait_for_moment(run: Run, moment: str, rng: random.Random) -> bool:
     """Wait for a random moment of the given kind; return False if the run ended first."""
     batch = min(run.batches() + rng.randint(1, 4), LAST_BATCH - 1)
-    deadline = time.monotonic() + rng.uniform(0, 12)
+    deadline = time.monotonic() + rng.uniform(0, 1 if moment == "first second" else 30)
     while run.process.poll() is None:
         if moment == "batch" and run.batches() >= batch:
             return True
-        if moment == "checkpoint" and run.is_saving() and run.batches() >= batch - 1:
+        if moment in ("first second", "second") and time.monotonic() >= deadline:
             return True
-        if moment == "second" and time.monotonic() >= deadline:
+        if moment in MOMENTS and MOMENTS[moment](run):
             return True
         time.sleep(0.002)
     return False
 
 
-def interrupt(run: Run, victim: str, rng: random.Random) -> None:
-    """Send a signal to part of a run, if it is still alive."""
-    import psutil
+def interrupt(run: Run, victim: str, rng: random.Random) -> bool:
+    """Send a signal to part of a run; return whether one of its processes was still alive."""
+    ranks, workers, launcher = run.ranks(), run.workers(), run.living_launcher()
+    one_rank = [rng.choice(ranks)] if ranks else []
+    victims = {
+        "one rank": one_rank,
+        "launcher": launcher,
+        "launcher and one rank": launcher + one_rank,
+        "one worker": [rng.choice(workers)] if workers else [],
+        "all workers": workers,
+        "everything": launcher + ranks + workers,
+        "everything (SIGHUP)": launcher + ranks + workers,
+    }
+    return kill(victims.get(victim, ranks), STOP_SIGNALS.get(victim, signal.SIGKILL))
 
-    try:
-        ranks = run.ranks()
-        if victim == "launcher":
-            run.process.kill()
-        elif victim == "one rank":
-            kill([rng.choice(ranks)] if ranks else [])
-        else:
-            kill(ranks, signal.SIGTERM if victim == "all ranks (SIGTERM)" else signal.SIGKILL)
-    except psutil.NoSuchProcess:
-        pass
 
-
-def differing_parts(folder: Path, reference: Path) -> list[str]:
-    """Return what differs between two finished runs."""
+def differing_parts(folder: Path, reference: Path, was_deleted: bool) -> list[str]:
+    """Return what differs between two finished runs; exports before a deletion of the folder need not exist."""
     lines, expected = comparable_metrics(folder), comparable_metrics(reference)
     different = [] if lines == expected[len(expected) - len(lines) :] else ["metrics.jsonl"]
     ends = [complete_checkpoints(parent / "run" / "checkpoints")[-1][0] for parent in (folder, reference)]
-    return different + differences(*(checkpoint_content(end) for end in ends))
+    different += differences(*(checkpoint_content(end) for end in ends))
+    for weights in sorted((reference / "run" / "hf").glob("epoch_*/*.safetensors")):
+        name = weights.relative_to(reference)
+        copy = folder / name
+        if copy.read_bytes() != weights.read_bytes() if copy.exists() else not was_deleted:
+            different.append(str(name))
+    return different
 
 
 def soak(folder: Path, num_kills: int, seed: int) -> int:
@@ -83,7 +112,13 @@ def soak(folder: Path, num_kills: int, seed: int) -> int:
     rng = random.Random(seed)
     material = folder / "material"
     material.mkdir()
-    overrides = small_run(material, real_tokenizers.tokenizer_folder("mistral_v3", folder))
+    overrides = [
+        *small_run(material, real_tokenizers.tokenizer_folder("mistral_v3", folder)),
+        "data.train.local=shards",  # each run builds its own
+        f"data.train.source={{input: {material / 'records.json'}}}",
+        "checkpoint.keep=2",
+        "checkpoint.export={interval: 1ep}",
+    ]
     references = {}
     for layout, extra in LAYOUTS.items():
         run = Run(RECIPE, [*overrides, *extra], folder / f"reference {layout}")
@@ -95,26 +130,35 @@ def soak(folder: Path, num_kills: int, seed: int) -> int:
         layout = rng.choice([*LAYOUTS, STORE])
         run_folder, kills = folder / f"run-{finished}", []
         extra = LAYOUTS.get(layout) or ([f"checkpoint.folder=s3://soak/{run_folder.name}"] if layout == STORE else [])
+        killed: list[Run] = []
         while True:
-            run = Run(RECIPE, [*overrides, *extra], run_folder)
-            victim = rng.choice(["one rank", "all ranks", "launcher", "all ranks (SIGTERM)"])
-            moment = rng.choice(["batch", "batch", "checkpoint", "second"])
-            if len(kills) < 4 and wait_for_moment(run, moment, rng):
+            run = Run(RECIPE, [*overrides, *extra], run_folder, is_patient=True)
+            victim = rng.choice(VICTIMS)
+            moment = rng.choice(["batch", "first second", "second", *(MOMENTS if kills else ["building"])])
+            if len(kills) < MOST_KILLS and wait_for_moment(run, moment, rng):
                 at = run.batches()
-                interrupt(run, victim, rng)
-                run.finish()
+                if not interrupt(run, victim, rng):
+                    moment, victim = "first second", "launcher"  # there are no such processes yet
+                    interrupt(run, victim, rng)
+                killed.append(run)
                 kills.append(f"{victim} at {moment} {at}")
                 counts[f"{victim}, {moment}"] += 1
                 if layout == STORE and rng.random() < 0.5:
+                    for earlier in killed:
+                        earlier.finish()
                     shutil.rmtree(run_folder / "run", ignore_errors=True)
                     kills[-1] += ", folder deleted"
                 continue
             code = run.finish()
             if code != 0:
-                print(run.output())
+                print(f"{layout}: {'; '.join(kills)}\n{run.output()}")
                 raise SystemExit(f"an uninterrupted run ended with {code}")
             break
-        different = differing_parts(run_folder, references["FSDP2" if layout == STORE else layout])
+        for earlier in killed:
+            earlier.finish()
+        was_deleted = any(kill.endswith("deleted") for kill in kills)
+        different = differing_parts(run_folder, references["FSDP2" if layout == STORE else layout], was_deleted)
+        different += [f"left behind: {path.name}" for path in run.leftovers()]
         finished, num_bad = finished + 1, num_bad + bool(different)
         print(f"{layout}: {'; '.join(kills) or 'not killed'}: {different or 'equal'}", flush=True)
     print(f"{sum(counts.values())} kills in {finished} runs, {num_bad} runs differ: {dict(sorted(counts.items()))}")

@@ -13,10 +13,9 @@ import datetime
 import os
 import signal
 import sys
-import tempfile
 
 from rankllm_composer.processes import LAUNCHER_VARIABLE, drop_closed_outputs
-from rankllm_composer.storage.scratch import scratch_folder
+from rankllm_composer.storage.scratch import temporary_files_in_scratch
 
 STOP_TIMEOUT = datetime.timedelta(hours=1)
 
@@ -38,13 +37,10 @@ def main() -> int:
         signal.signal(signal.SIGHUP, wait_for_checkpoints)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    temporary = tempfile.tempdir
     try:
-        with scratch_folder() as folder:
-            tempfile.tempdir = str(folder)  # the launcher keeps the output of its ranks there
+        with temporary_files_in_scratch():  # the output of the ranks, among others
             return launcher.main()
     finally:
-        tempfile.tempdir = temporary
         del os.environ[LAUNCHER_VARIABLE]
 
 

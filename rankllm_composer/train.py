@@ -12,7 +12,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import rankllm_composer.processes  # noqa: F401  # records the launcher before the slow imports
-from rankllm_composer.screen import say
+from rankllm_composer.errors import StoreError
+from rankllm_composer.screen import report, say
+from rankllm_composer.storage.scratch import temporary_files_in_scratch
 from rankllm_composer.training.run import TrainedRun, run_recipe, train
 
 if TYPE_CHECKING:
@@ -22,13 +24,23 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line: a recipe and its overrides. Returns the exit code."""
     from rankllm_composer.recipe.keys import keys_as_text
-    from rankllm_composer.recipe.load import load_recipe
-    from rankllm_composer.training.stopping import PeerWatch, Preempted
 
     if not arguments or arguments[0] in ("-h", "--help"):
         say(f"usage: composer -n PROCESSES {Path(__file__).name} RECIPE.yaml [key=value ...]\n")
         say(keys_as_text())
         return 0 if arguments else 2
+    try:
+        with temporary_files_in_scratch():
+            return _train(arguments)
+    except StoreError as error:  # the temporary directory cannot be written
+        report(f"error: {error}")
+        return 2
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from rankllm_composer.recipe.load import load_recipe
+    from rankllm_composer.training.stopping import PeerWatch, Preempted
+
     watch = PeerWatch()
     try:
         try:

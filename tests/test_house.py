@@ -38,7 +38,7 @@ ALLOWED = {
     "preflight": "training data shards export model recipe prompts",
     "report": "training ranking export recipe storage redaction",
     "launch": "processes storage",
-    "train": "training recipe processes",
+    "train": "training recipe storage processes",
     "demo": "train ranking export model recipe prompts",
     "cli_options": "recipe",
     "cli": "cli_options demo report preflight training shards sources ranking export recipe prompts redaction",

@@ -17,15 +17,15 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
-from rankllm_composer.errors import RankLLMComposerError, ShardError
-from rankllm_composer.storage.locks import FileLock, try_lock
+from rankllm_composer.errors import RankLLMComposerError, ShardError, StoreError
+from rankllm_composer.storage.locks import FileLock, lock_private_file, try_lock
 from rankllm_composer.storage.private_folder import private_folder
 
 # Above the numbers that streaming reaches; 10 digits keep the longest name within the 31 characters of macOS.
 _FIRST_NUMBER, _LAST_NUMBER = 10**6, 10**10 - 1
 _SHARED_MEMORY = Path("/dev/shm")
 _MIN_FREE_BYTES = 2**20  # streaming keeps 9 bytes per shard and some pages; the queues of the workers take a few more
-_caches: dict[Path, FileLock] = {}
+_caches: dict[str, FileLock] = {}
 
 MAKE_SPACE = "Free space in /dev/shm, or enlarge it (in a container: docker run --shm-size=1g)."
 """What to do if shared memory is full."""
@@ -35,15 +35,25 @@ def claim_cache(folder: str | Path, wait_seconds: float = 30.0) -> FileLock | No
     """Claim the cache folder of shards until this process ends; return None if another run holds it.
 
     The wait covers the ranks of a killed run, which may take some seconds to notice that it is over.
+
+    Raises:
+        StoreError: the temporary directory cannot be written or has no locks.
     """
     digest = hashlib.blake2b(os.path.realpath(folder).encode(), digest_size=12).hexdigest()
-    path = private_folder() / f"cache-{digest}"
-    claim = _caches.get(path)
+    claim = _caches.get(digest)
     if claim is None or not claim.is_held:
-        claim = try_lock(path, wait_seconds)
+        claim = _claim(f"cache-{digest}", wait_seconds)
         if claim is not None:
-            _caches[path] = claim
+            _caches[digest] = claim
             atexit.register(claim.remove)
+    return claim
+
+
+def _claim(name: str, wait_seconds: float = 0.0) -> FileLock | None:
+    claim = lock_private_file(name, wait_seconds)
+    if claim is not None and not claim.is_certain:
+        claim.remove()
+        raise StoreError(f"{claim.path.parent}: this file system has no locks. Set TMPDIR to a folder on a local disk.")
     return claim
 
 
@@ -129,7 +139,7 @@ def _check_space() -> None:
 def _claim_number() -> int:
     while True:
         number = _FIRST_NUMBER + secrets.randbelow(_LAST_NUMBER - _FIRST_NUMBER)
-        claim = try_lock(private_folder() / f"names-{number}")
+        claim = _claim(f"names-{number}")
         if claim is not None:
             atexit.register(_release_number, claim, number)
             return number

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+from rankllm_composer.errors import StoreError
 from rankllm_composer.screen import get_logger
 from rankllm_composer.storage.private_folder import private_folder
 
@@ -92,6 +93,21 @@ def try_lock(path: Path, wait_seconds: float = 0.0) -> FileLock | None:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(POLL_SECONDS)
+
+
+def lock_private_file(name: str, wait_seconds: float = 0.0) -> FileLock | None:
+    """Lock a file of `private_folder()` as `try_lock` does.
+
+    Raises:
+        StoreError: the temporary directory cannot be written.
+    """
+    path = private_folder() / name
+    try:
+        return try_lock(path, wait_seconds)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be locked ({error.strerror}). Free space there, or set TMPDIR to another folder."
+        ) from error
 
 
 def _lock_now(path: Path) -> FileLock:

@@ -11,6 +11,8 @@ from rankllm_composer.errors import StoreError
 from rankllm_composer.screen import get_logger
 
 log = get_logger(__name__)
+SCRATCH_PREFIX = "scratch-"
+_PREFIX = "rankllm_composer-"
 _NUM_NAMES = 100
 _reported: set[Path] = set()
 
@@ -24,7 +26,9 @@ def private_folder() -> Path:
         StoreError: the temporary directory takes no such folder.
     """
     parent = Path(tempfile.gettempdir())
-    name = f"rankllm_composer-{os.geteuid()}"
+    if parent.name.startswith(SCRATCH_PREFIX) and parent.parent.name.startswith(_PREFIX) and is_private(parent.parent):
+        return parent.parent  # the temporary directory of this process is a scratch folder in it
+    name = f"{_PREFIX}{os.geteuid()}"
     for number in range(_NUM_NAMES):
         folder = parent / (f"{name}-{number}" if number else name)
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rankllm_composer.storage.locks import try_lock
-from rankllm_composer.storage.private_folder import private_folder
+from rankllm_composer.storage.locks import lock_private_file, try_lock
+from rankllm_composer.storage.private_folder import SCRATCH_PREFIX, private_folder
 
 _LOCK_SUFFIX = ".lock"
 
@@ -19,11 +20,15 @@ def scratch_folder() -> Iterator[Path]:
     """Create a folder in the temporary directory of this user and remove it at the end.
 
     Folders of killed processes are removed first.
+
+    Raises:
+        StoreError: the temporary directory cannot be written.
     """
     remove_dead_scratch()
-    folder = private_folder() / f"scratch-{secrets.token_hex(8)}"
-    lock = try_lock(folder.with_suffix(_LOCK_SUFFIX))
+    name = f"{SCRATCH_PREFIX}{secrets.token_hex(6)}"
+    lock = lock_private_file(name + _LOCK_SUFFIX)
     assert lock is not None
+    folder = lock.path.with_suffix("")
     try:
         folder.mkdir(mode=0o700)
         yield folder
@@ -32,9 +37,21 @@ def scratch_folder() -> Iterator[Path]:
         lock.remove()
 
 
+@contextmanager
+def temporary_files_in_scratch() -> Iterator[None]:
+    """Let this process, its libraries included, put temporary files into a scratch folder."""
+    before = tempfile.tempdir
+    with scratch_folder() as folder:
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
 def remove_dead_scratch() -> None:
     """Remove the scratch folders of processes that have ended."""
-    for path in private_folder().glob(f"scratch-*{_LOCK_SUFFIX}"):
+    for path in private_folder().glob(f"{SCRATCH_PREFIX}*{_LOCK_SUFFIX}"):
         lock = try_lock(path)
         if lock is None:
             continue

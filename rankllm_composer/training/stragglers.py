@@ -86,7 +86,7 @@ def find_stragglers(folder: Path, rank: int, num_ranks: int) -> str:
     fewest = min(note.num_steps for note in notes.values())
     now = time.time()
     return " and ".join(
-        f"rank {other} (batch {note.batch}: {note.activity}, for {now - note.since:.0f} s)"
+        f"rank {other} (batch {note.batch}: {note.activity}, for {max(0.0, now - note.since):.0f} s)"
         for other, note in notes.items()
         if note.num_steps == fewest <= own_note.num_steps
     )

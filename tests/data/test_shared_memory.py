@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 
 import pytest
 from support.child_process import exists, in_a_child, names_of_a_dataset
+from support.missing_calls import no_locks
 
 from rankllm_composer.data.shared_memory import claim_cache, clear_dead_claims
+from rankllm_composer.storage.private_folder import private_folder
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +48,12 @@ def test_a_cache_folder_belongs_to_one_run(tmp_path):
     claim.remove()
     assert in_a_child(lambda: claim_cache(folder, wait_seconds=0), then_die=True) != "None"
     assert claim_cache(folder, wait_seconds=5) is not None  # its holder is dead
+
+
+def test_a_temporary_directory_without_locks_is_named(tmp_path):
+    code = "from rankllm_composer.data.shared_memory import claim_cache; claim_cache('cache')"
+    environment = {**os.environ, **no_locks(tmp_path, tmp_path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].endswith(
+        f"StoreError: {private_folder()}: this file system has no locks. Set TMPDIR to a folder on a local disk."
+    )

@@ -737,7 +737,7 @@ def restarted_at_once(key: str, tools: Tools) -> Ended:
     first.wait_until(lambda: first.batches() >= 3)
     workers = first.workers()
     kill(first.ranks())
-    second = Run(RECIPE, tools.fixture("overlay"), tools.folder)
+    second = Run(RECIPE, tools.fixture("overlay"), tools.folder, is_patient=True)
     second.wait_until(lambda: second.batches() >= 7)
     second.process.kill()
     third = Run(RECIPE, tools.fixture("overlay"), tools.folder, is_patient=True)
@@ -745,7 +745,7 @@ def restarted_at_once(key: str, tools: Tools) -> Ended:
     first.finish(), second.finish()
     assert len(workers) == 2 and third.batches() == 12
     assert "another process is training" not in second.output() + third.output()
-    assert not third.locks()
+    assert not third.leftovers()
     return Ended(code, third.output())
 
 

@@ -12,7 +12,7 @@ from support.child_process import in_a_child
 
 from rankllm_composer.errors import StoreError
 from rankllm_composer.storage.private_folder import private_folder
-from rankllm_composer.storage.scratch import scratch_folder
+from rankllm_composer.storage.scratch import scratch_folder, temporary_files_in_scratch
 
 VICTIM, OTHER = 12001, 12002
 
@@ -118,3 +118,11 @@ def test_scratch_folders_of_killed_processes_are_removed_by_the_next(temporary):
         assert not left.exists() and mode_of(one) == 0o700
         assert one.is_dir() and other.is_dir()  # not taken for those of dead processes
     assert not list(private_folder().iterdir())
+
+
+def test_temporary_files_of_libraries_go_where_the_next_process_removes_them(temporary):
+    folder = private_folder()
+    with temporary_files_in_scratch():
+        made = Path(tempfile.mkdtemp())
+        assert made.parent.parent == folder == private_folder()
+    assert not made.exists() and tempfile.gettempdir() == str(temporary)

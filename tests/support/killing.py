@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import psutil
 import torch
 
+from rankllm_composer.checkpoints.folder import MANIFEST
 from support.launching import TRAIN
 
 NOT_COMPARED = ("batch_seconds", "tokens_per_second")
@@ -97,18 +98,34 @@ class Run:
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written."""
         folder = self.folder / "run" / "checkpoints"
-        staged = {path.name for path in (folder / ".partial").glob("ep*")}
+        staged = {name for name in _names_in(folder / ".partial") if name.startswith("ep")}
         # The dry run at startup writes one of the step that it starts from.
-        return bool(staged - {"ep0-ba0"} - {path.name for path in folder.glob("ep*")})
+        return bool(staged - {"ep0-ba0"} - set(_names_in(folder)))
+
+    def is_exporting(self) -> bool:
+        """Whether a model folder is being written."""
+        return any(".partial-" in name for name in _names_in(self.folder / "run" / "hf"))
+
+    def is_pruning(self) -> bool:
+        """Whether a checkpoint is being removed."""
+        folder = self.folder / "run" / "checkpoints"
+        return any(name.startswith("ep") and not (folder / name / MANIFEST).exists() for name in _names_in(folder))
+
+    def is_building(self) -> bool:
+        """Whether shards are being built."""
+        return (self.folder / "shards" / ".building").exists()
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes, rank 0 first."""
-        return psutil.Process(self.process.pid).children()
+        """The living training processes, rank 0 first."""
+        return _children(self.process.pid)
+
+    def living_launcher(self) -> list[psutil.Process]:
+        """The launcher, unless it has ended."""
+        return [psutil.Process(self.process.pid)] if self.process.poll() is None else []
 
     def workers(self) -> list[psutil.Process]:
         """The loader workers of all ranks."""
-        children = [child for rank in self.ranks() for child in rank.children()]
-        return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        return [child for rank in self.ranks() for child in _children(rank.pid) if not _is_tracker(child)]
 
     def shared_memory(self) -> set[Path]:
         """Shared-memory segments that the processes of the run have open."""
@@ -122,6 +139,10 @@ class Run:
     def locks(self) -> list[Path]:
         """Lock files of the run, or of killed ones."""
         return [path for name in ("names-*", "cache-*", "*_filelock") for path in self.temporary.rglob(name)]
+
+    def leftovers(self) -> list[Path]:
+        """What is left in the temporary directory, beside the private folder of the user."""
+        return [path for path in self.temporary.rglob("*") if not path.name.startswith("rankllm_composer-")]
 
     def finish(self, timeout: float = 1800) -> int:
         """Return the launcher's exit code once every process of the run is gone; fail if one stays."""
@@ -147,9 +168,38 @@ def processes_of_session(session: int) -> Iterator[psutil.Process]:
             pass
 
 
-def kill(processes: list[psutil.Process], number: int = signal.SIGKILL) -> None:
+def _children(process: int) -> list[psutil.Process]:
+    """Living children of a process, the oldest first; none if it has ended."""
+    try:
+        living = [child for child in psutil.Process(process).children() if child.status() != psutil.STATUS_ZOMBIE]
+        return sorted(living, key=lambda child: (child.create_time(), child.pid))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208
+    except OSError:
+        return []
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Whether this is the helper process of Python that removes shared memory."""
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return True
+
+
+def kill(processes: list[psutil.Process], number: int = signal.SIGKILL) -> bool:
+    """Send a signal to processes; return whether one of them was alive."""
+    was_alive = False
     for process in processes:
-        process.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+            was_alive = True
+    return was_alive
 
 
 def comparable_metrics(folder: Path) -> list[dict[str, Any]]:
