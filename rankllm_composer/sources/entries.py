@@ -62,18 +62,23 @@ class Permutation(NamedTuple):
 
 
 def find_key(value: Any, keys: Sequence[str]) -> str | None:
-    """The first of the keys under which an object has an id or a text."""
+    """The first of the keys under which an object has a text or a whole number."""
     if not isinstance(value, Mapping):
         return None
-    return next(
-        (key for key in keys if isinstance(value.get(key), str | int) and not isinstance(value[key], bool)), None
-    )
+    return next((key for key in keys if key in value and as_id(value[key]) is not None), None)
+
+
+def as_id(value: object) -> str | None:
+    """An id as text: a text, or a whole number, which may be written 1.0; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
 def identifier(row: Row, value: Any, keys: Sequence[str]) -> str:
-    """An id as text; whole numbers are ids, too."""
+    """The id of an object, under the first of the keys that it has."""
     key = find_key(value, keys)
-    found = str(value[key]).strip() if key is not None else ""
+    found = (as_id(value[key]) or "").strip() if key is not None else ""
     if not found:
         names = ", ".join(map(repr, keys[:3]))
         raise row.error(f"no id under {names} in {str(value)[:80]}; expected an object that has it. Correct the row.")

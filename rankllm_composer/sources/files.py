@@ -41,6 +41,9 @@ _LABEL = re.compile(r"\s*(?:Number|Topic|Title|Description|Narrative)\s*:\s*", r
 
 COLUMNS = frozenset(
     [
+        "q0",
+        "iter",
+        "run",
         "id",
         "_id",
         "qid",

@@ -99,8 +99,9 @@ def candidates_documents(row: Row) -> Iterator[Document]:
 
 
 def candidates_run(row: Row) -> Iterator[RunLine]:
+    qid = _qid(row)
     for position, (docid, _) in enumerate(_candidates(row), start=1):
-        yield run_line(row, _qid(row), docid, position, -position)
+        yield run_line(row, qid, docid, position, -position)
 
 
 def candidates_judgments(row: Row) -> Iterator[Judgment]:
@@ -198,9 +199,10 @@ def _candidates(row: Row) -> Iterator[tuple[str, Mapping[str, Any]]]:
     key = _list_key(row.value)
     if key is None:
         raise row.error(f"no list of candidates under one of {', '.join(_LISTS[:3])}, …. Correct or remove the row.")
+    qid = _qid(row)
     for position, candidate in enumerate(row.value[key]):
         has_id = find_key(candidate, DOCUMENT_IDS) is not None
-        yield identifier(row, candidate, DOCUMENT_IDS) if has_id else f"{_qid(row)}-{position}", candidate
+        yield identifier(row, candidate, DOCUMENT_IDS) if has_id else f"{qid}-{position}", candidate
 
 
 def _qid(row: Row) -> str:
@@ -216,8 +218,9 @@ def _ranked(row: Row, key: str) -> Iterator[RunLine]:
     docids = row.value.get(key)
     if not isinstance(docids, Sequence) or isinstance(docids, str):
         raise row.error(f"{key} is {str(docids)[:60]!r}; expected a list of ids. Correct or remove the row.")
+    qid = _qid(row)
     for position, docid in enumerate(docids, start=1):
-        yield run_line(row, _qid(row), str(docid), position, -position)
+        yield run_line(row, qid, str(docid), position, -position)
 
 
 def _flat_ids(row: Row) -> tuple[str, str]:

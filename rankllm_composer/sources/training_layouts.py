@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.record import is_unicode
 from rankllm_composer.prompts.user_turn import document_text
-from rankllm_composer.sources.entries import DOCUMENT_IDS, QUERY_IDS, find_key, query_of
+from rankllm_composer.sources.entries import DOCUMENT_IDS, QUERY_IDS, find_key, identifier, query_of
 from rankllm_composer.sources.files import Row
 from rankllm_composer.sources.json_layouts import numbered
 
@@ -111,7 +111,7 @@ def history(row: Row) -> Iterator[Conversation]:
     query = row.value.get("query")
     known = query if isinstance(query, Mapping) else row.value
     key = find_key(known, QUERY_IDS[:4])
-    qid = str(known[key]) if key else numbered(row)
+    qid = identifier(row, known, QUERY_IDS[:4]) if key else numbered(row)
     for number, invocation in enumerate(row.value[HISTORY], start=row.value.get(FIRST, 0)):
         if not isinstance(invocation, Mapping) or not isinstance(invocation.get("prompt"), Sequence):
             raise row.error(f"invocation {number} has no prompt. Correct or remove it.")
@@ -128,7 +128,7 @@ def graded_list(row: Row) -> Iterator[GradedList]:
     value = row.value
     qid_key = find_key(value, QUERY_IDS[:4])
     id_key = find_key(value, ("id", "_id")) or qid_key
-    record_id = numbered(row) if id_key is None else str(value[id_key])
+    record_id = numbered(row) if id_key is None else identifier(row, value, (id_key,))
     asked = value.get("query") or "".join(turn["value"] for turn in _turns_of(value.get("messages"), "user")[-1:])
     query = query_of(row, record_id, asked if isinstance(asked, str) else "")
     positives, negatives = (_passages(row, value, keys) for keys in (_POSITIVES, _NEGATIVES))
@@ -139,7 +139,7 @@ def graded_list(row: Row) -> Iterator[GradedList]:
     docids = [docid for docid, _ in positives + negatives]
     yield GradedList(
         id=record_id,
-        qid=None if qid_key is None else str(value[qid_key]),
+        qid=None if qid_key is None else identifier(row, value, (qid_key,)),
         query=query.text,
         texts=tuple(text for _, text in positives + negatives),
         docids=None if None in docids else tuple(map(str, docids)),
@@ -161,7 +161,7 @@ def _passages(row: Row, value: Mapping[str, Any], keys: Sequence[str]) -> list[t
     given: Any = value[_key(value, keys)]
     passages: list[tuple[str | None, str]] = []
     for passage in [given] if isinstance(given, str | Mapping) else given or []:
-        docid = find_key(passage, DOCUMENT_IDS)
+        docid = None if find_key(passage, DOCUMENT_IDS) is None else identifier(row, passage, DOCUMENT_IDS)
         if isinstance(passage, Sequence) and not isinstance(passage, str):
             passage = "".join(str(turn["value"]) for turn in _turns_of(passage, "user")[-1:])
         try:
@@ -170,7 +170,7 @@ def _passages(row: Row, value: Mapping[str, Any], keys: Sequence[str]) -> list[t
             raise row.error(f"a passage is {str(passage)[:60]!r}; expected text. Correct the record.") from error
         if not text.strip() or not is_unicode(text):
             raise row.error("a passage is empty or no valid Unicode. Correct or remove it.")
-        passages.append((None if docid is None else str(passage[docid]), text))
+        passages.append((docid, text))
     return passages
 
 

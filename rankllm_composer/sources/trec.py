@@ -49,6 +49,7 @@ _INSERT_DOCUMENT = """
     ON CONFLICT (docid) DO UPDATE SET problem = excluded.place WHERE text <> excluded.text AND problem = ''
 """
 _ROLES = {"run": "run", "teacher": "teacher_run", "judgments": "judgments", "queries": "queries", "docs": "docs"}
+NOT_JUDGED = "lists without a judged candidate; they keep the first-stage order"
 PARTLY_ORDERED = "lists that the teacher's order covers in part; the rest follow in first-stage order"
 
 
@@ -148,6 +149,8 @@ class TrecSource:
                 continue
             if num_ordered < len(docids):
                 made.append((place, Noted(PARTLY_ORDERED)))
+            if teacher is None and not set(docids) & (grades or {}).keys():
+                made.append((place, Noted(NOT_JUDGED)))
             in_run = sorted(range(len(members)), key=lambda k: members[k])  # ties keep the first-stage order
             best_first = [in_run[k] for k in teacher_order([docids[k] for k in in_run], grades, teacher)]
             for docid in docids:

@@ -23,7 +23,7 @@ from rankllm_composer.sources.entries import Judgment, RunLine
 from rankllm_composer.sources.lists import candidate_lists, teacher_order
 from rankllm_composer.sources.records import Dropped, Noted, read_records
 from rankllm_composer.sources.retrieval_files import load_run, read_part
-from rankllm_composer.sources.trec import PARTLY_ORDERED, TrecSource
+from rankllm_composer.sources.trec import NOT_JUDGED, PARTLY_ORDERED, TrecSource
 
 QUERIES = {"q1": "sea [1] birds", "q2": "old maps"}
 DOCS = {"d1": "gulls and terns", "d2": "the mole", "d3": "auks [2] fly", "d4": "a  chart\nof 1600", "d5": "ink"}
@@ -152,6 +152,14 @@ def test_lists_without_a_relevant_passage_are_dropped_and_counted_or_kept(tmp_pa
     records, dropped = build(tmp_path, window=2, stride=2, lists_per_query=0, require_relevant=False)
     assert [record.id for _, record in records] == ["q1-0", "q1-1", "q2-0", "q2-1"]
     assert not dropped
+
+
+def test_lists_without_a_judged_candidate_are_counted_where_they_are_kept(tmp_path):
+    options = {"require_relevant": False, "window": 2, "stride": 2, "lists_per_query": 0}
+    source = TrecSource(SourceOptions(**write_files(tmp_path, grades={"q1": {"d1": 0}}), **options)).prepare(tmp_path)
+    made = [entry for item in source.items() for _, entry in source.records(item)]
+    assert sum(isinstance(entry, Record) for entry in made) == 4
+    assert made.count(Noted(NOT_JUDGED)) == 3
 
 
 def test_queries_that_make_no_list_are_counted(tmp_path):

@@ -111,6 +111,10 @@ NOT_READ = {
         {"query": {"text": "a", "qid": "1"}, "candidates": []},
         "found queries with their candidates, read as a first-stage run",
     ),
+    "a record with earlier turns": (
+        {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+        "the record has a history of further turns",
+    ),
     "a csv": ("id,text", "found the text 'id,text', perhaps with columns separated by commas"),
     "a prompt with its template": (
         {"query": {"qid": "1"}, "invocations_history": [{"prompt": "<s>[INST]", "response": "[A]"}]},
@@ -139,6 +143,34 @@ def test_lines_of_a_table_must_have_its_columns_and_blocks_must_end(tmp_path):
         with pytest.raises(SourceError) as caught:
             load_judgments(tmp_path / "f")
         assert message in str(caught.value)
+
+
+ODD = {
+    "tabs around ids with spaces": (load_run, "1\tQ0\td 1\t1\t5.0\tt t\n", {"1": ["d 1"]}),
+    "a run with a header": (load_run, "qid\tQ0\tdocid\trank\tscore\trun\n1\tQ0\td\t1\t5\tx\n", {"1": ["d"]}),
+    "a byte order mark and CRLF": (load_queries, "\ufeff1\ta b\r\n2\tc\r\n", {"1": "a b", "2": "c"}),
+    "a byte order mark before JSON": (load_queries, '\ufeff{"qid": 1.0, "text": "a"}\r\n', {"1": "a"}),
+    "a query like a judgment": (load_queries, "301\tsales in 2019\n", {"301": "sales in 2019"}),
+    "mixed separators": (load_judgments, "1 0\td1  1.0\n1\t0 d2 -1\n", {"1": {"d1": 1, "d2": -1}}),
+    "ids of the candidates alone": (
+        load_run,
+        json.dumps([{"query": "a", "hits": [{"content": "x", "qid": 7, "docid": 1, "score": 3}]}]),
+        {"7": ["1"]},
+    ),
+    "a list with judgments": (
+        load_judgments,
+        json.dumps({"qid": "x", "query": "q", "top1000": [{"docid": "d", "text": "t"}], "qrels": {"d": 2}}),
+        {"x": {"d": 2}},
+    ),
+    "one text for one id twice": (load_queries, "1\ta\n1\ta\n", {"1": "a"}),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_files_are_read(case, tmp_path):
+    load, content, expected = ODD[case]
+    (tmp_path / "f").write_text(content, encoding="utf-8", newline="")
+    assert load(tmp_path / "f") == expected
 
 
 def test_records_without_an_id_are_numbered_and_counted(tmp_path, write):
