@@ -90,7 +90,7 @@ def shards_build(context: typer.Context, output: Output, source: SourceOptions, 
     from rankllm_composer.shards.build import build_shards
     from rankllm_composer.sources.records import open_source
 
-    given = _given(context, FROM_RUN if source.run is None else ("split", "config"))
+    given = _given(context, FROM_RUN if source.run is None else ("split", "config", "answers"))
     if given and source.run is None and source.input is not None and open_source(source).makes_lists:
         given = [name for name in given if name not in FOR_PASSAGES]
     for name in given:

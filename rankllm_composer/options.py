@@ -93,6 +93,9 @@ class SourceOptions:
     )
     split: Text = option("Split of a HF dataset; files have none.", "train", unit="name")
     config: Text | None = option("Configuration of a HF dataset, if it has several.", None, unit="name")
+    answers: Literal["strict", "lenient"] = option(
+        "Answers of `input`: strict = complete permutations; lenient = whatever the inference client reads.", "strict"
+    )
     run: PathText | None = option(
         "First-stage run: TREC, requests or results of rank_llm, or irds:ID.", None, unit="path or id"
     )

@@ -6,6 +6,7 @@ rankllm-composer inspect RECIPE [--record K] [--loss]
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,8 @@ from rankllm_composer.prompts.chat import control_tokens_in, template_notes
 from rankllm_composer.prompts.contract import count_bos
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, UserTurn
+from rankllm_composer.prompts.windows import fit_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -126,7 +128,27 @@ def inspect_record(
         )
     found.problems += serving_differences(record, tokenizer)
     found.notes += _notes(record, tokenizer, encoded)
+    found.notes += _passage_notes(record, tokenizer, max_length_tokens)
     return found
+
+
+def _passage_notes(record: Record, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> Iterator[str]:
+    """What of the passages is not shown, here or by the inference client in the same context."""
+    try:
+        turn = record.turn
+        served = fit_window(
+            record.id, turn.query, turn.passages, tokenizer, style=turn.style, context_size_tokens=max_length_tokens
+        )
+    except PromptError:
+        return
+    empty = sum(not passage.strip() for passage in turn.passages)
+    if empty:
+        yield f"{empty} of {len(turn.passages)} passages are empty"
+    if served.client_empties:
+        yield (
+            f"rank_llm would show every passage of this list empty in a context of {max_length_tokens:,} tokens: it "
+            "cuts at spaces, which long parts of these passages lack; `rerank` cuts them between characters"
+        )
 
 
 def _kinds(encoded: EncodedRecord) -> Iterator[Kind]:
@@ -146,7 +168,15 @@ def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedR
         yield f"{count} beginning-of-sequence tokens, as in the inference client's prompts"
     if record.system != SYSTEM_MESSAGE:
         yield f"the system message differs from the inference client's, {SYSTEM_MESSAGE!r}"
-    if not record.has_standard_prompt:
+    turn: UserTurn | None = None
+    with suppress(PromptError):
+        turn = record.turn
+    if turn is not None and turn.has_several_readings:
+        yield (
+            "a line in a passage opens like the next passage, so the user turn has several readings; training uses it "
+            "as it is, but its passages cannot be shuffled or renamed"
+        )
+    elif not record.has_standard_prompt:
         difference = "the user turn differs from the inference client's"
         yield f"{difference}; training uses it as it is, but the client will send its own"
     control = control_tokens_in(record.user, tokenizer)

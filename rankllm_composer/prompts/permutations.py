@@ -89,6 +89,14 @@ def format_permutation(permutation: Sequence[int], style: IdentifierStyle = "let
     return SEPARATOR.join(f"[{names[i]}]" for i in permutation)
 
 
+def normalize_white_space(text: str) -> str:
+    """An answer with the white space of `format_permutation` around its brackets and separators."""
+    text = " ".join(text.split())
+    for mark in "[]>":
+        text = text.replace(f" {mark}", mark).replace(f"{mark} ", mark)
+    return text.replace("]>[", f"]{SEPARATOR}[")
+
+
 def parse_permutation(text: str, num_candidates: int, style: IdentifierStyle = "letters") -> tuple[int, ...]:
     """Parse a text that names each of N candidates exactly once: `[B] > [A] > [C]` → (1, 0, 2).
 

@@ -14,6 +14,8 @@ from rankllm_composer.errors import PromptError, RecordError
 from rankllm_composer.prompts.permutations import (
     IdentifierStyle,
     format_permutation,
+    normalize_white_space,
+    parse_answer,
     parse_permutation,
     ranks_from_permutation,
 )
@@ -100,6 +102,43 @@ class Record:
             docids=None if docids is None else tuple(str(docid) for docid in docids),
             grades=None if grades is None else tuple(grades),
         )
+
+
+def repair_answer(record: Record, *, lenient: bool = False) -> tuple[Record, tuple[str, ...]]:
+    """Write the response of a record as `[B] > [A]`, and name what was changed, if anything.
+
+    Args:
+        record: a record as it was read; one that cannot be repaired is returned unchanged, for `validate_record`.
+        lenient: read any text as the inference client does (`parse_answer`), unless it names no candidate; otherwise
+            only white space may differ.
+    """
+    if not isinstance(record.response, str):
+        return record, ()
+    try:
+        num_candidates, style = len(record.turn.passages), record.turn.style
+        answer = normalize_white_space(record.response)
+        repairs: tuple[str, ...] = ("answers with other white space, which is normalized",)
+        try:
+            parse_permutation(answer, num_candidates, style)
+            if answer == record.response:
+                return record, ()
+        except PromptError:
+            parsed = parse_answer(record.response, num_candidates, style)
+            if not lenient or parsed.num_missing == num_candidates:
+                return record, ()
+            answer = format_permutation(parsed.permutation, style)
+            found = {
+                "answers with a thought before them, which is left out": "</think>" in record.response,
+                "answers that repeat an identifier, of which the first counts": parsed.num_repeated,
+                "answers that omit candidates, which follow in their order": parsed.num_missing,
+            }
+            others = "answers with other text, of which the identifiers are read as the client does"
+            repairs = tuple(what for what, is_found in found.items() if is_found) or (others,)
+    except PromptError:
+        return record, ()
+    repaired = dataclasses.replace(record, response=answer)
+    object.__setattr__(repaired, "_turn", record.turn)
+    return repaired, repairs
 
 
 def validate_record(record: Record, place: str = "record") -> UserTurn:

@@ -73,13 +73,15 @@ _DOCUMENT_FIELDS = ("text", "segment", "contents", "content", "body", "passage")
 class UserTurn:
     """The parts of a user turn: the query without its full stop, and the passages in presentation order.
 
-    `is_standard` is True if the text is exactly what `render_user_turn` writes, with one reading.
+    `is_standard` is True if the text is exactly what `render_user_turn` writes, with one reading;
+    `has_several_readings` if it is that, but a line in a passage opens like the next one (`[B] `).
     """
 
     query: str
     passages: tuple[str, ...]
     style: IdentifierStyle
     is_standard: bool = field(default=True, compare=False)
+    has_several_readings: bool = field(default=False, compare=False)
 
 
 def clean_query(query: str) -> str:
@@ -178,41 +180,13 @@ def parse_user_turn(text: str) -> UserTurn:
     Raises:
         PromptError: the text has another layout or another number of passages than it announces, or is ambiguous.
     """
-    opening = _OPENING_PATTERN.match(text)
-    if opening is None:
+    readings = _client_readings(text)
+    if len(readings) > 1:
         raise PromptError(
-            f"user turn is {_shorten(text)}; expected the client's layout, which opens with "
-            f"{_OPENING.format(num='N', kind='an alphabetical')!r}."
+            "user turn has several readings, because an identifier opens more than one line; expected the client's "
+            "layout. Write each passage on one line."
         )
-    num = int(opening[1])
-    style: IdentifierStyle = "letters" if opening[2] == _KIND["letters"] else "numbers"
-    try:
-        names = identifiers(num, style)
-    except PromptError as error:
-        raise PromptError(f"user turn: {error}") from error
-    closing = _CLOSING.format(num=num, example=_EXAMPLE[style])
-    middle = text[opening.end() :].removesuffix(closing)  # query, passages and query again
-    if len(middle) == len(text) - opening.end():
-        raise PromptError(f"user turn ends with …{text[-60:]!r}; expected the client's closing {closing!r}.")
-
-    readings: list[UserTurn] = []
-    for first in re.finditer(re.escape(f".\n[{names[0]}] "), middle):
-        if len(readings) > 1:  # it is refused: do not compare further queries, which can be long
-            break
-        if not middle.startswith("\nSearch Query: ", max(0, len(middle) - first.start() - 16)):
-            continue
-        query = middle[: first.start()]
-        again = f"\nSearch Query: {query}."
-        if middle.endswith(again) and first.end() <= len(middle) - len(again):
-            body = middle[first.end() : len(middle) - len(again)]
-            readings += [UserTurn(query, passages, style) for passages in _readings(body, names)]
-    if len(readings) != 1:
-        reason = (
-            "several readings, because an identifier opens more than one line"
-            if readings
-            else f"no query that occurs twice with [{names[0]}] to [{names[-1]}] between, each at the start of a line"
-        )
-        raise PromptError(f"user turn has {reason}; expected the client's layout. Write each passage on one line.")
+    num, style = len(readings[0].passages), readings[0].style
     beyond = identifiers(MAX_CANDIDATES[style], style)[num : num + 1]
     if beyond and f"\n[{beyond[0]}] " in readings[0].passages[-1]:
         raise PromptError(
@@ -265,7 +239,49 @@ def read_user_turn(text: str) -> UserTurn:
         )
     ends = [*(mark.start() for mark in marks[1:]), area[1]]
     passages = tuple(text[mark.end() : end].strip() for mark, end in zip(marks, ends))
-    return UserTurn(query.removesuffix(".").rstrip(), passages, style, is_standard=False)
+    several = False
+    with suppress(PromptError):
+        several = len(_client_readings(text)) > 1
+    query = query.removesuffix(".").rstrip()
+    return UserTurn(query, passages, style, is_standard=False, has_several_readings=several)
+
+
+def _client_readings(text: str) -> list[UserTurn]:
+    """Ways to read a text in exactly the client's layout: one, or some of several; PromptError if there is none."""
+    opening = _OPENING_PATTERN.match(text)
+    if opening is None:
+        raise PromptError(
+            f"user turn is {_shorten(text)}; expected the client's layout, which opens with "
+            f"{_OPENING.format(num='N', kind='an alphabetical')!r}."
+        )
+    num = int(opening[1])
+    style: IdentifierStyle = "letters" if opening[2] == _KIND["letters"] else "numbers"
+    try:
+        names = identifiers(num, style)
+    except PromptError as error:
+        raise PromptError(f"user turn: {error}") from error
+    closing = _CLOSING.format(num=num, example=_EXAMPLE[style])
+    middle = text[opening.end() :].removesuffix(closing)  # query, passages and query again
+    if len(middle) == len(text) - opening.end():
+        raise PromptError(f"user turn ends with …{text[-60:]!r}; expected the client's closing {closing!r}.")
+
+    readings: list[UserTurn] = []
+    for first in re.finditer(re.escape(f".\n[{names[0]}] "), middle):
+        if len(readings) > 1:  # it is refused: do not compare further queries, which can be long
+            break
+        if not middle.startswith("\nSearch Query: ", max(0, len(middle) - first.start() - 16)):
+            continue
+        query = middle[: first.start()]
+        again = f"\nSearch Query: {query}."
+        if middle.endswith(again) and first.end() <= len(middle) - len(again):
+            body = middle[first.end() : len(middle) - len(again)]
+            readings += [UserTurn(query, passages, style) for passages in _readings(body, names)]
+    if not readings:
+        raise PromptError(
+            f"user turn has no query that occurs twice with [{names[0]}] to [{names[-1]}] between, each at the start "
+            "of a line; expected the client's layout. Write each passage on one line."
+        )
+    return readings
 
 
 def _earliest_marks(text: str, area: tuple[int, int], num: int, style: IdentifierStyle) -> list[re.Match[str]]:

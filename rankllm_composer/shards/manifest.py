@@ -62,7 +62,7 @@ class BuildStats:
     def count_record(self, record: Record) -> None:
         """Count one list."""
         self.num_records += 1
-        self.num_nonstandard_prompts += not record.has_standard_prompt
+        self.num_nonstandard_prompts += not (record.has_standard_prompt or record.turn.has_several_readings)
         self.candidates[len(record.turn.passages)] += 1
         if self.numbered is not None and identifier_style(record.response) == "numbers":
             self.numbered[len(record.turn.passages)] += 1

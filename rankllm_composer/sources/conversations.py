@@ -10,7 +10,7 @@ from typing import Any
 
 from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import FOR_PASSAGES, SourceOptions
-from rankllm_composer.prompts.record import Record, validate_record
+from rankllm_composer.prompts.record import Record, repair_answer, validate_record
 from rankllm_composer.sources.files import Row, parse_json, read_rows
 from rankllm_composer.sources.layouts import layout_of
 from rankllm_composer.sources.lists import NUMBERED, record_of_graded_list
@@ -86,12 +86,13 @@ class FileSource:
         if not isinstance(found, Conversation):
             return record_of_graded_list(found, self.options, place)
         noted: list[Made] = [(place, Noted(NUMBERED))] if found.is_numbered else []
-        return [*noted, (place, _record_from_layout(found.fields, place))]
+        return [*noted, *_record_from_layout(found.fields, place, self.options.answers == "lenient")]
 
     def _changed_options(self) -> dict[str, Any]:
-        """Options that matter for graded passages, where they are not the defaults."""
+        """Options that matter for what is read, where they are not the defaults."""
         options, defaults = self.options, SourceOptions(input=self.path)
-        changed = {name: found for name in FOR_PASSAGES if (found := getattr(options, name)) != getattr(defaults, name)}
+        names = (*FOR_PASSAGES, "answers")
+        changed = {name: found for name in names if (found := getattr(options, name)) != getattr(defaults, name)}
         return {"options": changed} if changed else {}
 
     def _rows(self) -> Iterator[Row]:
@@ -167,13 +168,27 @@ def _as_record_error(error: SourceError, place: str, record_id: str | None = Non
     return RecordError(found, record_id, reason)
 
 
-def _record_from_layout(fields: Mapping[str, Any], place: str) -> Record:
-    """Validated record of one entry of the published layout."""
+def _record_from_layout(fields: Mapping[str, Any], place: str, lenient: bool) -> list[Made]:
+    """Validated record of one entry of the published layout, and what was repaired in its answer."""
     record_id = fields.get("id")
     try:
         record = Record.from_conversations(fields)
     except (TypeError, ValueError) as error:
         reason = str(error).removeprefix(f"record {record_id!r}: ")
         raise RecordError(place, record_id if isinstance(record_id, str) else None, reason) from error
-    validate_record(record, place)
-    return record
+    record, repairs = repair_answer(record, lenient=lenient)
+    try:
+        turn = validate_record(record, place)
+    except RecordError as error:
+        if lenient or repair_answer(record, lenient=True)[0] is record:
+            raise
+        reason = f"{error.reason} (--answers lenient reads it as the inference client does.)"
+        raise RecordError(error.place, error.record_id, reason) from error
+    notes = [*repairs, *([SEVERAL_READINGS] if turn.has_several_readings else [])]
+    return [*((place, Noted(what)) for what in notes), (place, record)]
+
+
+SEVERAL_READINGS = (
+    "prompts in the client's words with several readings, because a line in a passage opens like the next passage; "
+    "they are kept, but cannot be shuffled or renamed"
+)

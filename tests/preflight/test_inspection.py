@@ -24,6 +24,7 @@ from rankllm_composer.preflight.inspection import inspect_recipe, inspect_record
 from rankllm_composer.prompts.contract import decoding_contract
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.shards.build import build_shards
 from rankllm_composer.shards.read import SplitRecords, find_split
@@ -204,6 +205,21 @@ def test_command(material, capsys):
     assert run()[0] == run(FIRST_MISTRAL, "--model", material)[0] == 2
     code, _, err = run("--model", material / "base")
     assert code == 2 and "no contract" in err
+
+
+def test_passages_without_spaces_and_several_readings_are_noted(mistral_v3_tokenizer):
+    """Lists that the client would show empty, hold an empty passage, or can be read in several ways."""
+    chinese = "检索模型按照与查询的相关性对段落排序、" * 13
+
+    def notes(passages, limit=4096):
+        record = Record("r", SYSTEM_MESSAGE, render_user_turn("heat", passages), "[B] > [A]")
+        return "\n".join(inspect_record(record, mistral_v3_tokenizer, "generation", max_length_tokens=limit).notes)
+
+    assert "rank_llm would show every passage of this list empty" in notes([chinese, chinese], 500)
+    assert "rank_llm would" not in notes([chinese, chinese])
+    assert "1 of 2 passages are empty" in notes(["", "heat"])
+    several = notes(["one\n[B] two", "three"])
+    assert "has several readings" in several and "differs from the inference client's" not in several
 
 
 def test_an_exported_folder_against_its_contract(material, tmp_path):

@@ -17,10 +17,12 @@ from support.synthetic_records import conversation, write_jsonl
 
 from rankllm_composer.errors import PromptError, RecordError
 from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.permutations import parse_answer
 from rankllm_composer.prompts.record import Record, augment_record, validate_record
 from rankllm_composer.prompts.windows import record_window
+from rankllm_composer.shards.manifest import BuildStats
 from rankllm_composer.sources.conversations import open_conversations
-from rankllm_composer.sources.records import read_records
+from rankllm_composer.sources.records import open_source, read_records
 
 HUMAN = conversation(3)["conversations"][1]["value"]
 
@@ -94,6 +96,84 @@ def test_a_nonstandard_prompt_is_kept_but_not_augmented(tmp_path, wording):
             augment_record(record, seed=1, epoch=0, shuffle_passages=shuffle, identifiers=style)
     with pytest.raises(PromptError):
         record_window(record, None, order=[1, 0, 2, 3])
+
+
+def test_several_readings_are_no_other_wording(tmp_path):
+    """The client's own words, with a line in a passage that opens like the next one: counted as that."""
+    human = HUMAN.replace(*NONSTANDARD["several readings"])
+    source = open_source(SourceOptions(input=str(write_jsonl(tmp_path / "a.jsonl", [conversation(3, human=human)]))))
+    (noted, (_, record)) = [made for item in source.items() for made in source.records(item)]
+    assert noted[1].what.startswith("prompts in the client's words with several readings")
+    stats = BuildStats()
+    stats.count_record(record)
+    assert stats.num_nonstandard_prompts == 0 and record.turn.has_several_readings
+    assert not record.has_standard_prompt
+    (_, other), *_ = read(write_jsonl(tmp_path / "b.jsonl", [conversation(3, human=HUMAN.replace("\n", "\n\n"))]))
+    assert not other.turn.has_several_readings
+
+
+WHITE_SPACE = ["[B] > [A] > [D] > [C]\n", " [B] > [A] > [D] > [C]", "[B]>[A]>[D]>[C]", "[ B ]\t>\n[A]  > [D]>[C]\r\n"]
+# Answer of record 3, which has 4 passages → (what the client reads, what is counted).
+LENIENT = {
+    "Sure! Here it is: [B] > [A] > [D] > [C]": ("BADC", "other text"),
+    "<think>[C] is best</think>\n[B] > [A] > [D] > [C]": ("BADC", "a thought before them"),
+    "[B] > [B] > [A] > [D] > [C]": ("BADC", "repeat an identifier"),
+    "[D] > [B]": ("DBAC", "omit candidates"),
+    "B > A > D > C": ("BADC", "other text"),
+    "[B] > [A] > [D] > [C] > [E]": ("BADC", "other text"),
+}
+
+
+def answer_of(path, answers="strict"):
+    """(response, names of what is counted) of the one record of a file."""
+    source = open_source(SourceOptions(input=str(path), answers=answers))
+    *noted, (_, record) = [made for item in source.items() for made in source.records(item)]
+    return record.response, [note.what for _, note in noted]
+
+
+@pytest.mark.parametrize("answers", ["strict", "lenient"])
+@pytest.mark.parametrize("answer", WHITE_SPACE)
+def test_harmless_white_space_in_an_answer_is_normalized_and_counted(tmp_path, answer, answers):
+    path = write_jsonl(tmp_path / "a.jsonl", [conversation(3, gpt=answer)])
+    assert answer_of(path, answers) == (
+        "[B] > [A] > [D] > [C]",
+        ["answers with other white space, which is normalized"],
+    )
+
+
+@pytest.mark.parametrize("answer", LENIENT)
+def test_lenient_answers_are_read_as_the_client_does(tmp_path, answer):
+    expected, counted = LENIENT[answer]
+    path = write_jsonl(tmp_path / "a.jsonl", [conversation(3, gpt=answer)])
+    with pytest.raises(RecordError, match=r"--answers lenient reads it"):
+        answer_of(path)
+    response, (noted,) = answer_of(path, "lenient")
+    assert response == " > ".join(f"[{name}]" for name in expected) and counted in noted
+    read_by_client = parse_answer(answer, 4).permutation
+    assert "".join("ABCD"[i] for i in read_by_client) == expected
+    describe = open_source(SourceOptions(input=str(path), answers="lenient")).describe()
+    assert describe["options"]["answers"] == "lenient"
+
+
+def test_numbers_before_the_answer_are_read_as_the_client_does(tmp_path):
+    human = HUMAN.replace("an alphabetical", "a numerical").replace("[B] > [A]", "[2] > [1]")
+    for i, name in enumerate("ABCD", start=1):
+        human = human.replace(f"\n[{name}] ", f"\n[{i}] ")
+    path = write_jsonl(tmp_path / "a.jsonl", [conversation(3, human=human, gpt="1. [1] > [2]")])
+    response, noted = answer_of(path, "lenient")
+    assert response == "[1] > [2] > [3] > [4]" and [what.split(",")[0] for what in noted] == [
+        "answers that repeat an identifier",
+        "answers that omit candidates",
+    ]
+
+
+@pytest.mark.parametrize("answer", ["I cannot rank these.", "[]", "[2] > [1] > [4] > [3]"])
+def test_an_answer_that_names_no_candidate_is_refused_by_both(tmp_path, answer):
+    path = write_jsonl(tmp_path / "a.jsonl", [conversation(3, gpt=answer)])
+    for answers in ("strict", "lenient"):
+        with pytest.raises(RecordError) as failure:
+            answer_of(path, answers)
+        assert "--answers lenient reads it" not in str(failure.value)
 
 
 # Fault → (record, part of the error). Record 3 has 4 passages.
