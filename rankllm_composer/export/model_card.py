@@ -139,7 +139,8 @@ def _training(facts: CardFacts) -> str:
     lists = "not counted" if facts.num_lists is None else f"{facts.num_lists:,}"
     if facts.trained_lists:
         left_out = f"{facts.trained_lists['too_long']:,} left out as too long"
-        lists = f"{facts.trained_lists['trained']:,} of {lists} in the last epoch, {left_out}"
+        of_all = "" if facts.num_lists is None else f" of {lists}"
+        lists = f"{facts.trained_lists['trained']:,}{of_all} in the last epoch, {left_out}"
     rows.append(("training lists", lists))
     rows += [("data", _public(source)) for source in facts.data]
     rows += [(key, str(value)) for key, value in facts.hyperparameters.items()]
