@@ -78,7 +78,14 @@ SIGNALS = {
 }
 
 
-SLOW = {*SIGNALS, "asked-to-stop-early", "terminal-closed", "loader-worker-dies", "run-restarted-at-once"}
+SLOW = {
+    *SIGNALS,
+    "disk-full-sharded-checkpoint",
+    "asked-to-stop-early",
+    "terminal-closed",
+    "loader-worker-dies",
+    "run-restarted-at-once",
+}
 
 
 def causes(*keys: str) -> Callable[[Callable[..., Ended]], Callable[..., Ended]]:
@@ -409,6 +416,18 @@ def checkpoint_disk(key: str, tools: Tools) -> Ended:
                 resumable_runs.train(disk, "1ep", keep=1)
                 assert resumable_runs.names(disk) == ["ep1-ba4"]
     return CONTINUED
+
+
+@causes("disk-full-sharded-checkpoint")
+def full_disk_of_ranks(key: str, tools: Tools) -> Ended:
+    """The disk has space for one checkpoint of the 1,067,168 numbers in 12 bytes each, so the second one fails."""
+    with small_disk(tools.folder / "disk", 20 << 20) as disk:
+        overlay = [*tools.fixture("overlay"), f"checkpoint.folder={disk}", "checkpoint.keep=1", "run.max_duration=1ep"]
+        run = Run(RECIPE, overlay, tools.folder)
+        code = run.finish()
+        assert [path.name for path, _ in complete_checkpoints(disk)] == ["ep0-ba2"]
+        assert run.output().count("error: ") == 1 and "CheckpointException" not in run.output()
+    return Ended(2 if "exited with code 2" in run.output() else code, run.output())
 
 
 @causes("checkpoint-of-another-model", "checkpoint-damaged")
