@@ -235,22 +235,32 @@ class BatchOptions:
     microbatch_tokens: Whole | None = option(
         "Most tokens per forward pass of one rank; set this or microbatch_lists.", None, unit="tokens", ge=1
     )
+    packing: Flag = option(
+        "Several lists in one forward pass; false = one, with the model's own attention, for models that mix the lists "
+        "of a pack.",
+        True,
+    )
+
+    @property
+    def limits(self) -> tuple[int | None, int | None]:
+        """Most lists and most tokens per forward pass of one rank; None = this limit is not set."""
+        return (self.microbatch_lists, self.microbatch_tokens) if self.packing else (1, None)
 
     def problems(self, max_length_tokens: int) -> Iterator[Problem]:
         """Yield what is wrong with the microbatches for lists of up to `max_length_tokens`."""
         by_lists, by_tokens = "batch.microbatch_lists", "batch.microbatch_tokens"
-        if (self.microbatch_lists is None) == (self.microbatch_tokens is None):
+        if self.packing and (self.microbatch_lists is None) == (self.microbatch_tokens is None):
             found = f"null, as is {by_tokens}" if self.microbatch_lists is None else f"set, and so is {by_tokens}"
             remedy = "Set one and leave the other at null."
             yield Problem(by_lists, found, "exactly one of the two", remedy, (by_tokens,))
-        if self.microbatch_tokens is not None and self.microbatch_tokens < max_length_tokens:
+        if self.packing and self.microbatch_tokens is not None and self.microbatch_tokens < max_length_tokens:
             expected = f"at least data.max_length_tokens={max_length_tokens}, so that every list fits"
             remedy = "Raise it or lower data.max_length_tokens."
             yield Problem(by_tokens, str(self.microbatch_tokens), expected, remedy, ("data.max_length_tokens",))
 
     def rank_problems(self, num_ranks: int) -> Iterator[Problem]:
         """Yield a problem with the nearest possible sizes if the lists do not divide over the ranks."""
-        microbatch = self.microbatch_lists or 1
+        microbatch = self.limits[0] or 1
         step = num_ranks * microbatch
         if self.global_lists % step:
             factors = f"{num_ranks} ranks" + (f" of {microbatch} lists" if microbatch > 1 else "")

@@ -45,9 +45,9 @@ def _train(arguments: Sequence[str]) -> int:
     try:
         try:
             run_recipe(load_recipe(arguments[0], arguments[1:]), watch)
-        except Preempted:
+        except (Preempted, SystemExit):
             raise
-        except (Exception, KeyboardInterrupt) as failure:
+        except BaseException as failure:
             return watch.exit_code(failure)
     except Preempted as request:  # also if it arrived while the failure of another rank was being reported
         return watch.exit_preempted(request)

@@ -47,6 +47,7 @@ class CardFacts:
     losses: Mapping[str, float] = field(default_factory=dict)  # part of the objective → weight
     hyperparameters: Mapping[str, object] = field(default_factory=dict)  # in the order of the table
     changes: tuple[str, ...] = ()  # of the recipe while the run was stopped
+    is_adapter: bool = False  # the folder holds a LoRA adapter alone
     progress: str = ""  # point in training that the weights are from
     figures: Mapping[str, float] = field(default_factory=dict)  # measured
     published: Mapping[str, float] = field(default_factory=dict)  # for this recipe, by the names of `figures`
@@ -61,7 +62,7 @@ def render_card(facts: CardFacts) -> str:
         _introduction(facts, base),
         _training(facts),
         _results_section(facts.figures, facts.published),
-        _serving(facts.contract),
+        _serving_of_adapter() if facts.is_adapter else _serving(facts.contract),
         _licence(facts, base),
     ]
     return redact("\n\n".join(parts) + "\n")
@@ -162,6 +163,14 @@ def _results_section(figures: Mapping[str, float], published: Mapping[str, float
         rows.append((name, measured, *compared))
     note = f"Tolerance: {TOLERANCE:.1%} of the published figure."
     return "## Results\n\n" + _table(("figure", "measured", "published", "verdict"), rows) + f"\n\n{note}"
+
+
+def _serving_of_adapter() -> str:
+    return (
+        "## Serving\n\nThis folder holds a LoRA adapter without the model that it changes, and cannot be served as it "
+        "is. Merge the two, and serve the result:\n\n"
+        "    rankllm-composer export RUN OUTPUT --merge-lora"
+    )
 
 
 def _serving(contract: DecodingContract) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ from rankllm_composer.errors import ModelError, StoreError, first_line
 from rankllm_composer.export.weights import (
     Weights,
     gather_full_state_dict,
+    is_of_adapter,
     is_tied,
     load_adapter,
+    name_on_disk,
     read_checkpoint_weights,
 )
 from rankllm_composer.prompts.client_names import warn_misread
@@ -196,12 +197,12 @@ def export_checkpoint(
             also `write_model_folder`.
     """
     weights = read_checkpoint_weights(checkpoint)
-    adapter = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    adapter = {name: tensor for name, tensor in weights.items() if is_of_adapter(name)}
     if adapter and base is not None:
         load_adapter(base, adapter)
         weights = gather_full_state_dict(base, dtype=DTYPES[model.dtype])
     elif adapter and model.adapter_config is not None:
-        weights = {re.sub(r"(\.lora_\w+)\.\w+(\.weight)?$", r"\1\2", name): tensor for name, tensor in adapter.items()}
+        weights = {name_on_disk(name): tensor for name, tensor in adapter.items()}
     elif adapter:
         raise ModelError(
             f"{checkpoint} holds {len(adapter)} tensors of an adapter; expected full weights. Give the adapter's "

@@ -106,14 +106,15 @@ def causal_lm_class(model: torch.nn.Module) -> type[PreTrainedModel]:
 def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[str, float], adapter: str) -> Weights:
     """Add each low-rank update to its weight and name the result as in the HF model.
 
-        W' = W + scaling * B @ A        (embeddings: scaling * (B @ A)^T)
+        W' = W + scaling * B @ A                (embeddings: scaling * (B @ A)^T)
+        W' = m * W' / |W'| in each row          (DoRA, with the magnitudes m)
 
     Args:
         scalings: name of a layer in the PEFT model → its scaling.
     Raises:
         ModelError: tensors of another kind of adapter than plain LoRA are left over.
     Source:
-        Hu et al. 2021 (arXiv:2106.09685).
+        Hu et al. 2021 (arXiv:2106.09685); Liu et al. 2024 (arXiv:2402.09353).
     """
     rest = dict(weights)
     merged: Weights = {}
@@ -124,7 +125,11 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
         else:
             up = rest.pop(f"{layer}.lora_embedding_B.{adapter}")
             update = (up.float() @ rest.pop(f"{layer}.lora_embedding_A.{adapter}").float()).T  # (V, D)
-        merged[f"{layer}.weight"] = (base.float() + scaling * update).to(base.dtype)
+        full = base.float() + scaling * update
+        magnitude = rest.pop(f"{layer}.lora_magnitude_vector.{adapter}.weight", None)
+        if magnitude is not None:
+            full = full * (magnitude.float() / full.norm(dim=1)).unsqueeze(1)
+        merged[f"{layer}.weight"] = full.to(base.dtype)
     for name in [name for name in rest if f".modules_to_save.{adapter}." in name]:
         plain = name.replace(f".modules_to_save.{adapter}.", ".")
         merged[plain] = rest.pop(name)
@@ -139,10 +144,22 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
     return {name.removeprefix("base_model.model."): tensor for name, tensor in merged.items()}
 
 
+def is_of_adapter(name: str) -> bool:
+    """Whether a weight of a PEFT model belongs to its adapter."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def name_on_disk(name: str) -> str:
+    """The name under which PEFT stores a weight of an adapter."""
+    name = re.sub(r"\.modules_to_save\.\w+\.", ".", name)
+    name = re.sub(r"(\.lora_\w+)\.\w+(\.weight)?$", r"\1\2", name)
+    return name.removesuffix(".weight") if ".lora_magnitude_vector" in name else name
+
+
 def load_adapter(model: torch.nn.Module, adapter: Weights) -> None:
     """Load the adapter of a checkpoint into a PEFT model; raise ModelError if the names differ."""
     inner = hf_module(model)
-    expected = {name for name in inner.state_dict() if ".lora_" in name}
+    expected = {name for name in inner.state_dict() if is_of_adapter(name)}
     if expected != set(adapter):
         strange = sorted(expected ^ set(adapter))
         raise ModelError(

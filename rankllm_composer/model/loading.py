@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from rankllm_composer.errors import ModelError, first_line
+from rankllm_composer.model.lora import is_adapter
 from rankllm_composer.options import ModelOptions
 from rankllm_composer.prompts.template import fix_date
 from rankllm_composer.screen import warn
@@ -17,6 +20,10 @@ from rankllm_composer.storage.content import check_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MAX_SHOWN = 5
+LFS_POINTER = b"version https://git-lfs"
+_ACCESS = "Check the name and your access to it (HF_TOKEN), or set a local folder."
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
@@ -31,11 +38,8 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"model.tokenizer: cannot load {name_or_path!r}: {first_line(error)}. "
-            "Check the name and your access to it (HF_TOKEN), or set a local folder."
-        ) from error
+    except Exception as error:  # damaged files raise almost anything
+        raise ModelError(f"model.tokenizer: cannot load {name_or_path!r}: {first_line(error)}. {_ACCESS}") from error
     if options.template_date is not None:
         fix_date(tokenizer, options.template_date)
     if tokenizer.pad_token_id is None:
@@ -51,28 +55,33 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(
-    options: ModelOptions, *, on_meta: bool = False, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """Load a causal LM in training mode from a checkpoint, or build it with random weights.
+def load_config(options: ModelOptions) -> PretrainedConfig:
+    """Load the configuration of a model, with `options.config_overrides`.
 
-    Args:
-        options: which model; a warning names a model whose own code is run.
-        on_meta: allocate no memory; the weights come from rank 0 when the model is sharded.
-        dtype: of the weights. float32 if they are trained; frozen weights may be bfloat16.
     Raises:
-        ModelError: it cannot be loaded, or its configuration lacks a key of `options.config_overrides`.
+        ModelError: it cannot be loaded, is not of a causal LM, names a quantization or a kernel of a hub repository, or
+            lacks a key of the overrides.
     """
     name_or_path, trust = options.name_or_path, options.trust_remote_code
     if trust:
         warn_trust_remote_code(name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=options.revision, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+    if is_adapter(name_or_path):
         raise ModelError(
-            f"model.name_or_path: cannot load {name_or_path!r}: {first_line(error)}. "
-            "Check the name and your access to it (HF_TOKEN), or set a local folder."
-        ) from error
+            f"{name_or_path} is a LoRA adapter without the model that it changes. Merge it (rankllm-composer export "
+            "RUN OUTPUT --merge-lora); or, to train it further, name it in model.lora.start_from and the base model in "
+            "model.name_or_path."
+        )
+    try:
+        written, _ = PretrainedConfig.get_config_dict(name_or_path, revision=options.revision)
+        _refuse_kernels(written, name_or_path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name_or_path, revision=options.revision, trust_remote_code=trust
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # damaged files raise almost anything
+        raise ModelError(f"model.name_or_path: cannot load {name_or_path!r}: {first_line(error)}. {_ACCESS}") from error
+    check_config(config, name_or_path)
     unknown = sorted(set(options.config_overrides) - set(config.to_dict()))
     if unknown:
         raise ModelError(
@@ -80,26 +89,146 @@ def load_causal_lm(
             "The config.json of the model lists them."
         )
     config.update(dict(options.config_overrides))
+    return config
+
+
+def check_config(config: PretrainedConfig, name: str) -> None:
+    """Raise ModelError for a model that is quantized, or no causal LM."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        values = quantization if isinstance(quantization, Mapping) else vars(quantization)
+        method = values.get("quant_method", "an unknown method")
+        raise ModelError(
+            f"{name}: the weights are quantized ({method}); expected float32, bfloat16 or float16. Use the model that "
+            "they were made from; with model.lora.frozen_precision=bf16 it needs 2 bytes per weight."
+        )
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
+    if config.is_encoder_decoder or not known:
+        architectures = ", ".join(config.architectures or ()) or config.model_type
+        raise ModelError(f"{name} is {architectures}; expected a decoder-only causal LM. Use another model.")
+
+
+def _refuse_kernels(written: Mapping[str, Any], name: str) -> None:
+    """Raise ModelError if config.json names a kernel of a hub repository, "owner/repository:function"."""
+    for key, value in written.items():
+        if isinstance(value, Mapping):
+            _refuse_kernels(value, name)
+        elif isinstance(value, str) and "/" in value and ("implementation" in key or "kernel" in key):
+            raise ModelError(
+                f"{name}/config.json: {key} is {value!r}, compiled code of a hub repository, which would be downloaded "
+                f"and run. Remove {key} from config.json."
+            )
+
+
+def load_causal_lm(
+    options: ModelOptions,
+    *,
+    config: PretrainedConfig | None = None,
+    attention: str | None = None,
+    on_meta: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Load a causal LM in training mode from a checkpoint, or build it with random weights.
+
+    Args:
+        options: which model; a warning names a model whose own code is run.
+        config: of `load_config`; None = load it.
+        attention: name of the attention that the model is built with; None = its default.
+        on_meta: allocate no memory; the weights come from rank 0 when the model is sharded.
+        dtype: of the weights. float32 if they are trained; frozen weights may be bfloat16.
+    Raises:
+        ModelError: it cannot be loaded, or weights are missing.
+    """
+    config = config or load_config(options)
+    trust = options.trust_remote_code
     if on_meta or options.random_weights:
         with torch.device("meta") if on_meta else nullcontext():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=trust)
     else:
-        check_content(name_or_path)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name_or_path,
-                config=config,
-                revision=options.revision,
-                trust_remote_code=trust,
-                use_safetensors=True,
-                torch_dtype=dtype,
-            )
-        except OSError as error:
-            raise ModelError(
-                f"model.name_or_path: cannot load weights of {name_or_path!r}: {first_line(error)}. "
-                "Weights are read from safetensors only."
-            ) from error
+        arguments = {"revision": options.revision, "trust_remote_code": trust, "attn_implementation": attention}
+        model = load_weights(options.name_or_path, config=config, torch_dtype=dtype, **arguments)
     return model.to(dtype).train()
+
+
+def load_weights(name_or_path: str, **arguments: Any) -> PreTrainedModel:
+    """Load a causal LM with all its weights from safetensors; a warning lists those that it does not use.
+
+    Args:
+        arguments: of `from_pretrained`, `config` among them.
+    Raises:
+        ModelError: a file is damaged, or weights are missing or have other sizes; the message names them.
+    """
+    _check_files(Path(name_or_path))
+    check_content(name_or_path)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name_or_path, use_safetensors=True, output_loading_info=True, **arguments
+        )
+    except Exception as error:  # damaged files raise almost anything
+        if "size mismatch" in str(error):
+            found = (
+                f"weights have other sizes than config.json says{_mismatch(Path(name_or_path), arguments['config'])}"
+            )
+            raise ModelError(f"{name_or_path}: {found}. Restore the config.json of these weights.") from error
+        raise ModelError(
+            f"{name_or_path}: the weights cannot be loaded ({first_line(error)}). Expected safetensors; convert or "
+            "download them again."
+        ) from error
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        hint = _renaming(missing, unused)
+        raise ModelError(
+            f"{name_or_path}: {len(missing)} weights are missing: {_shown(missing)}; expected all of "
+            f"{type(model).__name__}.{hint} Restore the files or the config.json that the weights belong to."
+        )
+    if unused:
+        warn(f"{name_or_path}: {len(unused)} weights are not used: {_shown(unused)}", stacklevel=2)
+    return model  # type: ignore[no-any-return]
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ModelError for a safetensors file of a local folder that is damaged."""
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with path.open("rb") as stream:
+            is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+        try:
+            if not is_pointer:
+                with safe_open(path, framework="pt"):
+                    continue
+            reason = "a Git LFS pointer, not the weights"
+            remedy = "Fetch them with `git lfs pull`"
+        except (SafetensorError, OSError) as error:
+            reason = f"damaged or incomplete, {path.stat().st_size:,} bytes ({first_line(error)})"
+            remedy = "Download it again"
+        raise ModelError(f"{path} is {reason}. {remedy}.")
+
+
+def _mismatch(folder: Path, config: PretrainedConfig) -> str:
+    """The first weight of a local folder whose size is not that of the configuration, in parentheses."""
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config).state_dict()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (it is no mapping)
+                found = tuple(weights.get_slice(name).get_shape())
+                if name in expected and found != expected[name].shape:
+                    return f" ({name} is {found}; expected {tuple(expected[name].shape)})"
+    return ""
+
+
+def _renaming(missing: Sequence[str], unused: Sequence[str]) -> str:
+    """A sentence on a prefix that the names in the files have or lack."""
+    for name in missing:
+        other = next((other for other in unused if other.endswith(name) or name.endswith(other)), None)
+        if other is not None:
+            return f" The files have {other} for {name}: the names were changed when the weights were saved."
+    return ""
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")
 
 
 def warn_trust_remote_code(name_or_path: str) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from composer.models import HuggingFaceModel
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rankllm_composer.model.attention import choose_attention
+from rankllm_composer.errors import ModelError
+from rankllm_composer.model.attention import OWN_ATTENTION, PACKED_SDPA, calls_of_packed_sdpa, choose_attention
+from rankllm_composer.model.experts import reach_all_experts
 from rankllm_composer.model.flops import forward_flops, training_flops
+from rankllm_composer.model.forward import head_rows, list_logits, num_layers
+from rankllm_composer.model.lora import check_adapter_names
 from rankllm_composer.model.objective import Objective
 
 if TYPE_CHECKING:
@@ -42,10 +44,11 @@ class ListwiseReranker(HuggingFaceModel):
     """Computes packed forward passes, logits only where the loss needs them, and the loss of an objective.
 
     Args:
-        model: any decoder-only HF causal LM whose forward accepts `logits_to_keep` (Mistral, Llama, Qwen, …).
+        model: a decoder-only HF causal LM that `self_check.check_model` accepts (Mistral, Llama, Qwen, …).
         tokenizer: its tokenizer; saved with checkpoints.
         objective: the training objective.
-        attention: "auto", "flash_attention_2" or "packed_sdpa".
+        attention: "auto", "flash_attention_2" or "packed_sdpa"; "sdpa" or "eager" = the model's own as it was built,
+            which takes one list per forward pass.
         device: device of the forward pass, "gpu" or "cpu".
         bf16_on_cpu: use PyTorch's autocast to bfloat16 on a CPU, where Composer's `amp_bf16` has no effect.
         peft_config: a PEFT LoRA configuration. None = train all weights.
@@ -64,11 +67,25 @@ class ListwiseReranker(HuggingFaceModel):
         bf16_on_cpu: bool = False,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        model.config._attn_implementation = choose_attention(attention, device)
+        if attention not in OWN_ATTENTION:
+            for config in (model.config, model.config.get_text_config()):
+                config._attn_implementation = choose_attention(attention, device)
         model.config.use_cache = False
-        super().__init__(model, tokenizer, use_logits=True, metrics=[], peft_config=peft_config)  # type: ignore[arg-type]
+        if peft_config is not None:
+            check_adapter_names(model, peft_config)
+        super().__init__(  # type: ignore[arg-type]
+            model,
+            tokenizer,
+            use_logits=True,
+            metrics=[],
+            peft_config=peft_config,
+            # Composer's choice of an adapter's weights leaves out whole modules that are trained beside it.
+            should_save_peft_only=not getattr(peft_config, "modules_to_save", None),
+        )
         self.objective = objective
+        self._is_counted = False
         self.bf16_on_cpu = bf16_on_cpu
+        reach_all_experts(decoder_layers(self.model))
         layer_types = {type(layer) for layer in decoder_layers(self.model)}
         self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types  # type: ignore[assignment]
 
@@ -88,48 +105,35 @@ class ListwiseReranker(HuggingFaceModel):
     def output_head(self) -> torch.nn.Module:
         return self.model.get_output_embeddings()
 
-    @contextmanager
-    def _head_rows(self, token_ids: torch.Tensor) -> Iterator[None]:
-        """In this context the LM head computes only the rows of these (C,) tokens: (…, D) → (…, C)."""
-        head = self.output_head
-        bias: torch.Tensor | None = getattr(head, "bias", None)
-
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            weight: torch.Tensor = head.weight  # type: ignore[assignment]  # read here: under FSDP2 it is unsharded only now
-            return F.linear(hidden, weight[token_ids], None if bias is None else bias[token_ids])
-
-        head.forward = forward
-        try:
-            yield
-        finally:
-            del head.forward
-
     def forward(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Run the model on a microbatch of `packing.split_batch` and return {"logits": (R, V)}.
 
         For `ranking` the logits are (R, C), with C the number of distinct identifiers in the batch, to which the key
         "identifier_columns" is added: (S, N) columns of the logits.
         """
-        call = functools.partial(
-            self.model,
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            cu_seq_lens_q=batch["cu_seqlens"],
-            cu_seq_lens_k=batch["cu_seqlens"],
-            max_length_q=max(batch["lengths"]),
-            max_length_k=max(batch["lengths"]),
-            logits_to_keep=batch["logit_positions"],
-            use_cache=False,
-        )
+        call = (self.model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["logit_positions"])
+        before = calls_of_packed_sdpa()
         with torch.autocast("cpu", torch.bfloat16) if self.bf16_on_cpu else nullcontext():
             if self.objective.trains_language_modelling or not batch["record_ids"]:
-                logits = call().logits
+                logits = list_logits(*call, max(batch["lengths"]))
             else:
                 token_ids, columns = torch.unique(batch["identifier_token_ids"], return_inverse=True)
                 batch["identifier_columns"] = columns  # type: ignore[index]
-                with self._head_rows(token_ids):
-                    logits = call().logits
-        return {"logits": logits[0]}
+                with head_rows(self.model, token_ids):
+                    logits = list_logits(*call, max(batch["lengths"]))
+        if not self._is_counted:
+            self._count_attention(calls_of_packed_sdpa() - before)
+        return {"logits": logits}
+
+    def _count_attention(self, num_calls: int) -> None:
+        """Check after the first forward pass that no layer of the real model has an attention of its own."""
+        self._is_counted = True
+        expected = num_layers(self.model.config)
+        if self.model.config._attn_implementation == PACKED_SDPA and num_calls != expected:
+            raise ModelError(
+                f"model.name_or_path: packed attention was called {num_calls} times in {expected} layers; expected "
+                "once per layer, or lists of a pack see each other. Set batch.packing=false."
+            )
 
     def loss(  # type: ignore[override]  # the Trainer logs the values of a dict by name
         self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]

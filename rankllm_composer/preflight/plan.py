@@ -113,7 +113,8 @@ class Plan:
         yield f"lists         {self.lengths.description}"
         yield from self._histogram()
         per_rank = batch.global_lists // self.num_ranks
-        limit = f"{batch.microbatch_tokens:,} tokens" if batch.microbatch_tokens else f"{batch.microbatch_lists} lists"
+        max_lists, max_tokens = batch.limits
+        limit = f"{max_tokens:,} tokens" if max_tokens else f"{max_lists} lists"
         per_update = f"{batch.global_lists} lists per update, {per_rank} per rank"
         yield f"batch         {per_update}, in microbatches of at most {limit}"
         yield from self._step_lines()
@@ -217,13 +218,23 @@ def plan_recipe(
     Raises:
         RunError: unknown GPU, invalid MFU, or no model configuration.
         RecipeError: the batch is not a multiple of the number of ranks.
+        ModelError: lists of a pack would see each other in this model.
     """
+    from rankllm_composer.model.self_check import check_model
+
     if gpu not in GPUS:
         raise RunError(f"gpu is {gpu}; expected one of {', '.join(GPUS)}. Choose one with the same memory.")
     if mfu is not None and not 0 < mfu <= 1:
         raise RunError(f"mfu is {mfu}; expected a share above 0 and up to 1.")
     check_world(recipe, num_ranks)
     config = _load_config(recipe)
+    check_model(
+        config,
+        packing=recipe.batch.packing,
+        ranking_alone=recipe.objective.name == "ranking",
+        max_length_tokens=recipe.data.max_length_tokens,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
     lengths = measure_lists(recipe, num_lists, sample)
     work = workload(recipe, config, lengths, num_ranks)
     report(f"runs {config.num_hidden_layers} layers on tensors without data")
@@ -286,15 +297,16 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
     chosen, loss_options = recipe.objective, recipe.objective.ranking_loss_options
     lists_per_rank = batch.global_lists // num_ranks
     trained = [length for length, _ in lengths.pairs_to_train(limit)]
-    if batch.microbatch_lists is not None:
-        lists = (max(trained),) * batch.microbatch_lists
+    max_lists, max_tokens = batch.limits
+    if max_lists is not None:
+        lists = (max(trained),) * max_lists
     else:
-        assert batch.microbatch_tokens is not None
+        assert max_tokens is not None
         mean = round(sum(trained) / len(trained))
-        num_lists = min(lists_per_rank, max(1, batch.microbatch_tokens // mean))
+        num_lists = min(lists_per_rank, max(1, max_tokens // mean))
         lists = (mean,) * num_lists
         if num_lists < lists_per_rank:
-            lists = (*lists[:-1], mean + batch.microbatch_tokens - mean * num_lists)
+            lists = (*lists[:-1], mean + max_tokens - mean * num_lists)
     on_cpu = recipe.parallelism.device == "cpu"
     return Workload(
         config=config,

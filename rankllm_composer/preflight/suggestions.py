@@ -68,10 +68,10 @@ def _changes(recipe: Recipe, num_ranks: int) -> Iterator[_Change]:
     batch, longest_list = recipe.batch, recipe.data.max_length_tokens
     if recipe.model.activation_checkpointing < 1:
         yield change("model", "activation_checkpointing", 1.0)
-    if batch.microbatch_lists is not None and batch.microbatch_lists > 1:
+    max_lists, tokens = batch.limits
+    if max_lists is not None and max_lists > 1:
         yield change("batch", "microbatch_lists", 1)
-    if batch.microbatch_tokens is not None:
-        tokens = batch.microbatch_tokens
+    if tokens is not None:
         smaller = {max(longest_list, tokens // 2), max(longest_list, tokens // 4), longest_list}
         for num_tokens in sorted(smaller, reverse=True):
             if num_tokens < tokens:

@@ -122,7 +122,7 @@ def score_windows_first_token(
     scores: list[NDArray[np.float64]] = [np.empty(0)] * len(windows)
     opens = [True] * len(windows)
     continued: dict[int, NDArray[np.int32]] = {}
-    with inference(model, attention):
+    with inference(model, attention, max((len(window.input_ids) for window in windows), default=1)):
         sequences = {i: window.input_ids for i, window in enumerate(windows)}
         for members, logits in packed_forwards(model, sequences, 2, batch_tokens, lockstep):
             logits[:, 0, list(contract.eos_token_ids)] = -torch.inf
@@ -171,7 +171,7 @@ def generate_windows(
     lengths = [answer_lengths(tokenizer, window.num_candidates, window.style) for window in windows]
     costs = [len(window.input_ids) + max(length) for window, length in zip(windows, lengths)]
     batches = _padded_batches(costs, [window.style for window in windows], batch_tokens)
-    with inference(model, CACHED_ATTENTION):
+    with inference(model, CACHED_ATTENTION, max(costs, default=1)):
         for batch in rounds(batches, lockstep):
             members = [windows[i] for i in batch]
             if constrained:

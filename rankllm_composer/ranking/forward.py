@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 from rankllm_composer.distributed import largest_of_ranks
-from rankllm_composer.model.attention import choose_attention
+from rankllm_composer.model.attention import OWN_ATTENTION, choose_attention
+from rankllm_composer.model.forward import list_logits
+from rankllm_composer.model.self_check import attention_for_inference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,11 +24,19 @@ CACHED_ATTENTION = "sdpa"
 
 
 @contextmanager
-def inference(model: PreTrainedModel, attention: str) -> Iterator[None]:
-    """Put the model into eval mode without gradients and with this attention; restore its state afterwards."""
+def inference(model: PreTrainedModel, attention: str, longest: int) -> Iterator[None]:
+    """Put the model into eval mode without gradients and with this attention; restore its state afterwards.
+
+    A model that mixes the lists of a pack keeps its own attention, and `packed_forwards` gives it one list at a time.
+
+    Args:
+        longest: tokens of the longest sequence.
+    """
     was_training, before = model.training, model.config._attn_implementation
     if attention != CACHED_ATTENTION:
         attention = choose_attention(attention, "gpu" if model.device.type == "cuda" else "cpu")
+    if isinstance(model.config, PretrainedConfig):
+        attention = attention_for_inference(model.config, longest, attention, attention == CACHED_ATTENTION)
     model.eval()
     model.config._attn_implementation = attention
     try:
@@ -57,6 +67,8 @@ def packed_forwards(
     """
     batches: list[list[int]] = []
     free_tokens = 0
+    if model.config._attn_implementation in OWN_ATTENTION:
+        batch_tokens = 0
     for key, sequence in sequences.items():
         if len(sequence) > free_tokens or not batches:
             batches.append([])
@@ -78,17 +90,14 @@ def packed_logits(model: PreTrainedModel, sequences: Sequence[NDArray[np.int32]]
     def on_device(values: NDArray[np.integer[Any]], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.from_numpy(values).to(model.device, dtype)
 
-    cu_seqlens = on_device(np.concatenate([[0], ends]), torch.int32)
-    logits = model(
-        input_ids=on_device(np.concatenate(sequences))[None],
-        position_ids=on_device(np.concatenate([np.arange(length) for length in lengths]))[None],
-        cu_seq_lens_q=cu_seqlens,
-        cu_seq_lens_k=cu_seqlens,
-        max_length_q=max(lengths),
-        max_length_k=max(lengths),
-        logits_to_keep=on_device(positions.reshape(-1)),
-        use_cache=False,
-    ).logits
+    logits = list_logits(
+        model,
+        on_device(np.concatenate(sequences))[None],
+        on_device(np.concatenate([np.arange(length) for length in lengths]))[None],
+        on_device(np.concatenate([[0], ends]), torch.int32),
+        on_device(positions.reshape(-1)),
+        max(lengths),
+    )
     result: torch.Tensor = logits.float().view(len(sequences), num_positions, -1)
     return result
 

@@ -74,7 +74,7 @@ def check_world(recipe: Recipe, world_size: int) -> None:
 def _batch(recipe: Recipe) -> Iterator[Problem]:
     batch = recipe.batch
     yield from batch.problems(recipe.data.max_length_tokens)
-    if batch.microbatch_lists is not None and batch.global_lists % batch.microbatch_lists:
+    if batch.packing and batch.microbatch_lists is not None and batch.global_lists % batch.microbatch_lists:
         key, expected = "batch.microbatch_lists", f"a divisor of batch.global_lists={batch.global_lists}"
         remedy = "Choose both so that global_lists is a multiple of ranks * microbatch_lists."
         yield Problem(key, str(batch.microbatch_lists), expected, remedy, ("batch.global_lists",))
@@ -322,6 +322,9 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         reasons["objective.language_modelling_weight"] = "objective.name is ranking"
     if recipe.schedule.name == "constant":
         reasons["schedule.final_lr_fraction"] = "schedule.name is constant"
+    if not recipe.batch.packing:
+        keys = ["batch.microbatch_lists", "batch.microbatch_tokens", "model.attention"]
+        reasons |= dict.fromkeys(keys, "batch.packing is false")
     if not recipe.parallelism.fsdp:
         keys = ["parallelism.reshard_after_forward", "parallelism.mixed_precision"]
         reasons |= dict.fromkeys(keys, "parallelism.fsdp is false")

@@ -33,6 +33,7 @@ FREE = (
     "data.eval",
     "batch.microbatch_lists",
     "batch.microbatch_tokens",
+    "batch.packing",
     "optimizer.max_skipped_updates",
     "parallelism.reshard_after_forward",
     "parallelism.device",

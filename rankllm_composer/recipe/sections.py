@@ -56,7 +56,7 @@ class Run:
         "Name of the run, used in checkpoints and logs.", unit="name", pattern=r"^[\w.-]+$", examples=["first_mistral"]
     )
     folder: Text | None = option("Folder of the files that the run writes; null = runs/<name>.", None, unit="path")
-    seed: Whole = option("Seed of weights, data order and noise.", 42, ge=0)
+    seed: Whole = option("Seed of weights, data order and noise.", 42, ge=0, lt=1 << 31)
     max_duration: Text = time("run.max_duration", "How long to train.", "3ep")
     autoresume: Flag = option("Continue from the run's latest checkpoint if there is one.", True)
     accept_changes: tuple[Text, ...] = option(
@@ -74,12 +74,20 @@ class Lora:
     alpha: Number = option("Scale of the adapters: alpha / rank.", 32.0, gt=0)
     dropout: Number = option("Dropout before the adapters.", 0.05, unit="fraction", ge=0, lt=1)
     frozen_precision: Literal["fp32", "bf16"] = option(
-        "Type of the frozen weights; bf16 needs half the memory, and one GPU or DDP.", "fp32"
+        "Type of the frozen weights; bf16 needs half the memory, and one GPU or DDP (FSDP2 needs one type).", "fp32"
     )
     target_modules: tuple[Text, ...] = option(
-        "Linear layers that get an adapter.",
+        "Layers that get an adapter, each of which must exist; [all-linear] = all linear layers but the output layer.",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         unit="module names",
+    )
+    modules_to_save: tuple[Text, ...] = option(
+        "Modules whose weights are trained as a whole beside the adapters.", (), unit="module names"
+    )
+    rslora: Flag = option("Scale the adapters by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).", False)
+    dora: Flag = option("Train the magnitude of each adapted weight apart from its direction (DoRA).", False)
+    start_from: PathText | None = option(
+        "Folder of an exported adapter of the same kind to start from; null = a new one.", None, unit="path"
     )
 
 

@@ -22,9 +22,12 @@ from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import RunError
 from rankllm_composer.export.model_card import CardFacts, published_figures
 from rankllm_composer.export.model_folder import Dtype, ServedModel
-from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
+from rankllm_composer.model.attention import choose_attention
+from rankllm_composer.model.loading import load_causal_lm, load_config, load_tokenizer
+from rankllm_composer.model.lora import ALL_LINEAR, load_starting_adapter
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
+from rankllm_composer.model.self_check import check_model
 from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
 from rankllm_composer.prompts.lists import check_lists, list_kind, trained_window
@@ -100,11 +103,27 @@ def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBa
 def build_model(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: str, bf16_on_cpu: bool = False
 ) -> ListwiseReranker:
-    """Build the model. Under FSDP2 rank 0 loads the weights; the other ranks start on the meta device."""
+    """Build the model. Under FSDP2 rank 0 loads the weights; the other ranks start on the meta device.
+
+    Raises:
+        ModelError: it cannot be loaded, or lists of a pack would see each other in it.
+    """
     keys = recipe.model
+    config = load_config(keys)
+    attention = check_model(
+        config,
+        packing=recipe.batch.packing,
+        ranking_alone=recipe.objective.name == "ranking",
+        max_length_tokens=recipe.data.max_length_tokens,
+        trust_remote_code=keys.trust_remote_code,
+    )
+    if recipe.batch.packing:
+        attention = choose_attention(keys.attention, device)
     reproducibility.seed_all(recipe.run.seed)  # fresh weights are the same on every rank
     causal_lm = load_causal_lm(
         keys,
+        config=config,
+        attention=attention,
         on_meta=recipe.parallelism.fsdp and dist.get_global_rank() > 0,
         dtype=torch.bfloat16 if keys.lora is not None and keys.lora.frozen_precision == "bf16" else torch.float32,
     )
@@ -119,11 +138,13 @@ def build_model(
             ranking_loss=recipe.objective.ranking_loss,
             ranking_loss_options=recipe.objective.ranking_loss_options,
         ),
-        attention=keys.attention,
+        attention=attention,
         device=device,
         bf16_on_cpu=bf16_on_cpu,
         peft_config=build_peft_config(recipe),
     )
+    if keys.lora is not None and keys.lora.start_from is not None:
+        load_starting_adapter(model.model, keys.lora.start_from)
     if keys.compile:
         model.compile_layers()
     return model
@@ -140,7 +161,10 @@ def build_peft_config(recipe: Recipe) -> Any:
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank; a fraction is fine
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
+        target_modules=ALL_LINEAR if lora.target_modules == (ALL_LINEAR,) else list(lora.target_modules),
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
 
@@ -338,8 +362,10 @@ def card_facts(recipe: Recipe, contract: DecodingContract, data: Sequence[str], 
         options = ", ".join(f"{name}={value}" for name, value in recipe.objective.ranking_loss_options.items())
         loss = recipe.objective.ranking_loss + (f" ({options})" if options else "")
         weights[loss] = recipe.objective.ranking_weight
+    export = recipe.checkpoint.export
     return CardFacts(
         name=recipe.run.name,
+        is_adapter=recipe.model.lora is not None and export is not None and not export.merge_lora,
         base_model=None if recipe.model.random_weights else recipe.model.name_or_path,
         contract=contract,
         data=tuple(data),

@@ -79,6 +79,7 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     )
     facts = replace(
         assembly.card_facts(recipe, contract, data, num_lists),
+        is_adapter=adapter_config is not None,
         trained_lists=_trained_lists(run, manifest.batch),
         progress=f"checkpoint {checkpoint.name} (after {manifest.batch} batches)",
         changes=read_changes(checkpoint.parent),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import textwrap
 import warnings
@@ -135,12 +136,20 @@ def train(recipe: Recipe) -> TrainedRun:
 
 
 def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
-    """Train a recipe, from its newest checkpoint if there is one, and export the model. A collective.
+    """Train a recipe as `_run_recipe` does; known errors of libraries become errors that say what to do.
 
     Raises:
         RankLLMComposerError: anything that a user can correct.
         Preempted: the run stopped on request.
     """
+    from rankllm_composer.training.failures import explained_failures
+
+    with explained_failures():
+        _run_recipe(recipe, watch)
+
+
+def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
+    """Train a recipe, from its newest checkpoint if there is one, and export the model. A collective."""
     from composer.utils import dist
 
     from rankllm_composer.data.dataset import loader_error
@@ -206,12 +215,16 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
 def exports_summary(run: TrainedRun) -> str:
     """List the exports of a run, with the command that uses the best one, or the newest if none is marked best."""
     from rankllm_composer.export.model_card import serving_command
+    from rankllm_composer.model.lora import is_adapter
     from rankllm_composer.prompts.contract import read_contract
 
     assert run.best is not None
     text = "\n".join(["exported:", *(f"    {folder}" for folder in run.exports)])
     if run.best.is_symlink():
         text += f"\n    {run.best} is {run.best.readlink()}"
+    if is_adapter(run.best):
+        folder = shlex.quote(str(run.folder))
+        return text + f"\nmerge the adapter to serve it: rankllm-composer export {folder} OUTPUT --merge-lora"
     contract = read_contract(run.best)
     if contract.append_bracket:
         return text + f"\nrank with it: rankllm-composer rerank --model {run.best} …"

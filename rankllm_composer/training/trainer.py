@@ -44,10 +44,11 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         mixed_precision=recipe.parallelism.mixed_precision,
         state_dict_type="sharded",
     )
+    max_lists, max_tokens = recipe.batch.limits
     data_spec = build_train_data_spec(
         dataset,
-        microbatch_lists=recipe.batch.microbatch_lists,
-        microbatch_tokens=recipe.batch.microbatch_tokens,
+        microbatch_lists=max_lists,
+        microbatch_tokens=max_tokens,
         num_workers=recipe.data.num_workers,
         prefetch_factor=recipe.data.prefetch_factor,
         loader_timeout_seconds=recipe.data.loader_timeout_seconds,
@@ -85,7 +86,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
         parallelism_config={"fsdp": sharding} if recipe.parallelism.fsdp else None,
         device=device,
         precision="fp32" if device == "cpu" else precision,
-        device_train_microbatch_size=recipe.batch.microbatch_lists or lists_per_rank(recipe.batch.global_lists),
+        device_train_microbatch_size=max_lists or lists_per_rank(recipe.batch.global_lists),
         accumulate_train_batch_on_tokens=True,
         seed=recipe.run.seed,
         dist_timeout=recipe.parallelism.dist_timeout_seconds,

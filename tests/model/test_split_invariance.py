@@ -23,7 +23,7 @@ WORKER = Path(__file__).parents[1] / "workers" / "one_update.py"
 def results(tmp_path_factory):
     """{1: cases, 2: cases} by number of ranks."""
     folder = tmp_path_factory.mktemp("one_update")
-    for family in ("mistral_tied", *FAMILIES):
+    for family in ("mistral_tied", "phi_biased_head", *FAMILIES):
         new_model(family).save_pretrained(folder / family)
     for ranks in (1, 2):
         launcher = Path(sys.executable).with_name("composer")
@@ -65,20 +65,29 @@ def test_noise_changes_the_gradient(results):
     assert plain != pytest.approx(noised, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("activations", ["kept", "recomputed"])
-def test_a_sharded_update_equals_that_of_single_lists(results, family, activations):
-    """Two ranks under FSDP2, packed by a token budget, against a plain Hugging Face forward of one list at a time."""
+UPDATES = [(family, activations, "fsdp2") for family in FAMILIES for activations in ("kept", "recomputed")]
+UPDATES += [("mixtral", "kept", "ddp"), ("phi_biased_head", "kept", "fsdp2")]
+
+
+@pytest.mark.parametrize("update", UPDATES, ids="-".join)
+def test_an_update_of_two_ranks_equals_that_of_single_lists(results, update):
+    """Two ranks, packed by a token budget, against a plain Hugging Face forward of one list at a time.
+
+    Tokens of one rank reach other experts of a mixture than those of the other rank.
+    """
+    family = update[0]
     reference = new_model(family)
     before = {name: weight.detach().clone() for name, weight in reference.named_parameters()}
-    sequences = random_sequences("combined", num=7, seed=5)
-    losses = plain_losses(reference, sequences, Objective("combined", ranking_weight=3.0))
+    objective = "ranking" if family == "phi_biased_head" else "combined"
+    sequences = random_sequences(objective, num=7, seed=5)
+    losses = plain_losses(reference, sequences, Objective(objective, ranking_weight=3.0))
     losses["total"].backward()
-    case = results[2][family, activations, "fsdp2"]
+    case = results[2][update]
     assert case["losses"]["loss/train/total"] == pytest.approx(float(losses["total"]), rel=2e-6)
     after = normalize_names(case["weights"])
     assert after.keys() == before.keys()
     for name, weight in reference.named_parameters():
         gradient = before[name] - after[name]
-        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=3e-6, msg=lambda text, n=name: f"{n}: {text}")
-        assert weight.grad.abs().max() > 1e-4
+        expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=3e-6, msg=lambda text, n=name: f"{n}: {text}")
+        assert weight.grad is None or weight.grad.abs().max() > 1e-5 or "experts" in name

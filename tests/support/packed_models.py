@@ -7,7 +7,16 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.model.losses import LOSSES
@@ -35,6 +44,9 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen2_windowed": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=2),
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "phi_biased_head": PhiConfig(**SIZES),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=12, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, head_dim=8, moe_intermediate_size=16, num_experts=12, num_experts_per_tok=2),
 }
 
 

@@ -43,7 +43,7 @@ class Rows(IterableDataset):
         return len(self.rows)
 
 
-FAMILIES = ("mistral", "mistral_windowed", "llama", "qwen2", "qwen2_windowed")
+FAMILIES = ("mistral", "mistral_windowed", "llama", "qwen2", "qwen2_windowed", "mixtral", "qwen3_moe")
 
 
 def run_case(
@@ -110,6 +110,9 @@ def main() -> None:
             for checkpointed in (False, True):
                 case = run_case(folder, "combined", by_tokens, True, False, checkpointed, family)
                 results[family, "recomputed" if checkpointed else "kept", "fsdp2"] = case
+        results["mixtral", "kept", "ddp"] = run_case(folder, "combined", by_tokens, False, False, False, "mixtral")
+        case = run_case(folder, "ranking", by_tokens, True, False, False, "phi_biased_head")
+        results["phi_biased_head", "kept", "fsdp2"] = case
     if dist.get_global_rank() == 0:
         torch.save(results, folder / f"results_{dist.get_world_size()}.pt")
 
