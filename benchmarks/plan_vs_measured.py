@@ -167,9 +167,8 @@ def run(name: str) -> int:
     num_ranks = workload(CASES[name]).num_ranks
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "bytes.json")
-        launcher = Path(sys.executable).with_name("composer")
         subprocess.run(
-            [sys.executable, launcher, "-n", str(num_ranks), __file__, name, result],
+            [sys.executable, "-m", "composer.cli.launcher", "-n", str(num_ranks), __file__, name, result],
             check=True,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -101,12 +101,11 @@ def train(shape: str, lengths: list[int], num_steps: int, threads: int, sharded:
 def launch(name: str, shape: str, lengths: list[int], num_steps: int) -> float:
     """Start a run of `RUNS` under the launcher; return the median seconds per step."""
     num_ranks, threads, _ = RUNS[name]
-    launcher = Path(sys.executable).with_name("composer")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "seconds.json"
         arguments = json.dumps([name, shape, lengths, num_steps, str(result)])
         subprocess.run(
-            [sys.executable, launcher, "-n", str(num_ranks), __file__, arguments],
+            [sys.executable, "-m", "composer.cli.launcher", "-n", str(num_ranks), __file__, arguments],
             check=True,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},

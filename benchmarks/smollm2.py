@@ -270,10 +270,9 @@ def warm_up(recipe: Recipe, base: Path, records: Iterable[Record], rate: float, 
 
 def train_once(overrides: list[str], threads: int) -> tuple[Path, float]:
     """Train the recipe; return the exported model folder and the minutes it took."""
-    launcher = Path(sys.executable).with_name("composer")
     started = time.monotonic()
     subprocess.run(
-        [sys.executable, str(launcher), "-n", "1", str(TRAIN), str(RECIPE), *overrides],
+        [sys.executable, "-m", "composer.cli.launcher", "-n", "1", str(TRAIN), str(RECIPE), *overrides],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )

@@ -87,7 +87,7 @@ def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int, 
         CalledProcessError: the run failed; its errors are on stderr.
     """
     run = folder / name
-    command = [sys.executable, str(Path(sys.executable).with_name("composer")), "-n", "1", str(TRAIN)]
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "1", str(TRAIN)]
     settings = [f"run.name={name}", f"run.folder={run}", "checkpoint.export=null", "logging.progress=false"]
     settings.append(f"batch.global_lists={LISTS}")
     subprocess.run(

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from rankllm_composer import __version__, screen
 from rankllm_composer.cli_options import flag, with_options
-from rankllm_composer.errors import counted
+from rankllm_composer.errors import RecipeError, counted
 from rankllm_composer.escaping import in_one_line
-from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, BuildOptions, RerankOptions, SourceOptions
+from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, BuildOptions, RerankOptions, SourceOptions, expand_path
 from rankllm_composer.recipe.bundled import find_recipe
 from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
 
@@ -39,7 +39,7 @@ app.add_typer(recipes_app, name="recipes")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Errors that a user can cause end in readable lines on stderr and exit code 2."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    given = [_expand(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
         app(args=given, prog_name="rankllm-composer")
     except (ValueError, OSError) as error:
@@ -50,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = "\n".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors())
         screen.report(f"error: {text}")
         raise SystemExit(2) from None
+
+
+def _expand(argument: str) -> str:
+    """Expand `~` and `$HOME` in a path or `--option=PATH`; a recipe expands those of its overrides."""
+    option, equals, value = argument.partition("=")
+    if not equals:
+        return str(expand_path(argument))
+    return f"{option}={expand_path(value)}" if option.startswith("-") else argument
 
 
 def _show_version(wanted: bool) -> None:
@@ -190,6 +198,32 @@ def plan(
     found = plan_recipe(loaded, num_ranks, gpu=gpu, mfu=mfu, num_lists=lists, report=screen.report)
     for line in found.lines():
         screen.say(line)
+
+
+@app.command("train")
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    num_ranks: Annotated[
+        int | None,
+        typer.Option("--num-ranks", "-n", min=1, help="Processes on this machine; default: one per GPU, else one."),
+    ] = None,
+) -> None:
+    """Train a recipe and export the model; rerun the same command to resume."""
+    from rankllm_composer.launch import main as launch
+    from rankllm_composer.launch import train_arguments
+    from rankllm_composer.recipe.bundled import recipe_path
+    from rankllm_composer.recipe.checks import check_world
+    from rankllm_composer.recipe.load import merge_recipe
+
+    path, given = recipe_path(recipe), overrides or []
+    merged = merge_recipe(path, given)  # an error in one line, before any process starts; each rank warns by itself
+    if merged.problems:
+        raise RecipeError(str(path), merged.problems)
+    arguments = train_arguments(path, given, num_ranks)
+    if num_ranks is not None and "WORLD_SIZE" not in os.environ:
+        check_world(merged.recipe, num_ranks)
+    raise typer.Exit(launch(arguments))
 
 
 @app.command("rerank")

@@ -295,9 +295,7 @@ def run_demo(
 
 def _train(recipe_path: Path, overrides: Sequence[str]) -> None:
     """Run the command that a cluster runs, with one process."""
-    launcher = Path(sys.executable).with_name("composer")
-    script = Path(__file__).with_name("train.py")
-    command = [sys.executable, str(launcher), "-n", "1", str(script), str(recipe_path), *overrides]
+    command = [sys.executable, "-m", "rankllm_composer", "train", str(recipe_path), *overrides, "-n", "1"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS)}, check=False)
     if done.returncode != 0:
         raise RunError(f"training failed with exit code {done.returncode}. Its messages are above.")

@@ -5,6 +5,7 @@ A message says where, what it is, what is expected and what to do. `assert` is f
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -86,6 +87,11 @@ class RunError(RankLLMComposerError):
 def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 problem, 2 problems."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shell_line(*words: object) -> str:
+    """A command to copy into a shell, with words quoted where needed; capitals such as RECORDS stand for a value."""
+    return shlex.join(map(str, words))
 
 
 def first_line(error: object) -> str:

@@ -4,24 +4,37 @@
 
 On SIGTERM, `composer` forwards it to its ranks and kills them 30 s later, possibly in the middle of a checkpoint. This
 launcher waits until they exit by themselves, and treats SIGHUP (a closed terminal) alike. After a failure it waits no
-longer than `composer` does.
+longer than `composer` does, and it prints no traceback of its own around the error of a rank.
 """
 
 from __future__ import annotations
 
 import datetime
+import logging
 import os
+import shlex
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+from rankllm_composer.errors import RunError
 from rankllm_composer.processes import LAUNCHER_VARIABLE, drop_closed_outputs
+from rankllm_composer.screen import report
 from rankllm_composer.storage.scratch import temporary_files_in_scratch
 
 STOP_TIMEOUT = datetime.timedelta(hours=1)
+OTHER_MACHINES = ("WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which the launcher trains on several machines."""
 
 
-def main() -> int:
-    """Start the ranks of this machine and wait for them. Returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the ranks of this machine and wait for them. Returns the exit code.
+
+    Args:
+        arguments: of the launcher; None = those of this process.
+    """
     from composer.cli import launcher
 
     def wait_for_checkpoints(number: int, frame: object) -> None:
@@ -36,12 +49,57 @@ def main() -> int:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
         signal.signal(signal.SIGHUP, wait_for_checkpoints)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    launcher.log.addFilter(_is_news)
+    print_exit_status = launcher._print_process_exit_status
+
+    def print_once(global_rank: int, process: subprocess.Popen[str]) -> None:
+        """Of a rank that ended with a readable error, print only that: rank 0 has printed its own."""
+        if process.returncode != 2:
+            print_exit_status(global_rank, process)
+        elif process.stderr is not None:
+            process.stderr.seek(0)
+            report("".join(line for line in process.stderr if line.startswith("error: ")).rstrip())
+
+    launcher._print_process_exit_status = print_once
+    given = sys.argv
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     try:
         with temporary_files_in_scratch():  # the output of the ranks, among others
-            return launcher.main()
+            if arguments is not None:
+                sys.argv = ["composer", *arguments]
+            return int(launcher.main())
+    except ValueError as error:  # arguments that contradict each other
+        report(f"error: {error}")
+        return 2
     finally:
+        sys.argv = given
         del os.environ[LAUNCHER_VARIABLE]
+
+
+def train_arguments(recipe: Path, overrides: Sequence[str], num_ranks: int | None) -> list[str]:
+    """The launcher's arguments that train a recipe on this machine.
+
+    Args:
+        num_ranks: None = one per GPU, or one without a GPU.
+    Raises:
+        RunError: the environment holds variables of a launcher, left over from another run.
+    """
+    left = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
+    if "WORLD_SIZE" in os.environ and not all(name in os.environ for name in OTHER_MACHINES):
+        left.append("WORLD_SIZE")
+    if left:
+        shown = " ".join(f"{name}={shlex.quote(os.environ[name])}" for name in left)
+        raise RunError(
+            f"the environment has {shown}; expected no variables of another launcher. Unset {', '.join(left)}; on "
+            f"several machines set {', '.join(OTHER_MACHINES)} and nothing else."
+        )
+    number = [] if num_ranks is None else ["-n", str(num_ranks)]
+    return [*number, str(Path(__file__).with_name("train.py")), str(recipe), *overrides]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log line of the launcher says more than that a rank ended with a readable error."""
+    return "exit code 2" not in record.getMessage() and "exited with code 2" not in record.getMessage()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ them as sections, `rankllm-composer` generates its `--options` from them, and fu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, StringConstraints
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, StringConstraints, WrapValidator
 from pydantic.dataclasses import dataclass
 
 from rankllm_composer.errors import Problem, SourceError
@@ -36,6 +37,9 @@ FROM_RUN = (
 FOR_PASSAGES = ("window", "max_passage_words", "identifiers", "seed")
 """Those of them that also matter for an `input` of queries with graded passages."""
 
+MAX_SEED = 2**31 - 1
+"""NumPy takes seeds of 32 bits; ranks and epochs add their number to that of a run."""
+
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 """For every class of options: unknown names, NaN and infinities are refused."""
 
@@ -53,11 +57,51 @@ Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 """True or false, but neither text nor a number."""
 
-Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
+
+class FromEnvironment(str):
+    """Text with the value of an environment variable in it, which may be secret; `reference` is written instead."""
+
+    reference: str
+
+    def __new__(cls, value: str, reference: str) -> FromEnvironment:
+        text = super().__new__(cls, value)
+        text.reference = reference
+        return text
+
+    def __reduce__(self) -> Any:
+        return FromEnvironment, (str(self), self.reference)
+
+
+def as_written(value: Any) -> Any:
+    """A value as it may be printed and saved: without what comes from the environment."""
+    return getattr(value, "reference", value)
+
+
+def _keep_reference(value: Any, check: Callable[[Any], Any]) -> Any:
+    checked = check(value)
+    return FromEnvironment(checked, value.reference) if isinstance(value, FromEnvironment) else checked
+
+
+def expand_path(value: Any) -> Any:
+    """A path with `~`, `$HOME` and other environment variables replaced; any other value unchanged."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or isinstance(value, FromEnvironment):
+        return value
+    text = os.path.expanduser(re.sub(r"^\$(HOME\b|\{HOME\})", "~", value))  # noqa: PTH111  (Path would drop a final /)
+    expanded = os.path.expandvars(text)
+    if expanded == text:
+        return text
+    return FromEnvironment(expanded, re.sub(r"\$(?:(\w+)|\{(\w+)\})", r"${oc.env:\1\2}", text))
+
+
+Word = Annotated[str, StringConstraints(strict=True, min_length=1)]
+"""Text that is not empty and fits a pattern."""
+
+Text = Annotated[Word, WrapValidator(_keep_reference)]
 """Text that is not empty."""
 
-PathText = Annotated[Text, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
-"""A path or URL as text, or a `pathlib.Path`."""
+PathText = Annotated[Text, BeforeValidator(expand_path)]
+"""A path or URL as text, or a `pathlib.Path`, in which `~` and `$HOME` are expanded."""
 
 AttentionName = Literal["auto", "flash_attention_2", "packed_sdpa"]
 Decoding = Literal["first_token", "generation"]
@@ -127,7 +171,7 @@ class SourceOptions:
         le=1_000_000,
     )
     identifiers: IdentifierStyle = option("Identifiers of the candidates of lists made from `run`.", "letters")
-    seed: Whole = option("Seed of the choice of lists.", 42, ge=0)
+    seed: Whole = option("Seed of the choice of lists.", 42, ge=0, le=MAX_SEED)
     require_relevant: Flag | None = option(
         "Leave out lists without a relevant candidate; null = where judgments give the order.", None
     )
@@ -172,7 +216,7 @@ class SourceOptions:
 class BuildOptions:
     """How a set of shards is written."""
 
-    part: Text | None = option(
+    part: Word | None = option(
         "Build only part I of N, such as 3/8; `shards merge` merges the parts.",
         None,
         pattern=r"^[1-9]\d*/[1-9]\d*$",
@@ -202,7 +246,7 @@ class StreamOptions:
     """How sets of shards are read while training."""
 
     shuffle: Flag = option("Read the lists in a random order.", True)
-    cache_limit: Text | None = option(
+    cache_limit: Word | None = option(
         "Most bytes of `remote` cached in `local`; at least 4 times the largest shard; null = no limit.",
         None,
         unit="bytes",

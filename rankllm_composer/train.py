@@ -26,7 +26,8 @@ def main(arguments: Sequence[str]) -> int:
     from rankllm_composer.recipe.keys import keys_as_text
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        say(f"usage: composer -n PROCESSES {Path(__file__).name} RECIPE.yaml [key=value ...]\n")
+        say("usage: rankllm-composer train RECIPE [-n PROCESSES] [key=value ...]")
+        say(f"       composer -n PROCESSES {Path(__file__).name} RECIPE [key=value ...]\n")
         say(keys_as_text())
         return 0 if arguments else 2
     try:

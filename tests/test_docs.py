@@ -209,8 +209,14 @@ def check_python(command: list[str], folder: Path) -> None:
     assert command == shlex.split(serving_command(contract, path).replace("\\\n", " "))
 
 
+def check_train(command: list[str], folder: Path) -> None:
+    assert command[1] == "train" and command[3] == "-n"
+    check_recipe(command[2], command[5:], int(command[4]), folder)
+
+
 CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "composer": check_composer,
+    "rankllm-composer": check_train,
     "torchrun": check_torchrun,
     "sbatch": check_sbatch,
     "make": check_make,
@@ -222,7 +228,7 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
 
 
 def runs_here(command: list[str]) -> bool:
-    return command[0] == "rankllm-composer" or command[:3] == ["composer", "-n", "1"]
+    return (command[0] == "rankllm-composer" and command[1] != "train") or command[:3] == ["composer", "-n", "1"]
 
 
 @pytest.mark.slow

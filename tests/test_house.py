@@ -41,7 +41,7 @@ ALLOWED = {
     "train": "training recipe storage processes",
     "demo": "train ranking export model recipe prompts",
     "cli_options": "recipe",
-    "cli": "cli_options demo report preflight training shards sources ranking export recipe prompts redaction",
+    "cli": "launch cli_options demo report preflight training shards sources ranking export recipe prompts redaction",
     "__main__": "cli",
 }
 """Folder or file → what it may import besides COMMON: only rows above it, so there is no cycle."""

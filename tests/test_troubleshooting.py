@@ -29,6 +29,7 @@ from rankllm_composer.sources.retrieval_files import load_queries, require_share
 from rankllm_composer.training import assembly
 from rankllm_composer.training.dry_run import check_space
 from rankllm_composer.training.guards import LossGuard
+from rankllm_composer.training.rendezvous import VARIABLES, meet
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
 
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
@@ -145,6 +146,12 @@ def exports_at_other_times(tools: Tools) -> None:
     first_mistral(*keys)
 
 
+def leftover_variables(tools: Tools) -> None:
+    for name, value in zip(VARIABLES, ("1", "2", "1", "2", "127.0.0.1", "1")):
+        tools.patch.setenv(name, value)
+    meet(0.1)
+
+
 CASES: dict[str, Callable[[Tools], None]] = {
     "batch.global_lists": batch_does_not_divide,
     "is an unknown key": unknown_key,
@@ -161,6 +168,7 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "holds a run of another recipe": another_recipe,
     "another process is training in": another_process,
     "the loss is not finite": bad_loss,
+    "which did not start": leftover_variables,
     "evaluation.best_by is …": no_relevant_window,
     "GB free, but one of each": full_disk,
     "is the export of another run": another_runs_export,

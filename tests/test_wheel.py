@@ -73,9 +73,9 @@ def test_an_installed_wheel_trains_and_exports(installed, mistral_v3_folder, tmp
     assert installed.parent in train.parents
     listed = run("-m", "rankllm_composer", "recipes", "list")
     assert all(path.stem in listed for path in (REPOSITORY / "yamls").glob("*.yaml"))
-    recipe = train.parent / "yamls" / "first_mistral.yaml"
+    assert (train.parent / "yamls" / "first_mistral.yaml").exists()
     overrides = [*small_run(tmp_path, mistral_v3_folder), "run.max_duration=1ep", "checkpoint.export={interval: 1ep}"]
-    run("-m", "rankllm_composer.launch", "-n", "1", train, recipe, *overrides)
+    run("-m", "rankllm_composer", "train", "first_mistral", "-n", "1", *overrides)
     (contract,) = tmp_path.glob("runs/*/hf/epoch_0/reranker.json")
     assert json.loads(contract.read_text())["objective"] == "combined"
     assert (contract.parent / "model.safetensors").exists()

@@ -27,7 +27,7 @@ from streaming.base.util import bytes_to_int
 from rankllm_composer.data.shard_files import CheckedStream
 from rankllm_composer.data.shared_memory import private_shared_memory
 from rankllm_composer.data.streams import Stream, cause, check_streams
-from rankllm_composer.errors import ShardError
+from rankllm_composer.errors import ShardError, shell_line
 from rankllm_composer.options import StreamOptions
 from rankllm_composer.screen import get_logger
 
@@ -282,9 +282,10 @@ class ExactStreamingDataset(streaming.StreamingDataset):
     def _shard_error(self, shard_id: int, reason: str) -> ShardError:
         place = self._source(shard_id).place
         raw, packed = self.shards[shard_id].file_pairs[0]
+        verify = shell_line("rankllm-composer", "shards", "verify", place)
         return ShardError(
             f"rank {dist.get_global_rank()}: shard {(packed or raw).basename} of {place} cannot be used: {reason}. "
-            f"Find the damage (rankllm-composer shards verify {place}), repair it, and resume from the last checkpoint."
+            f"Find the damage ({verify}), repair it, and resume from the last checkpoint."
         )
 
     # Streaming's background threads: an error in one must reach `__iter__`, and none may wait for a dead one.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankllm_composer.data.shared_memory import claim_cache
-from rankllm_composer.errors import RankLLMComposerError, ShardError
+from rankllm_composer.errors import RankLLMComposerError, ShardError, shell_line
 from rankllm_composer.screen import get_logger
 from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardFile, dump_index, read_index
 from rankllm_composer.shards.manifest import read_set
@@ -222,9 +222,10 @@ def _check_sizes(stream: Stream, shards: Sequence[Shard], store_patience_seconds
     ]
     if bad:
         named = ", ".join(bad[:_MOST_NAMED]) + (", …" if len(bad) > _MOST_NAMED else "")
+        verify = shell_line("rankllm-composer", "shards", "verify", stream.place)
         raise ShardError(
             f"{stream.place}: {len(bad)} of {len(files)} shards do not match the index: {named}. Find the damage "
-            f"(rankllm-composer shards verify {stream.place}), then build or upload these shards again."
+            f"({verify}), then build or upload these shards again."
         )
 
 

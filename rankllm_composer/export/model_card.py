@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankllm_composer import __version__
-from rankllm_composer.errors import ModelError
+from rankllm_composer.errors import ModelError, shell_line
 from rankllm_composer.escaping import for_markdown, for_screen, from_markdown
 from rankllm_composer.prompts.client_names import CLIENT_NAMES
 from rankllm_composer.prompts.contract import DecodingContract
@@ -182,8 +182,8 @@ def _serving(contract: DecodingContract) -> str:
             "\n\nTrained with the objective `ranking`, the model never learned to write the opening bracket. rank_llm "
             "expects the bracket, so it cannot serve this model; the command above appends it to the prompt."
         )
-    options = {"use_alpha": contract.identifier_style == "letters", "use_logits": contract.objective == "combined"}
-    arguments = "".join(f", {name}=True" for name, on in options.items() if on)
+    options = _client_flags(contract)
+    arguments = "".join(f", {name}=True" for name, is_set in options.items() if is_set)
     text += (
         f"\n\nWith rank_llm (0.25.7, vLLM), from a path without the names that it picks other rerankers by "
         f"({', '.join(CLIENT_NAMES)}):\n\n"
@@ -195,7 +195,7 @@ def _serving(contract: DecodingContract) -> str:
         f"                                 stride={contract.stride}{arguments})\n"
         "    results = reranker.rerank_batch(requests)"
     )
-    if contract.objective == "combined":
+    if options["use_logits"]:
         text += (
             "\n\n`use_logits` ranks by the logits of one token (FIRST decoding); without it the whole permutation is "
             "generated."
@@ -210,12 +210,21 @@ def _serving(contract: DecodingContract) -> str:
 
 def serving_command(contract: DecodingContract, path: str = "PATH") -> str:
     """The command by which rank_llm (0.25.7) serves a folder, unless its contract appends the bracket."""
-    flags = "--use_alpha " if contract.identifier_style == "letters" else ""
-    flags += "--use_logits" if contract.objective == "combined" else ""
+    model = shell_line(f"--model_path={path}")
+    flags = [f"--context_size={contract.context_size_tokens}", "--variable_passages"]
+    if (contract.window_size, contract.stride) != (20, 10):  # the client's defaults
+        flags += [f"--window_size={contract.window_size}", f"--stride={contract.stride}"]
+    flags += [f"--{name}" for name, is_set in _client_flags(contract).items() if is_set]
     return (
-        f"python src/rank_llm/scripts/run_rank_llm.py --model_path={path} --dataset=dl20 --retrieval_method=bm25 \\\n"
-        f"    --top_k_candidates=100 --context_size={contract.context_size_tokens} --variable_passages {flags}"
-    ).rstrip()
+        f"python src/rank_llm/scripts/run_rank_llm.py {model} --dataset=dl20 --retrieval_method=bm25 \\\n"
+        f"    --top_k_candidates=100 {' '.join(flags)}"
+    )
+
+
+def _client_flags(contract: DecodingContract) -> dict[str, bool]:
+    """Switches of the client: letters as identifiers, and first-token decoding, which it has for letters only."""
+    letters = contract.identifier_style == "letters"
+    return {"use_alpha": letters, "use_logits": letters and contract.objective == "combined"}
 
 
 def _licence(facts: CardFacts, base: str | None) -> str:

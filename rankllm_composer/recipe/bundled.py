@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from rankllm_composer.errors import RunError
+from rankllm_composer.options import expand_path
 
 
 def recipe_folder() -> Path:
@@ -28,4 +29,4 @@ def find_recipe(name: str) -> Path:
 
 def recipe_path(file: str) -> Path:
     """The file of a recipe that is given by its path or its name."""
-    return Path(file) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)
+    return Path(expand_path(file)) if "/" in file or file.endswith((".yaml", ".yml")) else find_recipe(file)

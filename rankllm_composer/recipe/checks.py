@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rankllm_composer.errors import Problem, RecipeError
+from rankllm_composer.errors import Problem, RecipeError, shell_line
 from rankllm_composer.model.loss_table import RANKING_LOSSES
-from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, SourceOptions
+from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, FromEnvironment, SourceOptions, as_written
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.recipe.keys import plain_tree, show
+from rankllm_composer.recipe.places import argument_problems, place_problems
 from rankllm_composer.recipe.resume import acceptance_problems
 from rankllm_composer.recipe.sections import Evaluation, Export, Recipe, Split
 from rankllm_composer.recipe.times import explain_warmup, parse_time
@@ -30,11 +31,14 @@ _SECRET_NAME = re.compile(r"(?:key|token|secret|password|passphrase|credentials?
 
 def secrets_in(tree: Any, dotted: str = "") -> Iterator[Problem]:
     """The credentials in a recipe as a plain tree; `dotted` is the key of the tree."""
-    remedy = "Remove it, and give it where its client looks for it: the environment, or the client's own file."
+    remedy = "Remove it, and give it where its client looks for it, or write ${oc.env:NAME} instead."
+    if isinstance(tree, FromEnvironment):  # the reference is written, not the value
+        return
     if isinstance(tree, dict):
         for name, value in tree.items():
             below = f"{dotted}.{name}".lstrip(".")
-            if isinstance(value, str) and value and _SECRET_NAME.search(name):
+            is_text = isinstance(value, str) and not isinstance(value, FromEnvironment)
+            if is_text and value and _SECRET_NAME.search(name):
                 yield Problem(below, "a value that looks like a secret", "no secrets in recipes", remedy)
             else:
                 yield from secrets_in(value, below)
@@ -60,7 +64,8 @@ def is_secret(key: str, value: Any) -> bool:
 
 def contradictions(recipe: Recipe) -> list[Problem]:
     """Everything that cannot be right, whatever the machine and the number of ranks."""
-    rules = (_batch, _objective, _loss_options, _warmup, _hardware, _frozen_weights, _splits, _outputs)
+    rules = [_batch, _objective, _loss_options, _warmup, _hardware, _frozen_weights, _splits, _outputs]
+    rules += [place_problems, argument_problems]
     return [*(problem for rule in rules for problem in rule(recipe)), *secrets_in(plain_tree(recipe))]
 
 
@@ -287,14 +292,16 @@ def _evaluation(evaluation: Evaluation, export: Export | None) -> Iterator[Probl
 def missing_files(recipe: Recipe) -> list[Problem]:
     """Local files and folders that the recipe names and that do not exist."""
     problems = [
-        Problem(key, f"'{path}', which does not exist", "an existing path", "Correct or create it.")
+        Problem(key, f"'{as_written(path)}', which does not exist", "an existing path", "Correct or create it.")
         for key, path in _named_files(recipe)
         if not Path(path).exists()
     ]
     for section, split in named_splits(recipe):
         for remote, local in _sets(split) if split.source is None else ():
             if remote is None and not (Path(local) / "index.json").exists():
-                remedy = f"Run `rankllm-composer shards build --output {local}` with the records, or name a source."
+                local = as_written(local)
+                build = shell_line("rankllm-composer", "shards", "build", "--input", "RECORDS", "--output", local)
+                remedy = f"Run `{build}`, or name a source."
                 problems.append(Problem(f"{section}.local", f"'{local}', which holds no shards", "shards", remedy))
     return problems
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import TypeAdapter
 from pydantic_core import PydanticUndefined as REQUIRED
 
+from rankllm_composer.options import as_written
 from rankllm_composer.recipe.sections import Recipe
 
 _TYPE_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
@@ -130,7 +131,7 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {show(inner)}" for name, inner in value.items()) + "}"
-    return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list | tuple) else str(value)
+    return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list | tuple) else str(as_written(value))
 
 
 def describe_keys(kind: Any = Recipe, prefix: str = "") -> list[Key]:

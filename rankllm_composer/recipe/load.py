@@ -14,11 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from rankllm_composer.errors import Problem, RecipeError, first_line
+from rankllm_composer.options import FromEnvironment
 from rankllm_composer.recipe.bundled import recipe_path
 from rankllm_composer.recipe.checks import contradictions, surprises, without_effect
+from rankllm_composer.recipe.interpolation import resolve
 from rankllm_composer.recipe.keys import default_tree, find_key, plain_tree, show
 from rankllm_composer.recipe.sections import Recipe
-from rankllm_composer.recipe.validate import dotted, shown, validate
+from rankllm_composer.recipe.validate import dotted, validate
 from rankllm_composer.screen import warn
 
 Steps = tuple[str, ...]
@@ -83,7 +85,7 @@ def merge_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MergedRecip
         kept = {other: origin for other, origin in origins.items() if not _is_within(other, steps)}
         origins = {other: origin for other, origin in kept.items() if not _is_within(steps, other)}
         origins |= {steps + below: "override" for below, _ in _leaves(value)}
-    tree = _resolve(OmegaConf.create(tree), problems)
+    tree = resolve(tree, problems)
     unresolved = {problem.key for problem in problems}
     recipe, invalid = validate(Recipe, tree)
     problems += [problem for problem in invalid if problem.key not in unresolved]
@@ -164,7 +166,7 @@ def _parse_override(text: str) -> tuple[Steps, Any]:
     if not all(re.fullmatch(r"[^\s.]+", step) for step in steps):
         raise ValueError("Write the key as section.key, without spaces.")
     try:
-        parsed = _written(OmegaConf.from_dotlist([f"value={value}"]), "value")
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index,call-overload]
     except (YAMLError, OmegaConfBaseException):
         raise ValueError(f"{value} is not a YAML value. Put quotes around text with : {{ [ or #.") from None
     known = find_key(steps)
@@ -184,29 +186,6 @@ def _assign(tree: Any, steps: Steps, value: Any) -> Any:
         return [_assign(old, tuple(rest), value) if str(i) == step else old for i, old in enumerate(tree)]
     sections = dict(tree) if isinstance(tree, Mapping) else {}
     return {**sections, step: _assign(sections.get(step), tuple(rest), value)}
-
-
-def _resolve(config: Any, problems: list[Problem], place: Steps = ()) -> Any:
-    """`config` as plain values with `${...}` resolved, without keys that are `???` or cannot be resolved."""
-    names = range(len(config)) if OmegaConf.is_list(config) else list(config)
-    values = {}
-    for name in names:
-        steps = (*place, str(name))
-        try:
-            if OmegaConf.is_missing(config, name):
-                continue
-            value = config[name]
-        except (OmegaConfBaseException, RecursionError) as error:
-            found = f"{shown(_written(config, name))} ({first_line(error)})"
-            problems.append(Problem(dotted(steps), found, "${key} of another key, or ${oc.env:NAME}", "Correct it."))
-            continue
-        values[str(name)] = _resolve(value, problems, steps) if OmegaConf.is_config(value) else value
-    return list(values.values()) if OmegaConf.is_list(config) else values
-
-
-def _written(config: Any, name: str | int) -> Any:
-    plain: Any = OmegaConf.to_container(config)
-    return plain[name]
 
 
 def _is_within(steps: Steps, section: Steps) -> bool:
@@ -241,6 +220,8 @@ def _escape(value: Any) -> Any:
         return {name: _escape(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_escape(inner) for inner in value]
+    if isinstance(value, FromEnvironment):
+        return value.reference
     if isinstance(value, str):
         return re.sub(r"(?<!\\)(\\*)\$\{", r"\1\1\\${", value)
     return value

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from rankllm_composer.model.loss_table import RankingLoss
 from rankllm_composer.options import (
     CONFIG,
+    MAX_SEED,
     BatchOptions,
     Decoding,
     Flag,
@@ -26,6 +27,7 @@ from rankllm_composer.options import (
     StreamOptions,
     Text,
     Whole,
+    Word,
     option,
 )
 from rankllm_composer.prompts.permutations import IdentifierStyle
@@ -52,12 +54,15 @@ def time(key: str, meaning: str, default: str) -> Any:
 class Run:
     """Name, folder and length of a run."""
 
-    name: Text = option(
-        "Name of the run, used in checkpoints and logs.", unit="name", pattern=r"^[\w.-]+$", examples=["first_mistral"]
+    name: Word = option(
+        "Name of the run, used in checkpoints and logs.",
+        unit="name",
+        pattern=r"^\w[\w.-]*$",
+        examples=["first_mistral"],
     )
-    folder: Text | None = option("Folder of the files that the run writes; null = runs/<name>.", None, unit="path")
-    seed: Whole = option("Seed of weights, data order and noise.", 42, ge=0, lt=1 << 31)
-    max_duration: Text = time("run.max_duration", "How long to train.", "3ep")
+    folder: PathText | None = option("Folder of the files that the run writes; null = runs/<name>.", None, unit="path")
+    seed: Whole = option("Seed of weights, data order and noise.", 42, ge=0, le=MAX_SEED)
+    max_duration: Word = time("run.max_duration", "How long to train.", "3ep")
     autoresume: Flag = option("Continue from the run's latest checkpoint if there is one.", True)
     accept_changes: tuple[Text, ...] = option(
         "Keys whose change is accepted when the run is resumed; recorded in recipe.yaml and on the model card.",
@@ -102,8 +107,8 @@ class Model(ModelOptions):
 class Stream:
     """One of several sets of shards that are mixed."""
 
-    remote: Text | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
-    local: Text = option("Where the shards are read or cached.", unit="path")
+    remote: PathText | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
+    local: PathText = option("Where the shards are read or cached.", unit="path")
     proportion: Number | None = option(
         "Share of this stream in an epoch; null for all = every stream once.",
         None,
@@ -117,7 +122,7 @@ class Stream:
 class Sets:
     """Where the shards of a split are, and what they are built from."""
 
-    remote: Text | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
+    remote: PathText | None = option("Where the shards are; null = already in `local`.", None, unit="URL")
     local: PathText | None = option("Where the shards are read or cached; null with `streams`.", None, unit="path")
     source: SourceOptions | None = option("What absent shards are built from; null = they are never built.", None)
     rebuild: Flag = option(
@@ -196,7 +201,7 @@ class Schedule:
     """The learning rate over the run."""
 
     name: Literal["cosine", "linear", "constant"] = option("Learning rate after the warmup.", "cosine")
-    warmup: Text = time("schedule.warmup", "Linear rise from 0; batches are optimizer updates.", "50ba")
+    warmup: Word = time("schedule.warmup", "Linear rise from 0; batches are optimizer updates.", "50ba")
     final_lr_fraction: Number = option(
         "Learning rate at the end, as a fraction of the highest.", 0.0, unit="fraction of lr", ge=0, le=1
     )
@@ -222,8 +227,8 @@ class Parallelism:
 class Export:
     """HF folders that are written while training."""
 
-    interval: Text = time("checkpoint.export.interval", "How often an HF folder is written.", "1ep")
-    folder: Text | None = option("Where the HF folders go; null = <run folder>/hf.", None, unit="path")
+    interval: Word = time("checkpoint.export.interval", "How often an HF folder is written.", "1ep")
+    folder: PathText | None = option("Where the HF folders go; null = <run folder>/hf.", None, unit="path")
     keep: Whole = option(
         "Number of newest HF folders kept, besides the one behind `best`; -1 = all.", -1, unit="folders", ge=-1
     )
@@ -234,9 +239,9 @@ class Export:
 class Checkpoint:
     """What is saved, to resume from and to serve."""
 
-    interval: Text = time("checkpoint.interval", "How often a checkpoint is written.", "1ep")
+    interval: Word = time("checkpoint.interval", "How often a checkpoint is written.", "1ep")
     keep: Whole = option("Number of newest checkpoints kept on local disk; -1 = all.", 3, unit="checkpoints", ge=-1)
-    folder: Text | None = option("Where checkpoints go; null = <run folder>/checkpoints.", None, unit="path or URL")
+    folder: PathText | None = option("Where checkpoints go; null = <run folder>/checkpoints.", None, unit="path or URL")
     store_patience_seconds: Whole = option(
         "How long a failing request to the object store of `folder` is repeated before the run stops.",
         300,
@@ -250,7 +255,7 @@ class Checkpoint:
 class Evaluation:
     """Rankings measured while training."""
 
-    interval: Text = time("evaluation.interval", "How often data.eval is ranked.", "1ep")
+    interval: Word = time("evaluation.interval", "How often data.eval is ranked.", "1ep")
     decodings: tuple[Decoding, ...] = option(
         "How rankings are decoded: from one forward pass, from generated text, or both.", ("first_token", "generation")
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
 UNITS: dict[str, tuple[str, ...]] = {
     "run.max_duration": ("ep", "ba", "sp"),
@@ -72,9 +73,9 @@ def explain_warmup(
     warmup: str, max_duration: str, *, lists_per_update: int, updates_per_epoch: int | None = None
 ) -> str | None:
     """One sentence about a warmup that is at least as long as its run; None for a shorter one, or if it is unknown."""
-    known = {"lists_per_update": lists_per_update, "updates_per_epoch": updates_per_epoch}
-    num_updates = updates_in(max_duration, **known)
-    num_warmup = updates_in(warmup, num_updates=num_updates, **known)
+    in_updates = partial(updates_in, lists_per_update=lists_per_update, updates_per_epoch=updates_per_epoch)
+    num_updates = in_updates(max_duration)
+    num_warmup = in_updates(warmup, num_updates=num_updates)
     if num_updates is None or num_warmup is None or num_warmup < max(1, num_updates):
         return None
     return (

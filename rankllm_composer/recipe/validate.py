@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rankllm_composer.errors import Problem
+from rankllm_composer.options import as_written
 from rankllm_composer.recipe.keys import REQUIRED, Key, describe_keys, find_key, keys_of, show
 
 _STAND_INS = {bool: False, int: 1, float: 1.0, str: "unknown"}
@@ -116,5 +117,5 @@ def dotted(steps: Sequence[str | int]) -> str:
 
 def shown(value: Any) -> str:
     """A value as a message shows it: text in quotes, anything else as YAML, cut to 80 characters."""
-    text = f"'{value}'" if isinstance(value, str) else show(value)
+    text = f"'{as_written(value)}'" if isinstance(value, str) else show(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

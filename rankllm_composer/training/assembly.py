@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from rankllm_composer.model.lora import ALL_LINEAR, load_starting_adapter
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.model.self_check import check_model
+from rankllm_composer.options import as_written, expand_path
 from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
 from rankllm_composer.prompts.lists import check_lists, list_kind, trained_window
@@ -201,7 +203,21 @@ def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
         ours.append(MetricsFile(folder / "metrics.jsonl"))
     if recipe.logging.progress:
         ours.append(ProgressLine())
-    return ours + [_named("loggers", name, LOGGERS[name], options) for name, options in recipe.logging.loggers.items()]
+    given = {name: _logger_options(name, options, folder) for name, options in recipe.logging.loggers.items()}
+    return ours + [_named("loggers", name, LOGGERS[name], options) for name, options in given.items()]
+
+
+def _logger_options(name: str, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The options of a logger, which writes into the run's folder unless they or its environment name another."""
+    options = dict(given)
+    if name == "tensorboard":
+        options["log_dir"] = expand_path(options.get("log_dir") or folder / "tensorboard")
+    elif name == "wandb" and "WANDB_DIR" not in os.environ:
+        settings = dict(options.get("init_kwargs") or {})
+        options["init_kwargs"] = {**settings, "dir": expand_path(settings.get("dir") or folder)}
+    elif name == "mlflow" and (options.get("tracking_uri") or "MLFLOW_TRACKING_URI" not in os.environ):
+        options["tracking_uri"] = expand_path(options.get("tracking_uri") or folder.resolve() / "mlruns")
+    return options
 
 
 def _named(section: str, name: str, kind: type, options: dict[str, Any]) -> Any:
@@ -366,7 +382,7 @@ def card_facts(recipe: Recipe, contract: DecodingContract, data: Sequence[str], 
     return CardFacts(
         name=recipe.run.name,
         is_adapter=recipe.model.lora is not None and export is not None and not export.merge_lora,
-        base_model=None if recipe.model.random_weights else recipe.model.name_or_path,
+        base_model=None if recipe.model.random_weights else as_written(recipe.model.name_or_path),
         contract=contract,
         data=tuple(data),
         num_lists=num_lists,

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import RunError, shell_line
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
 from rankllm_composer.screen import report, say
 from rankllm_composer.storage.atomic import write_atomic
@@ -64,8 +64,9 @@ def prepare_shards(split: Split, key: str) -> None:
                 raise difference
         elif split.source is None:
             raise RunError(
-                f"{key}: no shards in {place}. Build them with `rankllm-composer shards build --input RECORDS "
-                f"--output {place}`, or name {key}.source and the run builds them"
+                f"{key}: no shards in {place}. Build them with "
+                f"`{shell_line('rankllm-composer', 'shards', 'build', '--input', 'RECORDS', '--output', place)}`, or "
+                f"name {key}.source and the run builds them."
             )
         shards.build_shards(place, split.source, BuildOptions(overwrite=split.rebuild))
 
@@ -158,6 +159,7 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     from rankllm_composer.recipe.load import recipe_to_yaml
     from rankllm_composer.training.assembly import choose_device
     from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+    from rankllm_composer.training.rendezvous import meet
     from rankllm_composer.training.stopping import Preempted, on_stop_signals, raise_preempted
     from rankllm_composer.training.stragglers import STATUS_FOLDER, find_stragglers
     from rankllm_composer.training.trainer import build_trainer
@@ -168,7 +170,9 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     on_stop_signals(raise_preempted)
     watch.watch_launcher()
+    store = meet(recipe.parallelism.dist_timeout_seconds)
     dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
+    del store
     watch.start()
     check_world(recipe, dist.get_world_size())
     folder = Path(recipe.run_folder)
@@ -216,6 +220,7 @@ def exports_summary(run: TrainedRun) -> str:
     """List the exports of a run, with the command that uses the best one, or the newest if none is marked best."""
     from rankllm_composer.export.model_card import serving_command
     from rankllm_composer.model.lora import is_adapter
+    from rankllm_composer.prompts.client_names import describe_misread
     from rankllm_composer.prompts.contract import read_contract
 
     assert run.best is not None
@@ -227,8 +232,10 @@ def exports_summary(run: TrainedRun) -> str:
         return text + f"\nmerge the adapter to serve it: rankllm-composer export {folder} OUTPUT --merge-lora"
     contract = read_contract(run.best)
     if contract.append_bracket:
-        return text + f"\nrank with it: rankllm-composer rerank --model {run.best} …"
-    return text + f"\nserve it with rank_llm:\n{textwrap.indent(serving_command(contract, str(run.best)), '    ')}"
+        return text + f"\nrank with it: {shell_line('rankllm-composer', 'rerank', '--model', run.best)} …"
+    text += f"\nserve it with rank_llm:\n{textwrap.indent(serving_command(contract, str(run.best)), '    ')}"
+    misread = describe_misread(run.best)
+    return text if misread is None else f"{text}\n{misread}"
 
 
 def announce_stop(folder: str | Path) -> None:

@@ -118,7 +118,7 @@ class PeerWatch:
         if code == 130:
             if self.rank == 0:
                 report(f"error: interrupted; {RESUME}")
-        elif any(peer.rank == 0 for peer in gone):
+        elif any(peer.rank == 0 for peer in gone) or (self.rank and str(failure).startswith("rank 0, ")):
             report(f"rank {self.rank}: stopped because rank 0 failed")
         elif code == 1 and gone:
             report(lost_ranks_message(self.rank, gone))

@@ -284,9 +284,8 @@ def test_a_full_disk_stops_the_run(remote, monkeypatch, workers):
 def two_ranks(sets, tmp_path_factory):
     """What two ranks read, and their folder for temporary files."""
     temporary = tmp_path_factory.mktemp("temporary")
-    launcher = Path(sys.executable).with_name("composer")
     subprocess.run(
-        [sys.executable, launcher, "-n", "2", WORKER, sets],
+        [sys.executable, "-m", "composer.cli.launcher", "-n", "2", WORKER, sets],
         check=True,
         timeout=1200,
         env={**os.environ, "TMPDIR": str(temporary)},
@@ -365,9 +364,10 @@ def two_ranks_in_a_store(tmp_path_factory):
         server.on_get = lambda key: fetched.update([key])
         contents = [check_stream(Stream(local=str(root))) for root in roots.values()]
         (folder / "limit").write_text(str(4 * max(found.largest_shard_bytes for found in contents)))
-        launcher = Path(sys.executable).with_name("composer")
         worker = WORKER.with_name("read_store.py")
-        subprocess.run([sys.executable, launcher, "-n", "2", worker, folder], check=True, timeout=1200)
+        subprocess.run(
+            [sys.executable, "-m", "composer.cli.launcher", "-n", "2", worker, folder], check=True, timeout=1200
+        )
     ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
     return list(zip(*ranks)), {name: (str(root), None) for name, root in roots.items()}, folder, fetched
 

@@ -522,9 +522,18 @@ def test_checkpoints_of_adapters_become_adapter_folders(tmp_path, lora_model):
 @pytest.mark.slow
 def test_two_ranks_export_what_they_trained(tmp_path):
     """FSDP2 (tied, with activation checkpointing), DDP and LoRA under FSDP2; a failure on rank 0 reaches both ranks."""
-    launcher = Path(sys.executable).with_name("composer")
     done = subprocess.run(
-        [sys.executable, launcher, "-n", "2", "--stdout", f"{tmp_path}/out{{rank}}", RANKS, tmp_path],
+        [
+            sys.executable,
+            "-m",
+            "composer.cli.launcher",
+            "-n",
+            "2",
+            "--stdout",
+            f"{tmp_path}/out{{rank}}",
+            RANKS,
+            tmp_path,
+        ],
         capture_output=True,
         text=True,
         timeout=600,

@@ -69,9 +69,8 @@ def test_every_step_works(copy, tmp_path, mistral_v3_folder):
     folder.mkdir()
     overrides = [*small_run(folder, mistral_v3_folder), "run.max_duration=1ba", "schedule.warmup=0ba"]
     overrides.append(f"run.folder={folder}")
-    launcher = str(Path(sys.executable).with_name("composer"))
-    script = str(copy / "rankllm_composer" / "train.py")
-    succeeded(run_in(copy, launcher, "-n", "1", script, str(RECIPE), *overrides, *check[4:]))
+    command = ["-m", "rankllm_composer", "train", str(RECIPE), "-n", "1", *overrides, *check[4:]]
+    succeeded(run_in(copy, *command))
     (update,) = metrics(folder / "metrics.jsonl")
     assert any("ranking" in name for name in update)
 

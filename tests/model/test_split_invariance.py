@@ -26,9 +26,11 @@ def results(tmp_path_factory):
     for family in ("mistral_tied", "phi_biased_head", *FAMILIES):
         new_model(family).save_pretrained(folder / family)
     for ranks in (1, 2):
-        launcher = Path(sys.executable).with_name("composer")
         subprocess.run(
-            [sys.executable, launcher, "-n", str(ranks), WORKER, folder], check=True, timeout=600, capture_output=True
+            [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), WORKER, folder],
+            check=True,
+            timeout=600,
+            capture_output=True,
         )
     return {ranks: torch.load(folder / f"results_{ranks}.pt", weights_only=True) for ranks in (1, 2)}
 

@@ -81,10 +81,10 @@ def test_unknown_key_in_a_stream(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override, key, found, expected",
     [
-        ("run.seed=-1", "run.seed", "-1", "whole number at least 0"),
-        ("run.seed=1.5", "run.seed", "1.5", "whole number at least 0"),
-        ("run.seed=true", "run.seed", "true", "whole number at least 0"),
-        ("run.seed=null", "run.seed", "null", "whole number at least 0"),
+        ("run.seed=-1", "run.seed", "-1", "whole number at least 0 and at most 2147483647"),
+        ("run.seed=1.5", "run.seed", "1.5", "whole number at least 0 and at most 2147483647"),
+        ("run.seed=true", "run.seed", "true", "whole number at least 0 and at most 2147483647"),
+        ("run.seed=null", "run.seed", "null", "whole number at least 0 and at most 2147483647"),
         ("optimizer.lr=.inf", "optimizer.lr", "inf", "number above 0"),
         ("optimizer.lr=.nan", "optimizer.lr", "nan", "number above 0"),
         ("optimizer.betas=[0.9]", "optimizer.betas", "[0.9]", "list of 2, each number at least 0 and below 1"),

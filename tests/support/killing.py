@@ -54,8 +54,7 @@ class Run:
         self._output = folder / f"output-{len(list(folder.glob('output-*.txt')))}.txt"  # an earlier run may still write
         output = self._output.open("wb")
         self._terminal, slave = os.openpty() if on_terminal else (-1, None)
-        composer = [str(Path(sys.executable).with_name("composer"))]
-        launcher = ["-m", "rankllm_composer.launch"] if is_patient else composer
+        launcher = ["-m", "rankllm_composer.launch" if is_patient else "composer.cli.launcher"]
         self.process = subprocess.Popen(
             [sys.executable, *launcher, "-n", str(ranks), TRAIN, recipe, *overrides, "run.folder=run"],
             cwd=folder,

@@ -17,9 +17,8 @@ def train(
     recipe: Path | str, *overrides: str, folder: Path, ranks: int = 2, timeout: float = 600, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `composer -n RANKS rankllm_composer/train.py RECIPE key=value …` in a folder."""
-    launcher = Path(sys.executable).with_name("composer")
     return subprocess.run(
-        [sys.executable, launcher, "-n", str(ranks), TRAIN, recipe, *overrides],
+        [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), TRAIN, recipe, *overrides],
         cwd=folder,
         timeout=timeout,
         capture_output=True,
