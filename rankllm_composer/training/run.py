@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import textwrap
 import warnings
@@ -228,8 +227,8 @@ def exports_summary(run: TrainedRun) -> str:
     if run.best.is_symlink():
         text += f"\n    {run.best} is {run.best.readlink()}"
     if is_adapter(run.best):
-        folder = shlex.quote(str(run.folder))
-        return text + f"\nmerge the adapter to serve it: rankllm-composer export {folder} OUTPUT --merge-lora"
+        command = shell_line("rankllm-composer", "export", run.folder, "--output", "FOLDER", "--merge-lora")
+        return f"{text}\nmerge the adapter to serve it: {command}"
     contract = read_contract(run.best)
     if contract.append_bracket:
         return text + f"\nrank with it: {shell_line('rankllm-composer', 'rerank', '--model', run.best)} …"
