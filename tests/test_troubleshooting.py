@@ -29,6 +29,7 @@ from rankllm_composer.sources.retrieval_files import load_queries, require_share
 from rankllm_composer.training import assembly
 from rankllm_composer.training.dry_run import check_space
 from rankllm_composer.training.guards import LossGuard
+from rankllm_composer.training.loggers import build_loggers
 from rankllm_composer.training.rendezvous import VARIABLES, meet
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
 
@@ -95,7 +96,7 @@ def no_bitsandbytes(tools: Tools) -> None:
 
 def no_wandb(tools: Tools) -> None:
     tools.patch.setitem(sys.modules, "wandb", None)
-    assembly.build_loggers(first_mistral("logging.loggers={wandb: {}}"), tools.folder)
+    build_loggers(first_mistral("logging.loggers={wandb: {}}"), tools.folder)
 
 
 def no_gpu(tools: Tools) -> None:

@@ -169,7 +169,7 @@ def _serving_of_adapter() -> str:
     return (
         "## Serving\n\nThis folder holds a LoRA adapter without the model that it changes, and cannot be served as it "
         "is. Merge the two, and serve the result:\n\n"
-        "    rankllm-composer export RUN OUTPUT --merge-lora"
+        "    rankllm-composer export RUN --output FOLDER --merge-lora"
     )
 
 

@@ -68,8 +68,8 @@ def load_config(options: ModelOptions) -> PretrainedConfig:
     if is_adapter(name_or_path):
         raise ModelError(
             f"{name_or_path} is a LoRA adapter without the model that it changes. Merge it (rankllm-composer export "
-            "RUN OUTPUT --merge-lora); or, to train it further, name it in model.lora.start_from and the base model in "
-            "model.name_or_path."
+            "RUN --output FOLDER --merge-lora); or, to train it further, name it in model.lora.start_from and the base "
+            "model in model.name_or_path."
         )
     try:
         written, _ = PretrainedConfig.get_config_dict(name_or_path, revision=options.revision)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Callback, callbacks, loggers
-from composer.loggers import LoggerDestination
+from composer import Callback
 from composer.utils import dist, reproducibility
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +26,7 @@ from rankllm_composer.model.lora import ALL_LINEAR, load_starting_adapter
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.model.self_check import check_model
-from rankllm_composer.options import as_written, expand_path
+from rankllm_composer.options import as_written
 from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
 from rankllm_composer.prompts.lists import check_lists, list_kind, trained_window
@@ -42,20 +39,12 @@ from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.dry_run import DryRun
 from rankllm_composer.training.export_callback import ExportFolder
 from rankllm_composer.training.guards import EpochGuard, LossGuard
-from rankllm_composer.training.progress import MetricsFile, ProgressLine
+from rankllm_composer.training.loggers import CALLBACKS, build_named
 from rankllm_composer.training.run import announce_stop
 from rankllm_composer.training.stopping import Preemption
 from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation, measurable
 
 log = get_logger(__name__)
-LOGGERS = {"tensorboard": loggers.TensorboardLogger, "wandb": loggers.WandBLogger, "mlflow": loggers.MLFlowLogger}
-CALLBACKS = {
-    "speed_monitor": callbacks.SpeedMonitor,
-    "memory_monitor": callbacks.MemoryMonitor,
-    "lr_monitor": callbacks.LRMonitor,
-    "optimizer_monitor": callbacks.OptimizerMonitor,
-    "nan_monitor": callbacks.NaNMonitor,
-}
 
 
 def choose_device(name: str) -> str:
@@ -196,49 +185,6 @@ def optimizer_options(recipe: Recipe) -> dict[str, Any]:
     return {"lr": keys.lr, "betas": tuple(keys.betas), "eps": keys.eps, "weight_decay": keys.weight_decay}
 
 
-def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
-    """Build the metrics file, the progress line, and the Composer loggers of the recipe."""
-    ours: list[LoggerDestination] = []
-    if recipe.logging.metrics_file:
-        ours.append(MetricsFile(folder / "metrics.jsonl"))
-    if recipe.logging.progress:
-        ours.append(ProgressLine())
-    given = {name: _logger_options(name, options, folder) for name, options in recipe.logging.loggers.items()}
-    return ours + [_named("loggers", name, LOGGERS[name], options) for name, options in given.items()]
-
-
-def _logger_options(name: str, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The options of a logger, which writes into the run's folder unless they or its environment name another."""
-    options = dict(given)
-    if name == "tensorboard":
-        options["log_dir"] = expand_path(options.get("log_dir") or folder / "tensorboard")
-    elif name == "wandb" and "WANDB_DIR" not in os.environ:
-        settings = dict(options.get("init_kwargs") or {})
-        options["init_kwargs"] = {**settings, "dir": expand_path(settings.get("dir") or folder)}
-    elif name == "mlflow" and (options.get("tracking_uri") or "MLFLOW_TRACKING_URI" not in os.environ):
-        options["tracking_uri"] = expand_path(options.get("tracking_uri") or folder.resolve() / "mlruns")
-    return options
-
-
-def _named(section: str, name: str, kind: type, options: dict[str, Any]) -> Any:
-    """Build a Composer logger or callback with the options of the recipe.
-
-    Raises:
-        RunError: its library is not installed, or an option is not among its arguments.
-    """
-    key, allowed = f"logging.{section}.{name}", inspect.signature(kind).parameters
-    unknown = [option for option in options if option not in allowed]
-    if unknown:
-        raise RunError(
-            f"{key} has unknown options ({', '.join(unknown)}); expected arguments of Composer's {kind.__name__}: "
-            f"{', '.join(allowed)}."
-        )
-    try:
-        return kind(**options)
-    except ImportError as error:
-        raise RunError(f"{key}: its library is not installed. Install the `loggers` extra, or remove {key}.") from error
-
-
 def build_validation(
     recipe: Recipe, contract: DecodingContract, tokenizer: PreTrainedTokenizerBase
 ) -> Validation | None:
@@ -316,7 +262,9 @@ def build_callbacks(
                 recipe_folder=folder,
             )
         )
-    named = [_named("callbacks", name, CALLBACKS[name], options) for name, options in recipe.logging.callbacks.items()]
+    named = [
+        build_named("callbacks", name, CALLBACKS[name], options) for name, options in recipe.logging.callbacks.items()
+    ]
     stop = Preemption(checkpoints.save_to_stop, partial(announce_stop, recipe.run_folder))
     return [*ours, *named, *exports, checkpoints, stop, DryRun(checkpoints, *exports)]
 

@@ -17,6 +17,7 @@ from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.recipe.times import explain_warmup
 from rankllm_composer.screen import warn
 from rankllm_composer.training import assembly
+from rankllm_composer.training.loggers import build_loggers
 from rankllm_composer.training.schedule import apply_schedule, build_schedule
 from rankllm_composer.training.stopping import start_worker
 from rankllm_composer.training.stragglers import STATUS_FOLDER, StatusNotes
@@ -80,7 +81,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str) -> Trainer:
             StatusNotes(folder / STATUS_FOLDER),
             *assembly.build_callbacks(recipe, contract, model, contents.sources, dataset.epoch_size, validation),
         ],
-        loggers=assembly.build_loggers(recipe, folder),
+        loggers=build_loggers(recipe, folder),
         run_name=recipe.run.name,
         progress_bar=False,
         parallelism_config={"fsdp": sharding} if recipe.parallelism.fsdp else None,

@@ -198,7 +198,7 @@ def test_what_a_run_takes_is_accepted(minimal_recipe: Path, override: str) -> No
 def test_arguments_and_stores_are_those_of_composer_and_streaming() -> None:
     from streaming.base.storage.download import DOWNLOADER_MAPPINGS
 
-    from rankllm_composer.training.assembly import CALLBACKS, LOGGERS
+    from rankllm_composer.training.loggers import CALLBACKS, LOGGERS
 
     for section, classes in (("loggers", LOGGERS), ("callbacks", CALLBACKS)):
         assert set(classes) == set(ARGUMENTS[section])

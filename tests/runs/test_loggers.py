@@ -14,7 +14,7 @@ from support.small_run import RECIPE, small_run
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.recipe.load import load_recipe
-from rankllm_composer.training.assembly import build_loggers
+from rankllm_composer.training.loggers import build_loggers
 
 LOSSES = ("loss/train/total", "loss/train/language_modelling", "loss/train/ranking")
 NUM_BATCHES = 6
@@ -132,3 +132,16 @@ def test_a_logger_that_is_not_installed_or_misused_is_an_error(tmp_path, monkeyp
         RunError, match=r"unknown options \(projet\); expected arguments of Composer's WandBLogger: project, group"
     ):
         build_loggers(logging_of("loggers", {"wandb": {"projet": "x"}}), tmp_path)
+
+
+def test_loggers_write_into_the_folder_of_the_run(tmp_path, monkeypatch):
+    for name in ("WANDB_DIR", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    kinds = {"tensorboard": {}, "wandb": {"project": "p"}, "mlflow": {}}
+    *_, tensorboard, wandb, mlflow = build_loggers(logging_of("loggers", kinds), tmp_path)
+    assert Path(tensorboard.log_dir) == tmp_path / "tensorboard"
+    assert Path(wandb._init_kwargs["dir"]) == tmp_path and wandb._init_kwargs["project"] == "p"
+    assert Path(mlflow.tracking_uri) == tmp_path / "mlruns"
+    (*_, given) = build_loggers(logging_of("loggers", {"tensorboard": {"log_dir": "~/tb"}}), tmp_path)
+    assert Path(given.log_dir) == tmp_path / "home" / "tb"
