@@ -159,7 +159,7 @@ def _packed_sdpa_forward(
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32)
     options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-    return packed_sdpa(query, key, value, cu_seq_lens_q, **options), None  # type: ignore[arg-type]
+    return packed_sdpa(query, key, value, cu_seq_lens_q, **options), None
 
 
 def choose_attention(name: str, device: str) -> str:

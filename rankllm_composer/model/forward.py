@@ -72,7 +72,7 @@ def head_rows(model: Any, token_ids: torch.Tensor) -> Iterator[None]:
         bias: torch.Tensor | None = getattr(head, "bias", None)
         return F.linear(hidden, weight[token_ids], None if bias is None else bias[token_ids])
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward
     try:
         yield
     finally:

@@ -185,7 +185,7 @@ def load_weights(name_or_path: str, **arguments: Any) -> PreTrainedModel:
         )
     if unused:
         warn(f"{name_or_path}: {len(unused)} weights are not used: {_shown(unused)}", stacklevel=2)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _check_files(folder: Path) -> None:

@@ -24,19 +24,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the transformer layers of a causal LM, first to last, with or without PEFT."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[torch.nn.Module] = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    names = set(getattr(model, "_no_split_modules", None) or ())  # of models with layers of an older kind
+    return layers or [part for part in model.modules() if type(part).__name__ in names]
 
 
 def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
-    """Recompute the activations of a fraction (0 to 1) of the layers in the backward pass, spread over the depth."""
+    """Recompute the activations of a fraction (0 to 1) of the layers in the backward pass, spread over the depth.
+
+    Raises:
+        ModelError: the fraction is out of range, or the layers cannot be recomputed.
+    """
     if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"model.activation_checkpointing is {fraction}; expected a fraction from 0 to 1.")
+        raise ModelError(f"model.activation_checkpointing is {fraction}; expected a fraction from 0 to 1.")
     if fraction == 0.0:
         return
+    layers = [layer for layer in decoder_layers(model) if isinstance(layer, GradientCheckpointingLayer)]
+    if not model.supports_gradient_checkpointing or not layers:
+        raise ModelError(
+            f"model.activation_checkpointing is {fraction}, but {type(model).__name__} cannot recompute its layers; "
+            "expected 0. Set model.activation_checkpointing=0."
+        )
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for index, layer in enumerate(decoder_layers(model)):
+    for index, layer in enumerate(layers):
         layer.gradient_checkpointing = int((index + 1) * fraction + 1e-9) > int(index * fraction + 1e-9)
 
 
@@ -73,9 +85,9 @@ class ListwiseReranker(HuggingFaceModel):
         model.config.use_cache = False
         if peft_config is not None:
             check_adapter_names(model, peft_config)
-        super().__init__(  # type: ignore[arg-type]
+        super().__init__(
             model,
-            tokenizer,
+            tokenizer,  # type: ignore[arg-type]
             use_logits=True,
             metrics=[],
             peft_config=peft_config,

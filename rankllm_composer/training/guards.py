@@ -45,6 +45,7 @@ class LossGuard(Callback):
         self._microbatches.append((list(state.batch["record_ids"]), total.detach().isfinite().all()))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
+        _check_gradients(state)
         finite = torch.stack([is_finite for _, is_finite in self._microbatches])
         gradients = [weight.grad for weight in state.model.parameters() if weight.grad is not None]
         largest = [part.abs().amax() for part in map(_local, gradients) if part.numel()]
@@ -94,6 +95,26 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def _shown(ids: list[str]) -> str:
     more = f" and {len(ids) - MAX_IDS_SHOWN} more" if len(ids) > MAX_IDS_SHOWN else ""
     return in_one_line(ids[:MAX_IDS_SHOWN]) + more
+
+
+def _check_gradients(state: State) -> None:
+    """Raise RunError if a trained weight has a gradient on some ranks only. A collective.
+
+    Ranks would have reduced the gradients of different weights as one, as in a model whose tokens choose its layers.
+    """
+    if dist.get_world_size() == 1:
+        return
+    weights = [(name, weight.grad) for name, weight in state.model.named_parameters() if weight.requires_grad]
+    has_gradient = torch.tensor([gradient is not None for _, gradient in weights], dtype=torch.int32)
+    counts = state.device.tensor_to_device(has_gradient)
+    dist.all_reduce(counts, reduce_operation="SUM")
+    differing = [name for (name, _), count in zip(weights, counts.tolist()) if 0 < count < dist.get_world_size()]
+    if differing:
+        raise RunError(
+            f"batch {state.timestamp.batch.value + 1}: {len(differing)} weights, such as {differing[0]}, have a "
+            "gradient on some ranks only, so the gradients of the ranks were mixed up; the weights are unchanged since "
+            "the previous batch. Train this model on one rank."
+        )
 
 
 class EpochGuard(Callback):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.packed_models import FAMILIES, SIZES, gradients, new_model, packed_losses, plain_losses, random_sequences
 from support.tiny_training import new_tokenizer
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, CTRLConfig, GPTNeoXJapaneseConfig, MistralConfig
 
 from rankllm_composer.data.packing import TokenizedList, split_batch
 from rankllm_composer.errors import ModelError
@@ -75,6 +75,16 @@ def test_activation_checkpointing_by_fraction(fraction, expected):
     assert sum(layer.gradient_checkpointing for layer in decoder_layers(model)) == expected
     with pytest.raises(ValueError, match="fraction from 0 to 1"):
         checkpoint_activations(model, 1.5)
+
+
+def test_layers_that_cannot_be_recomputed():
+    model = AutoModelForCausalLM.from_config(CTRLConfig(n_embd=32, n_head=2, n_layer=1, dff=16, vocab_size=96))
+    checkpoint_activations(model, 0.0)
+    with pytest.raises(ModelError, match=r"CTRLLMHeadModel cannot recompute its layers; .*activation_checkpointing=0"):
+        checkpoint_activations(model, 1.0)
+    japanese = GPTNeoXJapaneseConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=96)
+    layers = decoder_layers(AutoModelForCausalLM.from_config(japanese))
+    assert [type(layer).__name__ for layer in layers] == ["GPTNeoXJapaneseLayer"] * 2
 
 
 def test_compiled_layers_compute_the_same(monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,9 +20,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed
 import zstd
 from composer import Trainer
 from composer.core import Callback
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from streaming.base.hashing import get_hash
 from support import child_process, exporting, guarded_updates, missing_calls, resumable_runs
 from support import streaming_loader as streaming_tests
@@ -32,14 +36,16 @@ from support.small_disk import fill, make_read_only, small_disk
 from support.small_run import RECIPE, mark_trained, small_run
 from support.synthetic_records import conversation, write_jsonl
 from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
+from transformers import Qwen2MoeConfig, T5Config, T5ForConditionalGeneration
 
 from rankllm_composer.checkpoints.folder import complete_checkpoints, remove
 from rankllm_composer.data.dataset import ListDataset, ListEncoding, build_train_data_spec
 from rankllm_composer.data.shared_memory import clear_dead_claims
 from rankllm_composer.data.streams import Stream, check_stream
-from rankllm_composer.model.loading import load_tokenizer
+from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
+from rankllm_composer.model.self_check import check_model
 from rankllm_composer.options import ModelOptions
 from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.ranking.reranker import Reranker
@@ -47,6 +53,7 @@ from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
 from rankllm_composer.storage.private_folder import private_folder
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.dry_run import DryRun
+from rankllm_composer.training.failures import explained_failures
 from rankllm_composer.training.guards import EpochGuard, LossGuard
 from rankllm_composer.training.progress import MetricsFile, read_metrics
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
@@ -796,6 +803,71 @@ def signalled(key: str, tools: Tools) -> Ended:
     if ours:
         assert "Traceback" not in run.output()
     return Ended(int(code != 0), run.output())
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@causes(
+    "weights-missing",
+    "weights-truncated",
+    "weights-pointer",
+    "weights-of-other-sizes",
+    "weights-quantized",
+    "model-of-another-kind",
+    "kernel-of-a-repository",
+)
+def damaged_model(key: str, tools: Tools) -> Ended:
+    folder = tools.folder / "model"
+    if key == "model-of-another-kind":
+        T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
+            folder
+        )
+    else:
+        new_hf_model().save_pretrained(folder)
+    path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    if key == "weights-missing":
+        weights = load_file(path)
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, path, metadata={"format": "pt"})
+    elif key == "weights-truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif key == "weights-pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 14483464192\n")
+    config |= {
+        "weights-of-other-sizes": {"intermediate_size": 64},
+        "weights-quantized": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "kernel-of-a-repository": {"attn_implementation": "someone/kernel:attention"},
+    }.get(key, {})
+    (folder / "config.json").write_text(json.dumps(config))
+    load_causal_lm(ModelOptions(name_or_path=str(folder)))
+    return CONTINUED
+
+
+@causes("model-mixes-lists", "adapter-matches-nothing")
+def unfit_model(key: str, tools: Tools) -> Ended:
+    if key == "model-mixes-lists":
+        check_model(Qwen2MoeConfig(), max_length_tokens=4096)
+    adapter = LoraConfig(target_modules=["q_proj", "qkv"])
+    ListwiseReranker(new_hf_model(), new_tokenizer(), Objective("generation"), peft_config=adapter)
+    return CONTINUED
+
+
+@causes("logger-without-key", "port-taken")
+def failing_library(key: str, tools: Tools) -> Ended:
+    with explained_failures():
+        if key == "port-taken":
+            with socket.socket() as other:
+                other.bind(("127.0.0.1", 0))
+                other.listen()
+                torch.distributed.TCPStore("127.0.0.1", other.getsockname()[1], 1, is_master=True)
+        import wandb
+
+        tools.patch.setenv("HOME", str(tools.folder))
+        tools.patch.setenv("NETRC", str(tools.folder / "netrc"))
+        tools.patch.delenv("WANDB_API_KEY", raising=False)
+        wandb.login()
+    return CONTINUED
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
-import torch.distributed
 import torch.distributed.checkpoint as dcp
 from support.recipes import problems, write_recipe
 
@@ -24,25 +21,6 @@ def test_a_sharded_checkpoint_that_cannot_be_written(tmp_path):
         explained_failures(),
     ):
         dcp.save({"weight": torch.ones(1)}, checkpoint_id=tmp_path / "file" / "checkpoint", no_dist=True)
-
-
-def test_a_port_that_is_taken():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        with pytest.raises(RunError, match=r"MASTER_PORT\) is taken .*--master_port"), explained_failures():
-            torch.distributed.TCPStore("127.0.0.1", other.getsockname()[1], 1, is_master=True)
-
-
-def test_a_logger_without_a_key(tmp_path, monkeypatch):
-    import wandb
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    message = r"logging\.loggers\.wandb: UsageError: api_key .*Set WANDB_API_KEY .*or remove"
-    with pytest.raises(RunError, match=message), explained_failures():
-        wandb.login()
 
 
 def test_a_logger_with_a_wrong_address():
