@@ -146,8 +146,8 @@ class EpochGuard(Callback):
             ids = [name for part in parts for name in part]
             raise RunError(
                 f"batch {state.timestamp.batch.value + 1}: all its lists are longer than data.max_length_tokens "
-                f"({_shown(ids)}), so the update would learn from none. Raise data.max_length_tokens or "
-                "batch.global_lists, or build shards with fewer words per passage."
+                f"({_shown(ids)}), so the update would learn from none. Raise data.max_length_tokens, or "
+                "start a new run on shards with fewer words per passage, or with more lists per batch."
             )
 
     def fit_start(self, state: State, logger: Logger) -> None:

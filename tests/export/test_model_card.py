@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import pytest
 import yaml
@@ -12,7 +13,14 @@ from support.secret_texts import SECRETS
 from support.tiny_training import new_tokenizer
 
 from rankllm_composer.errors import ModelError
-from rankllm_composer.export.model_card import CardFacts, add_figures, published_figures, render_card, verdict
+from rankllm_composer.export.model_card import (
+    CardFacts,
+    add_figures,
+    published_figures,
+    render_card,
+    serving_command,
+    verdict,
+)
 from rankllm_composer.redaction import REDACTED
 
 FACTS = CardFacts(
@@ -179,3 +187,24 @@ def test_no_secret_gets_into_a_card(secret):
 
 def test_a_card_without_secrets_is_not_redacted():
     assert REDACTED not in render_card(FACTS)
+
+
+@pytest.mark.parametrize("objective", ["generation", "combined"])
+@pytest.mark.parametrize("style", ["letters", "numbers"])
+@pytest.mark.parametrize("window, stride", [(20, 10), (20, 5), (9, 4)])
+def test_the_serving_command_follows_the_page(objective, style, window, stride):
+    """The rules of docs/serving.md, for every kind of model: with numbers, the client can only generate."""
+    page = (REPOSITORY / "docs" / "serving.md").read_text()
+    assert "With numbers as identifiers, only generation works." in page
+    contract = new_contract("generation", identifier_style=style, window_size=window, stride=stride)
+    contract = dataclasses.replace(contract, objective=objective)
+    words = shlex.split(serving_command(contract, "my models/a$b").replace("\\\n", " "))
+    assert "--model_path=my models/a$b" in words
+    assert ("--use_alpha" in words) is (style == "letters")
+    assert ("--use_logits" in words) is (style == "letters" and objective == "combined")
+    assert {f"--window_size={window}", f"--stride={stride}"} <= set(words) or (window, stride) == (20, 10)
+    for word in words[2:]:  # the page explains each flag that is not in its example
+        assert word.partition("=")[0] in page
+    card = render_card(CardFacts("name", None, contract))
+    assert "\n".join(f"    {line}" for line in serving_command(contract).splitlines()) in card
+    assert ("use_logits=True" in card) is ("--use_logits" in words)
