@@ -169,7 +169,7 @@ class TrecSource:
     def _import(self, database: sqlite3.Connection) -> None:
         """Read all files; raise SourceError if two of them that should share ids share none."""
         for part in ("queries", "docs"):
-            source_of(part, getattr(self.options, part), self._source("run"))  # type: ignore[arg-type]
+            source_of(part, getattr(self.options, part), self._source("run"))
         first: dict[str, tuple[str, str]] = {}  # the first query id and the first document id of each
         first["queries"] = (self._import_queries(database), "")
         first["run"] = self._import_lines(database, "run")
