@@ -51,8 +51,8 @@ _CANDIDATES: dict[Part, Callable[[Row], Iterable[Any]]] = {
 LAYOUTS = (
     Layout("a history of rank_llm's invocations", training.is_history, {"records": training.history}),
     Layout("queries with positive and negative passages", training.is_graded_list, {"records": training.graded_list}),
+    Layout("preference pairs", lambda value: _has("chosen", "rejected")(value) or _has("rejected_response")(value)),
     Layout("conversations", training.is_conversation, {"records": training.conversation}),
-    Layout("preference pairs", _has("chosen", "rejected")),
     Layout("instructions with outputs", training.is_instruction, {"records": training.instruction}),
     Layout("queries with their candidates", objects.is_candidates, _CANDIDATES),
     Layout(
@@ -120,6 +120,9 @@ def layout_of(row: Row, part: Part) -> Layout:
     for layout in found:
         if part in layout.readers:
             return layout
+        if not layout.readers:  # what it is matters more than what else could be read from it
+            found = [layout]
+            break
     expected = f"expected {PARTS[part]} in a layout of docs/what-it-reads.md"
     if not found:
         raise row.error(f"found {describe_value(row.value)}; {expected}. Convert the file or name another.")

@@ -519,6 +519,32 @@ def test_bad_files_are_named_with_their_line(case, tmp_path):
         read(tmp_path / "f")
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"queries": "x\tanother\n"}, "run and queries share no query id: run has '1', queries has 'x'"),
+        ({"judgments": "9 0 a 1\n"}, "judgments and run share no query id: judgments has '9', run has '1'"),
+        ({"judgments": "1 0 A 1\n"}, "judgments and run share no document id: judgments has 'A', run has 'a'"),
+        ({"documents": "A\tone\n"}, "the run and documents share no document id: the run has 'a', documents has 'A'"),
+        ({"run": "1 Q0 a 1 2 t\n1 Q0 a 2 1 t\n"}, "run:line 2: document 'a' is repeated for query '1', also in line 1"),
+        (
+            {"queries": None},
+            "queries is not given, and run holds no queries; expected a file, a BEIR folder or irds:ID",
+        ),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused_before_a_model_is_loaded(changed, message, tmp_path):
+    contents = {"run": "1 Q0 a 1 2 t\n", "queries": "1\theat\n", "documents": "a\tone\n", "judgments": "1 0 a 1\n"}
+    files = {}
+    for name, content in (contents | changed).items():
+        if content is not None:
+            files["first_stage" if name == "run" else name] = tmp_path / name
+            (tmp_path / name).write_text(content)
+    with pytest.raises(SourceError) as caught:
+        rerank_files(tmp_path / "no model", RerankFiles(**files, output=tmp_path / "out.trec"))
+    assert message in str(caught.value)
+
+
 def test_a_bad_beir_line(tmp_path):
     (tmp_path / "f.tsv").write_text("query-id\tcorpus-id\tscore\n1 a 2\n")
     with pytest.raises(

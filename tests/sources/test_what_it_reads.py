@@ -99,6 +99,7 @@ NOT_READ = {
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         "found preference pairs, which are not read",
     ),
+    "turns with a rejected answer": ({"messages": [], "rejected_response": "b"}, "found preference pairs"),
     "vectors": ({"id": "1", "vector": [0.5]}, "found vectors, which are not read"),
     "a request of OpenAI": ({"custom_id": "a", "body": {"messages": []}}, "requests of OpenAI's batch API"),
     "a topic of CAsT": ({"number": 31, "turn": [{"number": 1}]}, "found conversational topics with turns"),
@@ -171,6 +172,15 @@ def test_odd_files_are_read(case, tmp_path):
     load, content, expected = ODD[case]
     (tmp_path / "f").write_text(content, encoding="utf-8", newline="")
     assert load(tmp_path / "f") == expected
+
+
+def test_queries_with_images_are_not_read_for_their_text_alone(tmp_path):
+    row = {"qid": "8:1", "query_txt": "the same in red", "query_img_path": None}
+    (tmp_path / "f").write_text(json.dumps(row))
+    assert load_queries(tmp_path / "f") == {"8:1": "the same in red"}
+    (tmp_path / "f").write_text(json.dumps(row | {"query_img_path": "a.jpg"}))
+    with pytest.raises(SourceError, match="found queries with images, which are not read"):
+        load_queries(tmp_path / "f")
 
 
 def test_records_without_an_id_are_numbered_and_counted(tmp_path, write):
