@@ -190,6 +190,14 @@ def test_a_wrong_value_is_reported_once(minimal_recipe: Path) -> None:
         ),
         (["checkpoint.export.folder=out/monot5"], "out/monot5 contains 'monot5'"),
         (["data.train.identifiers=numbers"], "numbers can be served by generation alone"),
+        (
+            [
+                "objective.name=generation",
+                "data.eval={local: held, source: {run: a, queries: b, docs: c, judgments: d, identifiers: numbers}}",
+                "evaluation={interval: 1ep}",
+            ],
+            "windows of 20 candidates named by numbers are ranked by first_token only if the tokenizer has one token",
+        ),
     ],
 )
 def test_values_without_effect_or_hard_to_serve_warn(minimal_recipe: Path, overrides: list[str], sentence: str) -> None:
