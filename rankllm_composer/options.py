@@ -362,7 +362,7 @@ class RerankOptions:
         "Identifiers that a model without reranker.json was trained with; null = the contract's.", None
     )
     context_size_tokens: Whole | None = option(
-        "Most tokens of prompt and answer together; null = the contract's, or 4096.", None, unit="tokens", ge=1
+        "Most tokens of prompt and answer together; null = the contract's, or at most 4096.", None, unit="tokens", ge=1
     )
     constrained: Flag = option("Restrict generation to well-formed answers.", False)
     batch_tokens: Whole = option("Most tokens in one forward pass.", 16384, unit="tokens", ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -18,11 +19,16 @@ from support.real_tokenizers import build_tokenizer
 from support.small_run import mark_trained
 from support.synthetic_records import conversation
 from support.tiny_rerankers import new_contract, new_tokenizer, record_of
+from transformers import PretrainedConfig
 
 from rankllm_composer.model.attention import choose_attention
+from rankllm_composer.model.loading import load_config
+from rankllm_composer.model.remote_code import code_refused
+from rankllm_composer.options import ModelOptions, RerankOptions
 from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.ranking.decoding import check_not_nan
+from rankllm_composer.ranking.served_model import served_contract
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.sources.retrieval_files import load_queries, require_shared
@@ -138,6 +144,18 @@ def logits_that_are_nan(tools: Tools) -> None:
     check_not_nan(torch.full((1, 3), math.nan), [SimpleNamespace(id="q")])  # type: ignore[list-item]
 
 
+def no_contract(tools: Tools) -> None:
+    served_contract("model", None, new_tokenizer(), PretrainedConfig(), RerankOptions())
+
+
+def code_of_a_model(tools: Tools) -> None:
+    tools.folder.mkdir(exist_ok=True)
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tools.folder / "config.json").write_text(json.dumps(config))
+    with code_refused("the model"):
+        load_config(ModelOptions(name_or_path=str(tools.folder)))
+
+
 def exports_at_other_times(tools: Tools) -> None:
     keys = [
         "data.eval={local: w}",
@@ -175,6 +193,8 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "is the export of another run": another_runs_export,
     "logits contain NaN": logits_that_are_nan,
     "evaluation.best_by is set": exports_at_other_times,
+    "has no reranker.json": no_contract,
+    "comes with Python code": code_of_a_model,
 }
 
 

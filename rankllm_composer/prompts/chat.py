@@ -149,7 +149,7 @@ def identifier_token_ids(
 def _alternatives(tokenizer: PreTrainedTokenizerBase, num_candidates: int, style: IdentifierStyle, fit: int) -> str:
     """What can be used instead of identifiers of a style of which only the first `fit` are single tokens."""
     other: IdentifierStyle = "numbers" if style == "letters" else "letters"
-    ways = []
+    ways: list[str] = []
     if num_candidates <= MAX_CANDIDATES[other]:
         tokens = _identifiers(tokenizer, identifiers(num_candidates, other))
         ways = [other] if all(isinstance(token, int) for token in tokens) else []

@@ -23,7 +23,9 @@ from rankllm_composer.storage.content import check_content
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankllm_composer.prompts.permutations import IdentifierStyle
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -39,15 +41,17 @@ def load_served_model(
     """
     import torch
 
-    from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
+    from rankllm_composer.model.loading import load_causal_lm, load_config, load_tokenizer
     from rankllm_composer.model.remote_code import code_refused
 
     name = str(name_or_path)
     given = read_given_contract(name, options)
+    if given is None:
+        _description(name, options)  # fails now, not after the model is loaded
     source = ModelOptions(name_or_path=name, revision=options.revision, trust_remote_code=options.trust_remote_code)
     with code_refused(name):
-        tokenizer = load_tokenizer(source)
-    contract = served_contract(name, given, tokenizer, options)
+        tokenizer, config = load_tokenizer(source), load_config(source)
+    contract = served_contract(name, given, tokenizer, config, options)
     for note in template_notes(tokenizer):
         warn(note, stacklevel=2)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,10 +60,22 @@ def load_served_model(
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"device is {device!r}, which torch cannot use ({first_line(error)}). Use cpu.") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"{name}: the tokenizer has {len(tokenizer):,} tokens but the model only {config.vocab_size:,}. Restore "
+            "the tokenizer's files."
+        )
     with code_refused(name):
-        model = load_causal_lm(source, dtype=_dtype(source, options, place))
+        model = load_causal_lm(source, config=config, dtype=_dtype(config, options, place))
+    try:
+        model = model.to(place).eval()  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{name} does not fit the memory of {device} ({first_line(error)}). Use --dtype bfloat16, another device "
+            "or a smaller model."
+        ) from error
     version = _folder_version(Path(name)) if Path(name).is_dir() else f"{name} {_commit(model)}"
-    return model.to(place).eval(), tokenizer, contract, version
+    return model, tokenizer, contract, version
 
 
 def read_given_contract(name: str, options: RerankOptions) -> DecodingContract | None:
@@ -88,7 +104,11 @@ def read_given_contract(name: str, options: RerankOptions) -> DecodingContract |
 
 
 def served_contract(
-    name: str, given: DecodingContract | None, tokenizer: PreTrainedTokenizerBase, options: RerankOptions
+    name: str,
+    given: DecodingContract | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    options: RerankOptions,
 ) -> DecodingContract:
     """The contract that a model came with, or the one that the options describe.
 
@@ -97,7 +117,7 @@ def served_contract(
         RunError: the options contradict the contract, or leave something open where there is none.
     """
     if given is None:
-        return _described_contract(name, tokenizer, options)
+        return _described_contract(name, tokenizer, config, options)
     if chat_template_sha256(tokenizer) != given.chat_template_sha256:
         raise ModelError(
             f"{name}: the tokenizer's chat template is not the one that the model was trained with (the hash in "
@@ -116,32 +136,37 @@ def served_contract(
     return dataclasses.replace(given, context_size_tokens=options.context_size_tokens)
 
 
-def _described_contract(name: str, tokenizer: PreTrainedTokenizerBase, options: RerankOptions) -> DecodingContract:
-    of_decoding: dict[str | None, ObjectiveName] = {"first_token": "combined", "generation": "generation"}
-    objective = options.objective or of_decoding.get(options.decoding)
-    missing = [
-        example
-        for value, example in (
-            (objective, "--decoding generation (or first_token, for a model trained with a ranking loss)"),
-            (options.identifiers, "--identifiers letters (or numbers)"),
-            (options.window_size, "--window 20"),
-        )
-        if value is None
-    ]
-    if missing:
-        raise RunError(
-            f"{name} has no {CONTRACT_FILE}, so how to prompt and read it has to be given. Add what it was trained "
-            f"with: {', '.join(missing)}."
-        )
-    assert objective is not None and options.identifiers is not None and options.window_size is not None
+def _described_contract(
+    name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, options: RerankOptions
+) -> DecodingContract:
+    objective, style, window = _description(name, options)
     return decoding_contract(
         tokenizer,
         objective,
-        options.identifiers,
-        num_identifiers=options.window_size,
+        style,
+        num_identifiers=window,
         stride=options.stride,
-        context_size_tokens=options.context_size_tokens or 4096,
+        context_size_tokens=options.context_size_tokens or min(4096, _num_positions(config)),
     )
+
+
+def _description(name: str, options: RerankOptions) -> tuple[ObjectiveName, IdentifierStyle, int]:
+    """Objective, identifiers and window that the options give; RunError if one of them is missing."""
+    of_decoding: dict[str | None, ObjectiveName] = {"first_token": "combined", "generation": "generation"}
+    objective = options.objective or of_decoding.get(options.decoding)
+    style, window = options.identifiers, options.window_size
+    if objective is None or style is None or window is None:
+        examples = {
+            "--decoding generation (or first_token, for a model trained with a ranking loss)": objective,
+            "--identifiers letters (or numbers)": style,
+            "--window 20": window,
+        }
+        missing = ", ".join(example for example, value in examples.items() if value is None)
+        raise RunError(
+            f"{name} has no {CONTRACT_FILE}, so how to prompt and read it has to be given. Add what it was trained "
+            f"with: {missing}."
+        )
+    return objective, style, window
 
 
 def check_weight_files(folder: Path) -> None:
@@ -158,19 +183,17 @@ def check_weight_files(folder: Path) -> None:
         raise ModelError(f"{path} names the file {outside[0]!r}, which is not in its folder. Do not use this model.")
 
 
-def _dtype(source: ModelOptions, options: RerankOptions, device: torch.device) -> torch.dtype:
+def _num_positions(config: PretrainedConfig) -> int:
+    """Tokens that a model was made for; the client's context if it does not say."""
+    return int(getattr(config, "max_position_embeddings", None) or 4096)
+
+
+def _dtype(config: PretrainedConfig, options: RerankOptions, device: torch.device) -> torch.dtype:
     import torch
 
     if options.dtype is not None:
         return getattr(torch, options.dtype)  # type: ignore[no-any-return]
-    if device.type == "cpu":
-        return torch.float32
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        source.name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
-    return config.torch_dtype or torch.float32
+    return torch.float32 if device.type == "cpu" else config.torch_dtype or torch.float32
 
 
 def _commit(model: PreTrainedModel) -> str:

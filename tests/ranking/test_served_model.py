@@ -130,6 +130,20 @@ def test_what_is_neither_a_folder_nor_a_model_is_named(command, tmp_path):
     assert code == 2 and "cannot load" in err
 
 
+def test_a_short_model_gets_its_own_context_and_another_tokenizer_is_refused(plain, tmp_path):
+    folder, options = tmp_path / "short", RerankOptions(decoding="generation", identifiers="letters", window_size=4)
+    shutil.copytree(plain, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    assert Reranker.from_pretrained(folder, options).contract.context_size_tokens == 512
+    assert Reranker.from_pretrained(plain, options).contract.context_size_tokens == 4096
+    longer = new_tokenizer()
+    longer.add_tokens(["<more>"])
+    longer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"the tokenizer has .* tokens but the model only"):
+        Reranker.from_pretrained(folder, options)
+
+
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
