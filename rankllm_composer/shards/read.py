@@ -12,11 +12,12 @@ import numpy as np
 from rankllm_composer.errors import ShardError
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.shards.index import INDEX_NAME, Shard, parse_index, record_from_sample
+from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardFile, record_from_sample
+from rankllm_composer.shards.manifest import read_set
 from rankllm_composer.shards.prepared import find_difference
-from rankllm_composer.shards.unpack import unpack
+from rankllm_composer.shards.unpack import difference, unpack
 from rankllm_composer.sources.records import open_source, read_records
-from rankllm_composer.storage.object_store import Folder, inside, open_folder
+from rankllm_composer.storage.object_store import Folder, LocalFolder, inside, open_folder
 from rankllm_composer.storage.scratch import scratch_folder
 
 
@@ -42,16 +43,15 @@ class SplitRecords:
         self._shards: list[tuple[Path, Folder, Shard]] = []
         missing = ", ".join(folder.name for (_, folder), text in zip(folders, texts) if text is None)
         if not missing and source is not None:
-            (local, remote), *_ = sets
-            difference = find_difference(remote or local, source, local, "data.train")
+            cache, remote = sets[0]
+            difference = find_difference(remote or cache, source, cache, "data.train")
             if difference is not None and not rebuild:
                 raise difference
             missing = "" if difference is None else f"{folders[0][1].name} from this source"
         if not missing:
             self._source = None
-            for (local, folder), text in zip(folders, texts):
-                shards = parse_index(text or b"", f"{folder.name}/{INDEX_NAME}")
-                self._shards += [(local, folder, shard) for shard in shards]
+            for local, folder in folders:
+                self._shards += [(local, folder, shard) for shard in read_set(folder)[0]]
             self.place = ", ".join(folder.name for _, folder in folders)
             return
         if source is None:
@@ -116,24 +116,43 @@ def _read_shard(local: Path, folder: Folder, shard: Shard, *, first: int) -> Ite
     """Records of a shard from sample `first` on; an uncompressed file in `local` is read instead of a download."""
     from streaming.base.format import reader_from_json
 
+    def refuse(file: ShardFile, problem: object) -> ShardError:
+        return ShardError(f"{folder.name}/{file.basename}: {problem}. Run rankllm-composer shards verify for details.")
+
     unpacked = inside(local, shard.raw.basename)
     if unpacked.exists():
         data = unpacked.read_bytes()
     else:
-        with scratch_folder() as scratch:
-            data = folder.fetch(shard.published.basename, scratch).read_bytes()
+        data = _fetch(folder, shard.published)
+        problem = difference(data, shard.published)
+        if problem is not None:
+            raise refuse(shard.published, problem)
         if shard.compression is not None:
             try:
                 data = unpack(data, shard.compression, shard.raw.num_bytes)
             except ValueError as error:
-                place = f"{folder.name}/{shard.published.basename}"
-                raise ShardError(f"{place}: {error}. Run rankllm-composer shards verify for details.") from error
-    if len(data) != shard.raw.num_bytes:
-        raise ShardError(
-            f"{folder.name}/{shard.raw.basename}: size is {len(data):,} bytes; expected {shard.raw.num_bytes:,}. "
-            "Run rankllm-composer shards verify for details."
-        )
+                raise refuse(shard.published, error) from error
+    found = int.from_bytes(data[:4], "little")
+    problem = difference(data, shard.raw)
+    if problem is None and found != shard.num_samples:
+        problem = f"contains {found:,} lists; expected {shard.num_samples:,} by the index"
+    if problem is not None:
+        raise refuse(shard.raw, problem)
     reader: Any = reader_from_json("", None, shard.entry)
     bounds = np.frombuffer(data, np.uint32, shard.num_samples + 1, offset=4)
     for begin, end in zip(bounds[first:-1], bounds[first + 1 :]):
         yield record_from_sample(reader.decode_sample(data[begin:end]))
+
+
+def _fetch(folder: Folder, file: ShardFile) -> bytes:
+    """Content of a file; from a store, fetched a second time if it does not match the index."""
+    with scratch_folder() as scratch:
+        for is_last in (isinstance(folder, LocalFolder), True):
+            path = folder.fetch(file.basename, scratch)
+            if not path.exists():
+                raise ShardError(f"{folder.name}/{file.basename}: is missing. Fetch or build it again.")
+            data = path.read_bytes()
+            if is_last or difference(data, file) is None:
+                break
+            path.unlink()
+    return data

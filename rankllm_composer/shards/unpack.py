@@ -1,9 +1,23 @@
-"""Decompression of a shard, to at most the size that its index tells."""
+"""The content of a shard's files: compared with the index, and decompressed to at most the size that it tells."""
 
 from __future__ import annotations
 
+from rankllm_composer.shards.index import ShardFile
+
 # Codecs of pyarrow by streaming's names. They unpack piece by piece, streaming's own whole files of any size.
 _CODECS = {"zstd": "zstd", "gz": "gzip", "br": "brotli", "bz2": "bz2"}
+
+
+def difference(data: bytes, file: ShardFile) -> str | None:
+    """How the content of a file differs from its size and hashes in the index; None if it does not."""
+    from streaming.base.hashing import get_hash, is_hash
+
+    if len(data) != file.num_bytes:
+        return f"size is {len(data):,} bytes; expected {file.num_bytes:,}"
+    for algorithm, expected in file.hashes.items():
+        if is_hash(algorithm) and get_hash(algorithm, data) != expected:
+            return f"is corrupt, its {algorithm} differs from the index"
+    return None
 
 
 def unpack(data: bytes, compression: str, num_bytes: int) -> bytes:

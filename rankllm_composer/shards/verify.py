@@ -25,7 +25,7 @@ from rankllm_composer.shards.index import (
     record_from_sample,
 )
 from rankllm_composer.shards.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from rankllm_composer.shards.unpack import unpack
+from rankllm_composer.shards.unpack import difference, unpack
 from rankllm_composer.storage.object_store import Folder, LocalFolder, open_folder
 from rankllm_composer.storage.scratch import scratch_folder
 
@@ -198,20 +198,15 @@ def _read(path: Path, file: ShardFile, problem: Callable[[str], None]) -> bytes 
 
 
 def _matches(data: bytes, file: ShardFile, problem: Callable[[str], None]) -> bool:
-    from streaming.base.hashing import get_hash, is_hash
+    from streaming.base.hashing import is_hash
 
-    if len(data) != file.num_bytes:
-        problem(f"{file.basename}: size is {len(data):,} bytes; expected {file.num_bytes:,}. {_REFETCH}")
-        return False
-    known = [algorithm for algorithm in file.hashes if is_hash(algorithm)]
-    if not known:
+    found = difference(data, file)
+    if found is not None:
+        problem(f"{file.basename}: {found}. {_REFETCH}")
+    elif not any(map(is_hash, file.hashes)):
         problem(f"{file.basename}: the index has no hash of it with a known algorithm. {_REBUILD}")
         return False
-    for algorithm in known:
-        if get_hash(algorithm, data) != file.hashes[algorithm]:
-            problem(f"{file.basename}: is corrupt, its {algorithm} differs from the index. {_REFETCH}")
-            return False
-    return True
+    return found is None
 
 
 def _samples(raw: bytes, shard: Shard, problem: Callable[[str], None]) -> list[bytes]:

@@ -243,6 +243,7 @@ def clear_store(client, bucket: str) -> None:
 
 @causes(
     "checkpoint-store-refuses",
+    "checkpoint-store-fails-a-while",
     "checkpoint-store-missing",
     "checkpoint-store-empty",
     "checkpoint-copy-short",
@@ -257,6 +258,13 @@ def checkpoint_store(key: str, tools: Tools) -> Ended:
         if key != "checkpoint-store-missing":
             server.client().create_bucket(Bucket="faults")
         try:
+            if key == "checkpoint-store-fails-a-while":
+                refusals = iter([503] * 7)  # the client itself tries five times
+                server.on_put = lambda name: next(refusals, None)
+                resumable_runs.train(here, "1ba", url=url)
+                assert next(refusals, None) is None and (there.parent / "run").exists()
+                assert any(name.endswith("ep0-ba1/checkpoint.json") for name in server.keys("faults"))
+                return CONTINUED
             if key == "checkpoint-store-refuses":
                 server.on_put = lambda name: 403 if "/ep0" in name else None
             elif key == "checkpoint-copy-short":
