@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from rankllm_composer import __version__, screen
 from rankllm_composer.cli_options import flag, with_options
@@ -46,8 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--traceback" in given:
             raise
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        if isinstance(error, ValidationError):
-            text = "\n".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors())
         screen.report(f"error: {text}")
         raise SystemExit(2) from None
 

@@ -11,11 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import ValidationError
 
-from rankllm_composer.errors import RankLLMComposerError
+from rankllm_composer.errors import RankLLMComposerError, RecipeError
 from rankllm_composer.recipe.keys import Key, keys_of
-from rankllm_composer.recipe.validate import problems_in
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -103,8 +101,6 @@ def _value(key: Key, given: Any) -> Any:
 def _create(kind: Any, values: Mapping[str, Any], flags: Mapping[str, str]) -> Any:
     try:
         return kind(**values)
-    except ValidationError as error:
-        problems = [
-            problem._replace(key=flag(flags.get(problem.key, problem.key))) for problem in problems_in(error, kind)
-        ]
+    except RecipeError as error:
+        problems = [problem._replace(key=flag(flags.get(problem.key, problem.key))) for problem in error.problems]
         raise RankLLMComposerError("\n".join(map(str, problems))) from None

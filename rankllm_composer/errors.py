@@ -5,11 +5,14 @@ A message says where, what it is, what is expected and what to do. `assert` is f
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rankllm_composer.escaping import for_screen
+
+T = TypeVar("T")
 
 
 class RankLLMComposerError(ValueError):
@@ -36,12 +39,34 @@ class Problem(NamedTuple):
 
 
 class RecipeError(RankLLMComposerError):
-    """A recipe cannot be used. `problems` lists everything that is wrong with it, not only the first."""
+    """A recipe, or options, cannot be used. `problems` lists everything that is wrong, not only the first."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source
         self.problems = tuple(problems)
         super().__init__("\n  ".join([f"{source}: {counted(len(problems), 'problem')}", *map(str, problems)]))
+
+
+def worded(kind: type[T]) -> type[T]:
+    """Word what is wrong with the arguments of a pydantic dataclass as in a recipe, in a RecipeError."""
+    build: Any = kind.__init__
+
+    @functools.wraps(build)
+    def checked(self: T, *unnamed: Any, **named: Any) -> None:
+        from pydantic import ValidationError
+
+        if unnamed:
+            found = f"given {len(unnamed)} without a name"
+            raise RecipeError(kind.__name__, [Problem("options", found, "each by its name", "Write NAME=VALUE.")])
+        try:
+            build(self, **named)
+        except ValidationError as error:
+            from rankllm_composer.recipe.validate import problems_in
+
+            raise RecipeError(kind.__name__, list(problems_in(error, kind))) from None
+
+    kind.__init__ = checked  # type: ignore[method-assign, assignment]
+    return kind
 
 
 class RecordError(RankLLMComposerError):

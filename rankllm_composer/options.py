@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, StringConstraints, WrapValidator
 from pydantic.dataclasses import dataclass
 
-from rankllm_composer.errors import Problem, SourceError
+from rankllm_composer.errors import Problem, SourceError, worded
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle
 
 ObjectiveName = Literal["generation", "ranking", "combined"]
@@ -126,6 +126,7 @@ def option(meaning: str, default: Any = ..., *, unit: str = "", **rules: Any) ->
     return Field(default_factory=default, **rules) if isinstance(default, type) else Field(default, **rules)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SourceOptions:
     """Where teacher-ranked lists come from: records, or a first-stage run with judgments or a teacher's run."""
@@ -212,6 +213,7 @@ class SourceOptions:
             raise SourceError(problems)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class BuildOptions:
     """How a set of shards is written."""
@@ -241,6 +243,7 @@ class BuildOptions:
     )
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class StreamOptions:
     """How sets of shards are read while training."""
@@ -268,6 +271,7 @@ class StreamOptions:
     download_timeout_seconds: Whole = option("Longest download of one shard.", 60, unit="seconds", ge=1)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class BatchOptions:
     """Lists per update and per forward pass."""
@@ -314,6 +318,7 @@ class BatchOptions:
             yield Problem("batch.global_lists", str(self.global_lists), f"a multiple of {step} ({factors})", remedy)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ModelOptions:
     """Which causal LM, from where, and how it computes."""
@@ -346,6 +351,7 @@ class ModelOptions:
     compile: Flag = option("Compile the model with torch.compile.", False)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class RerankOptions:
     """How candidates are reranked with a model, and how its answers are decoded."""

@@ -12,6 +12,7 @@ from annotated_types import Ge, Lt
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
+from rankllm_composer.errors import worded
 from rankllm_composer.model.loss_table import RankingLoss
 from rankllm_composer.options import (
     CONFIG,
@@ -50,6 +51,7 @@ def time(key: str, meaning: str, default: str) -> Any:
     return option(meaning, default, unit="Composer time", pattern=time_pattern(key), examples=examples)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Run:
     """Name, folder and length of a run."""
@@ -71,6 +73,7 @@ class Run:
     )
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Lora:
     """Low-rank adapters."""
@@ -96,6 +99,7 @@ class Lora:
     )
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Model(ModelOptions):
     """The model to train."""
@@ -103,6 +107,7 @@ class Model(ModelOptions):
     lora: Lora | None = option("Train low-rank adapters only; null = train all weights.", None)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Stream:
     """One of several sets of shards that are mixed."""
@@ -118,6 +123,7 @@ class Stream:
     )
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Sets:
     """Where the shards of a split are, and what they are built from."""
@@ -131,6 +137,7 @@ class Sets:
     streams: tuple[Stream, ...] = option("Several sets of shards mixed, instead of `remote` and `local`.", ())
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Split(StreamOptions, Sets):  # the keys of Sets come first
     """Lists to train or to evaluate on."""
@@ -139,6 +146,7 @@ class Split(StreamOptions, Sets):  # the keys of Sets come first
     identifiers: IdentifierStyle | None = option("Identifiers in the prompt; null = those of the shards.", None)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Data:
     """The lists, and how they are read."""
@@ -154,6 +162,7 @@ class Data:
     eval: Split | None = option("Lists to evaluate on; null = none.", None)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Objective:
     """What the model is trained for."""
@@ -169,6 +178,7 @@ class Objective:
     ranking_loss_options: dict[str, Any] = option("Arguments of that loss, such as {weighted: true}.", {})
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Neftune:
     """Noise on the embeddings while training."""
@@ -176,6 +186,7 @@ class Neftune:
     alpha: Number = option("Noise on the embeddings: uniform in ±alpha / sqrt(tokens * hidden size).", 5.0, gt=0)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Optimizer:
     """The optimizer and its settings."""
@@ -196,6 +207,7 @@ class Optimizer:
     )
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Schedule:
     """The learning rate over the run."""
@@ -207,6 +219,7 @@ class Schedule:
     )
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Parallelism:
     """How a run is distributed over ranks, and its precision."""
@@ -223,6 +236,7 @@ class Parallelism:
     )
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Export:
     """HF folders that are written while training."""
@@ -235,6 +249,7 @@ class Export:
     merge_lora: Flag = option("Merge the adapters into the weights; false = export them separately.", True)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Checkpoint:
     """What is saved, to resume from and to serve."""
@@ -251,6 +266,7 @@ class Checkpoint:
     export: Export | None = option("HF folders for inference; null = none.", Export)
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Evaluation:
     """Rankings measured while training."""
@@ -273,6 +289,7 @@ class Evaluation:
     )
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Logging:
     """What is printed and logged."""
@@ -283,6 +300,7 @@ class Logging:
     callbacks: dict[CallbackName, Arguments] = option("Composer callbacks by name, with their arguments.", {})
 
 
+@worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Recipe:
     """A complete training run. `load.load_recipe` creates and checks it."""
