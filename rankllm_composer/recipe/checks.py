@@ -344,7 +344,7 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
             keys = [f"{section}.source.{name}" for name in FROM_RUN if name not in FOR_PASSAGES]
             reasons |= dict.fromkeys(keys, f"{section}.source.input is set")
         elif split.source is not None:
-            keys = [f"{section}.source.{name}" for name in ("split", "config")]
+            keys = [f"{section}.source.{name}" for name in ("split", "config", "answers")]
             reasons |= dict.fromkeys(keys, f"{section}.source.input is null")
     return reasons
 

@@ -34,6 +34,7 @@ FREE = (
     "batch.microbatch_lists",
     "batch.microbatch_tokens",
     "batch.packing",
+    "batch.packing",
     "optimizer.max_skipped_updates",
     "parallelism.reshard_after_forward",
     "parallelism.device",

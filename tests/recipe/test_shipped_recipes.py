@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from support.recipes import PUBLISHED, SCHEMA, YAMLS, write_recipe
 
+from rankllm_composer.options import FOR_PASSAGES
 from rankllm_composer.recipe.checks import check_world, without_effect
 from rankllm_composer.recipe.load import load_recipe, merge_recipe, recipe_to_yaml
 
@@ -31,13 +32,15 @@ def test_recipe_sets_every_key_it_uses(path: Path) -> None:
         if split is not None and split.source is not None:
             other_kind = ("input",) if split.source.run else ("run", "judgments", "teacher_run", "queries", "docs")
             unset -= {f"{section}.source.{name}" for name in other_kind}
+            if split.source.input:  # for queries with graded passages only; these are conversations
+                unset -= {f"{section}.source.{name}" for name in FOR_PASSAGES}
     assert unset == set()
 
 
 def test_keys_without_effect() -> None:
     """Keys that the published recipes do not need to set."""
-    from_run = {"window", "stride", "lists_per_query", "depth", "max_passage_words", "identifiers", "seed"}
-    from_run = {f"data.train.source.{name}" for name in (*from_run, "require_relevant")}
+    from_run = {"stride", "lists_per_query", "depth", "require_relevant", "duplicates"}
+    from_run = {f"data.train.source.{name}" for name in from_run}
     ranking = {"objective.ranking_weight", "objective.ranking_loss", "objective.ranking_loss_options"}
     first, zephyr = (load_recipe(path) for path in PUBLISHED)
     assert set(without_effect(first)) == {"data.eval", "checkpoint.export.merge_lora", *from_run}
