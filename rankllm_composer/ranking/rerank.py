@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import RunError
+from rankllm_composer.escaping import in_one_line
 from rankllm_composer.options import RerankOptions
 from rankllm_composer.ranking.comparison import (
     DEFAULT_MEASURES,
@@ -179,6 +180,7 @@ def rerank_run(
             f"run: none of its {len(first_stage)} queries is among the {len(queries)} queries given. Check that both "
             "are of the same collection."
         )
+    _check_ids(reranker.options.top_k, {qid: first_stage[qid] for qid in qids}, documents)
     reranker.check_queries({qid: queries[qid] for qid in qids}, first_stage)
     presented = hashlib.blake2b(digest_size=16)
     for qid in qids:
@@ -210,6 +212,23 @@ def rerank_run(
         ranked = [finished[qid] for qid in qids]
         write_run(output, {query.qid: query.docids for query in ranked})
     return ranked
+
+
+def _check_ids(top_k: int, run: Mapping[str, Sequence[str]], documents: Mapping[str, str]) -> None:
+    """Raise RunError if a candidate has no text, or an id cannot be written into a TREC run."""
+    missing = sorted({docid for docids in run.values() for docid in docids[:top_k] if docid not in documents})
+    if missing:
+        raise RunError(
+            f"documents: {len(missing)} of the run have no text, such as {in_one_line(missing[:3])}. Give the "
+            "collection that the run was made from."
+        )
+    for what, ids in (("query", run.keys()), ("document", {id for docids in run.values() for id in docids})):
+        apart = next((id for id in ids if id.split() != [id]), None)
+        if apart is not None:
+            raise RunError(
+                f"run: the {what} id {apart!r} is empty or holds white space; expected one word, because white space "
+                "separates the columns of a TREC run. Rename it in all files."
+            )
 
 
 def write_run(path: Path, rankings: Mapping[str, Sequence[str]]) -> None:

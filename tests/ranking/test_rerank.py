@@ -311,6 +311,24 @@ def test_queries_that_do_not_match_the_run(tmp_path):
         reranker.rerank_run({"b": ["d"]}, {"a": "x"}, {}, tmp_path / "out.trec")
 
 
+@pytest.mark.parametrize(
+    "run, documents, message",
+    [
+        ({"a": ["d", "e"]}, {"d": "heat"}, "documents: 1 of the run have no text, such as e"),
+        ({"a": ["d", "e 1"]}, {"d": "heat", "e 1": "flow"}, "the document id 'e 1' is empty or holds white space"),
+        ({"a": ["d", ""]}, {"d": "heat", "": "flow"}, "the document id '' is empty or holds white space"),
+        ({"a\tb": ["d", "e"]}, {"d": "heat", "e": "flow"}, r"the query id 'a\\tb' is empty or holds white space"),
+    ],
+)
+def test_ids_that_the_end_could_not_write_are_refused_first(run, documents, message, tmp_path):
+    tokenizer, model = new_tokenizer(), KnownReranker()
+    with pytest.raises(RunError, match=message):
+        Reranker(model, tokenizer, new_contract(tokenizer)).rerank_run(
+            run, dict.fromkeys(run, "heat"), documents, tmp_path / "out.trec"
+        )
+    assert model.num_forwards == 0 and list(tmp_path.iterdir()) == []
+
+
 # Inputs
 
 
