@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,9 +10,13 @@ import threading
 
 import pytest
 
+from rankllm_composer.errors import RunError
 from rankllm_composer.processes import start_of
 from rankllm_composer.training import stopping
-from rankllm_composer.training.stopping import Peer, PeerWatch, Preempted, on_stop_signals
+from rankllm_composer.training.run import announce_stop, claim_run_folder
+from rankllm_composer.training.stopping import Peer, PeerWatch, Preempted, on_stop_signals, raise_preempted
+
+RECIPE_TEXT = "run: {seed: 1}"
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +125,35 @@ def test_a_single_process_exits_at_once(capsys):
     watch = PeerWatch()
     assert watch.exit_code(ValueError("recipe.yaml: absent")) == 2
     assert capsys.readouterr().err == "error: recipe.yaml: absent\n"
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """`nohup` ignores SIGHUP, so that a closed terminal does not stop the run."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = on_stop_signals(raise_preempted)
+    assert signal.getsignal(signal.SIGHUP) == before[signal.SIGHUP] == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is raise_preempted
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    on_stop_signals(raise_preempted)
+    with pytest.raises(Preempted, match=r"^stop requested .SIGTERM, SIGHUP, or the launcher is gone. outside training"):
+        signal.raise_signal(signal.SIGHUP)
+
+
+def test_a_run_that_is_stopping_is_waited_for_by_its_successor(tmp_path, capfd):
+    """A killed launcher may be started again while its ranks still write a checkpoint."""
+    ready, is_over = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(is_over[1])
+        with claim_run_folder(tmp_path, RECIPE_TEXT):
+            announce_stop(tmp_path)
+            os.write(ready[1], b"x")
+            os.read(is_over[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    threading.Timer(0.3, os.close, [is_over[1]]).start()
+    with claim_run_folder(tmp_path, RECIPE_TEXT):
+        assert os.waitpid(child, 0)[1] == 0
+        assert f"{tmp_path}: waiting for the run that is stopping there" in capfd.readouterr().err
+        with pytest.raises(RunError, match="another process is training"), claim_run_folder(tmp_path, RECIPE_TEXT):
+            pass  # this one is not stopping
