@@ -11,7 +11,7 @@ STAGES ?= 1
 # Let the C library reuse freed memory, which is faster on CPU (benchmarks/heap.py).
 ONE_HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
 
-.PHONY: help setup demo browser test serve-check check docs site rehearse bench soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
+.PHONY: help setup demo browser test serve-check audit check docs site rehearse bench soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -49,6 +49,11 @@ check: setup  ## run the linter, the formatter and the type checker
 	$(BIN)/ruff check rankllm_composer tests benchmarks
 	$(BIN)/ruff format --check rankllm_composer tests benchmarks
 	$(BIN)/mypy
+
+audit:  ## compare the exact versions of constraints.txt with public advisories (needs the network)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.7,<3'
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 docs: setup  ## generate docs/recipe.md, the reference of recipe keys, and yamls/recipe.schema.json
 	$(BIN)/rankllm-composer recipes keys --markdown > docs/recipe.md
@@ -92,4 +97,4 @@ train-smollm2: setup  ## train SmolLM2-135M on CPU on COLLECTION, and evaluate o
 	  $(if $(OTHER),--other $(OTHER)) --folder $(RUNS)/smollm2 $(SET)
 
 clean:  ## remove .venv, build and runs
-	rm -rf .venv .venv-vllm build $(RUNS)
+	rm -rf .venv .venv-vllm .venv-audit build $(RUNS)

@@ -200,6 +200,27 @@ def test_sources_look(run: Run, tmp_path: Path) -> None:
     assert "records.json: conversations (array), read for training records" in outcome.out
 
 
+def test_text_of_records_cannot_act_on_the_terminal(run: Run, tmp_path: Path) -> None:
+    """Ids with escapes and line breaks, as `shards build`, `info` and `verify` print them."""
+    records = json.loads(RECORDS.read_text())[:2]
+    name = "\x1b]0;title\x07\x9b31m\nerror: not one of ours\r\u202e"
+    for record in records:
+        record["id"] = name
+    source = tmp_path / "records\x1b[2J.json"
+    source.write_text(json.dumps(records))
+    target = tmp_path / "set"
+    outcomes = [run("shards", "build", "--input", source, "--output", target, "--processes", 1)]
+    outcomes += [run("shards", "info", target), run("shards", "verify", target, "--records")]
+    records[0]["conversations"][-1]["value"] = name
+    source.write_text(json.dumps(records))
+    outcomes.append(run("shards", "build", "--input", source, "--output", tmp_path / "bad"))
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0, 2]
+    assert "1 duplicate ids (\\x1b]0;title\\x07\\x9b31m\\nerror: not one of ours\\r\\u202e)" in outcomes[2].out
+    for shown in (part for outcome in outcomes for part in (outcome.out, outcome.err)):
+        assert all(char.isprintable() or char == "\n" for char in shown)
+        assert "\nerror: not one" not in shown
+
+
 def test_build_info_verify(run: Run, tmp_path: Path) -> None:
     target = tmp_path / "set"
     built = run("shards", "build", "--input", RECORDS, "--output", target, "--processes", 1)

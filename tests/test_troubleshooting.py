@@ -25,7 +25,7 @@ from rankllm_composer.model.attention import choose_attention
 from rankllm_composer.model.loading import load_config
 from rankllm_composer.model.remote_code import code_refused
 from rankllm_composer.options import ModelOptions, RerankOptions
-from rankllm_composer.prompts.chat import check_tokenizer
+from rankllm_composer.prompts.chat import check_tokenizer, template_notes
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.ranking.decoding import check_not_nan
 from rankllm_composer.ranking.served_model import served_contract
@@ -87,6 +87,18 @@ def merged_identifiers(tools: Tools) -> None:
 def no_template(tools: Tools) -> None:
     tokenizer = build_tokenizer("mistral_v3")
     tokenizer.chat_template = None
+    check_tokenizer(tokenizer, "combined", "letters", 2)
+
+
+def printed_date(tools: Tools) -> None:
+    tokenizer = build_tokenizer("mistral_v3")
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    raise ValueError(next(template_notes(tokenizer)))  # a warning
+
+
+def endless_template(tools: Tools) -> None:
+    tokenizer = build_tokenizer("mistral_v3")
+    tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     check_tokenizer(tokenizer, "combined", "letters", 2)
 
 
@@ -180,6 +192,8 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "found …, read as": another_file,
     "is several tokens": merged_identifiers,
     "has no chat template": no_template,
+    "the chat template prints the date": printed_date,
+    "it takes more than 200,000 steps": endless_template,
     "model.attention": no_flash,
     "optimizer.name": no_bitsandbytes,
     "logging.loggers.wandb": no_wandb,

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,19 @@ def test_number_of_bos_tokens_is_compared_with_the_clients(mistral_v3_tokenizer)
     )
     without = Record("q", "", RECORD.user, RECORD.response)
     assert "writes 1 beginning-of-sequence tokens before this record, but 2" in serving_differences(without, alone)[0]
+
+
+def test_what_is_shown_of_a_record_cannot_act_on_the_terminal(zephyr_v1_tokenizer):
+    word = RECORD.user.split("[A] ")[1].split()[0]
+    user = RECORD.user.replace(word, "\x1b[2J\x07\u202e")
+    num = RECORD.response.count("[")
+    record = replace(RECORD, id="\x1b]0;x\x07\nproblem: none", user=user, docids=tuple(["\x9bd\r\n"] * num))
+    found = inspect_record(record, zephyr_v1_tokenizer, "generation", max_length_tokens=9000)
+    lines = list(found.lines(color=False))
+    assert lines[0] == "record \\x1b]0;x\\x07\\nproblem: none"
+    assert all(line.isprintable() for line in lines) and any("\\x9bd\\r\\n" in line for line in lines)
+    colors = re.compile(r"\x1b\[[0-9;]*m")
+    assert all(colors.sub("", line).isprintable() for line in found.lines(color=True))
 
 
 def test_notes(zephyr_v1_tokenizer):

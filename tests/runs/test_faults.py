@@ -47,7 +47,8 @@ from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.model.self_check import check_model
 from rankllm_composer.options import ModelOptions
-from rankllm_composer.prompts.chat import check_tokenizer
+from rankllm_composer.prompts.chat import check_tokenizer, template_notes
+from rankllm_composer.prompts.template import fix_date
 from rankllm_composer.ranking.reranker import Reranker
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
 from rankllm_composer.storage.private_folder import private_folder
@@ -881,12 +882,19 @@ def failing_library(key: str, tools: Tools) -> Ended:
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-@causes("no-pad-token", "no-chat-template")
+@causes("no-pad-token", "no-chat-template", "endless-chat-template", "template-prints-the-date")
 def tokenizer(key: str, tools: Tools) -> Ended:
     found = new_tokenizer()
     assert found.pad_token is None
     if key == "no-chat-template":
         found.chat_template = None
+    if key == "endless-chat-template":
+        found.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    if key == "template-prints-the-date":
+        found.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(found.chat_template)
+        assert ["prints the date" in note for note in template_notes(found)] == [True]
+        fix_date(found, "2024-07-26")
+        assert list(template_notes(found)) == []
     check_tokenizer(found, "generation")
     return CONTINUED
 
