@@ -57,6 +57,7 @@ from rankllm_composer.training.dry_run import DryRun
 from rankllm_composer.training.failures import explained_failures
 from rankllm_composer.training.guards import EpochGuard, LossGuard
 from rankllm_composer.training.progress import MetricsFile, read_metrics
+from rankllm_composer.training.rendezvous import VARIABLES, meet
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
 
 TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
@@ -729,6 +730,14 @@ def another_source(key: str, tools: Tools) -> Ended:
     build_from_file(tools.folder / "set", old)
     keys = [f"data.train.local={tools.folder / 'set'}", f"data.train.source.input={new}"]
     prepare_shards(load_recipe(RECIPE, keys).data.train, "data.train")
+    return CONTINUED
+
+
+@causes("rank-never-starts")
+def leftover_variables(key: str, tools: Tools) -> Ended:
+    for name, value in zip(VARIABLES, ("1", "2", "1", "2", "127.0.0.1", "1")):
+        tools.patch.setenv(name, value)
+    meet(0.1)
     return CONTINUED
 
 
