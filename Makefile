@@ -73,6 +73,7 @@ soak: setup  ## kill small runs at KILLS random moments and compare them with un
 
 # Build shards, train, export, and print the command that serves the result. Variables: NPROC (processes, one per GPU),
 # DATA (records to build shards from; DATA2 for the second stage), MODEL (base model), SET (more key=value overrides).
+# Shards that were built from other DATA stop the run; SET=data.train.rebuild=true builds them again.
 reproduce-first-mistral: setup  ## train FirstMistral (combined objective, 8 GPUs)
 	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/first_mistral.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
