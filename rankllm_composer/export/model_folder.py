@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -284,11 +284,10 @@ def _skeleton(model: ServedModel, weights: Weights) -> PreTrainedModel:
 def _on_meta(model: ServedModel, served: PretrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(served)
     config._attn_implementation = "eager"
+    make: Any = AutoModelForCausalLM.from_config if model.model_class is None else model.model_class._from_config
     with torch.device("meta"), no_init_weights():
-        if model.model_class is None:
-            make: Any = AutoModelForCausalLM.from_config
-            return cast("PreTrainedModel", make(config, torch_dtype=served.torch_dtype))
-        return model.model_class._from_config(config, torch_dtype=served.torch_dtype)
+        skeleton: PreTrainedModel = make(config, torch_dtype=served.torch_dtype)
+    return skeleton
 
 
 def _write_rest(stage: Path, model: ServedModel, card: str) -> None:
