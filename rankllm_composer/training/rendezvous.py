@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def meet(timeout_seconds: float) -> dist.Store | None:
         return None
     started = time.monotonic()
     keys = [f"rankllm-composer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{other}" for other in range(num_ranks)]
-    store: dist.TCPStore | None = None
+    store: Any = None
     while True:
         missing = [0]  # it holds the store
         try:
