@@ -171,6 +171,7 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
     from transformers import AutoConfig
 
     from rankllm_composer.model.loading import load_tokenizer
+    from rankllm_composer.model.lora import base_of_adapter, is_adapter
     from rankllm_composer.model.remote_code import code_refused
     from rankllm_composer.options import ModelOptions
 
@@ -178,9 +179,12 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
     with code_refused(str(folder)):
         tokenizer = load_tokenizer(ModelOptions(name_or_path=str(folder), trust_remote_code=trust_remote_code))
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            configured = base_of_adapter(folder) if is_adapter(folder) else folder
+            config = AutoConfig.from_pretrained(configured, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: the configuration cannot be read: {error}; export the model again") from error
+            raise ModelError(
+                f"{folder}: the configuration cannot be read ({first_line(error)}). Export the model again."
+            ) from error
     problems: list[str] = []
     request: RequestDiff | None = None
     try:

@@ -80,6 +80,12 @@ def load_config(options: ModelOptions) -> PretrainedConfig:
     except ModelError:
         raise
     except Exception as error:  # damaged files raise almost anything
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model.name_or_path: {name_or_path} comes with Python code of its own, which is not run "
+                "(trust_remote_code). Read that code, then set model.trust_remote_code=true, or use a model that "
+                "transformers contains."
+            ) from error
         raise ModelError(f"model.name_or_path: cannot load {name_or_path!r}: {first_line(error)}. {_ACCESS}") from error
     check_config(config, name_or_path)
     unknown = sorted(set(options.config_overrides) - set(config.to_dict()))

@@ -33,6 +33,12 @@ def is_adapter(folder: str | Path) -> bool:
     return Path(folder, ADAPTER_CONFIG).is_file() and not Path(folder, "config.json").is_file()
 
 
+def base_of_adapter(folder: str | Path) -> str:
+    """Name or path of the model that an adapter was trained on; "" = unknown."""
+    written = json.loads(Path(folder, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return str(written.get("base_model_name_or_path") or "")
+
+
 def check_adapter_names(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     """Raise ModelError if a name of an adapter matches no layer of a model, or one that is tied to another."""
     modules = dict(model.named_modules())

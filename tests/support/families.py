@@ -60,6 +60,12 @@ depends on earlier lists and is refused. Attention with a score cap (gemma2) nee
 ## Refused
 
 {refused}
+
+## Adapters and quantized models
+
+`model.lora` trains low-rank adapters; every name in `target_modules` and `modules_to_save` must be that of a layer.
+`frozen_precision: bf16` halves the frozen weights on one GPU or under DDP; FSDP2 (torch 2.7) needs one type per layer.
+Quantized bases (GPTQ, AWQ, bitsandbytes, FP8), and so QLoRA, are refused: use the model that they were made from.
 """
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from composer import DataSpec, Trainer
+from composer.core import Timestamp
+from composer.devices import DeviceCPU
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -21,11 +24,13 @@ from support.packed_models import random_sequences
 
 from rankllm_composer.data.packing import num_samples_in_batch, num_tokens_in_batch, split_batch
 from rankllm_composer.distributed import average_sharded_gradients
+from rankllm_composer.errors import RunError
 from rankllm_composer.model.loading import load_causal_lm
 from rankllm_composer.model.neftune import NEFTune
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.options import ModelOptions
+from rankllm_composer.training.guards import LossGuard
 
 LIMITS = {"by_1": {"max_lists": 1}, "by_3": {"max_lists": 3}, "by_60_tokens": {"max_tokens": 60}}
 
@@ -89,6 +94,18 @@ def run_case(
     return {"weights": {name: value.clone() for name, value in weights.items()}, "losses": losses}
 
 
+def refused_gradients() -> str:
+    """Give each rank the gradient of another layer, and return what LossGuard says."""
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)])
+    layers[dist.get_global_rank()](torch.ones(2)).sum().backward()
+    state = SimpleNamespace(model=layers, device=DeviceCPU(), timestamp=Timestamp())
+    try:
+        LossGuard().after_train_batch(state, None)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -113,6 +130,7 @@ def main() -> None:
         results["mixtral", "kept", "ddp"] = run_case(folder, "combined", by_tokens, False, False, False, "mixtral")
         case = run_case(folder, "ranking", by_tokens, True, False, False, "phi_biased_head")
         results["phi_biased_head", "kept", "fsdp2"] = case
+        results["gradients of other weights"] = refused_gradients()
     if dist.get_global_rank() == 0:
         torch.save(results, folder / f"results_{dist.get_world_size()}.pt")
 
