@@ -150,11 +150,11 @@ def test_ranking_objective_reads_after_an_appended_bracket():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"decoding": "beam"}, "decoding\n.*'first_token' or 'generation'"),
-        ({"passes": 0}, "passes\n.*greater than or equal to 1"),
-        ({"top_k": 1}, "top_k\n.*greater than or equal to 2"),
-        ({"queries_at_once": 0}, "queries_at_once\n"),
-        ({"dtype": "float8"}, "dtype\n.*'float32', 'bfloat16' or 'float16'"),
+        ({"decoding": "beam"}, "decoding is 'beam'; expected one of first_token, generation"),
+        ({"passes": 0}, "passes is 0; expected whole number at least 1"),
+        ({"top_k": 1}, "top_k is 1; expected whole number at least 2"),
+        ({"queries_at_once": 0}, "queries_at_once is 0; expected whole number at least 1"),
+        ({"dtype": "float8"}, "dtype is 'float8'; expected one of float32, bfloat16, float16"),
         ({"constrained": True}, "constrained has no effect on first_token"),
         ({"decoding": "generation", "objective": "ranking"}, "the model was trained by ranking alone"),
     ],
