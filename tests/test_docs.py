@@ -272,7 +272,7 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block.text, block.page, "exec"), {})
     (readme,) = (block for block in snippets if block.page == "README.md")
     assert len(list(filter(None, readme.text.splitlines()))) <= 15
-    assert "\n[RankedPassage(index=1, text='plum', score=3" in capsys.readouterr().out
+    assert "\n[RankedPassage(index=1, text='plum', score=2" in capsys.readouterr().out
 
 
 # Blocks that show output or a listing
