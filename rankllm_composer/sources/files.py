@@ -35,9 +35,9 @@ _KINDS_OF_BYTES = (
 )
 _BLOCK_START = re.compile(r"<(?:top|topic|doc|query)(?=[\s>])", re.IGNORECASE)
 _TAG = re.compile(r"<(\w+)([^<>]*)>([^<]*)")
-_ATTRIBUTE = re.compile(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']")
-_TEXT = re.compile(r"<text>(.*?)</text\s*>", re.IGNORECASE | re.DOTALL)
-_LABEL = re.compile(r"\s*(?:Number|Topic|Title|Description|Narrative)\s*:\s*", re.IGNORECASE)
+_ATTRIBUTE = re.compile(r"\b(\w{1,40})\s{0,9}=\s{0,9}[\"']([^\"']*)[\"']")
+_TEXT = re.compile(r"<text>((?:[^<]|<(?!/?text\b))*)</text\s{0,9}>", re.IGNORECASE)
+_LABEL = re.compile(r"\A(?:Number|Topic|Title|Description|Narrative)\s{0,9}:", re.IGNORECASE)
 
 COLUMNS = frozenset(
     [
@@ -283,7 +283,7 @@ def _block_fields(block: str) -> dict[str, str]:
     (_, attributes, _), *tags = _TAG.findall(block.replace("<![CDATA[", "").replace("]]>", ""))
     fields = {name.lower(): value for name, value in _ATTRIBUTE.findall(attributes)}
     for tag, _, text in tags:
-        if cleaned := _plain(_LABEL.sub("", text, count=1)):
+        if cleaned := _plain(_LABEL.sub("", text.strip())):
             fields.setdefault(tag.lower(), cleaned)
     if "docno" in fields:  # a document: its text may hold further tags
         texts = _TEXT.findall(block) or re.split(r"</docno\s*>", block, maxsplit=1, flags=re.IGNORECASE)[1:]
