@@ -35,6 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the launcher; None = those of this process.
     """
+    given = sys.argv
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    try:
+        with temporary_files_in_scratch():  # of the libraries, and the output of the ranks
+            if arguments is not None:
+                sys.argv = ["composer", *arguments]
+            return _launch()
+    except ValueError as error:  # arguments that contradict each other
+        report(f"error: {error}")
+        return 2
+    finally:
+        sys.argv = given
+        del os.environ[LAUNCHER_VARIABLE]
+
+
+def _launch() -> int:
     from composer.cli import launcher
 
     def wait_for_checkpoints(number: int, frame: object) -> None:
@@ -61,19 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report("".join(line for line in process.stderr if line.startswith("error: ")).rstrip())
 
     launcher._print_process_exit_status = print_once
-    given = sys.argv
-    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    try:
-        with temporary_files_in_scratch():  # the output of the ranks, among others
-            if arguments is not None:
-                sys.argv = ["composer", *arguments]
-            return int(launcher.main())
-    except ValueError as error:  # arguments that contradict each other
-        report(f"error: {error}")
-        return 2
-    finally:
-        sys.argv = given
-        del os.environ[LAUNCHER_VARIABLE]
+    return int(launcher.main())
 
 
 def train_arguments(recipe: Path, overrides: Sequence[str], num_ranks: int | None) -> list[str]:
