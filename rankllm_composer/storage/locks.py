@@ -119,7 +119,7 @@ def _lock_now(path: Path) -> FileLock:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                return _lock_elsewhere(path, descriptor, error.strerror)
+                return _lock_elsewhere(path, descriptor, str(error.strerror))
             # A holder that removed the file after it was opened here leaves a lock on a file without a name.
             if not os.path.samestat(os.fstat(descriptor), path.lstat()):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))

@@ -180,7 +180,7 @@ def lost_ranks_message(rank: int, gone: list[Peer]) -> str:
 
 def on_stop_signals(handler: Any) -> dict[int, Any]:
     """Handle `STOP_SIGNALS`; SIGHUP stays ignored where it is (nohup). Returns the handlers before."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number, earlier in before.items():
         if number != signal.SIGHUP or earlier != signal.SIG_IGN:
             signal.signal(number, handler)
