@@ -23,7 +23,10 @@ _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 _WIDTHS = re.compile(
     r"\w*(hidden_size|embedding_size|embed_proj_dim)|n_embd|d_model|emb_dim|dim_model|d_embed|lru_width"
 )
-_INNER = re.compile(r"\w*(intermediate_size\w*|ffn_dim|ffn_hidden_size|n_inner|d_inner|dim_ff|dff|feed_forward_size)")
+_INNER = re.compile(
+    r"(?:(?!intermediate_size)\w)*intermediate_size\w*"
+    r"|\w*(ffn_dim|ffn_hidden_size|n_inner|d_inner|dim_ff|dff|feed_forward_size)"
+)
 _EXPERTS = re.compile(r"num_experts|num_local_experts|n_routed_experts|moe_num_experts")
 _WINDOWS = re.compile(r"sliding_window|attention_window_size|window_size|attention_chunk_size")
 _POSITIONS = re.compile(r"original_max_position_embeddings|max_position_embeddings|n_positions|n_ctx|max_seq_len")

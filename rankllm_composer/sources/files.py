@@ -34,7 +34,7 @@ _KINDS_OF_BYTES = (
     (b"\x80", "a Python pickle"),
 )
 _BLOCK_START = re.compile(r"<(?:top|topic|doc|query)(?=[\s>])", re.IGNORECASE)
-_TAG = re.compile(r"<(\w+)([^<>]*)>([^<]*)")
+_TAG = re.compile(r"<(\w+)\b([^<>]*)>([^<]*)")
 _ATTRIBUTE = re.compile(r"\b(\w{1,40})\s{0,9}=\s{0,9}[\"']([^\"']*)[\"']")
 _TEXT = re.compile(r"<text>((?:[^<]|<(?!/?text\b))*)</text\s{0,9}>", re.IGNORECASE)
 _LABEL = re.compile(r"\A(?:Number|Topic|Title|Description|Narrative)\s{0,9}:", re.IGNORECASE)

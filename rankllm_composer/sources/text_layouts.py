@@ -21,7 +21,7 @@ from rankllm_composer.sources.entries import (
 )
 from rankllm_composer.sources.files import Row
 
-_COLON = re.compile(r"(\d+):(?:\d+:)?([^\t]*\S[^\t]*)")
+_COLON = re.compile(r"(\d+):(?:\d+:)?(?=\s*\S)([^\t]*)")
 
 
 def is_trec_run(value: Any) -> bool:
