@@ -1,0 +1,61 @@
+"""A LoRA adapter exported apart: a second run trains it further; it is inspected, and merged before it is served."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.small_run import RECIPE, small_run
+
+from rankllm_composer.cli import main
+from rankllm_composer.errors import ModelError
+from rankllm_composer.model.loading import load_causal_lm
+from rankllm_composer.options import ModelOptions
+from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.training.run import exports_summary, train
+
+LORA = "model.lora={target_modules: [q_proj, gate_proj], rank: 2, dropout: 0, rslora: true"
+
+
+def succeed(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+
+
+@pytest.mark.filterwarnings("ignore::rankllm_composer.recipe.load.RecipeWarning")
+def test_an_adapter_is_trained_in_two_stages_and_merged(tmp_path, mistral_v3_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides = small_run(tmp_path, mistral_v3_folder)
+    overrides += ["run.max_duration=1ba", "schedule.warmup=0ba", "checkpoint.export={merge_lora: false}"]
+    first = train(load_recipe(RECIPE, [*overrides, "run.folder=first", LORA + "}"]))
+    further = ["run.folder=second", f"{LORA}, start_from: {first.best}}}", "optimizer.lr=1e-9"]
+    second = train(load_recipe(RECIPE, [*overrides, *further]))
+    before, after = (load_file(run.best / "adapter_model.safetensors") for run in (first, second))
+    assert before.keys() == after.keys() and len(before) == 8
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in before.items() if "lora_B" in name)  # they start at 0
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+
+    capsys.readouterr()
+    succeed("inspect", "--model", str(second.best))
+    assert "<s>" in capsys.readouterr().out
+    with pytest.raises(ModelError, match=r"is a LoRA adapter without the model .*--merge-lora.*start_from"):
+        load_causal_lm(ModelOptions(name_or_path=str(second.best)))
+    summary = exports_summary(second)
+    assert (
+        "serve it with rank_llm" not in summary
+        and "cannot be served as it is" in (second.best / "README.md").read_text()
+    )
+    command = shlex.split(summary.splitlines()[-1].partition(": ")[2].replace("FOLDER", "merged"))
+    assert command[0] == "rankllm-composer"
+    succeed(*command[1:])
+    merged = load_causal_lm(ModelOptions(name_or_path="merged"))
+    base = load_causal_lm(ModelOptions(name_or_path=str(tmp_path / "base")))
+    name = "model.layers.0.self_attn.q_proj"
+    adapter = {key.rpartition(f"{name}.")[2]: tensor for key, tensor in after.items() if name in key}
+    update = adapter["lora_B.weight"] @ adapter["lora_A.weight"] * 32 / 2**0.5  # alpha / sqrt(rank)
+    expected = base.get_parameter(f"{name}.weight") + update
+    torch.testing.assert_close(merged.get_parameter(f"{name}.weight"), expected, rtol=1e-4, atol=1e-5)
