@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from rankllm_composer.errors import ModelError, first_line
+from rankllm_composer.errors import ModelError, counted, first_line
 from rankllm_composer.model.lora import is_adapter
 from rankllm_composer.options import ModelOptions
 from rankllm_composer.prompts.template import fix_date
@@ -186,11 +186,11 @@ def load_weights(name_or_path: str, **arguments: Any) -> PreTrainedModel:
     if missing:
         hint = _renaming(missing, unused)
         raise ModelError(
-            f"{name_or_path}: {len(missing)} weights are missing: {_shown(missing)}; expected all of "
+            f"{name_or_path}: the files lack {counted(len(missing), 'weight')}: {_shown(missing)}; expected all of "
             f"{type(model).__name__}.{hint} Restore the files or the config.json that the weights belong to."
         )
     if unused:
-        warn(f"{name_or_path}: {len(unused)} weights are not used: {_shown(unused)}", stacklevel=2)
+        warn(f"{name_or_path}: unused weights ({len(unused)}): {_shown(unused)}", stacklevel=2)
     return model
 
 

@@ -58,16 +58,16 @@ def test_all_weights_are_loaded_as_they_are(saved):
 MISSING = {
     "a wrong prefix": (
         lambda weights: {f"transformer.{name.removeprefix('model.')}": tensor for name, tensor in weights.items()},
-        r"39 weights are missing: lm_head\.weight, model\.embed_tokens\.weight, .* and 34 more; expected all of "
+        r"the files lack 39 weights: lm_head\.weight, model\.embed_tokens\.weight, .* and 34 more; expected all of "
         r"MistralForCausalLM\. The files have \S*transformer\.\S+ for ",
     ),
     "a missing layer": (
         lambda weights: {name: tensor for name, tensor in weights.items() if ".layers.3." not in name},
-        r"9 weights are missing: model\.layers\.3\.input_layernorm\.weight, ",
+        r"the files lack 9 weights: model\.layers\.3\.input_layernorm\.weight, ",
     ),
     "no head": (
         lambda weights: {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"},
-        r"1 weights are missing: lm_head\.weight; expected all of MistralForCausalLM\. Restore",
+        r"the files lack 1 weight: lm_head\.weight; expected all of MistralForCausalLM\. Restore",
     ),
 }
 
@@ -82,7 +82,7 @@ def test_missing_weights_are_named_and_never_invented(model, case):
 
 def test_unused_weights_are_listed(model):
     change_weights(model, lambda weights: {**weights, "value_head.weight": torch.ones(2)})
-    with pytest.warns(UserWarning, match=r"model: 1 weights are not used: value_head\.weight"):
+    with pytest.warns(UserWarning, match=r"model: unused weights \(1\): value_head\.weight"):
         load(model)
 
 
