@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,8 @@ import torch
 from support import real_tokenizers
 
 torch.set_num_threads(1)
+# Under nohup, this process and the runs that it starts would ignore SIGHUP.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # A slow machine must not fail a test: no deadline per example.
 hypothesis.settings.register_profile(
     "project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], max_examples=100

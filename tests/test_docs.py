@@ -204,8 +204,9 @@ def check_python(command: list[str], folder: Path) -> None:
         assert all((REPOSITORY / path).exists() for path in command[3:])
         return
     path = next(word.partition("=")[2] for word in command if word.startswith("--model_path="))
-    limit = load_recipe(REPOSITORY / "yamls" / "first_mistral.yaml").data.max_length_tokens  # of the full-size run
-    contract = dataclasses.replace(read_contract(folder / path), context_size_tokens=limit)
+    limit = load_recipe(REPOSITORY / "yamls" / "first_mistral.yaml").data.max_length_tokens
+    full_size = {"context_size_tokens": limit, "window_size": 20, "stride": 10}
+    contract = dataclasses.replace(read_contract(folder / path), **full_size)
     assert command == shlex.split(serving_command(contract, path).replace("\\\n", " "))
 
 

@@ -42,7 +42,7 @@ def model_folder(tmp_path, golden, mistral_v3_folder):
 
 def test_help_shows_every_key():
     shown = subprocess.run([sys.executable, TRAIN, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "composer -n PROCESSES train.py RECIPE.yaml" in shown
+    assert "rankllm-composer train RECIPE [-n PROCESSES]" in shown and "composer -n PROCESSES train.py RECIPE " in shown
     for key in ("run.max_duration", "objective.ranking_weight", "parallelism.fsdp", "data.train.source"):
         assert key in shown
     assert main([]) == 2
