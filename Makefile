@@ -27,8 +27,9 @@ setup: .venv/.installed  ## create .venv with everything the targets need
 demo: setup  ## train a small reranker from scratch on CPU and show what it learned
 	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(RUNS)/demo
 
+# Two at a time, the tests of one file in one process.
 test: setup browser  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # One test opens a report in Chromium. It is installed with apt-get if it is missing and you are root (about 20 s).
 browser:
