@@ -117,14 +117,14 @@ def test_compression_and_hashes_can_be_chosen(source, whole, tmp_path, options):
     [
         ({"compression": "rar"}, "compression is 'rar'"),
         ({"hashes": ("crc7",)}, "Expected zstd, gz"),
-        ({"hashes": ()}, "hashes\n"),
-        ({"shard_bytes": 0}, "shard_bytes\n"),
-        ({"shard_bytes": 1 << 30}, "shard_bytes\n"),
-        ({"num_processes": 0}, "num_processes\n"),
-        ({"on_error": "ignore"}, "on_error\n"),
-        ({"part": "0/2"}, "part\n"),
+        ({"hashes": ()}, "hashes is []; expected "),
+        ({"shard_bytes": 0}, "shard_bytes is 0; expected whole number at least 1 "),
+        ({"shard_bytes": 1 << 30}, "shard_bytes is 1073741824; expected "),
+        ({"num_processes": 0}, "num_processes is 0; expected "),
+        ({"on_error": "ignore"}, "on_error is 'ignore'; expected "),
+        ({"part": "0/2"}, "part is '0/2'; expected "),
         ({"part": "3/2"}, "part is '3/2'; expected I/N with I from 1 to N"),
-        ({"part": "half"}, "part\n"),
+        ({"part": "half"}, "part is 'half'; expected "),
     ],
 )
 def test_invalid_build_options_are_errors_before_anything_is_written(source, tmp_path, options, message_part):

@@ -420,12 +420,12 @@ def test_a_query_with_two_texts_is_bad_on_its_own(tmp_path):
     [
         ({"window": 27}, "window is 27 with identifiers: letters; expected at most 26"),
         ({"window": 100, "identifiers": "numbers"}, "at most 99"),
-        ({"window": 1}, "window\n"),
-        ({"stride": 0}, "stride\n"),
-        ({"lists_per_query": -1}, "lists_per_query\n"),
-        ({"depth": 1}, "depth\n"),
-        ({"max_passage_words": 0}, "max_passage_words\n"),
-        ({"identifiers": "roman"}, "identifiers\n"),
+        ({"window": 1}, "window is 1; expected whole number at least "),
+        ({"stride": 0}, "stride is 0; expected whole number at least "),
+        ({"lists_per_query": -1}, "lists_per_query is -1; expected whole number at least "),
+        ({"depth": 1}, "depth is 1; expected whole number at least "),
+        ({"max_passage_words": 0}, "max_passage_words is 0; expected whole number at least "),
+        ({"identifiers": "roman"}, "identifiers is 'roman'; expected "),
         ({"judgments": None}, "judgments is null, as is teacher_run"),
         (
             {"judgments": None, "teacher_run": "t", "require_relevant": True},
