@@ -29,6 +29,9 @@ MAX_STEPS = 200_000
 MAX_CHARS = 1 << 22
 """Longest text or list that a template may make, and longest template."""
 
+MAX_DEPTH = 100
+"""Calls inside calls. Libraries raise the limit of Python, and then the stack of the process would overflow."""
+
 MAX_NUMBER = 100_000  # as an argument of a function or filter, such as a width
 CLOCK = "strftime_now"
 _DIRECTIVES = [f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRh"]
@@ -60,6 +63,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters = {name: self._limited(name, function) for name, function in filters.items()}
         self.now: Callable[[], datetime] = datetime.now
         self._left = MAX_STEPS
+        self._depth = 0
         self._lock = threading.Lock()
 
     def render(self, source: str, now: Callable[[], datetime], variables: dict[str, Any]) -> str:
@@ -96,7 +100,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # str.format is wrapped by the sandbox
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         self._check_growth(name, [owner if isinstance(owner, str) else None, *args, *kwargs.values()])
-        return self.output(super().call(context, function, *args, **kwargs))
+        if self._depth == MAX_DEPTH:
+            raise SecurityError(f"its recursion is deeper than {MAX_DEPTH} calls")
+        self._depth += 1
+        try:
+            return self.output(super().call(context, function, *args, **kwargs))
+        finally:
+            self._depth -= 1
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
