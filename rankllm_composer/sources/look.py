@@ -91,7 +91,7 @@ def _listed(parts: Sequence[Part]) -> str:
 def _roles(files: Sequence[_File]) -> dict[Part, _File]:
     """Which file is read for which part: each for the first of its parts that is free."""
     roles: dict[Part, _File] = {}
-    either = {"queries", "docs"}  # what such a file holds is told by the run
+    either = {"queries", "docs"}  # the ids of the run decide what such a file holds
     for file in sorted(files, key=lambda file: (set(file.parts) == either, len(file.parts))):
         parts = file.parts
         if set(parts) == either and "run" in roles:

@@ -97,4 +97,5 @@ def test_an_update_of_two_ranks_equals_that_of_single_lists(results, update):
         gradient = before[name] - after[name]
         expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=3e-6, msg=lambda text, n=name: f"{n}: {text}")
-        assert weight.grad is None or weight.grad.abs().max() > 1e-5 or "experts" in name
+        if "experts" not in name:  # no token may reach an expert; every other weight has a gradient
+            assert weight.grad is not None and weight.grad.abs().max() > (1e-5 if objective == "ranking" else 1e-4)
