@@ -166,7 +166,7 @@ class EpochGuard(Callback):
         if state.dataloader_len is None or int(state.dataloader_len) < len(state.train_dataloader):  # type: ignore[arg-type]
             return
         num_read, expected = counts["trained"] + counts["too_long"], _epoch_size(state)
-        epoch = state.timestamp.epoch.value - 1
+        epoch = state.timestamp.epoch.value  # counted from 1, as the progress line does
         if num_read != expected:
             raise RunError(
                 f"epoch {epoch}: {num_read} lists were read ({counts['too_long']} of them too long); expected "

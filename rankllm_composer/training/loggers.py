@@ -44,7 +44,8 @@ def _logger_options(name: str, given: Mapping[str, Any], folder: Path) -> dict[s
         options["log_dir"] = expand_path(options.get("log_dir") or folder / "tensorboard")
     elif name == "wandb" and "WANDB_DIR" not in os.environ:
         settings = dict(options.get("init_kwargs") or {})
-        options["init_kwargs"] = {**settings, "dir": expand_path(settings.get("dir") or folder)}
+        # Absolute: a W&B service that the environment names, such as that of a notebook, has another current folder.
+        options["init_kwargs"] = {**settings, "dir": str(Path(expand_path(settings.get("dir") or folder)).absolute())}
     elif name == "mlflow" and (options.get("tracking_uri") or "MLFLOW_TRACKING_URI" not in os.environ):
         options["tracking_uri"] = expand_path(options.get("tracking_uri") or folder.resolve() / "mlruns")
     return options

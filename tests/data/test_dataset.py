@@ -302,6 +302,6 @@ def batches_of(dataset):
 def test_an_epoch_that_ends_early_stops_composer(new_dataset, tmp_path):
     dataset = new_dataset()
     dataset.epoch_size += 1
-    with pytest.raises(RunError, match=r"epoch 0: 10 lists were read .*; expected 11"):
+    with pytest.raises(RunError, match=r"epoch 1: 10 lists were read .*; expected 11"):
         train(dataset, tmp_path)
     assert not Path(tmp_path / "ba4.pt").exists()

@@ -128,12 +128,12 @@ def test_a_complete_epoch_is_counted_and_told(capsys):
     metrics = run_epoch(guard, [[TRAINED, TRAINED], [TOO_LONG, TRAINED], [TRAINED, PADDING]], epoch_size=5)
     assert metrics == {"data/lists_trained": 4, "data/lists_too_long": 1}
     assert guard.latest == {"trained": 4, "too_long": 1}  # for the model card, written after the end of the epoch
-    told = "epoch 0: 4 lists trained, 1 left out as longer than data.max_length_tokens\n"
+    told = "epoch 1: 4 lists trained, 1 left out as longer than data.max_length_tokens\n"
     assert capsys.readouterr().out == told
 
 
 def test_a_short_epoch_stops_the_run():
-    with pytest.raises(RunError, match=r"epoch 0: 3 lists were read \(0 of them too long\); expected 4"):
+    with pytest.raises(RunError, match=r"epoch 1: 3 lists were read \(0 of them too long\); expected 4"):
         run_epoch(EpochGuard(), [[TRAINED, TRAINED], [TRAINED, PADDING]], epoch_size=4)
 
 

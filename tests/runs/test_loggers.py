@@ -145,3 +145,5 @@ def test_loggers_write_into_the_folder_of_the_run(tmp_path, monkeypatch):
     assert Path(mlflow.tracking_uri) == tmp_path / "mlruns"
     (*_, given) = build_loggers(logging_of("loggers", {"tensorboard": {"log_dir": "~/tb"}}), tmp_path)
     assert Path(given.log_dir) == tmp_path / "home" / "tb"
+    (*_, given) = build_loggers(logging_of("loggers", {"wandb": {"init_kwargs": {"dir": "wb"}}}), tmp_path)
+    assert Path(given._init_kwargs["dir"]) == Path.cwd() / "wb"  # of this process, whoever writes

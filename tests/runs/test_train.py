@@ -165,7 +165,7 @@ def test_one_rank_without_sharding_builds_its_shards_from_retrieval_files(tmp_pa
     card = (tmp_path / "run" / "hf" / "epoch_0" / "README.md").read_text()
     assert "| training lists | 16 of 16 in the last epoch, 0 left out as too long |" in card
     assert "| data | run.trec |" in card
-    assert "epoch 0: 16 lists trained, 0 left out as longer than data.max_length_tokens" in output
+    assert "epoch 1: 16 lists trained, 0 left out as longer than data.max_length_tokens" in output
 
     refused = train(FIRST_MISTRAL, *overlay, "optimizer.lr=1e-4", folder=tmp_path, ranks=1)
     assert refused.returncode != 0 and "holds a run of another recipe" in refused.stdout + refused.stderr
