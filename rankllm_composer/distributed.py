@@ -24,6 +24,16 @@ def reduce_over_ranks(values: list[int], operation: str) -> list[int]:
     return tensor.tolist()
 
 
+def gather_numbers(values: list[int]) -> list[list[int]]:
+    """Return the numbers of every rank, by rank; each passes as many. A collective, and one wait for the device."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    if dist.get_world_size() == 1:
+        return [values]
+    if torch.distributed.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    return torch.stack(list(dist.all_gather(tensor))).tolist()
+
+
 def largest_of_ranks(value: int, lockstep: bool) -> int:
     """Return the largest value of all ranks if they run in lockstep, else the value itself."""
     return reduce_over_ranks([value], "MAX")[0] if lockstep else value

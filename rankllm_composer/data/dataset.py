@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -121,7 +122,7 @@ class ListDataset(ExactStreamingDataset):
 class ListLoader(streaming.StreamingDataLoader):
     """The data loader of a rank. Errors of its workers are raised again without the traceback of the worker."""
 
-    def __iter__(self) -> Iterator[dict[str, list[TokenizedList]]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Yield the batches of this rank for the next epoch; raise RunError if a worker dies or is too slow."""
         try:
             yield from super().__iter__()
@@ -180,11 +181,6 @@ def loader_error(error: BaseException) -> RunError | None:
     return RunError(f"rank {dist.get_global_rank()}: {text.rstrip('.')}. {cause}")
 
 
-def collate(rows: list[TokenizedList]) -> dict[str, list[TokenizedList]]:
-    """Return a batch of one rank, the input of `packing.split_batch`."""
-    return {"sequences": rows}
-
-
 def lists_per_rank(global_lists: int) -> int:
     """Return the rows per rank in an optimizer step; raise ShardError unless the ranks divide the global batch."""
     num_ranks = dist.get_world_size()
@@ -210,7 +206,7 @@ def build_train_data_spec(
     Args:
         dataset: the lists; its `batch_size` is the number of rows per rank and optimizer step.
         microbatch_lists, microbatch_tokens: the most that a packed microbatch holds; set exactly one.
-        num_workers: processes of this rank that read and tokenize; 0 = read in the training process.
+        num_workers: processes of this rank that read, tokenize and pack; 0 = read in the training process.
         prefetch_factor: batches that each worker keeps ready.
         loader_timeout_seconds: longest wait for a batch before the run stops; 0 = wait forever. Used only with workers.
     Raises:
@@ -230,7 +226,7 @@ def build_train_data_spec(
     loader = ListLoader(
         dataset,
         batch_size=dataset.batch_size,
-        collate_fn=collate,
+        collate_fn=partial(packing.pack_rows, max_lists=microbatch_lists, max_tokens=microbatch_tokens),
         num_workers=num_workers,
         generator=torch.Generator(),  # so that starting an epoch does not advance the run's random state
         prefetch_factor=prefetch_factor if num_workers else None,

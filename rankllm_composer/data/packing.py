@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import dist
 from numpy.typing import NDArray
 
-from rankllm_composer.distributed import reduce_over_ranks
+from rankllm_composer.distributed import gather_numbers
 from rankllm_composer.prompts.encoding import EncodedRecord
 
 IGNORED_TARGET = -100
@@ -103,9 +102,17 @@ def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
         target_ids: (R,) int64, the token to predict there; -100 = none.
         score_rows: (S,) int64, which of the R rows holds the identifier scores of a list.
         identifier_token_ids, ranks: (S, N) int64; candidate_mask: (S, N) bool; grades: (S, N) float32, NaN = none.
+        scored_token_ids: (C,) int64, the distinct tokens of identifier_token_ids, ascending; identifier_columns: (S, N)
+            int64, their places in it.
         lengths, record_keys, record_ids: lists with one entry per sequence.
+        longest: tokens of the longest sequence.
         num_tokens: T, or 0 without sequences.
     """
+    return _as_tensors(_pack(sequences))
+
+
+def _pack(sequences: list[TokenizedList]) -> dict[str, Any]:
+    """Return a microbatch with arrays in place of tensors, which go from process to process without a file each."""
     empty = not sequences
     encoded = [s.encoded for s in sequences if s.encoded is not None]
     lengths = [1] if empty else [len(item.input_ids) for item in encoded]
@@ -132,26 +139,55 @@ def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
         if sequence.grades is not None:
             grades[index, :count] = sequence.grades
     token_ids = [np.zeros(1, np.int64)] if empty else [item.input_ids for item in encoded]
+    scored_token_ids, columns = np.unique(identifier_token_ids, return_inverse=True)
 
-    def as_int64(parts: list[NDArray[Any]]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    def joined(parts: list[NDArray[Any]]) -> NDArray[np.int64]:
+        return np.concatenate(parts, dtype=np.int64)
 
     return {
-        "input_ids": as_int64(token_ids)[None],
-        "position_ids": as_int64([np.arange(length) for length in lengths])[None],
-        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
-        "logit_positions": torch.zeros(1, dtype=torch.int64) if empty else as_int64(positions),
-        "target_ids": torch.full((1,), IGNORED_TARGET) if empty else as_int64(targets),
-        "score_rows": torch.tensor(score_rows, dtype=torch.int64),
-        "identifier_token_ids": torch.from_numpy(identifier_token_ids),
-        "ranks": torch.from_numpy(ranks),
-        "candidate_mask": torch.from_numpy(candidate_mask),
-        "grades": torch.from_numpy(grades),
+        "input_ids": joined(token_ids)[None],
+        "position_ids": joined([np.arange(length) for length in lengths])[None],
+        "cu_seqlens": starts.astype(np.int32),
+        "logit_positions": np.zeros(1, np.int64) if empty else joined(positions),
+        "target_ids": np.array([IGNORED_TARGET]) if empty else joined(targets),
+        "score_rows": np.array(score_rows, np.int64),
+        "identifier_token_ids": identifier_token_ids,
+        "scored_token_ids": scored_token_ids,
+        "identifier_columns": columns.reshape(shape),  # flat before numpy 2
+        "ranks": ranks,
+        "candidate_mask": candidate_mask,
+        "grades": grades,
         "lengths": lengths,
+        "longest": max(lengths),
         "record_keys": [s.record_key for s in sequences] or [0],
         "record_ids": [s.record_id for s in sequences],
         "num_tokens": 0 if empty else sum(lengths),
     }
+
+
+def _as_tensors(packed: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in packed.items()}
+
+
+def pack_rows(
+    rows: list[TokenizedList], *, max_lists: int | None = None, max_tokens: int | None = None
+) -> dict[str, Any]:
+    """Return the batch of a rank with its microbatches packed, for `split_batch`; workers of the loader call it ahead.
+
+    Args:
+        rows: the rows of a rank in one optimizer step.
+        max_lists, max_tokens: most lists or tokens per microbatch; set exactly one.
+    Returns:
+        {"sequences": rows, "packed": the microbatches of this rank, as arrays}.
+    Raises:
+        ValueError: see `count_microbatches`.
+    """
+    trained = [s for s in rows if s.encoded is not None]
+    lengths = [len(s.encoded.input_ids) for s in trained if s.encoded is not None]
+    bins = balance(
+        lengths, count_microbatches(lengths, max_lists=max_lists, max_tokens=max_tokens), max_lists=max_lists
+    )
+    return {"sequences": rows, "packed": [_pack([trained[i] for i in members]) for members in bins]}
 
 
 def split_batch(
@@ -163,34 +199,35 @@ def split_batch(
     with too few sequences runs microbatches without targets.
 
     Args:
-        batch: {"sequences": [TokenizedList, …]} of this rank.
+        batch: {"sequences": [TokenizedList, …]} of this rank, packed ahead by `pack_rows` or not.
         max_lists, max_tokens: most lists or tokens per microbatch; set exactly one.
     Returns:
         Microbatches of `pack`, with `language_modelling_scale` and `ranking_scale`: the factors of the sums over the
         target tokens and over the lists of a microbatch with which Composer's average over microbatches and ranks is
-        the mean over the global batch.
+        the mean over the global batch; and `num_rows`: rows of the global batch by what became of them.
     Raises:
         ValueError: see `count_microbatches`.
     """
-    rows = list(batch["sequences"])
-    trained = [s for s in rows if s.encoded is not None]
-    lengths = [len(s.encoded.input_ids) for s in trained]
-    num_targets = sum(length - s.encoded.response_start for length, s in zip(lengths, trained))
-    num_needed = count_microbatches(lengths, max_lists=max_lists, max_tokens=max_tokens)
-    (num_microbatches,) = reduce_over_ranks([num_needed], "MAX")
-    num_targets, num_lists = reduce_over_ranks([num_targets, len(trained)], "SUM")
-    bins = balance(lengths, num_microbatches, max_lists=max_lists)
-    if max_tokens is not None and _largest(lengths, bins) > max_tokens:
-        # More bins can, rarely, overfill one; the smaller number plus empty bins respects the limit.
-        bins = balance(lengths, num_needed) + [[] for _ in range(num_microbatches - num_needed)]
-    num_parts = dist.get_world_size() * num_microbatches
-    microbatches = []
-    for members in bins:
-        microbatch = pack([trained[i] for i in members])
-        microbatch["language_modelling_scale"] = num_parts / num_targets if num_targets else 0.0
-        microbatch["ranking_scale"] = num_parts / num_lists if num_lists else 0.0
-        microbatches.append(microbatch)
-    return microbatches
+    if "packed" not in batch:
+        batch = pack_rows(list(batch["sequences"]), max_lists=max_lists, max_tokens=max_tokens)
+    packed, rows = batch["packed"], batch["sequences"]
+    numbers = {
+        "targets": sum(int((part["target_ids"] != IGNORED_TARGET).sum()) for part in packed),
+        "trained": sum(len(part["record_ids"]) for part in packed),
+        "padding": sum(not row.record_id for row in rows),
+    }
+    numbers["too_long"] = len(rows) - numbers["trained"] - numbers["padding"]
+    of_ranks = gather_numbers([len(packed), *numbers.values()])
+    num_microbatches = max(row[0] for row in of_ranks)
+    totals = {name: sum(row[place] for row in of_ranks) for place, name in enumerate(numbers, start=1)}
+    num_parts, num_targets = len(of_ranks) * num_microbatches, totals.pop("targets")
+    shared = {
+        "language_modelling_scale": num_parts / num_targets if num_targets else 0.0,
+        "ranking_scale": num_parts / totals["trained"] if totals["trained"] else 0.0,
+        "num_rows": totals,
+    }
+    packed = [*packed, *(_pack([]) for _ in range(num_microbatches - len(packed)))]
+    return [_as_tensors(part) | shared for part in packed]
 
 
 def num_samples_in_batch(batch: Mapping[str, Any]) -> int:

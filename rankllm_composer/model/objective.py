@@ -57,7 +57,7 @@ class Objective:
         """Return the losses of a packed microbatch, scaled so that Composer's average is the mean of the global batch.
 
         Args:
-            logits: (R, V) at the batch's logit positions; for `ranking`, (R, C) with `batch["identifier_columns"]`.
+            logits: (R, V) at the batch's logit positions; for `ranking`, (R, C) of `batch["scored_token_ids"]`.
             batch: a microbatch of `packing.split_batch`.
         Returns:
             "total", which is minimized, and the unweighted parts of the objective: "language_modelling" (nats per
@@ -83,8 +83,9 @@ class Objective:
 def identifier_scores(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return the scores of the candidates: logits of their identifiers at the score position of each list.
 
-    (R, V) logits, or (R, C) with `batch["identifier_columns"]`, give (S, N) float32 scores; padding candidates have the
+    (R, V) logits, or (R, C) of `batch["scored_token_ids"]`, give (S, N) float32 scores; padding candidates have the
     score of token 0, to be masked by `batch["candidate_mask"]`.
     """
-    columns = batch.get("identifier_columns", batch["identifier_token_ids"])  # (S, N)
+    are_scored = logits.shape[-1] == len(batch["scored_token_ids"])
+    columns = batch["identifier_columns" if are_scored else "identifier_token_ids"]  # (S, N)
     return logits[batch["score_rows"]].gather(1, columns).float()

@@ -120,19 +120,16 @@ class ListwiseReranker(HuggingFaceModel):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Run the model on a microbatch of `packing.split_batch` and return {"logits": (R, V)}.
 
-        For `ranking` the logits are (R, C), with C the number of distinct identifiers in the batch, to which the key
-        "identifier_columns" is added: (S, N) columns of the logits.
+        For `ranking` the logits are (R, C), those of `batch["scored_token_ids"]`.
         """
         call = (self.model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["logit_positions"])
         before = calls_of_packed_sdpa()
-        with torch.autocast("cpu", torch.bfloat16) if self.bf16_on_cpu else nullcontext():
-            if self.objective.trains_language_modelling or not batch["record_ids"]:
-                logits = list_logits(*call, max(batch["lengths"]))
-            else:
-                token_ids, columns = torch.unique(batch["identifier_token_ids"], return_inverse=True)
-                batch["identifier_columns"] = columns  # type: ignore[index]
-                with head_rows(self.model, token_ids):
-                    logits = list_logits(*call, max(batch["lengths"]))
+        of_all = self.objective.trains_language_modelling or not batch["record_ids"]
+        with (
+            torch.autocast("cpu", torch.bfloat16) if self.bf16_on_cpu else nullcontext(),
+            nullcontext() if of_all else head_rows(self.model, batch["scored_token_ids"]),
+        ):
+            logits = list_logits(*call, batch["longest"])
         if not self._is_counted:
             self._count_attention(calls_of_packed_sdpa() - before)
         return {"logits": logits}

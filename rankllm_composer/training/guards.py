@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,17 +46,21 @@ class LossGuard(Callback):
         self._microbatches.append((list(state.batch["record_ids"]), total.detach().isfinite().all()))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        _check_gradients(state)
-        finite = torch.stack([is_finite for _, is_finite in self._microbatches])
-        gradients = [weight.grad for weight in state.model.parameters() if weight.grad is not None]
-        largest = [part.abs().amax() for part in map(_local, gradients) if part.numel()]
-        is_bad = ~finite.all()
-        if largest:
-            is_bad = is_bad | ~torch.stack(largest).isfinite().all()
-        flag = is_bad.to(torch.int32).reshape(1)
-        dist.all_reduce(flag, reduce_operation="MAX")
-        if flag.item():
-            self._refuse(state, finite.tolist())
+        weights = [(name, weight.grad) for name, weight in state.model.named_parameters() if weight.requires_grad]
+        gradients = [part for _, gradient in weights if gradient is not None for part in [_local(gradient)]]
+        finite = [is_finite for _, is_finite in self._microbatches]
+        if any(part.numel() for part in gradients):
+            largest = torch.nn.utils.get_total_norm([part for part in gradients if part.numel()], math.inf)
+            finite.append(largest.isfinite())
+        # One reduction, and one wait for the device: is anything not finite, and how many ranks have each gradient?
+        has_gradient = torch.tensor([gradient is not None for _, gradient in weights], dtype=torch.int32)
+        is_bad = ~torch.stack(finite).all()
+        flags = torch.cat([is_bad.to(torch.int32).reshape(1), state.device.tensor_to_device(has_gradient)])
+        dist.all_reduce(flags, reduce_operation="SUM")
+        num_bad, *counts = flags.tolist()
+        _check_gradients(state, [name for name, _ in weights], counts)
+        if num_bad:
+            self._refuse(state, torch.stack(finite[: len(self._microbatches)]).tolist())
         if self.num_skipped:
             logger.log_metrics({"loss/skipped_updates": self.num_skipped})
 
@@ -97,18 +102,15 @@ def _shown(ids: list[str]) -> str:
     return in_one_line(ids[:MAX_IDS_SHOWN]) + more
 
 
-def _check_gradients(state: State) -> None:
-    """Raise RunError if a trained weight has a gradient on some ranks only. A collective.
+def _check_gradients(state: State, names: list[str], counts: list[int]) -> None:
+    """Raise RunError if a trained weight has a gradient on some ranks only.
 
     Ranks would have reduced the gradients of different weights as one, as in a model whose tokens choose its layers.
+
+    Args:
+        names, counts: each weight, and the number of ranks on which it has a gradient.
     """
-    if dist.get_world_size() == 1:
-        return
-    weights = [(name, weight.grad) for name, weight in state.model.named_parameters() if weight.requires_grad]
-    has_gradient = torch.tensor([gradient is not None for _, gradient in weights], dtype=torch.int32)
-    counts = state.device.tensor_to_device(has_gradient)
-    dist.all_reduce(counts, reduce_operation="SUM")
-    differing = [name for (name, _), count in zip(weights, counts.tolist()) if 0 < count < dist.get_world_size()]
+    differing = [name for name, count in zip(names, counts) if 0 < count < dist.get_world_size()]
     if differing:
         raise RunError(
             f"batch {state.timestamp.batch.value + 1}: {len(differing)} weights, such as {differing[0]}, have a "
@@ -130,19 +132,18 @@ class EpochGuard(Callback):
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(TRAINED_LISTS, 0) | {"padding": 0}
-        self._batch: list[int] = []
+        self._rows: list[Any] = []
+        self._batch: Mapping[str, int] = {}
         self.latest: dict[str, int] = {}
         """Lists trained and left out in the epoch of the latest batch, by the names of `TRAINED_LISTS`."""
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        sequences = state.batch["sequences"]
-        trained = sum(s.encoded is not None for s in sequences)
-        padding = sum(not s.record_id for s in sequences)
-        counts = state.device.tensor_to_device(torch.tensor([trained, len(sequences) - trained - padding, padding]))
-        dist.all_reduce(counts, reduce_operation="SUM")
-        self._batch = counts.tolist()
-        if not self._batch[0]:
-            parts = dist.all_gather_object([s.record_id for s in sequences if s.record_id])
+        self._rows = state.batch["sequences"]
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        self._batch = state.batch["num_rows"]
+        if not self._batch["trained"]:
+            parts = dist.all_gather_object([row.record_id for row in self._rows if row.record_id])
             ids = [name for part in parts for name in part]
             raise RunError(
                 f"batch {state.timestamp.batch.value + 1}: all its lists are longer than data.max_length_tokens "
@@ -156,8 +157,8 @@ class EpochGuard(Callback):
             self._counts = {"trained": min(sample_in_epoch, _epoch_size(state)), "too_long": 0, "padding": 0}
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        for name, count in zip(self._counts, self._batch):
-            self._counts[name] += count
+        for name in self._counts:
+            self._counts[name] += self._batch[name]
         self.latest = {name: self._counts[name] for name in TRAINED_LISTS}
         logger.log_metrics({TRAINED_LISTS[name]: count for name, count in self.latest.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,6 +119,9 @@ def run_epoch(guard, batches, *, epoch_size, num_batches=None, seen=0, steps_in_
     for batch in batches:
         state.batch = {"sequences": batch}
         guard.batch_start(state, log)
+        kinds = Counter("trained" if row.encoded else "too_long" if row.record_id else "padding" for row in batch)
+        state.batch = {"num_rows": kinds}
+        guard.before_forward(state, log)
         guard.batch_end(state, log)
     guard.epoch_end(state, log)
     return log.metrics

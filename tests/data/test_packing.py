@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from rankllm_composer.data.packing import (
     num_samples_in_batch,
     num_tokens_in_batch,
     pack,
+    pack_rows,
     split_batch,
 )
 from rankllm_composer.prompts.encoding import EncodedRecord
@@ -74,8 +77,10 @@ def test_pack_concatenates_sequences():
     assert packed["score_rows"].tolist() == [1, 3]
     assert packed["candidate_mask"].tolist() == [[True, True, True], [True, True, False]]
     assert packed["identifier_token_ids"].tolist() == [[7, 8, 9], [7, 8, 0]]
+    assert packed["scored_token_ids"].tolist() == [0, 7, 8, 9]
+    assert packed["identifier_columns"].tolist() == [[1, 2, 3], [1, 2, 0]]
     assert packed["grades"][0].tolist() == [2.0, 0.0, 1.0] and packed["grades"][1].isnan().all()
-    assert packed["lengths"] == [6, 4] and packed["record_ids"] == ["record-1", "record-2"]
+    assert packed["lengths"] == [6, 4] and packed["longest"] == 6 and packed["record_ids"] == ["record-1", "record-2"]
     assert num_tokens_in_batch(packed) == {"total": 10, "loss_generating": 1}
     assert num_samples_in_batch(packed) == 2
 
@@ -90,16 +95,35 @@ def test_an_empty_pack_has_no_targets():
 @pytest.mark.parametrize("limit", [{"max_lists": 1}, {"max_lists": 2}, {"max_lists": 9}, {"max_tokens": 40}])
 def test_scales_give_means_over_the_global_batch(limit):
     rows = [sequence(10 + 3 * i, 6 + i, 2 + i, key=i + 1) for i in range(5)]
-    dropped = TokenizedList(None, "too-long", 99)
-    batch = {"sequences": [rows[0], dropped, *rows[1:]]}
+    dropped, padding = TokenizedList(None, "too-long", 99), TokenizedList(None, "", 0)
+    batch = {"sequences": [rows[0], dropped, *rows[1:], padding]}
     microbatches = split_batch(batch, **limit)
     num_targets = sum((10 + 3 * i) - (6 + i) for i in range(5))
     for microbatch in microbatches:
         assert microbatch["language_modelling_scale"] == len(microbatches) / num_targets
         assert microbatch["ranking_scale"] == len(microbatches) / 5
+        assert microbatch["num_rows"] == {"trained": 5, "too_long": 1, "padding": 1}
     assert sorted(i for m in microbatches for i in m["record_ids"]) == [f"record-{i + 1}" for i in range(5)]
-    assert num_samples_in_batch(batch) == 6
+    assert num_samples_in_batch(batch) == 7
     assert num_tokens_in_batch(batch)["total"] == sum(m["num_tokens"] for m in microbatches) == 80
+
+
+@pytest.mark.parametrize("limit", [{"max_lists": 2}, {"max_tokens": 40}])
+def test_packed_ahead_by_a_worker_is_the_same(limit):
+    """What a worker packs, and its process sends as bytes, becomes the microbatches of rows packed at the step."""
+    rows = [sequence(10 + 3 * i, 6 + i, 2 + i, key=i + 1, grades=np.arange(2 + i)) for i in range(5)]
+    rows.append(TokenizedList(None, "too-long", 99))
+    ahead = pickle.loads(pickle.dumps(pack_rows(rows, **limit)))
+    assert not any(isinstance(value, torch.Tensor) for part in ahead["packed"] for value in part.values())
+    pairs = list(zip(split_batch(ahead, **limit), split_batch({"sequences": rows}, **limit), strict=True))
+    for ours, expected in pairs:
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert ours[name].dtype == value.dtype
+                torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert ours[name] == value
 
 
 def test_a_batch_with_nothing_to_train_still_runs():
