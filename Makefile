@@ -11,7 +11,7 @@ STAGES ?= 1
 # Let the C library reuse freed memory, which is faster on CPU (benchmarks/heap.py).
 ONE_HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
 
-.PHONY: help setup demo browser test serve-check audit check docs site rehearse bench soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
+.PHONY: help setup demo browser test serve-check audit check docs site rehearse bench gpu-check gpu-wheels soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -68,6 +68,23 @@ rehearse: setup  ## run every recipe on CPU (2 ranks, FSDP2, a tiny random model
 
 bench: setup  ## measure speed, memory and scaling on this machine and update benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run_all.py
+
+# ONLY=speed,real runs some sections, RESUME=1 only what an earlier run has not measured. A machine without network uses
+# WHEELS, the folder of `make gpu-wheels`, beside the packages of its own PYTHON.
+ONLY ?=
+RESUME ?=
+WHEELS ?=
+GPU_PYTHON := $(if $(WHEELS),PYTHONPATH=$(CURDIR)/build/gpu-site:$(CURDIR) $(PYTHON),$(BIN)/python)
+gpu-check: $(if $(WHEELS),build/gpu-site,setup)  ## measure training on this machine's GPU (under ten minutes) and update benchmarks/RESULTS.md
+	$(GPU_PYTHON) benchmarks/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(RESUME),--resume)
+
+build/gpu-site:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $@ $(WHEELS)/*.whl
+
+PLATFORMS := manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1
+gpu-wheels:  ## download the packages that `make gpu-check` needs on a machine without network
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  $(PLATFORMS:%=--platform %_x86_64) --dest build/gpu-wheels --requirement benchmarks/gpu_wheels.txt
 
 soak: setup  ## kill small runs at KILLS random moments and compare them with uninterrupted runs
 	$(BIN)/python benchmarks/kill_soak.py --kills $(KILLS) --seed $(SEED)

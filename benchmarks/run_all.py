@@ -37,11 +37,13 @@ BENCHMARKS: dict[str, list[str]] = {
     "input_pipeline": [],
     "shard_build": ["--processes", "1"],
 }
+ELSEWHERE = ["gpu"]  # benchmarks with a command of their own, whose sections are kept: `make gpu-check`
 LIMIT_SECONDS = 3600
 HEAD = """# Benchmark results
 
-Written by `make bench`: one section per benchmark in this folder. The docstring of each file describes the measurement.
-Each table is from one run on one machine; across machines, compare ratios, not absolute values.
+Written by `make bench` and `make gpu-check`: one section per benchmark in this folder. The docstring of each file
+describes the measurement. Each table is from one run on one machine; across machines, compare ratios, not absolute
+values.
 """
 
 
@@ -90,7 +92,15 @@ def sections(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     parts = re.split(r"^(?=<!-- (\w+) -->$)", path.read_text(), flags=re.MULTILINE)[1:]
-    return {name: text.rstrip() + "\n" for name, text in zip(parts[::2], parts[1::2]) if name in BENCHMARKS}
+    known = [*BENCHMARKS, *ELSEWHERE]
+    return {name: text.rstrip() + "\n" for name, text in zip(parts[::2], parts[1::2]) if name in known}
+
+
+def write_section(path: Path, name: str, section: str) -> None:
+    """Write a benchmark's section into a results file, and keep the others."""
+    results = {**sections(path), name: section}
+    written = [results[benchmark] for benchmark in [*BENCHMARKS, *ELSEWHERE] if benchmark in results]
+    path.write_text("\n".join([HEAD, *written]))
 
 
 def main() -> int:
@@ -112,11 +122,9 @@ def main() -> int:
         has_threads = '"--threads"' in (FOLDER / f"{name}.py").read_text()
         threads = ["--threads", options.threads] if options.threads and has_threads else []
         section, succeeded = run(name, [*BENCHMARKS[name], *threads])
-        results = {**sections(options.output), name: section}
+        write_section(options.output, name, section)
         if not succeeded:
             failed.append(name)
-        written = [results[benchmark] for benchmark in BENCHMARKS if benchmark in results]
-        options.output.write_text("\n".join([HEAD, *written]))
     print(f"\n{options.output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))
 

@@ -82,6 +82,35 @@ SHAPES = {
             "sliding_window": None,
         },
     ),
+    "llama-1b": (  # Llama-3.2-1B
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rope_theta": 500_000,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral-7b-6-layers": (  # Mistral-7B-Instruct-v0.3, cut to 6 of 32 layers
+        "mistral",
+        {
+            "vocab_size": 32768,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "rope_theta": 1_000_000,
+            "max_position_embeddings": 32768,
+            "sliding_window": None,
+        },
+    ),
     "toy": (
         "llama",
         {
@@ -106,13 +135,14 @@ def model_config(shape: str) -> PretrainedConfig:
     return AutoConfig.for_model(architecture, **sizes)
 
 
-def new_model(shape: str) -> PreTrainedModel:
-    """Create a float32 causal LM of a shape, with the same random weights on every call."""
+def new_model(shape: str, device: str = "cpu") -> PreTrainedModel:
+    """Create a float32 causal LM of a shape on a device, with the same random weights there on every call."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(model_config(shape), attn_implementation="sdpa").train()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(model_config(shape), attn_implementation="sdpa").train()
 
 
 def recomputed_flops(config: PretrainedConfig, lengths: list[int]) -> int:

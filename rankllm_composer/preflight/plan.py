@@ -42,7 +42,8 @@ class Gpu:
 
 
 # Operations: dense bfloat16 tensor-core peaks (no sparsity) of NVIDIA's data sheets of each card (H100 2023, H200 2024,
-# A100 2021, L40S, L4 and A10), and of the GA102 and AD102 whitepapers for RTX 3090 and 4090 (float32 accumulation).
+# A100 2021, L40S, L4, A10 and B200 in DGX B200 2024), and of the GA102, AD102 and GB202 whitepapers for RTX 3090, 4090
+# and 5090 (float32 accumulation).
 # Memory: GiB that PyTorch reports as total capacity in its out-of-memory message, rounded down; less than the nominal
 # size.
 GPUS = {
@@ -58,6 +59,8 @@ GPUS = {
         ("l4-24gb", 21.9, 121.0),
         ("rtx3090-24gb", 23.5, 71.0),
         ("rtx4090-24gb", 23.5, 165.2),
+        ("b200-180gb", 178.3, 2250.0),
+        ("rtx5090-32gb", 31.3, 209.5),
     )
 }
 
