@@ -1,8 +1,26 @@
 # `make help` lists the targets. All of them run in .venv, which `make setup` creates from pyproject.toml and
-# constraints.txt.
+# constraints.txt. With STACK=current they run in .venv-current, made from constraints-current.txt; README.md compares them.
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
+STACK ?= pinned
+ifeq ($(STACK),pinned)
+VENV := .venv
+OTHER := current
+PYTHONS := python3.11 python3
+CONSTRAINTS := constraints.txt
+INSTALL := --constraint constraints.txt --editable '.[dev]'
+else ifeq ($(STACK),current)
+VENV := .venv-current
+OTHER := pinned
+PYTHONS := python3.12 python3.11 python3
+CONSTRAINTS := constraints-current.txt
+# Without dependencies, as Composer and streaming forbid these versions of them. The file lists all.
+INSTALL := --no-deps --requirement constraints-current.txt --editable .
+else
+$(error STACK is $(STACK); expected pinned or current)
+endif
+# The first that starts: pyenv has commands for versions that are not selected.
+PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '' 2>/dev/null && echo $$python && break; done)
+BIN := $(VENV)/bin
 NPROC ?= 8
 RUNS ?= runs
 KILLS ?= 24
@@ -11,25 +29,43 @@ STAGES ?= 1
 # Let the C library reuse freed memory, which is faster on CPU (benchmarks/heap.py).
 ONE_HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
 
-.PHONY: help setup demo browser test serve-check audit check docs site rehearse bench gpu-check gpu-wheels soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
+# What `make test` runs on the other stack, in less than ten minutes: versions, model, attention, packing, plan, export,
+# tokenizers, resumption, one rehearsal, the client.
+PART := tests/runs/test_rehearse.py::test_rehearsal[first_mistral] \
+  tests/runs/test_resume.py::test_sharded_ranks_killed_during_an_epoch_and_a_checkpoint \
+  tests/test_house.py::test_the_constraints_match_the_installed_versions tests/client/test_inference_client.py \
+  tests/model/test_attention.py tests/model/test_loading.py tests/model/test_reranker.py tests/data/test_packing.py \
+  tests/preflight/test_plan.py tests/export/test_model_folder.py tests/export/test_tokenizers.py
+
+.PHONY: help setup demo browser test test-all test-part serve-check audit check docs site rehearse bench gpu-check gpu-wheels soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
 
-setup: .venv/.installed  ## create .venv with everything the targets need
+# uv takes a fraction of pip's time, but does not read pip.conf, where a mirror or a certificate may be set.
+setup: $(VENV)/.installed  ## create .venv (STACK=current: .venv-current) with everything the targets need
 
-.venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) || $(BIN)/python -m pip install --quiet $(INSTALL)
 	touch $@
 
 demo: setup  ## train a small reranker from scratch on CPU and show what it learned
 	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(RUNS)/demo
 
+test:  ## run all tests on one stack, and before that a part of them on the other
+	status=0; \
+	$(MAKE) test-part STACK=$(OTHER) || status=1; \
+	$(MAKE) test-all STACK=$(STACK) || status=1; \
+	exit $$status
+
 # Two at a time, the tests of one file in one process.
-test: setup browser  ## run all tests
+test-all: setup browser  ## run all tests on one stack
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-part: setup  ## run the part of the tests that shows whether a stack works
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(foreach test,$(PART),'$(test)')
 
 # One test opens a report in Chromium. It is installed with apt-get if it is missing and you are root (about 20 s).
 browser:
@@ -54,7 +90,7 @@ check: setup  ## run the linter, the formatter and the type checker
 audit:  ## compare the exact versions of constraints.txt with public advisories (needs the network)
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.7,<3'
-	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(CONSTRAINTS)
 
 docs: setup  ## generate docs/recipe.md, the reference of recipe keys, and yamls/recipe.schema.json
 	$(BIN)/rankllm-composer recipes keys --markdown > docs/recipe.md
@@ -116,4 +152,4 @@ train-smollm2: setup  ## train SmolLM2-135M on CPU on COLLECTION, and evaluate o
 	  $(if $(OTHER),--other $(OTHER)) --folder $(RUNS)/smollm2 $(SET)
 
 clean:  ## remove .venv, build and runs
-	rm -rf .venv .venv-vllm .venv-audit build $(RUNS)
+	rm -rf .venv .venv-current .venv-vllm .venv-audit build $(RUNS)

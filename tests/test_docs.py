@@ -211,6 +211,13 @@ def check_python(command: list[str], folder: Path) -> None:
     assert command == [word for word in expected if not word.startswith(("--window_size=", "--stride="))]
 
 
+def check_install(command: list[str], folder: Path) -> None:
+    """Check that the files exist that a command of pip or uv reads."""
+    del folder
+    files = [word for word in command if word.endswith(".txt")]
+    assert "install" in command and files and all((REPOSITORY / file).exists() for file in files)
+
+
 def check_train(command: list[str], folder: Path) -> None:
     assert command[1] == "train" and command[3] == "-n"
     check_recipe(command[2], command[5:], int(command[4]), folder)
@@ -222,6 +229,8 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "torchrun": check_torchrun,
     "sbatch": check_sbatch,
     "make": check_make,
+    "pip": check_install,
+    "uv": check_install,
     "docker": check_docker,
     "export": check_export,
     "python": check_python,

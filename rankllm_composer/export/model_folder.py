@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import tempfile
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.modeling_utils import no_init_weights
 
 from rankllm_composer.errors import ModelError, StoreError, first_line
+from rankllm_composer.export.tokenizer import probe_tokens, save_tokenizer
 from rankllm_composer.export.weights import (
     Weights,
     gather_full_state_dict,
@@ -24,6 +25,7 @@ from rankllm_composer.export.weights import (
     name_on_disk,
     read_checkpoint_weights,
 )
+from rankllm_composer.model.loading import DTYPE
 from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.prompts.contract import CONTRACT_FILE, DecodingContract, chat_template_sha256
 from rankllm_composer.redaction import redact
@@ -105,7 +107,8 @@ def write_model_folder(
             _write_adapter(stage, saved, model.adapter_config)
         else:
             skeleton = _skeleton(model, saved)
-            skeleton.save_pretrained(stage, state_dict=saved, max_shard_size=max_shard_size, safe_serialization=True)
+            skeleton.save_pretrained(stage, state_dict=saved, max_shard_size=max_shard_size)
+            _make_readable(stage / "config.json")
         _write_rest(stage, model, card)
         write_content(stage, run, batch)
     return target
@@ -133,7 +136,8 @@ def check_export(folder: Path, weights: Weights, model: ServedModel, card: str) 
                 AutoConfig.from_pretrained(stage)
             _write_rest(Path(stage), model, card)
             load: Any = AutoTokenizer.from_pretrained
-            template = chat_template_sha256(load(stage))
+            loaded = load(stage)
+            template, tokens = chat_template_sha256(loaded), probe_tokens(loaded)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds
@@ -150,6 +154,11 @@ def check_export(folder: Path, weights: Weights, model: ServedModel, card: str) 
         raise ModelError(
             f"tokenizer {model.tokenizer.name_or_path}: the chat template changes when it is saved and loaded. Give "
             "the tokenizer one chat template."
+        )
+    if tokens != probe_tokens(model.tokenizer):
+        raise ModelError(
+            f"tokenizer {model.tokenizer.name_or_path}: the tokens of a text change when it is saved and loaded. Set "
+            "model.tokenizer to a folder with a tokenizer.json that holds all of its settings."
         )
 
 
@@ -227,7 +236,7 @@ def _served_config(model: ServedModel) -> tuple[PretrainedConfig, GenerationConf
     served = copy.deepcopy(model.config)
     served.use_cache = True
     served._attn_implementation = None
-    served.torch_dtype = DTYPES[model.dtype]
+    setattr(served, DTYPE, DTYPES[model.dtype])
     base = model.generation_config or GenerationConfig.from_model_config(served)
     generation = GenerationConfig(max_length=base.max_length)  # type: ignore[no-untyped-call]
     for name, default in vars(GenerationConfig()).items():  # type: ignore[no-untyped-call]
@@ -285,15 +294,35 @@ def _on_meta(model: ServedModel, served: PretrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(served)
     config._attn_implementation = "eager"
     make: Any = AutoModelForCausalLM.from_config if model.model_class is None else model.model_class._from_config
-    with torch.device("meta"), no_init_weights():
-        skeleton: PreTrainedModel = make(config, torch_dtype=served.torch_dtype)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = make(config, **{DTYPE: getattr(served, DTYPE)})
     return skeleton
+
+
+def _make_readable(path: Path) -> None:
+    """Write the type of the weights and the rotary frequencies of a configuration as older readers know them too.
+
+    Before transformers 4.56 the type is `torch_dtype`. Before 5 `rope_theta` and `rope_scaling` stand for
+    `rope_parameters`: without them a reader would silently use the frequencies of another model.
+    """
+    keys = json.loads(path.read_text(encoding="utf-8"))
+    keys = {"torch_dtype" if name == "dtype" else name: value for name, value in keys.items()}
+    rotary = keys.get("rope_parameters") or {}
+    everywhere = rotary.get("full_attention", rotary)  # some models have a set of them per kind of layer
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in everywhere:
+            keys.setdefault(name, everywhere[name])
+    if everywhere.get("rope_type", "default") != "default":
+        scaling = {name: value for name, value in everywhere.items() if name not in keys}
+        keys.setdefault("rope_scaling", scaling)
+    if "full_attention" in rotary and "sliding_attention" in rotary:
+        keys.setdefault("rope_local_base_freq", rotary["sliding_attention"]["rope_theta"])
+    path.write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_rest(stage: Path, model: ServedModel, card: str) -> None:
     """Write tokenizer, contract and card."""
-    # Older readers look for the chat template in tokenizer_config.json only.
-    model.tokenizer.save_pretrained(stage, save_jinja_files=False)
+    save_tokenizer(model.tokenizer, stage)
     (stage / CONTRACT_FILE).write_text(model.contract.to_json(), encoding="utf-8")
     (stage / "README.md").write_text(redact(card), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    __version__,
+)
+from transformers.utils import cached_file
 
 from rankllm_composer.errors import ModelError, counted, first_line
 from rankllm_composer.model.lora import is_adapter
@@ -23,6 +33,10 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 5
 LFS_POINTER = b"version https://git-lfs"
+DTYPE = "torch_dtype" if "torch_dtype" in vars(PretrainedConfig()) else "dtype"
+"""The weights' type in configurations, `from_config` and `from_pretrained`, renamed in transformers 4.56."""
+REBUILDS_TOKENIZERS = int(__version__.partition(".")[0]) >= 5
+"""Whether transformers builds some tokenizers, such as Zephyr's, from the vocabulary in tokenizer.json alone."""
 _ACCESS = "Check the name and your access to it (HF_TOKEN), or set a local folder."
 
 
@@ -35,9 +49,11 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     if options.trust_remote_code:
         warn_trust_remote_code(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
+        where = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
+        if REBUILDS_TOKENIZERS and _is_rebuilt(tokenizer, name_or_path, options.revision):
+            padding_side = tokenizer.padding_side
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, padding_side=padding_side, **where)
     except Exception as error:  # damaged files raise almost anything
         raise ModelError(f"model.tokenizer: cannot load {name_or_path!r}: {first_line(error)}. {_ACCESS}") from error
     if options.template_date is not None:
@@ -53,6 +69,15 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
             )
         tokenizer.chat_template = tokenizer.chat_template["default"]
     return tokenizer
+
+
+def _is_rebuilt(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revision: str | None) -> bool:
+    """Whether there is a tokenizer.json, and transformers took only the vocabulary from it."""
+    own = type(tokenizer) is not PreTrainedTokenizerFast and type(tokenizer).__module__.startswith("transformers.")
+    if not own or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return False
+    found = cached_file(name_or_path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return found is not None
 
 
 def load_config(options: ModelOptions) -> PretrainedConfig:
@@ -151,11 +176,19 @@ def load_causal_lm(
     trust = options.trust_remote_code
     if on_meta or options.random_weights:
         with torch.device("meta") if on_meta else nullcontext():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=trust)
+            model = new_causal_lm(config, dtype, attn_implementation=attention, trust_remote_code=trust)
     else:
-        arguments = {"revision": options.revision, "trust_remote_code": trust, "attn_implementation": attention}
-        model = load_weights(options.name_or_path, config=config, torch_dtype=dtype, **arguments)
-    return model.to(dtype).train()
+        arguments = {DTYPE: dtype, "trust_remote_code": trust, "attn_implementation": attention}
+        model = load_weights(options.name_or_path, config=config, revision=options.revision, **arguments)
+    return model.train()
+
+
+def new_causal_lm(config: PretrainedConfig, dtype: torch.dtype, **arguments: Any) -> PreTrainedModel:
+    """Build a model whose weights have a type. Buffers keep theirs: rotary frequencies are exact in float32 only."""
+    config = copy.deepcopy(config)  # transformers 5 changes it
+    build: Any = AutoModelForCausalLM.from_config
+    model: PreTrainedModel = build(config, **{DTYPE: dtype}, **arguments)
+    return model
 
 
 def load_weights(name_or_path: str, **arguments: Any) -> PreTrainedModel:

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import no_init_weights
+
+try:  # transformers 5
+    from transformers.initialization import no_init_weights
+except ImportError:
+    from transformers.modeling_utils import no_init_weights
 
 NUM_LAYERS, MOST_LAYERS = 2, 4
 """Layers of a copy: 2, or one of each kind up to 4."""

@@ -18,10 +18,11 @@ import torch
 import torch.distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from rankllm_composer.data import packing
 from rankllm_composer.errors import RunError
+from rankllm_composer.model.loading import new_causal_lm
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.preflight.tracking import MemoryTracker, ReplicaTracker, ShardTracker
@@ -106,8 +107,7 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     from composer.utils.parallelism import FSDP2Config
 
     dtype = torch.bfloat16 if work.frozen_precision == "bf16" else torch.float32
-    from_config: Any = AutoModelForCausalLM.from_config
-    causal_lm = from_config(work.config).to(dtype).train()
+    causal_lm = new_causal_lm(work.config, dtype).train()  # .to(dtype) fails on fake tensors
     checkpoint_activations(causal_lm, work.activation_checkpointing)
     model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa", peft_config=work.peft_config)
     if work.attention == "flash_attention_2":

@@ -191,9 +191,11 @@ def _num_positions(config: PretrainedConfig) -> int:
 def _dtype(config: PretrainedConfig, options: RerankOptions, device: torch.device) -> torch.dtype:
     import torch
 
+    from rankllm_composer.model.loading import DTYPE
+
     if options.dtype is not None:
         return getattr(torch, options.dtype)  # type: ignore[no-any-return]
-    return torch.float32 if device.type == "cpu" else config.torch_dtype or torch.float32
+    return torch.float32 if device.type == "cpu" else getattr(config, DTYPE) or torch.float32
 
 
 def _commit(model: PreTrainedModel) -> str:

@@ -55,6 +55,20 @@ def test_all_weights_are_loaded_as_they_are(saved):
     )  # tied, and loaded all the same
 
 
+@pytest.mark.parametrize("source", ["weights", "random", "meta"])
+def test_rotary_frequencies_stay_exact_in_half_precision(saved, source):
+    """Rounded to bfloat16 they would turn tokens at position 4,000 by several radians too much."""
+    options = ModelOptions(name_or_path=str(saved["mistral"]), random_weights=source == "random")
+    model = load_causal_lm(options, on_meta=source == "meta", dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    frequencies = model.model.rotary_emb.inv_freq
+    size = model.model.layers[0].self_attn.head_dim
+    theta = 1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    assert frequencies.dtype == torch.float32
+    if source != "meta":
+        torch.testing.assert_close(frequencies.double(), theta, rtol=1e-6, atol=0)
+
+
 MISSING = {
     "a wrong prefix": (
         lambda weights: {f"transformer.{name.removeprefix('model.')}": tensor for name, tensor in weights.items()},

@@ -6,6 +6,7 @@ a download is needed; a test holds the result against known token ids.
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import tempfile
@@ -35,10 +36,13 @@ SOURCES = {
 
 def tokenizer_folder(name: str, cache: Path) -> Path:
     """HF folder of a tokenizer in `cache`, built if it is not there; processes may ask at the same time."""
-    folder = cache / f"{name}-mistral-common-{version('mistral-common')}"
+    folder = cache / f"{name}-mistral-common-{version('mistral-common')}-transformers-{version('transformers')}"
     if not folder.exists():
         made = Path(tempfile.mkdtemp(dir=cache))
         build_tokenizer(name).save_pretrained(made)
+        config = json.loads((made / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config |= {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "legacy": SOURCES[name].legacy}
+        (made / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         try:
             made.rename(folder)
         except OSError:  # another process was faster
