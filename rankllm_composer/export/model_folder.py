@@ -25,7 +25,7 @@ from rankllm_composer.export.weights import (
     name_on_disk,
     read_checkpoint_weights,
 )
-from rankllm_composer.model.loading import DTYPE
+from rankllm_composer.model.loading import DTYPE, without_progress_bars
 from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.prompts.contract import CONTRACT_FILE, DecodingContract, chat_template_sha256
 from rankllm_composer.redaction import redact
@@ -107,7 +107,8 @@ def write_model_folder(
             _write_adapter(stage, saved, model.adapter_config)
         else:
             skeleton = _skeleton(model, saved)
-            skeleton.save_pretrained(stage, state_dict=saved, max_shard_size=max_shard_size)
+            with without_progress_bars():
+                skeleton.save_pretrained(stage, state_dict=saved, max_shard_size=max_shard_size)
             _make_readable(stage / "config.json")
         _write_rest(stage, model, card)
         write_content(stage, run, batch)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     __version__,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from rankllm_composer.errors import ModelError, counted, first_line
 from rankllm_composer.model.lora import is_adapter
@@ -202,9 +202,10 @@ def load_weights(name_or_path: str, **arguments: Any) -> PreTrainedModel:
     _check_files(Path(name_or_path))
     check_content(name_or_path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name_or_path, use_safetensors=True, output_loading_info=True, **arguments
-        )
+        with without_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name_or_path, use_safetensors=True, output_loading_info=True, **arguments
+            )
     except Exception as error:  # damaged files raise almost anything
         if "size mismatch" in str(error):
             found = (
@@ -225,6 +226,18 @@ def load_weights(name_or_path: str, **arguments: Any) -> PreTrainedModel:
     if unused:
         warn(f"{name_or_path}: unused weights ({len(unused)}): {_shown(unused)}", stacklevel=2)
     return model
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Silence transformers' bars, which every rank would print."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_files(folder: Path) -> None:

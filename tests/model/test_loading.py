@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.packed_models import new_model
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers.utils.logging import is_progress_bar_enabled
 
 from rankllm_composer.errors import ModelError
 from rankllm_composer.model.loading import load_causal_lm
@@ -67,6 +68,16 @@ def test_rotary_frequencies_stay_exact_in_half_precision(saved, source):
     assert frequencies.dtype == torch.float32
     if source != "meta":
         torch.testing.assert_close(frequencies.double(), theta, rtol=1e-6, atol=0)
+
+
+def test_loading_shows_no_progress_bars(saved, tmp_path, capfd):
+    """Every rank would print them."""
+    new_model("mistral").save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    capfd.readouterr()
+    load(tmp_path)
+    assert capfd.readouterr().err == ""
+    assert is_progress_bar_enabled()
 
 
 MISSING = {
