@@ -310,7 +310,12 @@ def export_untrained(recipe: Recipe, folder: Path) -> Path:
     from rankllm_composer.prompts.contract import decoding_contract
 
     tokenizer = load_tokenizer(recipe.model)
-    contract = decoding_contract(tokenizer, recipe.objective.name, context_size_tokens=recipe.data.max_length_tokens)
+    contract = decoding_contract(
+        tokenizer,
+        recipe.objective.name,
+        context_size_tokens=recipe.data.max_length_tokens,
+        client_version=recipe.data.client_version,
+    )
     reproducibility.seed_all(recipe.run.seed)
     model = load_causal_lm(recipe.model)
     served = ServedModel(model.config, tokenizer, contract, dtype="float32")

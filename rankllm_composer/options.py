@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, Strict, StringConstrain
 from pydantic.dataclasses import dataclass
 
 from rankllm_composer.errors import Problem, SourceError, worded
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle
 
 ObjectiveName = Literal["generation", "ranking", "combined"]
@@ -165,7 +166,7 @@ class SourceOptions:
         "Candidates of `run` that are used, from the top.", 100, unit="candidates", ge=2, le=1_000_000
     )
     max_passage_words: Whole | None = option(
-        "Words kept of a passage; null = the inference client's rule: 300, and 300 * 20 / n in lists of n < 20.",
+        "Words kept of a passage; null = as rank_llm: 300, and up to version 0.25.7 300 * 20 / n in lists of n.",
         None,
         unit="words",
         ge=1,
@@ -215,7 +216,15 @@ class SourceOptions:
 
 @worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class BuildOptions:
+class ClientOptions:
+    """What will serve the model."""
+
+    client_version: ClientVersion = option("Version of rank_llm that is to serve the model.", CURRENT_CLIENT)
+
+
+@worded
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class BuildOptions(ClientOptions):
     """How a set of shards is written."""
 
     part: Word | None = option(
@@ -366,6 +375,9 @@ class RerankOptions:
     )
     identifiers: IdentifierStyle | None = option(
         "Identifiers that a model without reranker.json was trained with; null = the contract's.", None
+    )
+    client_version: ClientVersion | None = option(
+        "Version of rank_llm whose prompts and reading are used; null = the contract's, or the current one.", None
     )
     context_size_tokens: Whole | None = option(
         "Most tokens of prompt and answer together; null = the contract's, or at most 4096.", None, unit="tokens", ge=1

@@ -199,16 +199,19 @@ def check_export(command: list[str], folder: Path) -> None:
 
 
 def check_python(command: list[str], folder: Path) -> None:
-    """Check the paths of a pytest command, or the arguments of the inference client's script."""
-    if command[1:3] == ["-m", "pytest"]:
-        assert all((REPOSITORY / path).exists() for path in command[3:])
-        return
-    path = next(word.partition("=")[2] for word in command if word.startswith("--model_path="))
+    """Check the paths of a pytest command."""
+    del folder
+    assert command[1:3] == ["-m", "pytest"] and all((REPOSITORY / path).exists() for path in command[3:])
+
+
+def check_rank_llm(command: list[str], folder: Path) -> None:
+    """Check the arguments of the inference client."""
+    path = next(word.partition("=")[2] for word in command if word.startswith("--model-path="))
     limit = load_recipe(REPOSITORY / "yamls" / "first_mistral.yaml").data.max_length_tokens  # of the full-size run
     contract = dataclasses.replace(read_contract(folder / path), context_size_tokens=limit)
     expected = shlex.split(serving_command(contract, path).replace("\\\n", " "))
-    assert "--window_size=4" in expected  # of the small run, where 20 and 10 are the client's defaults
-    assert command == [word for word in expected if not word.startswith(("--window_size=", "--stride="))]
+    assert "--window-size=4" in expected  # of the small run, where 20 and 10 are the client's defaults
+    assert command == [word for word in expected if not word.startswith(("--window-size=", "--stride="))]
 
 
 def check_install(command: list[str], folder: Path) -> None:
@@ -233,7 +236,7 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "uv": check_install,
     "docker": check_docker,
     "export": check_export,
-    "python": check_python,
+    "rank-llm": check_rank_llm,
     ".venv/bin/python": check_python,
 }
 

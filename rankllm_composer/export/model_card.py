@@ -12,8 +12,8 @@ from pathlib import Path
 from rankllm_composer import __version__
 from rankllm_composer.errors import ModelError, shell_line
 from rankllm_composer.escaping import for_markdown, for_screen, from_markdown
-from rankllm_composer.prompts.client_names import CLIENT_NAMES
-from rankllm_composer.prompts.contract import DecodingContract
+from rankllm_composer.prompts.client_names import client_names
+from rankllm_composer.prompts.contract import DEFAULT_WORDS, DecodingContract
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.atomic import write_atomic
 
@@ -177,16 +177,16 @@ def _serving(contract: DecodingContract) -> str:
     text = "## Serving\n\n`reranker.json` says how the model is prompted and how its answer is read.\n\n"
     text += "    rankllm-composer rerank --model PATH --queries queries.jsonl --docs docs.jsonl \\\n"
     text += "        --run bm25.trec --output out.trec"
-    if contract.append_bracket:
-        return text + (
-            "\n\nTrained with the objective `ranking`, the model never learned to write the opening bracket. rank_llm "
-            "expects the bracket, so it cannot serve this model; the command above appends it to the prompt."
-        )
-    options = _client_flags(contract)
-    arguments = "".join(f", {name}=True" for name, is_set in options.items() if is_set)
+    decoding, reasons = contract.served_decoding(), contract.unserved()
+    version = contract.client_version
+    if decoding is None:
+        return f"{text}\n\nrank_llm {version} cannot serve it: {'; '.join(reasons.values())}."
+    arguments = "".join(f", {name}=True" for name in _client_switches(contract))
+    if (words := _given_words(contract)) is not None:
+        arguments += f", max_passage_words={words}"
     text += (
-        f"\n\nWith rank_llm (0.25.7, vLLM), from a path without the names that it picks other rerankers by "
-        f"({', '.join(CLIENT_NAMES)}):\n\n"
+        f"\n\nWith rank_llm ({version}, vLLM), from a path without the names that it picks other rerankers by "
+        f"({', '.join(client_names(version))}):\n\n"
         f"{textwrap.indent(serving_command(contract), '    ')}\n\n"
         "or\n\n"
         "    from rank_llm.rerank.listwise import RankListwiseOSLLM\n\n"
@@ -195,11 +195,13 @@ def _serving(contract: DecodingContract) -> str:
         f"                                 stride={contract.stride}{arguments})\n"
         "    results = reranker.rerank_batch(requests)"
     )
-    if options["use_logits"]:
-        text += (
-            "\n\n`use_logits` ranks by the logits of one token (FIRST decoding); without it the whole permutation is "
-            "generated."
-        )
+    if decoding == "first_token":
+        text += "\n\n`use_logits` ranks by the logits of one token (FIRST decoding)"
+        text += f"; {reasons['generation']}." if reasons else "; without it the whole permutation is generated."
+    elif "first_token" in reasons and contract.objective != "generation":
+        text += f"\n\nIt generates the whole permutation, as it cannot decode by first token: {reasons['first_token']}."
+    if (difference := contract.unserved_words()) is not None:
+        text += f"\n\n{difference}. The rankings of the first command follow the training."
     if contract.num_bos > 1:
         text += (
             f"\n\nPrompts begin with {contract.num_bos} beginning-of-sequence tokens, from the chat template and from "
@@ -209,22 +211,33 @@ def _serving(contract: DecodingContract) -> str:
 
 
 def serving_command(contract: DecodingContract, path: str = "PATH") -> str:
-    """The command by which rank_llm (0.25.7) serves a folder, unless its contract appends the bracket."""
-    model = shell_line(f"--model_path={path}")
-    flags = [f"--context_size={contract.context_size_tokens}", "--variable_passages"]
+    """The command by which the contract's version of rank_llm serves a folder, unless it cannot decode the model."""
+    given: dict[str, object] = {"dataset": "dl20", "retrieval_method": "bm25", "top_k_candidates": 100}
+    given["context_size"] = contract.context_size_tokens
     if (contract.window_size, contract.stride) != (20, 10):  # the client's defaults
-        flags += [f"--window_size={contract.window_size}", f"--stride={contract.stride}"]
-    flags += [f"--{name}" for name, is_set in _client_flags(contract).items() if is_set]
-    return (
-        f"python src/rank_llm/scripts/run_rank_llm.py {model} --dataset=dl20 --retrieval_method=bm25 \\\n"
-        f"    --top_k_candidates=100 {' '.join(flags)}"
-    )
+        given |= {"window_size": contract.window_size, "stride": contract.stride}
+    if (words := _given_words(contract)) is not None:
+        given["max_passage_words"] = words
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    flags += [f"--{name}" for name in ("variable_passages", *_client_switches(contract))]
+    script, dash = ("python src/rank_llm/scripts/run_rank_llm.py", "_")
+    if contract.client_version != "0.25.7":
+        script, dash = ("rank-llm rerank", "-")
+    flags = [flag.replace("_", dash) for flag in flags]
+    model = shell_line(f"--model{dash}path={path}")
+    return f"{script} {model} {' '.join(flags[:2])} \\\n    {' '.join(flags[2:])}"
 
 
-def _client_flags(contract: DecodingContract) -> dict[str, bool]:
-    """Switches of the client: letters as identifiers, and first-token decoding, which it has for letters only."""
-    letters = contract.identifier_style == "letters"
-    return {"use_alpha": letters, "use_logits": letters and contract.objective == "combined"}
+def _client_switches(contract: DecodingContract) -> list[str]:
+    """Switches of the client: letters as identifiers, and first-token decoding."""
+    switches = ["use_alpha"] if contract.identifier_style == "letters" else []
+    return [*switches, "use_logits"] if contract.served_decoding() == "first_token" else switches
+
+
+def _given_words(contract: DecodingContract) -> int | None:
+    """Words of a passage to give to the client; None if they are its default, or it has no option for them."""
+    default = contract.max_passage_words == DEFAULT_WORDS
+    return None if default or not contract.client.has_word_option else contract.max_passage_words
 
 
 def _licence(facts: CardFacts, base: str | None) -> str:

@@ -98,7 +98,7 @@ def write_model_folder(
         StoreError: something else is at that path, or there is no space. Nothing is left behind in any case.
     """
     target = local_path(folder)
-    warn_misread(target)
+    warn_misread(target, model.contract.client_version)
     dtype = DTYPES[model.dtype]
     saved = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     num_bytes = sum(tensor.nbytes for tensor in saved.values())

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import ModelError, PromptError, first_line
 from rankllm_composer.escaping import for_screen
+from rankllm_composer.export.model_card import serving_command
 from rankllm_composer.prompts.chat import identifier_token_ids, render_chat, template_notes
 from rankllm_composer.prompts.client_names import describe_misread
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion, passage_word_limit
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
     chat_template_sha256,
@@ -25,13 +27,7 @@ from rankllm_composer.prompts.contract import (
 from rankllm_composer.prompts.encoding import render_prompt
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.prompts.user_turn import (
-    SYSTEM_MESSAGE,
-    clean_query,
-    passage_word_limit,
-    render_user_turn,
-    truncate_passage,
-)
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, clean_query, render_user_turn, truncate_passage
 from rankllm_composer.prompts.windows import fit_window
 from rankllm_composer.storage.content import check_content
 
@@ -89,7 +85,7 @@ class FolderInspection:
     contract: DecodingContract
     request: RequestDiff | None  # None if the tokenizer cannot make one
     problems: tuple[str, ...]
-    warnings: tuple[str, ...] = ()  # names in the path that the client misreads, and `template_notes`
+    warnings: tuple[str, ...] = ()  # what hinders the client, and `template_notes`
 
     def lines(self, color: bool) -> Iterator[str]:
         """Yield the lines to print, escaped for a terminal, with or without ANSI colors."""
@@ -110,19 +106,33 @@ def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) ->
     """Prompt text as the inference client renders it, with the system text always under the system role.
 
     Source:
-        rank_llm 0.25.7: `RankListwiseOSLLM.create_prompt`, `SingleTurnListwiseInferenceHandler.generate_prompt`.
+        rank_llm 0.25.7 and 0.26.0: `RankListwiseOSLLM.create_prompt`,
+        `SingleTurnListwiseInferenceHandler.generate_prompt`.
     """
     messages = [{"role": "system", "content": system}] if system else []
     return render_chat([*messages, {"role": "user", "content": user}], tokenizer)
 
 
-def diff_request(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle = "letters") -> RequestDiff:
-    """Compare a sample request as `rerank` writes it with the client's; raise PromptError if it cannot be encoded."""
-    ours = fit_window("sample", QUERY, PASSAGES, tokenizer, style=style).input_ids[:-1].tolist()
-    user = render_user_turn(
-        clean_query(QUERY), [truncate_passage(text, passage_word_limit(len(PASSAGES))) for text in PASSAGES], style
-    )
-    theirs = tokenizer(client_prompt(SYSTEM_MESSAGE, user, tokenizer))["input_ids"]
+def diff_request(
+    tokenizer: PreTrainedTokenizerBase,
+    style: IdentifierStyle = "letters",
+    client: ClientVersion = CURRENT_CLIENT,
+    *,
+    append_bracket: bool = False,
+) -> RequestDiff:
+    """Compare a sample request as `rerank` writes it with the client's.
+
+    Args:
+        append_bracket: with the `[` that the client appends for first-token decoding.
+    Raises:
+        PromptError: the request cannot be encoded.
+    """
+    ours = fit_window("sample", QUERY, PASSAGES, tokenizer, style=style, client=client).input_ids.tolist()
+    limit = passage_word_limit(len(PASSAGES), client=client)
+    user = render_user_turn(clean_query(QUERY), [truncate_passage(text, limit) for text in PASSAGES], style)
+    prompt = client_prompt(SYSTEM_MESSAGE, user, tokenizer)
+    theirs = tokenizer(prompt + "[" if append_bracket else prompt)["input_ids"]
+    ours = ours if append_bracket else ours[:-1]
     rows: list[tuple[str, str]] = []
     for kind, i, j, k, m in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
         mark = " " if kind == "equal" else "-"
@@ -211,7 +221,9 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
         sample = Record("sample", SYSTEM_MESSAGE, "query", "[A]")
         problems += serving_differences(sample, tokenizer)
         if not any("fails on the system role" in text for text in problems):
-            request = diff_request(tokenizer, contract.identifier_style)
+            appends = contract.client.appends_bracket and contract.served_decoding() == "first_token"
+            style, version = contract.identifier_style, contract.client_version
+            request = diff_request(tokenizer, style, version, append_bracket=appends)
             if request.num_differences and not problems:
                 problems.append(
                     f"{folder}: {request.num_differences} tokens of a request differ from the client's, see above. "
@@ -222,7 +234,7 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
             f"{folder}: the tokenizer has no chat template; the contract's has the "
             f"hash {contract.chat_template_sha256[:12]}…. Restore chat_template.jinja or tokenizer_config.json."
         )
-    if not contract.append_bracket and tokenizer.eos_token_id not in contract.eos_token_ids:
+    if contract.objective != "ranking" and tokenizer.eos_token_id not in contract.eos_token_ids:
         compare("eos_token_ids", contract.eos_token_ids, (tokenizer.eos_token_id,), "Set tokenizer.eos_token.")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and contract.context_size_tokens > positions:
@@ -232,8 +244,25 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
             f"{folder}: the tokenizer has {len(tokenizer):,} tokens but the model only {config.vocab_size:,}. Restore "
             "the tokenizer's files."
         )
-    misread = describe_misread(folder)
-    notes: tuple[str, ...] = () if misread is None else (misread,)
+    notes = list(_client_notes(folder, contract))
     if request is not None:
-        notes += tuple(template_notes(tokenizer))
-    return FolderInspection(contract, request, tuple(problems), notes)
+        notes += template_notes(tokenizer)
+    return FolderInspection(contract, request, tuple(problems), tuple(notes))
+
+
+def _client_notes(folder: str | Path, contract: DecodingContract) -> Iterator[str]:
+    """What keeps the contract's version of the client from serving the folder as it was trained, and another one."""
+    version = contract.client_version
+    misread = describe_misread(folder, version)
+    if misread is not None:
+        yield misread
+    if contract.served_decoding() is None:
+        yield f"rank_llm {version} cannot serve it: {'; '.join(contract.unserved().values())}. Use `rerank`."
+    difference = contract.unserved_words()
+    if difference is not None:
+        yield f"{difference}. Use `rerank`, or train with data.client_version={CURRENT_CLIENT}."
+    if version != CURRENT_CLIENT:
+        current = contract.with_client(CURRENT_CLIENT)
+        if current.served_decoding() is not None:
+            command = serving_command(current, str(folder)).replace(" \\\n   ", "")
+            yield f"made for rank_llm {version}; {CURRENT_CLIENT} shows the same prompts in full windows by: {command}"

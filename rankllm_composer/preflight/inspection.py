@@ -18,6 +18,7 @@ from rankllm_composer.escaping import for_screen
 from rankllm_composer.export.serving_check import serving_differences, shown_token
 from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.chat import control_tokens_in, template_notes
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.contract import count_bos
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.record import Record
@@ -110,6 +111,7 @@ def inspect_record(
     *,
     max_length_tokens: int,
     too_long: Literal["drop", "refuse"] = "drop",
+    client: ClientVersion = CURRENT_CLIENT,
 ) -> Inspection:
     """Encode a record, as training presents it, and find what prevents training on it or serving it as intended."""
     found = Inspection(record, max_length_tokens)
@@ -128,17 +130,18 @@ def inspect_record(
         )
     found.problems += serving_differences(record, tokenizer)
     found.notes += _notes(record, tokenizer, encoded)
-    found.notes += _passage_notes(record, tokenizer, max_length_tokens)
+    found.notes += _passage_notes(record, tokenizer, max_length_tokens, client)
     return found
 
 
-def _passage_notes(record: Record, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> Iterator[str]:
+def _passage_notes(
+    record: Record, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, client: ClientVersion
+) -> Iterator[str]:
     """What of the passages is not shown, here or by the inference client in the same context."""
     try:
         turn = record.turn
-        served = fit_window(
-            record.id, turn.query, turn.passages, tokenizer, style=turn.style, context_size_tokens=max_length_tokens
-        )
+        shared: dict[str, Any] = {"style": turn.style, "context_size_tokens": max_length_tokens, "client": client}
+        served = fit_window(record.id, turn.query, turn.passages, tokenizer, **shared)
     except PromptError:
         return
     empty = sum(not passage.strip() for passage in turn.passages)
@@ -251,14 +254,21 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
     from rankllm_composer.training.assembly import build_contract, build_model, sets_of
 
     split = recipe.data.train
-    records = SplitRecords(sets_of(split), split.source, split.rebuild)
+    records = SplitRecords(sets_of(split), split.source, split.rebuild, recipe.data.client_version)
     record = records[number]
     shuffle, style = split.shuffle_passages, split.identifiers
     if shuffle or style is not None:
         record = augment_record(record, seed=recipe.run.seed, epoch=0, shuffle_passages=shuffle, identifiers=style)
     tokenizer = load_tokenizer(recipe.model)
     limit, too_long = recipe.data.max_length_tokens, recipe.data.too_long
-    found = inspect_record(record, tokenizer, recipe.objective.name, max_length_tokens=limit, too_long=too_long)
+    found = inspect_record(
+        record,
+        tokenizer,
+        recipe.objective.name,
+        max_length_tokens=limit,
+        too_long=too_long,
+        client=recipe.data.client_version,
+    )
     found.notes.insert(0, f"record {number} of {records.place}")
     try:  # the lists of the whole set; of a source without shards, this record
         contents = read_contents(sets_of(split)) if records.has_shards else SetContents(count_lists([records[number]]))

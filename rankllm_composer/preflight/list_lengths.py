@@ -43,7 +43,7 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     split = recipe.data.train
     sets = [(s.local, s.remote) for s in split.streams] or [(str(split.local), split.remote)]
     assumed = f"each is assumed to have {recipe.data.max_length_tokens:,} tokens, the limit"
-    records = find_split(sets, split.source, split.rebuild)
+    records = find_split(sets, split.source, split.rebuild, recipe.data.client_version)
     if records is None:
         given = f"{num_lists:,} (given)" if num_lists is not None else "unknown number"
         return ListLengths((), (), num_lists, f"{given}; no data here, so {assumed}")

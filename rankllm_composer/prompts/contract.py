@@ -6,15 +6,24 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankllm_composer import __version__
 from rankllm_composer.errors import ModelError, PromptError
-from rankllm_composer.options import OBJECTIVES, ObjectiveName
-from rankllm_composer.prompts.chat import end_of_sequence, identifier_token_ids, render_chat
+from rankllm_composer.options import DECODINGS, OBJECTIVES, Decoding, ObjectiveName
+from rankllm_composer.prompts.chat import end_of_sequence, identifier_token_ids, render_chat, tokenize
+from rankllm_composer.prompts.clients import (
+    CLIENT_VERSIONS,
+    CLIENTS,
+    CURRENT_CLIENT,
+    UNNAMED_CLIENT,
+    Client,
+    ClientVersion,
+    passage_word_limit,
+)
 from rankllm_composer.prompts.permutations import IdentifierStyle, identifiers
 
 if TYPE_CHECKING:
@@ -22,6 +31,8 @@ if TYPE_CHECKING:
 
 CONTRACT_FILE = "reranker.json"
 FORMAT = 1
+DEFAULT_WORDS = 300  # of a passage, in the client
+_LATER_KEYS = {"client_version": UNNAMED_CLIENT, "bracket_merges": False}  # of contracts that were written before them
 CLIENT_TEMPLATES = {"letters": "rank_zephyr_alpha_template.yaml", "numbers": "rank_zephyr_template.yaml"}
 
 
@@ -30,21 +41,25 @@ class DecodingContract:
     """How a model is prompted and how its answer is read; `reranker.json` of an exported folder.
 
     Attributes:
+        client_version: version of the inference client, rank_llm, that the prompts and the reading are those of.
         objective: what was trained: generation, ranking or combined.
         prompt_template: name of the inference client's prompt template.
         chat_template_sha256: hash of the tokenizer's chat template, UTF-8.
         identifier_style: letters or numbers.
         identifiers: names of the candidates in presentation order.
         identifier_token_ids: their tokens inside the brackets; None if they are several tokens (generation only).
-        append_bracket: True = append the opening bracket to the prompt; the model never learned to write it.
+        append_bracket: True = first-token decoding appends the opening bracket to the prompt; False = the model writes
+            it, as rank_llm 0.25.7 wants it.
         score_token_index: index, after the prompt, of the token whose logits are the scores: 1 if the model writes
             the bracket itself, 0 if it is appended.
+        bracket_merges: whether the tokenizer has one token for the bracket and the first identifier, `[A`, so that the
+            identifier is a token of its own only after a prompt that ends with the bracket.
         num_bos: beginning-of-sequence tokens at the start of a prompt, as the client tokenizes it.
         eos_token_ids: tokens that end an answer.
         window_size: candidates in one prompt.
         stride: candidates a window moves up the list.
         context_size_tokens: prompt and answer together.
-        max_passage_words: words kept of a passage in a window of 20.
+        max_passage_words: words kept of a passage; with rank_llm 0.25.7, in a window of 20 (`passage_word_limit`).
         package_version: version that wrote the folder.
     """
 
@@ -61,10 +76,17 @@ class DecodingContract:
     window_size: int = 20
     stride: int = 10
     context_size_tokens: int = 4096
-    max_passage_words: int = 300
+    max_passage_words: int = DEFAULT_WORDS
+    bracket_merges: bool = False
+    client_version: ClientVersion = CURRENT_CLIENT
     package_version: str = __version__
 
     def __post_init__(self) -> None:
+        if self.client_version not in CLIENT_VERSIONS:
+            raise ModelError(
+                f"client_version is {self.client_version!r}; expected one of {', '.join(CLIENT_VERSIONS)}. Use a "
+                "version of this package that knows it."
+            )
         if self.objective not in OBJECTIVES:
             raise ModelError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
         if self.identifier_style not in CLIENT_TEMPLATES:
@@ -91,6 +113,70 @@ class DecodingContract:
                 f"{len(self.identifiers)} identifiers; expected one token per identifier"
             )
 
+    @property
+    def client(self) -> Client:
+        """What the client's version does."""
+        return CLIENTS[self.client_version]
+
+    @property
+    def shown_words(self) -> int:
+        """Most words of a passage in the contract's window."""
+        return passage_word_limit(self.window_size, self.max_passage_words, self.client_version)
+
+    def unserved(self) -> dict[Decoding, str]:
+        """Decodings by which the client cannot rank with the model, each with the reason; at most all of them."""
+        reasons: dict[Decoding, str] = {}
+        if self.objective == "ranking":
+            reasons["generation"] = "a model trained by ranking alone never learned to write an answer"
+        if self.identifier_token_ids is None:
+            reasons["first_token"] = "an identifier is several tokens"
+        elif not self.client.reads_numbers and self.identifier_style == "numbers":
+            reasons["first_token"] = f"rank_llm {self.client_version} reads letters only"
+        elif not self.client.appends_bracket and self.objective == "ranking":
+            reasons["first_token"] = (
+                f"rank_llm {self.client_version} lets the model write the opening bracket, which a model trained by "
+                "ranking alone never learned"
+            )
+        elif not self.client.appends_bracket and self.bracket_merges:
+            reasons["first_token"] = (
+                f"rank_llm {self.client_version} lets the model write the opening bracket, which the tokenizer joins "
+                "with the identifier"
+            )
+        return reasons
+
+    def unserved_words(self) -> str | None:
+        """How the words of a passage differ between training and the client; None if they do not."""
+        theirs = passage_word_limit(self.window_size, client=self.client_version)
+        if self.client.has_word_option or theirs == self.shown_words:
+            return None
+        return (
+            f"rank_llm {self.client_version} shows up to {theirs} words of a passage in windows of {self.window_size}, "
+            f"where the model was trained with up to {self.shown_words}"
+        )
+
+    def served_decoding(self) -> Decoding | None:
+        """Decoding by which the client serves the model: the one it was trained for if possible; None = by neither."""
+        trained: Decoding = "generation" if self.objective == "generation" else "first_token"
+        left = [decoding for decoding in (trained, *DECODINGS) if decoding not in self.unserved()]
+        return left[0] if left else None
+
+    def with_client(self, version: ClientVersion) -> DecodingContract:
+        """The contract as another version of the client prompts and reads the model.
+
+        The words of a passage in the contract's window stay the same where the version can show them.
+        """
+        client = CLIENTS[version]
+        appends = client.appends_bracket or self.objective == "ranking"
+        # The older version has no option for the words.
+        words = self.shown_words if client.has_word_option else DEFAULT_WORDS
+        return replace(
+            self,
+            client_version=version,
+            append_bracket=appends,
+            score_token_index=0 if appends else 1,
+            max_passage_words=words,
+        )
+
     def to_json(self) -> str:
         """The text of `reranker.json`."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
@@ -107,6 +193,7 @@ class DecodingContract:
             raise ModelError(
                 f"{place}: format is {found!r}; expected {FORMAT}. Read it with the package version that wrote it."
             )
+        values = {**_LATER_KEYS, **values}
         names, given = {field.name for field in dataclasses.fields(cls)}, set(values) - {"format"}
         if given != names:
             raise ModelError(
@@ -140,6 +227,7 @@ def decoding_contract(
     num_identifiers: int = 20,
     stride: int | None = None,
     context_size_tokens: int = 4096,
+    client_version: ClientVersion = CURRENT_CLIENT,
 ) -> DecodingContract:
     """Contract of a model trained with this tokenizer and objective; for the arguments see `DecodingContract`.
 
@@ -151,8 +239,8 @@ def decoding_contract(
         PromptError: the tokenizer cannot be used for the objective (see `check_tokenizer`).
     """
     template = chat_template_sha256(tokenizer)
-    append_bracket = objective == "ranking"
-    if not append_bracket:
+    append_bracket = objective == "ranking" or CLIENTS[client_version].appends_bracket
+    if objective != "ranking":
         end_of_sequence(tokenizer)
     token_ids: tuple[int, ...] | None = None
     try:
@@ -175,7 +263,18 @@ def decoding_contract(
         window_size=num_identifiers,
         stride=max(1, num_identifiers // 2) if stride is None else stride,
         context_size_tokens=context_size_tokens,
+        bracket_merges=_bracket_merges(tokenizer, style),
+        client_version=client_version,
     )
+
+
+def _bracket_merges(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle) -> bool:
+    """Whether the bracket after a prompt and the identifier behind it are one token."""
+    prompt = render_chat([{"role": "user", "content": "query"}], tokenizer)
+    encoding = tokenize(f"{prompt}[{identifiers(1, style)[0]}]", tokenizer)
+    index = encoding.char_to_token(len(prompt))
+    span = None if index is None else encoding.token_to_chars(index)
+    return span is not None and span.end > len(prompt) + 1
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,7 +1,7 @@
 """The user turn of a prompt: rendered from query and passages, and parsed back; passages are cleaned and truncated.
 
-Everything follows the inference client (rank_llm 0.25.7) exactly, so that a model is trained on the prompts that it is
-served.
+Everything follows the inference client (rank_llm) exactly, so that a model is trained on the prompts that it is served.
+All versions of `clients` write the same text; they differ in the words that a passage keeps.
 """
 
 from __future__ import annotations
@@ -108,11 +108,6 @@ def document_text(document: Mapping[str, Any]) -> str:
         f"document is {_shorten(dict(document))}; expected text under one of {', '.join(_DOCUMENT_FIELDS)}, and a "
         "title that is text if there is one"
     )
-
-
-def passage_word_limit(num_passages: int, max_words: int = 300) -> int:
-    """Words per passage in the client: `max_words` in a window of 20, otherwise max_words · 20 / n."""
-    return int(max_words * (20 / num_passages))
 
 
 def truncate_passage(text: str, max_words: int) -> str:

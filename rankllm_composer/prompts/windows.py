@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rankllm_composer.errors import PromptError
+from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT, ClientVersion, passage_word_limit
 from rankllm_composer.prompts.encoding import encode_prompt
 from rankllm_composer.prompts.permutations import IdentifierStyle, format_permutation, identifier_style
 from rankllm_composer.prompts.record import Record
@@ -21,7 +22,6 @@ from rankllm_composer.prompts.user_turn import (
     clean_query,
     join_words,
     parse_user_turn,
-    passage_word_limit,
     passage_words,
     render_user_turn,
 )
@@ -78,6 +78,7 @@ def fit_window(
     style: IdentifierStyle = "letters",
     context_size_tokens: int = 4096,
     max_passage_words: int = 300,
+    client: ClientVersion = CURRENT_CLIENT,
 ) -> Window:
     """Window of candidates, with passages truncated until prompt and answer fit the context.
 
@@ -89,14 +90,15 @@ def fit_window(
         query, texts: as in the collection.
         tokenizer: a fast HF tokenizer with a chat template.
         context_size_tokens: prompt and answer together.
-        max_passage_words: words of a passage in a window of 20; more in a shorter one, fewer if they do not fit.
+        max_passage_words: words of a passage (see `passage_word_limit`), fewer if they do not fit.
+        client: version of the inference client.
     Raises:
         PromptError: prompt and answer do not fit even without passages, the tokenizer cannot be used, or there are no
             candidates or more than the style can name.
     """
     num_candidates = len(texts)
-    reserved = answer_lengths(tokenizer, num_candidates, style)[0]
-    limit = passage_word_limit(num_candidates, max_passage_words)
+    reserved = answer_lengths(tokenizer, num_candidates, style, client)[0]
+    limit = passage_word_limit(num_candidates, max_passage_words, client)
     passages = [passage_words(text) for text in texts]
 
     def cut(words: int, longest_word: int = LONGEST_WORD) -> list[str]:
@@ -137,24 +139,29 @@ def fit_window(
 
 
 def answer_lengths(
-    tokenizer: PreTrainedTokenizerBase, num_candidates: int, style: IdentifierStyle = "letters"
+    tokenizer: PreTrainedTokenizerBase,
+    num_candidates: int,
+    style: IdentifierStyle = "letters",
+    client: ClientVersion = CURRENT_CLIENT,
 ) -> tuple[int, int]:
     """Tokens of an answer: how many the inference client requests, and how many a complete answer has.
 
-    The client encodes an answer and subtracts one for the beginning-of-sequence token. With a tokenizer that adds none
-    it requests one token too few: the last bracket, which does not matter.
+    Version 0.25.7 encodes an answer and subtracts one for the beginning-of-sequence token. With a tokenizer that adds
+    none it requests one token too few: the last bracket, which does not matter.
     """
     answer = format_permutation(range(num_candidates), style)
-    asked = len(tokenizer(answer)["input_ids"]) - 1
-    return asked, len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    complete = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if CLIENTS[client].counts_all_tokens:
+        return complete, complete
+    return len(tokenizer(answer)["input_ids"]) - 1, complete
 
 
 def sliding_spans(num_candidates: int, window_size: int, stride: int) -> list[tuple[int, int]]:
     """Windows over a list, bottom to top: (first, last + 1) per window, in the order in which they are ranked.
 
     As in the inference client the window moves up by `stride` until it reaches the top; the last one may be shorter. A
-    list shorter than the window is one window. Unlike here, the client does not rank a list of exactly window_size -
-    stride candidates unless it is given the length. A window of one candidate is omitted.
+    list shorter than the window is one window. Unlike here, version 0.25.7 does not rank a list of exactly window_size
+    - stride candidates unless it is given the length. A window of one candidate is omitted.
 
     Raises:
         PromptError: the window is shorter than two or than the stride, or the stride below 1.

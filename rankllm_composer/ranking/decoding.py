@@ -17,6 +17,7 @@ import torch
 from rankllm_composer.distributed import largest_of_ranks
 from rankllm_composer.errors import PromptError, RunError
 from rankllm_composer.prompts.chat import identifier_token_ids
+from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.permutations import (
     ParsedAnswer,
     format_permutation,
@@ -43,8 +44,8 @@ class FirstTokenAnswer:
 
     Attributes:
         scores: (N,) float64 log-probabilities in nats; -inf if the identifier was not among the likeliest tokens.
-        opens_with_bracket: whether the model's first token is the bracket, so that the client finds the scores where
-            they were trained.
+        opens_with_bracket: whether the model's first token is the bracket; a client that lets the model write it finds
+            the scores where they were trained only then.
     """
 
     scores: NDArray[np.float64]
@@ -94,10 +95,10 @@ def score_windows_first_token(
 
     Args:
         model, tokenizer: a causal LM whose forward accepts `logits_to_keep`, and its tokenizer.
-        windows: windows with letters, or with numbers that are one token each (the client reads them up to 9).
-        contract: with `append_bracket` the prompt ends with `[`, for models that never learned to write it. Otherwise
-            the model writes its own first token and the scores are read after it, whatever it is, as in the client;
-            this needs a second forward pass only for windows where it is not `[`. `eos_token_ids` cannot come first.
+        windows: windows with letters, or with numbers that are one token each.
+        contract: with `append_bracket` the prompt ends with `[`. Otherwise the model writes its own first token and the
+            scores are read after it, whatever it is, as in rank_llm 0.25.7; this needs a second forward pass only for
+            windows where it is not `[`. `eos_token_ids` cannot come first.
         top_k: only identifiers among the `top_k` likeliest tokens count, and a token counts as the identifier it
             decodes to: the client's rule. ` A` is not `A`, although vLLM servers from June 2025 to July 2026 drop the
             space and so confuse the two. None: the log-probabilities of the identifiers' own tokens.
@@ -107,7 +108,7 @@ def score_windows_first_token(
     Raises:
         RunError: a window has numbers of several tokens, or logits contain NaN.
     Source:
-        Gangi Reddy et al. 2024 (FIRST, arXiv:2406.15657); rank_llm 0.25.7.
+        Gangi Reddy et al. 2024 (FIRST, arXiv:2406.15657); rank_llm 0.25.7 and 0.26.0.
     """
     for window in windows:
         if window.style == "numbers" and window.num_candidates > 9:
@@ -118,7 +119,7 @@ def score_windows_first_token(
                     f"window {window.id} has {window.num_candidates} candidates named by numbers, which the first "
                     f"token cannot tell apart: {error}"
                 ) from error
-    read = _ScoreReader(tokenizer, top_k)
+    read = _ScoreReader(tokenizer, top_k, contract.client_version)
     scores: list[NDArray[np.float64]] = [np.empty(0)] * len(windows)
     opens = [True] * len(windows)
     continued: dict[int, NDArray[np.int32]] = {}
@@ -168,7 +169,7 @@ def generate_windows(
         RunError: logits contain NaN.
     """
     answers: list[GeneratedAnswer | None] = [None] * len(windows)
-    lengths = [answer_lengths(tokenizer, window.num_candidates, window.style) for window in windows]
+    lengths = [answer_lengths(tokenizer, w.num_candidates, w.style, contract.client_version) for w in windows]
     costs = [len(window.input_ids) + max(length) for window, length in zip(windows, lengths)]
     batches = _padded_batches(costs, [window.style for window in windows], batch_tokens)
     with inference(model, CACHED_ATTENTION, max(costs, default=1)):
@@ -193,9 +194,10 @@ def generate_windows(
 class _ScoreReader:
     """Reads the scores of a window from the logits of one position."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, top_k: int | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, top_k: int | None, client: ClientVersion) -> None:
         self._tokenizer = tokenizer
         self._top_k = top_k
+        self._client = client
         self._decoded: dict[int, str] = {}
 
     def __call__(self, logits: torch.Tensor, window: Window) -> NDArray[np.float64]:
@@ -207,7 +209,7 @@ class _ScoreReader:
             return scores
         values, likeliest = log_probabilities.topk(min(self._top_k, len(log_probabilities)))
         texts = [self._decode(token) for token in likeliest.tolist()]
-        return read_likeliest(texts, values.tolist(), window)
+        return read_likeliest(texts, values.tolist(), window, self._client)
 
     def _decode(self, token: int) -> str:
         if token not in self._decoded:
@@ -218,22 +220,27 @@ class _ScoreReader:
         return self._decoded[token]
 
 
-def read_likeliest(decoded: Sequence[str], log_probabilities: Sequence[float], window: Window) -> NDArray[np.float64]:
+def read_likeliest(
+    decoded: Sequence[str], log_probabilities: Sequence[float], window: Window, client: ClientVersion = CURRENT_CLIENT
+) -> NDArray[np.float64]:
     """Read the scores of a window's candidates from the likeliest tokens, by the client's rule.
 
     Args:
-        decoded: text of each token, likeliest first. Of tokens with the same text the last counts.
+        decoded: text of each token. Of several that name one candidate the likeliest counts; in rank_llm 0.25.7 the
+            last.
         log_probabilities: of each token, in nats.
         window: the window whose candidates are scored.
+        client: version of the client.
     Returns:
         (N,) float64; -inf if no token names the candidate.
     """
     index = {name: i for i, name in enumerate(identifiers(window.num_candidates, window.style))}
     scores = np.full(window.num_candidates, -np.inf)
+    keeps_largest = CLIENTS[client].keeps_largest
     for text, value in zip(decoded, log_probabilities):
-        if window.style == "numbers" and len(text) == 1 and text.isdecimal():
+        if window.style == "numbers" and text.isdecimal() and (len(text) == 1 or (keeps_largest and text.isascii())):
             text = str(int(text))  # including digits of other scripts
-        if text in index:
+        if text in index and not (keeps_largest and value <= scores[index[text]]):
             scores[index[text]] = value
     return scores
 

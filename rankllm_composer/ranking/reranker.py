@@ -257,6 +257,7 @@ class Reranker:
             style=self.contract.identifier_style,
             context_size_tokens=self.contract.context_size_tokens,
             max_passage_words=self.contract.max_passage_words,
+            client=self.contract.client_version,
         )
 
     def _answer(self, windows: Sequence[Window]) -> Sequence[FirstTokenAnswer | GeneratedAnswer]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rankllm_composer.errors import ModelError, RunError, first_line
 from rankllm_composer.options import ModelOptions, ObjectiveName, RerankOptions
 from rankllm_composer.prompts.chat import template_notes
+from rankllm_composer.prompts.clients import CURRENT_CLIENT
 from rankllm_composer.prompts.contract import (
     CONTRACT_FILE,
     DecodingContract,
@@ -131,6 +132,16 @@ def served_contract(
             raise RunError(
                 f"{option} is {wanted}, but {name} was trained with {trained} (reranker.json). Leave it out."
             )
+    version = options.client_version
+    if version is not None and version != given.client_version:
+        trained = given.shown_words
+        given = given.with_client(version)
+        if given.shown_words != trained:
+            warn(
+                f"client_version is {version}, which shows up to {given.shown_words} words of a passage in windows of "
+                f"{given.window_size}; {name} was trained with up to {trained} ({CONTRACT_FILE}).",
+                stacklevel=2,
+            )
     if options.context_size_tokens is None:
         return given
     return dataclasses.replace(given, context_size_tokens=options.context_size_tokens)
@@ -147,6 +158,7 @@ def _described_contract(
         num_identifiers=window,
         stride=options.stride,
         context_size_tokens=options.context_size_tokens or min(4096, _num_positions(config)),
+        client_version=options.client_version or CURRENT_CLIENT,
     )
 
 

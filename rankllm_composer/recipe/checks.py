@@ -17,6 +17,7 @@ from rankllm_composer.errors import Problem, RecipeError, shell_line
 from rankllm_composer.model.loss_table import RANKING_LOSSES
 from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, FromEnvironment, SourceOptions, as_written
 from rankllm_composer.prompts.client_names import describe_misread
+from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT
 from rankllm_composer.recipe.keys import plain_tree, show
 from rankllm_composer.recipe.places import argument_problems, place_problems
 from rankllm_composer.recipe.resume import acceptance_problems
@@ -351,7 +352,8 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
 
 def surprises(recipe: Recipe) -> Iterator[str]:
     """One sentence for everything that works in training and causes trouble later."""
-    misread = describe_misread(recipe.export_folder or "")
+    client = recipe.data.client_version
+    misread = describe_misread(recipe.export_folder or "", client)
     if misread is not None:
         yield f"checkpoint.export.folder: {misread}"
     styles = [
@@ -370,8 +372,13 @@ def surprises(recipe: Recipe) -> Iterator[str]:
             f"evaluation.decodings: windows of {source.window} candidates named by numbers are ranked by first_token "
             "only if the tokenizer has one token for each number; otherwise by generation"
         )
-    if recipe.objective.name != "generation" and "numbers" in styles:
+    if not CLIENTS[client].reads_numbers and recipe.objective.name != "generation" and "numbers" in styles:
         yield (
-            f"objective.name: {recipe.objective.name} scores identifiers at one token, where the inference client "
-            "reads only letters; numbers can be served by generation alone"
+            f"objective.name: {recipe.objective.name} scores identifiers at one token, where rank_llm {client} reads "
+            f"only letters; numbers can be served by generation alone, or by data.client_version={CURRENT_CLIENT}"
+        )
+    if not CLIENTS[client].appends_bracket and recipe.objective.name == "ranking":
+        yield (
+            f"objective.name: a model trained by ranking alone never learns to write the '[' that rank_llm {client} "
+            f"waits for, so that only `rerank` reads it; data.client_version={CURRENT_CLIENT} appends the '['"
         )

@@ -18,6 +18,7 @@ from rankllm_composer.options import (
     CONFIG,
     MAX_SEED,
     BatchOptions,
+    ClientOptions,
     Decoding,
     Flag,
     ModelOptions,
@@ -148,7 +149,7 @@ class Split(StreamOptions, Sets):  # the keys of Sets come first
 
 @worded
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Data:
+class Data(ClientOptions):
     """The lists, and how they are read."""
 
     max_length_tokens: Whole = option("Most tokens in prompt and response together.", 4096, unit="tokens", ge=2)

@@ -56,7 +56,7 @@ def build_shards(
     Raises:
         ShardError, RecordError, SourceError, StoreError: what stands in the way and what to do.
     """
-    return build_from(open_source(source), output, source.on_error, options, report)
+    return build_from(open_source(source, options.client_version), output, source.on_error, options, report)
 
 
 def build_from(

@@ -7,6 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rankllm_composer.errors import ShardError
+from rankllm_composer.prompts.clients import (
+    CLIENT_VERSIONS,
+    UNNAMED_CLIENT,
+    ClientVersion,
+    given_word_limit,
+    passage_word_limit,
+)
 from rankllm_composer.prompts.lists import ListKind, list_kind, trained_window
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle
 from rankllm_composer.prompts.record import Record
@@ -26,25 +33,23 @@ class SetContents:
     Attributes:
         lists: number of lists by the style of their identifiers and their number of candidates.
         sources: names of the files or data sets that they were built from; of the set itself where it does not say.
-        windows: (window, stride, words of a passage) of the builds from a first-stage run; words None = the client's.
+        windows: (window, stride, most words of a passage in it) of the builds from a first-stage run.
     """
 
     lists: Mapping[ListKind, int]
     sources: tuple[str, ...] = ()
-    windows: tuple[tuple[int, int, int | None], ...] = ()
+    windows: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def strides(self) -> set[int]:
         """Steps by which the lists were cut from longer ones."""
         return {stride for _, stride, _ in self.windows}
 
-    @property
-    def max_passage_words(self) -> int | None:
-        """Words of a passage in these lists, as those of a window of 20; None if they are the client's or unknown."""
+    def max_passage_words(self, client: ClientVersion) -> int | None:
+        """Words of a passage in these lists, as the client is given them; None if they are unknown."""
         size = trained_window(self.lists).size
         words = {words for window, _, words in self.windows if window == size}
-        limit = words.pop() if len(words) == 1 else None
-        return None if limit is None else -(-limit * size // 20)
+        return given_word_limit(words.pop(), size, client) if len(words) == 1 else None
 
     def renamed(self, style: IdentifierStyle | None) -> SetContents:
         """The lists with other identifiers, `data.train.identifiers`; None = with their own."""
@@ -78,7 +83,7 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
     """
     lists: Counter[ListKind] = Counter()
     sources: list[str] = []
-    windows: list[tuple[int, int, int | None]] = []
+    windows: list[tuple[int, int, int]] = []
     for local, remote in sets:
         folder = open_folder(remote or local)
         _, manifest = read_set(folder)
@@ -93,7 +98,14 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
         sources += source_names(manifest.source)
         options = manifest.source.get("options")
         if isinstance(options, Mapping) and {"window", "stride"} <= options.keys():
-            windows.append((options["window"], options["stride"], options.get("max_passage_words")))
+            client = options.get("client_version", UNNAMED_CLIENT)
+            if client not in CLIENT_VERSIONS:
+                raise ShardError(
+                    f"{folder.name}/{MANIFEST_NAME}: client_version is {client!r}; expected one of "
+                    f"{', '.join(CLIENT_VERSIONS)}. Build the set again."
+                )
+            words = options.get("max_passage_words") or passage_word_limit(options["window"], client=client)
+            windows.append((options["window"], options["stride"], words))
     if not lists:
         raise ShardError(f"{', '.join(remote or local for local, remote in sets)}: no lists. Build the set again.")
     return SetContents(lists, tuple(dict.fromkeys(sources)), tuple(windows))

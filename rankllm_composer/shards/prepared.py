@@ -17,6 +17,7 @@ from typing import Any
 
 from rankllm_composer.errors import RankLLMComposerError, ShardError
 from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, UNNAMED_CLIENT, ClientVersion
 from rankllm_composer.shards.manifest import MANIFEST_NAME, parse_manifest
 from rankllm_composer.sources.records import open_source
 from rankllm_composer.storage.atomic import write_atomic
@@ -27,13 +28,16 @@ _SETTLED_SECONDS = 2.0
 """A file that changed more recently may change again without a change of its times."""
 
 
-def find_difference(place: str | Path, source: SourceOptions, local: str | Path, key: str) -> ShardError | None:
+def find_difference(
+    place: str | Path, source: SourceOptions, local: str | Path, key: str, client: ClientVersion = CURRENT_CLIENT
+) -> ShardError | None:
     """Compare a complete set of shards with the source it should have been built from.
 
     Args:
         place: folder or URL of the set.
         local: folder on this machine, in which the result is noted.
         key: dotted key of the split, for messages.
+        client: version of the inference client whose prompts the shards should have.
     Returns:
         The error to raise if they differ, with both values and what to do; None if they are the same.
     """
@@ -45,19 +49,23 @@ def find_difference(place: str | Path, source: SourceOptions, local: str | Path,
             f"{key}.source is set, but the shards in {folder.name} have no {MANIFEST_NAME} that says what they were "
             f"built from. Set {as_it_is}, {key}.rebuild=true to build them again, or another {key}.local."
         )
-    note = _Note(Path(local) / NOTE_NAME, source, text)
+    note = _Note(Path(local) / NOTE_NAME, source, client, text)
     if note.holds():
         return None
     manifest = parse_manifest(text, f"{folder.name}/{MANIFEST_NAME}")
     built = {**_flat(manifest.source), "on_error": manifest.options.get("on_error"), "part": manifest.part or "all"}
     try:
-        given = {**_flat(open_source(source).describe()), "on_error": source.on_error, "part": "all"}
+        given = {**_flat(open_source(source, client).describe()), "on_error": source.on_error, "part": "all"}
     except RankLLMComposerError as error:
         return ShardError(
             f"{key}.source cannot be compared with the shards in {folder.name}, which were built from "
             f"{', '.join(source_names(manifest.source))}: {error} Or set {as_it_is}."
         )
+    if "client_version" in given:
+        built.setdefault("client_version", UNNAMED_CLIENT)
     differing = [name for name in dict.fromkeys([*built, *given]) if built.get(name) != given.get(name)]
+    if differing == ["client_version"] and not open_source(source).makes_lists:
+        differing = []  # the prompts are those of the records
     if not differing:
         note.write()
         return None
@@ -93,11 +101,12 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
 class _Note:
     """The note that a set and a source were the same: what the source is, and size and times of its files."""
 
-    def __init__(self, path: Path, source: SourceOptions, manifest_text: bytes) -> None:
+    def __init__(self, path: Path, source: SourceOptions, client: ClientVersion, manifest_text: bytes) -> None:
         self.path = path
         self._files = dict(_stamps(source))
         manifest = hashlib.sha256(manifest_text).hexdigest()
-        self._text = json.dumps({"source": asdict(source), "manifest": manifest, "files": self._files})
+        named = {"source": asdict(source), "client": client}
+        self._text = json.dumps({**named, "manifest": manifest, "files": self._files})
 
     def holds(self) -> bool:
         """True if the note was written for the same set and the same files, which have not changed since."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from rankllm_composer.errors import ShardError
 from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardFile, record_from_sample
 from rankllm_composer.shards.manifest import read_set
@@ -28,6 +29,7 @@ class SplitRecords:
         sets: (local, remote) of each set of shards, in order; remote None = all of it is in `local`.
         source: read if there are no shards; None = only shards.
         rebuild: read the source also if the shards were built from another one.
+        client: version of the inference client whose prompts the records should have.
     Raises:
         ShardError: there are no shards, and no source on this machine; the shards were built from another source; or an
             index is damaged.
@@ -35,7 +37,11 @@ class SplitRecords:
     """
 
     def __init__(
-        self, sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None, rebuild: bool = False
+        self,
+        sets: Sequence[tuple[str, str | None]],
+        source: SourceOptions | None = None,
+        rebuild: bool = False,
+        client: ClientVersion = CURRENT_CLIENT,
     ) -> None:
         folders = [(Path(local), open_folder(remote or local)) for local, remote in sets]
         texts = [folder.read(INDEX_NAME) for _, folder in folders]
@@ -44,7 +50,7 @@ class SplitRecords:
         missing = ", ".join(folder.name for (_, folder), text in zip(folders, texts) if text is None)
         if not missing and source is not None:
             cache, remote = sets[0]
-            difference = find_difference(remote or cache, source, cache, "data.train")
+            difference = find_difference(remote or cache, source, cache, "data.train", client)
             if difference is not None and not rebuild:
                 raise difference
             missing = "" if difference is None else f"{folders[0][1].name} from this source"
@@ -62,7 +68,7 @@ class SplitRecords:
                 f"data.train.source.input: {source.input} is not on this machine, and there are no shards in "
                 f"{missing}. Build them with rankllm-composer shards build, or name a local file (.json, .jsonl)."
             )
-        self._records = open_source(source)
+        self._records = open_source(source, client)
         self.place = f"{source.input or source.run} (no shards in {missing} yet)"
 
     @property
@@ -99,11 +105,14 @@ class SplitRecords:
 
 
 def find_split(
-    sets: Sequence[tuple[str, str | None]], source: SourceOptions | None = None, rebuild: bool = False
+    sets: Sequence[tuple[str, str | None]],
+    source: SourceOptions | None = None,
+    rebuild: bool = False,
+    client: ClientVersion = CURRENT_CLIENT,
 ) -> SplitRecords | None:
     """The records of a split, as `SplitRecords`; None if there are no shards, and no source on this machine."""
     try:
-        return SplitRecords(sets, source, rebuild)
+        return SplitRecords(sets, source, rebuild, client)
     except _AbsentError:
         return None
 

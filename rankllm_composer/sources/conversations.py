@@ -10,28 +10,29 @@ from typing import Any
 
 from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import FOR_PASSAGES, SourceOptions
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import Record, repair_answer, validate_record
 from rankllm_composer.sources.files import Row, parse_json, read_rows
 from rankllm_composer.sources.layouts import layout_of
-from rankllm_composer.sources.lists import NUMBERED, record_of_graded_list
+from rankllm_composer.sources.lists import NUMBERED, described_client, record_of_graded_list
 from rankllm_composer.sources.records import Item, Made, Noted, RecordSource, describe_file
 from rankllm_composer.sources.training_layouts import FIRST, HISTORY, Conversation, is_graded_list, is_history
 
 _FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt", ".gz", ".zst")
 
 
-def open_conversations(options: SourceOptions) -> RecordSource:
+def open_conversations(options: SourceOptions, client: ClientVersion = CURRENT_CLIENT) -> RecordSource:
     """Open the `input` of options: a file, or a folder or HF id of a data set to stream."""
     name = options.input or ""
     path = Path(name)
     if name and path.is_dir():
-        return DatasetSource(options)
+        return DatasetSource(options, client)
     if path.is_file():
-        return FileSource(options)
+        return FileSource(options, client)
     if name.lower().endswith(_FILE_ENDINGS) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         expected = "a file, a folder with a data set, or a HF data set id such as owner/name"
         raise RecordError(name, None, f"no such file or folder; expected {expected}. Correct the path.")
-    return DatasetSource(options)
+    return DatasetSource(options, client)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class FileSource:
     """Records of one file, in any container and layout."""
 
     options: SourceOptions
+    client: ClientVersion = CURRENT_CLIENT
 
     @property
     def path(self) -> str:
@@ -84,15 +86,16 @@ class FileSource:
 
     def _made(self, found: Any, place: str) -> list[Made]:
         if not isinstance(found, Conversation):
-            return record_of_graded_list(found, self.options, place)
+            return record_of_graded_list(found, self.options, place, self.client)
         noted: list[Made] = [(place, Noted(NUMBERED))] if found.is_numbered else []
         return [*noted, *_record_from_layout(found.fields, place, self.options.answers == "lenient")]
 
     def _changed_options(self) -> dict[str, Any]:
-        """Options that matter for what is read, where they are not the defaults."""
+        """Options that matter for what is read, where they are not the defaults, and the client."""
         options, defaults = self.options, SourceOptions(input=self.path)
         names = (*FOR_PASSAGES, "answers")
         changed = {name: found for name in names if (found := getattr(options, name)) != getattr(defaults, name)}
+        changed |= described_client(options, self.client)  # of written prompts alone, but that would be known too late
         return {"options": changed} if changed else {}
 
     def _rows(self) -> Iterator[Row]:

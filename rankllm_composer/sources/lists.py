@@ -7,15 +7,10 @@ import random
 from collections.abc import Sequence
 
 from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.clients import ClientVersion, passage_word_limit
 from rankllm_composer.prompts.permutations import format_permutation
 from rankllm_composer.prompts.record import Record, validate_record
-from rankllm_composer.prompts.user_turn import (
-    SYSTEM_MESSAGE,
-    clean_query,
-    passage_word_limit,
-    render_user_turn,
-    truncate_passage,
-)
+from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, clean_query, render_user_turn, truncate_passage
 from rankllm_composer.sources.records import Dropped, Made, Noted
 from rankllm_composer.sources.training_layouts import GradedList
 
@@ -52,9 +47,14 @@ def teacher_order(
     return tuple(sorted(range(len(docids)), key=lambda i: -known.get(docids[i], 0)))
 
 
-def word_limit(options: SourceOptions, num_candidates: int) -> int:
+def word_limit(options: SourceOptions, num_candidates: int, client: ClientVersion) -> int:
     """Words kept of each passage of a list."""
-    return options.max_passage_words or passage_word_limit(num_candidates)
+    return options.max_passage_words or passage_word_limit(num_candidates, client=client)
+
+
+def described_client(options: SourceOptions, client: ClientVersion) -> dict[str, str]:
+    """The client's version in the description of a source, if the words of its passages depend on it."""
+    return {"client_version": client} if options.max_passage_words is None else {}
 
 
 def make_record(
@@ -68,7 +68,7 @@ def make_record(
     return made
 
 
-def record_of_graded_list(found: GradedList, options: SourceOptions, place: str) -> list[Made]:
+def record_of_graded_list(found: GradedList, options: SourceOptions, place: str, client: ClientVersion) -> list[Made]:
     """The record of a query with graded passages, presented in random order, since relevant ones are listed first.
 
     The best come first by the teacher's scores, else by grade; equal ones keep the order of presentation. A list that
@@ -95,7 +95,7 @@ def record_of_graded_list(found: GradedList, options: SourceOptions, place: str)
         docids=None if found.docids is None else tuple(found.docids[i] for i in kept),
         grades=tuple(found.grades[i] for i in kept),
     )
-    passages = [truncate_passage(found.texts[i], word_limit(options, len(kept))) for i in kept]
+    passages = [truncate_passage(found.texts[i], word_limit(options, len(kept), client)) for i in kept]
     return [*made, (place, make_record(record, found.query, passages, best_first, options, place))]
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from rankllm_composer.errors import RecordError
 from rankllm_composer.options import SourceOptions
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.storage.scratch import scratch_folder
 
@@ -69,9 +70,11 @@ class RecordSource(Protocol):
         """Whether the prompts are written by the source, so that the options `FROM_RUN` matter."""
 
 
-def open_source(options: SourceOptions) -> RecordSource:
+def open_source(options: SourceOptions, client: ClientVersion = CURRENT_CLIENT) -> RecordSource:
     """Open the conversations (`input`) or the retrieval files (`run`, …) that options describe.
 
+    Args:
+        client: version of the inference client whose prompts are written where the source writes them.
     Raises:
         SourceError: the options contradict each other.
         RecordError: `input` is neither a file of a known kind, nor a folder, nor a data set id.
@@ -80,7 +83,7 @@ def open_source(options: SourceOptions) -> RecordSource:
     from rankllm_composer.sources.trec import TrecSource
 
     options.check()
-    return TrecSource(options) if options.input is None else open_conversations(options)
+    return TrecSource(options, client) if options.input is None else open_conversations(options, client)
 
 
 def read_records(

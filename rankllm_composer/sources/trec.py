@@ -18,10 +18,11 @@ from typing import Any
 
 from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import FROM_RUN, SourceOptions
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import Record
-from rankllm_composer.prompts.user_turn import passage_word_limit, truncate_passage
+from rankllm_composer.prompts.user_turn import truncate_passage
 from rankllm_composer.sources.entries import Judgment, Permutation, RunLine
-from rankllm_composer.sources.lists import candidate_lists, make_record, teacher_order, word_limit
+from rankllm_composer.sources.lists import candidate_lists, described_client, make_record, teacher_order, word_limit
 from rankllm_composer.sources.records import Dropped, Item, Made, Noted, describe_file
 from rankllm_composer.sources.retrieval_files import (
     DISAGREEMENTS,
@@ -65,6 +66,7 @@ class TrecSource:
     """
 
     options: SourceOptions
+    client: ClientVersion = CURRENT_CLIENT
     database: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,8 +83,9 @@ class TrecSource:
     def describe(self) -> dict[str, Any]:
         given = {role: getattr(self.options, role) for role in ("run", "queries", "docs", "judgments", "teacher_run")}
         files = [{"role": role, **_described(source, role)} for role, source in given.items() if source is not None]
-        options = {name: getattr(self.options, name) for name in FROM_RUN}
-        return {"kind": "trec", "files": files, "options": options | {"require_relevant": self._drops_irrelevant}}
+        options: dict[str, Any] = {name: getattr(self.options, name) for name in FROM_RUN}
+        options |= {"require_relevant": self._drops_irrelevant, **described_client(self.options, self.client)}
+        return {"kind": "trec", "files": files, "options": options}
 
     def prepare(self, folder: Path) -> TrecSource:
         """Read the files into a database in `folder`; raise SourceError if one is malformed or they do not match."""
@@ -97,7 +100,7 @@ class TrecSource:
     def items(self) -> Iterator[Item]:
         """Yield the queries of the queries file in its order, then those of the run alone, which are dropped later."""
         options = self.options
-        size = options.window * min(options.max_passage_words or passage_word_limit(options.window), 100) * 6
+        size = options.window * min(word_limit(options, options.window, self.client), 100) * 6
         num_lists = options.lists_per_query or -(-max(0, options.depth - options.window) // options.stride) + 1
         with closing(_Files(self)) as files:
             rows = files.database.execute("SELECT number, qid FROM queries ORDER BY number")
@@ -155,7 +158,8 @@ class TrecSource:
             best_first = [in_run[k] for k in teacher_order([docids[k] for k in in_run], grades, teacher)]
             for docid in docids:
                 if docid not in passages:  # windows overlap, and all lists of a query have the same length
-                    passages[docid] = truncate_passage(files.document(docid, place), word_limit(options, len(docids)))
+                    words = word_limit(options, len(docids), self.client)
+                    passages[docid] = truncate_passage(files.document(docid, place), words)
             shown = [passages[docid] for docid in docids]
             record = Record(f"{qid}-{i}", "", "", "", qid, docids, record_grades)
             made.append((place, make_record(record, query, shown, best_first, options, place)))

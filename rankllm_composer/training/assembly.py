@@ -28,6 +28,7 @@ from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activat
 from rankllm_composer.model.self_check import check_model
 from rankllm_composer.options import as_written
 from rankllm_composer.prompts.chat import template_notes
+from rankllm_composer.prompts.clients import CURRENT_CLIENT
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
 from rankllm_composer.prompts.lists import check_lists, list_kind, trained_window
 from rankllm_composer.recipe.load import recipe_to_yaml
@@ -313,8 +314,17 @@ def build_contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contents:
         num_identifiers=window.size,
         stride=window.stride,
         context_size_tokens=recipe.data.max_length_tokens,
+        client_version=recipe.data.client_version,
     )
-    return replace(contract, max_passage_words=contents.max_passage_words or contract.max_passage_words)
+    words = contents.max_passage_words(contract.client_version)
+    contract = replace(contract, max_passage_words=words or contract.max_passage_words)
+    if (difference := contract.unserved_words()) is not None:
+        log.warning(
+            "data.train: %s. Set data.client_version=%s, which is told the number of words, or build the shards again.",
+            difference,
+            CURRENT_CLIENT,
+        )
+    return contract
 
 
 def card_facts(recipe: Recipe, contract: DecodingContract, data: Sequence[str], num_lists: int | None) -> CardFacts:

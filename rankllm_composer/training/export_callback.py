@@ -100,7 +100,7 @@ class ExportFolder(Callback):
         dist.broadcast_object_list(run, src=0)
         self._run = run[0]
         if dist.get_global_rank() == 0:
-            warn_misread(self.folder)
+            warn_misread(self.folder, self.model.contract.client_version)
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Refuse the exports of another run, and make up for an export that is due but not there."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import RunError, shell_line
+from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
 from rankllm_composer.screen import report, say
 from rankllm_composer.storage.atomic import write_atomic
@@ -30,11 +31,12 @@ _LOCK_NAME = ".lock"
 _STOPPING = "stopping"
 
 
-def prepare_shards(split: Split, key: str) -> None:
+def prepare_shards(split: Split, key: str, client: ClientVersion = CURRENT_CLIENT) -> None:
     """Build the shards of a split if they are absent and the recipe has their source. A collective.
 
     Args:
         key: dotted key of the split, for messages.
+        client: version of the inference client whose prompts are built.
     Raises:
         RunError: the shards are absent and there is no source; the message names the command that builds them.
         ShardError: the shards were built from another source or with other options, and `rebuild` is false.
@@ -55,7 +57,7 @@ def prepare_shards(split: Split, key: str) -> None:
         if shards.index_exists(place):
             if split.source is None:
                 return
-            difference = find_difference(place, split.source, split.local or place, key)
+            difference = find_difference(place, split.source, split.local or place, key, client)
             if difference is None:
                 clear_leftovers(open_folder(place))
                 return
@@ -67,7 +69,7 @@ def prepare_shards(split: Split, key: str) -> None:
                 f"`{shell_line('rankllm-composer', 'shards', 'build', '--input', 'RECORDS', '--output', place)}`, or "
                 f"name {key}.source and the run builds them."
             )
-        shards.build_shards(place, split.source, BuildOptions(overwrite=split.rebuild))
+        shards.build_shards(place, split.source, BuildOptions(overwrite=split.rebuild, client_version=client))
 
     run_on_rank_zero(build, f"shards in {place}")
 
@@ -180,9 +182,9 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
         claim = claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)
         run_on_rank_zero(lambda: stack.enter_context(claim), f"claim of {folder}")
         watch.find_stragglers = partial(find_stragglers, folder / STATUS_FOLDER, rank, num_ranks)
-        prepare_shards(recipe.data.train, "data.train")
+        prepare_shards(recipe.data.train, "data.train", recipe.data.client_version)
         if recipe.data.eval is not None and recipe.evaluation is not None:
-            prepare_shards(recipe.data.eval, "data.eval")
+            prepare_shards(recipe.data.eval, "data.eval", recipe.data.client_version)
         trainer = build_trainer(recipe, folder, device)
         stopped: Preempted | None = None
         if trainer.state.timestamp < trainer.state.max_duration:
@@ -230,10 +232,10 @@ def exports_summary(run: TrainedRun) -> str:
         command = shell_line("rankllm-composer", "export", run.folder, "--output", "FOLDER", "--merge-lora")
         return f"{text}\nmerge the adapter to serve it: {command}"
     contract = read_contract(run.best)
-    if contract.append_bracket:
+    if contract.served_decoding() is None:
         return text + f"\nrank with it: {shell_line('rankllm-composer', 'rerank', '--model', run.best)} …"
     text += f"\nserve it with rank_llm:\n{textwrap.indent(serving_command(contract, str(run.best)), '    ')}"
-    misread = describe_misread(run.best)
+    misread = describe_misread(run.best, contract.client_version)
     return text if misread is None else f"{text}\n{misread}"
 
 

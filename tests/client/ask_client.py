@@ -1,4 +1,4 @@
-"""Runs the inference client's own code on questions, with rank_llm and a vllm on the path.
+"""Runs the inference client's own code on questions, with rank_llm, in one of its versions, and a vllm on the path.
 
 A line of standard input is a JSON list of questions; the answers come back as a line of standard output. Every question
 names a kind, a function below, and its arguments.
@@ -11,27 +11,40 @@ import json
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 import vllm
 
-# Rerankers on T5, which the client imports beside ours and transformers 5 does not have the parts for.
+# Rerankers on T5, which version 0.25.7 imports beside ours and transformers 5 does not have the parts for.
 sys.modules["rank_llm.rerank.listwise.lit5.model"] = MagicMock()
 
 from rank_llm.data import Candidate, Query, Request, Result  # noqa: E402
+from rank_llm.rerank import reranker as dispatch  # noqa: E402
+from rank_llm.rerank import vllm_handler  # noqa: E402
 from rank_llm.rerank.listwise.rank_listwise_os_llm import RankListwiseOSLLM  # noqa: E402
 
-start_server = vllm.LLM
+IS_ASYNC = hasattr(RankListwiseOSLLM, "run_llm_async")  # since 0.26.0
+start_server, start_engine = vllm.LLM, vllm.AsyncLLMEngine.from_engine_args
+SMALL = {"dtype": "float32", "enforce_eager": True, "max_logprobs": 30, "max_model_len": 4096}
+"""Full precision and no compilation, which a small machine has no time for."""
 
 
 @functools.cache
 def server(model: str):
-    """One server a model, at full precision and without compilation, which a small machine has no time for."""
-    return start_server(model=model, dtype="float32", enforce_eager=True, max_logprobs=30, max_model_len=4096)
+    """One server a model."""
+    return start_server(model=model, **SMALL)
+
+
+@functools.cache
+def engine(model: str):
+    return start_engine(vllm.AsyncEngineArgs(model=model, **SMALL))
 
 
 vllm.LLM = lambda model, **_: server(model)
+vllm.AsyncLLMEngine.from_engine_args = lambda arguments: engine(
+    arguments["model"] if isinstance(arguments, dict) else arguments.model
+)
 
 
 @dataclass
@@ -69,7 +82,14 @@ def windows(folder: str, num: int, window: int, stride: int, told: bool) -> list
         visited.append([start, stop])
         return results
 
-    asked.permutation_pipeline_batched = visit
+    async def answer_nothing(*_):
+        return "", "", {}
+
+    if IS_ASYNC:
+        asked.create_prompt = lambda result, start, stop: (visit(result, start, stop), 0)
+        asked.run_llm_async = answer_nothing
+    else:
+        asked.permutation_pipeline_batched = visit
     request = Request(Query("q", "q"), [Candidate(str(i), 1.0, {"text": "x"}) for i in range(num)])
     asked.rerank_batch([request], rank_end=num if told else 100, top_k_retrieve=num if told else 100)
     return visited
@@ -85,7 +105,8 @@ def answer(folder: str, style: str, num: int, text: str) -> list[int]:
 def likeliest(folder: str, style: str, num: int, tokens: list) -> list[int]:
     """The order the client takes from the likeliest tokens of one position."""
     told = {i: Logprob(value, text) for i, (text, value) in enumerate(tokens)}
-    text, _ = client(folder, style, use_logits=True)._evaluate_logits(told, (1, 9))
+    total = (1, num) if IS_ASYNC else (1, 9)  # as each version calls it
+    text, _ = client(folder, style, use_logits=True, window_size=max(num, 20))._evaluate_logits(told, total)
     return answer(folder, style, num, text)
 
 
@@ -104,27 +125,45 @@ def rerank(folder: str, style: str, use_logits: bool, window: int, stride: int, 
 
 
 def reranker(path: str) -> str:
-    """The class of reranker that the client picks for a model path."""
-    from rank_llm.rerank import reranker as module
-
-    names = ("SafeOpenai", "SafeGenai", "MonoT5", "DuoT5", "RankFiDDistill", "RankFiDScore", "RankListwiseOSLLM")
+    """The class of reranker that the client picks for a model path, or what else it does."""
+    names = (
+        ("listwise", ("SafeOpenai", "SafeGenai", "RankListwiseOSLLM")),
+        ("listwise.rank_fid", ("RankFiDDistill", "RankFiDScore")),
+        ("pointwise.monot5", ("MonoT5",)),
+        ("pointwise.monoelectra", ("MonoELECTRA",)),
+        ("pointwise.gaggle_reranker", ("GaggleReranker",)),
+        ("pointwise.jina_reranker", ("JinaReranker",)),
+        ("pairwise.duot5", ("DuoT5",)),
+    )
+    made: dict[str, MagicMock] = {name: MagicMock() for _, classes in names for name in classes}
     with ExitStack() as patches:
-        patches.enter_context(patch.object(module, "get_openai_api_key"))
-        patches.enter_context(patch.object(module, "get_genai_api_key"))
-        made = {name: patches.enter_context(patch.object(module, name)) for name in names}
-        module.Reranker.create_model_coordinator(path, None, False)
-    (picked,) = (name for name, constructor in made.items() if constructor.called)
-    return picked
+        patches.enter_context(patch.object(dispatch, "get_openai_api_key"))
+        patches.enter_context(patch.object(dispatch, "get_genai_api_key"))
+        for module, classes in names:  # 0.25.7 has all of them beside the function, 0.26.0 imports them in it
+            stand_in = ModuleType(f"rank_llm.rerank.{module}")
+            for name in classes:
+                setattr(stand_in, name, made[name])
+                if hasattr(dispatch, name):
+                    patches.enter_context(patch.object(dispatch, name, made[name]))
+            patches.enter_context(patch.dict(sys.modules, {stand_in.__name__: stand_in}))
+        dispatch.Reranker.create_model_coordinator(path, None, False)
+    picked = [name for name, constructor in made.items() if constructor.called]
+    if not picked:
+        return "none"
+    (name,) = picked
+    is_other = name == "RankListwiseOSLLM" and made[name].call_args.kwargs["model"] != path
+    return f"{name} of another model" if is_other else name
 
 
 def has_foreign_template(path: str) -> bool:
     """Whether the client replaces the chat template of a model at this path."""
-    from rank_llm.rerank import vllm_handler
-
     tokenizer = SimpleNamespace(chat_template="the model's own")
-    llm = MagicMock(**{"return_value.get_tokenizer.return_value": tokenizer})
-    with patch.object(vllm_handler.vllm, "LLM", llm):
-        vllm_handler.VllmHandler(path, None, False, 1, 1, 0.9)
+    made = MagicMock(**{"get_tokenizer.return_value": tokenizer})
+    with (
+        patch.object(vllm_handler.vllm, "LLM", lambda **_: made),
+        patch.object(vllm_handler.vllm.AsyncLLMEngine, "from_engine_args", lambda _: made),
+    ):
+        vllm_handler.VllmHandler(path, None, False, 1, 1, 0.9).get_tokenizer()
     return tokenizer.chat_template != "the model's own"
 
 

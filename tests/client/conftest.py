@@ -1,4 +1,4 @@
-"""The inference client beside us: installed into a folder of its own, asked in a process of its own.
+"""The inference client beside us, in each version: installed into a folder, asked in a process of its own.
 
 With the stand-in for vLLM everything is asked. `make serve-check` sends the whole rerankings through the real one, of
 the Python that RANKLLM_VLLM_PYTHON names.
@@ -19,26 +19,37 @@ from typing import Any
 
 import pytest
 
-CLIENT = "rank-llm==0.25.7"
+from rankllm_composer.prompts.clients import CLIENT_VERSIONS, ClientVersion
+
 HERE = Path(__file__).parent
 SERVER_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
+@pytest.fixture(scope="session", params=CLIENT_VERSIONS)
+def version(request: pytest.FixtureRequest) -> ClientVersion:
+    """Each version of the client."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def client_folder(pytestconfig: pytest.Config) -> Path:
-    """Folder with the client's package and nothing it depends on, installed once and kept between runs."""
+def client_folder(pytestconfig: pytest.Config, version: ClientVersion) -> Path:
+    """Folder with the client's package and nothing it depends on, installed once and kept between runs.
+
+    Version 0.26.0 asks for Python 3.12, but runs on 3.11 as far as it is asked here.
+    """
     cache = pytestconfig.cache.mkdir("client")
-    folder = cache / CLIENT
+    client = f"rank-llm=={version}"
+    folder = cache / client
     if not folder.exists():
         made = Path(tempfile.mkdtemp(dir=cache))
         # Not to be taken for a package of ours: its dependencies would replace torch and transformers.
         options = ["--quiet", "--no-deps", "--no-compile", "--ignore-requires-python", "--target", made]
         pip = subprocess.run(
-            [sys.executable, "-m", "pip", "install", *options, CLIENT], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "pip", "install", *options, client], capture_output=True, text=True, check=False
         )
         if pip.returncode:
             shutil.rmtree(made)
-            pytest.fail(f"needs {CLIENT}, which pip could not install: {pip.stderr.strip().splitlines()[-1:]}")
+            pytest.fail(f"needs {client}, which pip could not install: {pip.stderr.strip().splitlines()[-1:]}")
         try:
             made.rename(folder)
         except OSError:  # another process was faster

@@ -1,4 +1,4 @@
-"""Our prompts, windows, parsing, first-token reading and orders against the inference client's own code."""
+"""Our prompts, windows, parsing, first-token reading and orders against the own code of each inference client."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import random
 import numpy as np
 import pytest
 import torch
-from support.client_paths import MISREAD_PATHS, PLAIN_PATHS
+from support.client_paths import MISREAD_PATHS, PLAIN_PATHS, WHOLE_PATHS
 from support.tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contract, new_model, new_tokenizer, record_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from rankllm_composer.export.serving_check import PASSAGES, QUERY, client_prompt, diff_request
 from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.client_names import misread_names
+from rankllm_composer.prompts.clients import CLIENTS, passage_word_limit
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import identifiers, parse_answer, permutation_from_scores
 from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
     clean_query,
     document_text,
-    passage_word_limit,
     render_user_turn,
     truncate_passage,
 )
@@ -76,10 +76,15 @@ DOCUMENTS = [
 QUERIES = ["plain query", "a [3] query {x}", "mojibake cafÃ©", " spaces kept  ", "two\nlines"]
 
 
-def prompt_cases() -> list[dict]:
+def prompt_cases(tokenizer: str) -> list[dict]:
+    """Windows of every length, with a long passage, for one tokenizer; of some lengths for the others."""
     generator = random.Random(0)
     cases = []
     for style in STYLES:
+        if tokenizer == "tiny":
+            long = {"style": style, "query": "q", "context_size": 1_000_000}
+            lengths = range(1, 27 if style == "letters" else 100)
+            cases += [long | {"documents": [DOCUMENTS[-2], *DOCUMENTS[:1] * (num - 1)]} for num in lengths]
         for num in (1, 2, 3, 7, 13, 19, 20, 21, 26):
             cases.append(
                 {
@@ -100,41 +105,47 @@ def prompt_cases() -> list[dict]:
 @pytest.fixture(scope="module")
 def prompts(ask_client, folders):
     """[(tokenizer's name, case, the client's answer)]"""
-    cases = [(name, case) for name in TOKENIZERS for case in prompt_cases()]
+    cases = [(name, case) for name in TOKENIZERS for case in prompt_cases(name)]
     answers = ask_client([("prompt", {"folder": folders[name], **case}) for name, case in cases])
     return [(*case, answer) for case, answer in zip(cases, answers, strict=True)]
 
 
-def test_prompts_are_the_same_tokens(prompts, tokenizers):
-    """Both styles, 1 to 26 candidates, all fields of documents, cut to the word limit and to the context."""
-    assert len(prompts) == 4 * 2 * 19
+def test_prompts_are_the_same_tokens(prompts, tokenizers, version):
+    """1 to 26 letters or 1 to 99 numbers, all fields of documents, cut to the word limit and to the context."""
+    assert len(prompts) == 4 * 2 * 19 + 26 + 99
     num_cut = 0
     for name, case, answer in prompts:
         tokenizer = tokenizers[name]
         texts = [document_text(document) for document in case["documents"]]
         context = case.get("context_size", 4096)
-        window = fit_window("w", case["query"], texts, tokenizer, style=case["style"], context_size_tokens=context)
+        options = {"style": case["style"], "context_size_tokens": context, "client": version}
+        window = fit_window("w", case["query"], texts, tokenizer, **options)
         expected = tokenizer(answer["text"])["input_ids"]  # vLLM is given the text
         assert window.input_ids[:-1].tolist() == expected, (name, case["query"], len(texts))
-        assert answer["num_output_tokens"] == answer_lengths(tokenizer, len(texts), case["style"])[0]
+        assert answer["num_output_tokens"] == answer_lengths(tokenizer, len(texts), case["style"], version)[0]
         assert len(expected) + answer["num_output_tokens"] <= context
-        num_cut += context - 100 < len(expected) + answer["num_output_tokens"]
-    assert num_cut >= 16  # the context did cut
+        if context < 4096:
+            whole = fit_window("w", case["query"], texts, tokenizer, **options | {"context_size_tokens": 1_000_000})
+            assert len(expected) < len(whole.input_ids) - 1
+            num_cut += 1
+    assert num_cut == 4 * 2 * 3  # the context did cut
 
 
-def test_the_client_that_inspect_shows_is_the_client(ask_client, folders, tokenizers):
+def test_the_client_that_inspect_shows_is_the_client(ask_client, folders, tokenizers, version):
     """`inspect --model` diffs a request against the client's prompt: made as the client's own code makes it."""
     for style in STYLES:
         for name, folder in folders.items():
             documents = [{"text": text} for text in PASSAGES]
             question = {"folder": folder, "style": style, "query": QUERY, "documents": documents}
             (answer,) = ask_client([("prompt", question)])
-            limit = passage_word_limit(len(PASSAGES))
+            limit = passage_word_limit(len(PASSAGES), client=version)
             user = render_user_turn(clean_query(QUERY), [truncate_passage(text, limit) for text in PASSAGES], style)
             assert client_prompt(SYSTEM_MESSAGE, user, tokenizers[name]) == answer["text"], (style, name)
-            theirs = tokenizers[name](answer["text"])["input_ids"]
-            shown = [token for mark, token in diff_request(tokenizers[name], style).rows if mark != "-"]
-            assert shown == tokenizers[name].convert_ids_to_tokens(theirs)
+            for end in ("", "["):
+                theirs = tokenizers[name](answer["text"] + end)["input_ids"]
+                diff = diff_request(tokenizers[name], style, version, append_bracket=end == "[")
+                shown = [token for mark, token in diff.rows if mark != "-"]
+                assert shown == tokenizers[name].convert_ids_to_tokens(theirs)
 
 
 def test_a_template_without_system_role_is_served_without_the_system_text(ask_client, folders, tokenizers):
@@ -158,8 +169,8 @@ def test_a_template_without_system_role_is_served_without_the_system_text(ask_cl
 # Windows
 
 
-def test_windows_are_the_same(ask_client, folders):
-    """Every length of list; but the client, not told the length, leaves a list of window - stride as it is."""
+def test_windows_are_the_same(ask_client, folders, version):
+    """Every length of list; but 0.25.7, not told the length, leaves a list of window - stride as it is."""
     cases = [
         {"num": num, "window": window, "stride": stride, "told": told}
         for window, stride in ((20, 10), (20, 20), (20, 5), (5, 3), (2, 1))
@@ -174,7 +185,9 @@ def test_windows_are_the_same(ask_client, folders):
             differing.append(case)
             assert answer == []
     assert differing == [
-        case for case in cases if not case["told"] and 1 < case["num"] == case["window"] - case["stride"]
+        case
+        for case in cases
+        if version == "0.25.7" and not case["told"] and 1 < case["num"] == case["window"] - case["stride"]
     ]
 
 
@@ -234,18 +247,24 @@ def test_answers_are_read_the_same(ask_client, folders):
         assert list(parse_answer(text, num, style).permutation) == theirs, (style, num, text)
 
 
-def test_the_likeliest_tokens_are_read_the_same(ask_client, folders):
+def test_the_likeliest_tokens_are_read_the_same(ask_client, folders, version):
+    """Windows of 1 to 26 letters, and of up to 99 numbers, where 0.25.7 reads up to 9; in any order of the tokens."""
     generator = random.Random(0)
     texts = {
         "letters": [*identifiers(26), *"abz", " A", "AB", "[", "]", "", "É", "Ａ", "1", "Α"],
         "numbers": [*map(str, range(10)), "²", "½", "３", "٣", "A", "[", "", " 1", "一"],
     }
+    reads_numbers = version != "0.25.7"
+    if reads_numbers:
+        texts["numbers"] += [*map(str, range(10, 120)), *"①Ⅷ", "07", "007", "１０", "٣٠", "1a", "-1", "+1", "1.0", "²⁰"]
     cases = []
     for style in STYLES:
         for _ in range(400):
-            num = generator.randint(1, 20 if style == "letters" else 9)
+            num = generator.randint(1, 26 if style == "letters" else 99 if reads_numbers else 9)
             chosen = generator.choices(texts[style], k=generator.randint(1, 30))
-            values = sorted((-10 * generator.random() for _ in chosen), reverse=True)
+            values = [-10 * generator.random() for _ in chosen]
+            if not reads_numbers:
+                values.sort(reverse=True)
             cases.append((style, num, list(zip(chosen, values))))
     questions = [
         ("likeliest", {"folder": folders["tiny"], "style": style, "num": num, "tokens": tokens})
@@ -253,21 +272,22 @@ def test_the_likeliest_tokens_are_read_the_same(ask_client, folders):
     ]
     for (style, num, tokens), theirs in zip(cases, ask_client(questions), strict=True):
         window = Window("w", np.zeros(1, np.int32), num, style)
-        scores = read_likeliest([text for text, _ in tokens], [value for _, value in tokens], window)
+        scores = read_likeliest([text for text, _ in tokens], [value for _, value in tokens], window, version)
         assert list(permutation_from_scores(scores)) == theirs, (style, num, tokens)
 
 
 # Paths
 
 
-def test_misread_paths_are_those_that_the_client_misreads(ask_client):
+def test_misread_paths_are_those_that_the_client_misreads(ask_client, version):
     """The client picks another class, or replaces the chat template, for exactly the paths that we warn about."""
     paths = [*MISREAD_PATHS, *PLAIN_PATHS]
     classes = ask_client([("reranker", {"path": path}) for path in paths])
     replaced = ask_client([("has_foreign_template", {"path": path}) for path in paths])
     for path, name, is_replaced in zip(paths, classes, replaced, strict=True):
         assert isinstance(name, str) and isinstance(is_replaced, bool), (path, name, is_replaced)
-        assert (name != "RankListwiseOSLLM" or is_replaced) == bool(misread_names(path)), path
+        assert (name != "RankListwiseOSLLM" or is_replaced) == bool(misread_names(path, version)), (path, name)
+        assert (name in ("none", "RankListwiseOSLLM of another model")) == (path in WHOLE_PATHS), (path, name)
 
 
 # The whole way
@@ -306,10 +326,12 @@ def taught_model(tokenizer, style: str):
 def models(tokenizers, tmp_path_factory) -> dict[str, str]:
     """Folders of a model and its tokenizer."""
     made = tmp_path_factory.mktemp("models")
+    whole_numbers = new_tokenizer(whole_numbers=True)
     for name, tokenizer, model in (
         ("random", tokenizers["tiny"], new_model()),
         ("taught_letters", tokenizers["tiny"], taught_model(tokenizers["tiny"], "letters")),
         ("taught_numbers", tokenizers["tiny"], taught_model(tokenizers["tiny"], "numbers")),
+        ("taught_whole_numbers", whole_numbers, taught_model(whole_numbers, "numbers")),
         ("taught_mistral_v3", tokenizers["mistral_v3"], taught_model(tokenizers["mistral_v3"], "letters")),
     ):
         model.save_pretrained(made / name)
@@ -329,24 +351,32 @@ def requests(sizes: tuple[int, ...]) -> list[tuple[str, list[dict]]]:
     ]
 
 
-RERANKINGS = [
+RERANKINGS = [  # those of whole numbers are not for 0.25.7
     {"model": "random", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
     {"model": "random", "style": "numbers", "use_logits": True, "window": 9, "stride": 4, "passes": 1},
     {"model": "taught_letters", "style": "letters", "use_logits": True, "window": 20, "stride": 10, "passes": 2},
     {"model": "taught_letters", "style": "letters", "use_logits": False, "window": 5, "stride": 2, "passes": 2},
     {"model": "taught_numbers", "style": "numbers", "use_logits": False, "window": 11, "stride": 5, "passes": 1},
+    {"model": "taught_whole_numbers", "style": "numbers", "use_logits": True, "window": 30, "stride": 15, "passes": 1},
+    {"model": "taught_whole_numbers", "style": "numbers", "use_logits": True, "window": 99, "stride": 9, "passes": 1},
     {"model": "taught_mistral_v3", "style": "letters", "use_logits": True, "window": 6, "stride": 3, "passes": 1},
     {"model": "taught_mistral_v3", "style": "letters", "use_logits": False, "window": 4, "stride": 2, "passes": 1},
 ]
 
 
 @pytest.mark.slow
-def test_reranking_gives_the_same_orders(ask_server, models):
+def test_reranking_gives_the_same_orders(ask_server, models, version):
     """Same model, same requests, both decodings: tokenized, packed or cached, read and slid as the client does it."""
-    asked = requests((1, 2, 5, 11))
-    questions = [{"folder": models[case["model"]], "requests": asked, **case} for case in RERANKINGS]
+    short, long = requests((1, 2, 5, 11)), requests((2, 40))
+    cases = [
+        {**case, "requests": long if case["window"] > 20 else short}
+        for case in RERANKINGS
+        if version != "0.25.7" or case["model"] != "taught_whole_numbers"
+    ]
+    questions = [{"folder": models[case["model"]], **case} for case in cases]
     theirs = ask_server([("rerank", {k: v for k, v in case.items() if k != "model"}) for case in questions])
-    for case, expected in zip(RERANKINGS, theirs, strict=True):
+    for case, expected in zip(cases, theirs, strict=True):
+        asked = case["requests"]
         tokenizer = AutoTokenizer.from_pretrained(models[case["model"]])
         model = AutoModelForCausalLM.from_pretrained(models[case["model"]])
         options = {"window_size": case["window"], "stride": case["stride"]}
@@ -354,7 +384,7 @@ def test_reranking_gives_the_same_orders(ask_server, models):
         reranker = Reranker(
             model,
             tokenizer,
-            new_contract(tokenizer, objective, case["style"], **options),
+            new_contract(tokenizer, objective, case["style"], **options).with_client(version),
             RerankOptions(decoding="first_token" if case["use_logits"] else "generation", passes=case["passes"]),
         )
         found = reranker.rerank_queries(
@@ -384,9 +414,13 @@ def test_a_letter_with_a_space_is_not_the_letter(models):
     assert seen.sum() > 10 and (likeliest[seen] == own[seen]).all()
 
 
-def test_what_the_client_cannot_read_is_known(ask_client, folders):
-    """A token of two digits stops the client where it reads numbers by first token; numbers beyond 9 we refuse."""
+def test_what_the_client_cannot_read_is_known(ask_client, folders, version):
+    """A token of two digits stops 0.25.7 where it reads numbers by first token."""
     (answer,) = ask_client(
         [("likeliest", {"folder": folders["tiny"], "style": "numbers", "num": 3, "tokens": [["10", -1.0]]})]
     )
-    assert answer["error"].startswith("TypeError")
+    if version == "0.25.7":
+        assert answer["error"].startswith("TypeError")
+    else:
+        assert answer == [0, 1, 2]
+    assert CLIENTS[version].reads_numbers == (version != "0.25.7")

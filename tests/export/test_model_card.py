@@ -21,6 +21,7 @@ from rankllm_composer.export.model_card import (
     serving_command,
     verdict,
 )
+from rankllm_composer.prompts.clients import CLIENT_VERSIONS
 from rankllm_composer.redaction import REDACTED
 
 FACTS = CardFacts(
@@ -140,22 +141,39 @@ def test_a_card_without_metrics_states_that():
 @pytest.mark.parametrize(
     ("objective", "style", "options", "arguments"),
     [
-        ("combined", "letters", "--use_alpha --use_logits", "use_alpha=True, use_logits=True"),
-        ("generation", "letters", "--use_alpha", "use_alpha=True)"),
-        ("generation", "numbers", "--variable_passages\n", "stride=10)"),
+        ("combined", "letters", "--use-alpha --use-logits", "use_alpha=True, use_logits=True"),
+        ("ranking", "letters", "--use-alpha --use-logits", "use_alpha=True, use_logits=True"),
+        ("combined", "numbers", "--variable-passages --use-logits", "stride=10, use_logits=True"),
+        ("generation", "letters", "--use-alpha", "use_alpha=True)"),
+        ("generation", "numbers", "--variable-passages\n", "stride=10)"),
     ],
 )
 def test_commands_serve_the_model_as_it_was_trained(objective, style, options, arguments):
-    card = render_card(dataclasses.replace(FACTS, contract=new_contract(objective, identifier_style=style)))
+    contract = new_contract(objective, identifier_style=style)
+    card = render_card(dataclasses.replace(FACTS, contract=contract))
     assert options in card
     assert arguments in card
-    assert ("--use_logits" in card) == (objective == "combined")
+    assert ("--use-logits" in card) == (objective != "generation")
+    assert ("never learned to write an answer" in card) == (objective == "ranking")
+    older = render_card(dataclasses.replace(FACTS, contract=contract.with_client("0.25.7")))
+    assert ("--use_logits" in older) == (objective == "combined" and style == "letters")
+    assert ("run_rank_llm.py" in older) == (objective != "ranking")
+    assert ("rank_llm 0.25.7 reads letters only" in older) == (style == "numbers" and objective == "combined")
+
+
+def test_words_of_a_passage_are_given_to_the_client_that_takes_them():
+    contract = new_contract(max_passage_words=45)
+    card = render_card(dataclasses.replace(FACTS, contract=contract))
+    assert "--max-passage-words=45" in card and "max_passage_words=45" in card
+    older = dataclasses.replace(contract.with_client("0.25.7"), max_passage_words=45)
+    card = render_card(dataclasses.replace(FACTS, contract=older))
+    assert "words=" not in card and "shows up to 300 words of a passage in windows of 20, where the model was" in card
 
 
 def test_a_ranking_model_is_not_offered_to_a_client_that_cannot_serve_it():
-    card = render_card(dataclasses.replace(FACTS, contract=new_contract("ranking")))
+    card = render_card(dataclasses.replace(FACTS, contract=new_contract("ranking").with_client("0.25.7")))
     assert "run_rank_llm.py" not in card
-    assert "cannot serve this model" in card
+    assert "rank_llm 0.25.7 cannot serve it" in card
     assert "rankllm-composer rerank" in card
 
 
@@ -189,22 +207,26 @@ def test_a_card_without_secrets_is_not_redacted():
     assert REDACTED not in render_card(FACTS)
 
 
+@pytest.mark.parametrize("client", CLIENT_VERSIONS)
 @pytest.mark.parametrize("objective", ["generation", "combined"])
 @pytest.mark.parametrize("style", ["letters", "numbers"])
 @pytest.mark.parametrize("window, stride", [(20, 10), (20, 5), (9, 4)])
-def test_the_serving_command_follows_the_page(objective, style, window, stride):
-    """The rules of docs/serving.md, for every kind of model: with numbers, the client can only generate."""
+def test_the_serving_command_follows_the_page(client, objective, style, window, stride):
+    """The rules of docs/serving.md, for every kind of model: with numbers, rank_llm 0.25.7 can only generate."""
     page = (REPOSITORY / "docs" / "serving.md").read_text()
-    assert "With numbers as identifiers, only generation works." in page
-    contract = new_contract("generation", identifier_style=style, window_size=window, stride=stride)
-    contract = dataclasses.replace(contract, objective=objective)
-    words = shlex.split(serving_command(contract, "my models/a$b").replace("\\\n", " "))
-    assert "--model_path=my models/a$b" in words
-    assert ("--use_alpha" in words) is (style == "letters")
-    assert ("--use_logits" in words) is (style == "letters" and objective == "combined")
-    assert {f"--window_size={window}", f"--stride={stride}"} <= set(words) or (window, stride) == (20, 10)
-    for word in words[2:]:  # the page explains each flag that is not in its example
+    changes = {"identifier_style": style, "window_size": window, "stride": stride, "max_passage_words": 45}
+    contract = dataclasses.replace(new_contract(**changes).with_client(client), objective=objective)
+    program, _, flags = serving_command(contract, "my models/a$b").replace("\\\n", " ").partition(" --")
+    assert program in page
+    assert ("_" in flags) is (client == "0.25.7") and ("-" in flags.replace(" --", "")) is (client == "0.26.0")
+    words = shlex.split("--" + flags.replace("_", "-"))
+    assert ("--max-passage-words=45" in words) is (client == "0.26.0")
+    assert "--model-path=my models/a$b" in words
+    assert ("--use-alpha" in words) is (style == "letters")
+    assert ("--use-logits" in words) is (objective == "combined" and (style == "letters" or client == "0.26.0"))
+    assert {f"--window-size={window}", f"--stride={stride}"} <= set(words) or (window, stride) == (20, 10)
+    for word in words:  # the page explains each flag that is not in its example
         assert word.partition("=")[0] in page
     card = render_card(CardFacts("name", None, contract))
     assert "\n".join(f"    {line}" for line in serving_command(contract).splitlines()) in card
-    assert ("use_logits=True" in card) is ("--use_logits" in words)
+    assert ("use_logits=True" in card) is ("--use-logits" in words)

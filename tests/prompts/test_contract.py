@@ -16,12 +16,71 @@ from rankllm_composer.prompts.contract import CONTRACT_FILE, decoding_contract, 
 
 
 @pytest.mark.parametrize(
-    ("objective", "append_bracket", "score_token_index"),
-    [("generation", False, 1), ("combined", False, 1), ("ranking", True, 0)],
+    ("objective", "client_version", "append_bracket", "score_token_index"),
+    [
+        ("generation", "0.26.0", True, 0),
+        ("combined", "0.26.0", True, 0),
+        ("ranking", "0.26.0", True, 0),
+        ("generation", "0.25.7", False, 1),
+        ("combined", "0.25.7", False, 1),
+        ("ranking", "0.25.7", True, 0),  # the client cannot read it; `rerank` can
+    ],
 )
-def test_only_ranking_needs_the_bracket_appended(objective, append_bracket, score_token_index):
-    contract = new_contract(objective)
+def test_the_bracket_is_appended_as_the_client_does(objective, client_version, append_bracket, score_token_index):
+    contract = decoding_contract(new_tokenizer(), objective, client_version=client_version)
     assert (contract.append_bracket, contract.score_token_index) == (append_bracket, score_token_index)
+    other = {"0.26.0": "0.25.7", "0.25.7": "0.26.0"}[client_version]
+    assert contract.with_client(other) == decoding_contract(new_tokenizer(), objective, client_version=other)
+
+
+def test_a_contract_that_names_no_client_is_of_the_version_before_there_were_two(tmp_path):
+    written = json.loads(decoding_contract(new_tokenizer(), "combined", client_version="0.25.7").to_json())
+    del written["client_version"], written["bracket_merges"]
+    (tmp_path / CONTRACT_FILE).write_text(json.dumps(written))
+    contract = read_contract(tmp_path)
+    assert (contract.client_version, contract.append_bracket, contract.bracket_merges) == ("0.25.7", False, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "decoding", "unserved"),
+    [
+        ({"objective": "generation"}, "generation", set()),
+        ({"objective": "combined"}, "first_token", set()),
+        ({"objective": "ranking"}, "first_token", {"generation"}),
+        ({"objective": "combined", "identifier_style": "numbers"}, "first_token", set()),
+        ({"objective": "combined", "bracket_merges": True}, "first_token", set()),
+        ({"objective": "generation", "identifier_token_ids": None}, "generation", {"first_token"}),
+        ({"objective": "combined", "client_version": "0.25.7"}, "first_token", set()),
+        ({"objective": "ranking", "client_version": "0.25.7"}, None, {"first_token", "generation"}),
+        (
+            {"objective": "combined", "identifier_style": "numbers", "client_version": "0.25.7"},
+            "generation",
+            {"first_token"},
+        ),
+        ({"objective": "combined", "bracket_merges": True, "client_version": "0.25.7"}, "generation", {"first_token"}),
+    ],
+)
+def test_what_each_client_can_serve(changes, decoding, unserved):
+    contract = dataclasses.replace(new_contract(), **changes)
+    assert (contract.served_decoding(), set(contract.unserved())) == (decoding, unserved)
+
+
+@pytest.mark.parametrize(
+    ("client_version", "max_passage_words", "window", "shown", "difference"),
+    [
+        ("0.26.0", 300, 10, 300, None),
+        ("0.26.0", 45, 10, 45, None),
+        ("0.25.7", 300, 10, 600, None),
+        ("0.25.7", 150, 10, 300, "shows up to 600 words of a passage in windows of 10, where the model was"),
+    ],
+)
+def test_words_of_a_passage(client_version, max_passage_words, window, shown, difference):
+    contract = decoding_contract(new_tokenizer(), "combined", num_identifiers=window, client_version=client_version)
+    contract = dataclasses.replace(contract, max_passage_words=max_passage_words)
+    assert contract.shown_words == shown
+    assert (contract.unserved_words() is None) == (difference is None)
+    assert difference is None or difference in contract.unserved_words()
+    assert contract.with_client("0.26.0").shown_words == shown  # it is told the number
 
 
 @pytest.mark.parametrize(
@@ -69,6 +128,7 @@ def test_numbers_of_several_tokens_are_for_generation_alone():
     [
         ({"objective": "pairwise"}, "objective is 'pairwise'; expected one of generation, ranking, combined"),
         ({"identifier_style": "roman"}, "identifier_style is 'roman'"),
+        ({"client_version": "0.20.0"}, "client_version is '0.20.0'; expected one of 0.26.0, 0.25.7"),
         ({"stride": 0}, "stride is 0 with a window of 20"),
         ({"stride": 21}, "stride is 21 with a window of 20"),
         ({"window_size": 21}, "window_size is 21 but there are only 20 identifiers"),

@@ -21,7 +21,6 @@ from rankllm_composer.prompts.user_turn import (
     join_words,
     num_announced,
     parse_user_turn,
-    passage_word_limit,
     passage_words,
     read_user_turn,
     render_user_turn,
@@ -422,19 +421,6 @@ def test_render_refuses() -> None:
         render_user_turn("query", [""] * 27)
     with pytest.raises(PromptError, match="style"):
         render_user_turn("query", [""], "roman")
-
-
-@pytest.mark.parametrize(
-    ("num_passages", "words"),
-    # 300 · 20 / n, rounded down
-    [(1, 6000), (2, 3000), (3, 2000), (7, 857), (10, 600), (19, 315), (20, 300), (26, 230), (99, 60)],
-)
-def test_passage_word_limit(num_passages: int, words: int) -> None:
-    assert passage_word_limit(num_passages) == words
-
-
-def test_passage_word_limit_in_proportion() -> None:
-    assert passage_word_limit(10, max_words=120) == 240
 
 
 @pytest.mark.parametrize(

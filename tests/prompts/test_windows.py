@@ -6,19 +6,20 @@ import string
 
 import pytest
 
+from rankllm_composer.prompts.clients import CLIENT_VERSIONS
 from rankllm_composer.prompts.encoding import encode_prompt
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 from rankllm_composer.prompts.windows import answer_lengths, fit_window
 
 
-def as_client(query, texts, tokenizer, context):
+def as_client(query, texts, tokenizer, context, client="0.26.0"):
     """The client's own loop, slowly: (tokens of the prompt, words it shows of each passage)."""
     num = len(texts)
-    words = int(300 * (20 / num))
+    words = 300 if client == "0.26.0" else int(300 * (20 / num))
     while True:
         user = render_user_turn(query, [" ".join(text.split()[: max(0, words)]) for text in texts])
         tokens = encode_prompt(SYSTEM_MESSAGE, user, tokenizer, append_bracket=False).tolist()
-        excess = len(tokens) - context + answer_lengths(tokenizer, num)[0]
+        excess = len(tokens) - context + answer_lengths(tokenizer, num, client=client)[0]
         if excess <= 0:
             return tokens, words
         words -= max(1, excess // (num * 4))
@@ -29,11 +30,12 @@ BLOB = "c2hlIHNlbGxzIHNlYXNoZWxscw" * 300
 ENGLISH = " ".join(f"the wing of case {i} see https://example.org/wing/{i}?query=heat&page={i}" for i in range(60))
 
 
+@pytest.mark.parametrize("client", CLIENT_VERSIONS)
 @pytest.mark.parametrize("context", [4096, 1500])
-def test_english_prompts_are_the_clients_token_for_token(mistral_v3_tokenizer, context):
+def test_english_prompts_are_the_clients_token_for_token(mistral_v3_tokenizer, context, client):
     for texts in ([ENGLISH] * 20, [ENGLISH, "wing", ENGLISH[:900]], ["heat flow " * 400] * 5):
-        window = fit_window("w", "heat", texts, mistral_v3_tokenizer, context_size_tokens=context)
-        tokens, words = as_client("heat", texts, mistral_v3_tokenizer, context)
+        window = fit_window("w", "heat", texts, mistral_v3_tokenizer, context_size_tokens=context, client=client)
+        tokens, words = as_client("heat", texts, mistral_v3_tokenizer, context, client)
         assert window.input_ids[:-1].tolist() == tokens and words > 0
         assert (window.num_emptied, window.client_empties) == (0, False)
 

@@ -189,7 +189,15 @@ def test_a_wrong_value_is_reported_once(minimal_recipe: Path) -> None:
             "checkpoint.export.folder: runs/my_gpt_killer/hf contains 'gpt', so rank_llm takes",
         ),
         (["checkpoint.export.folder=out/monot5"], "out/monot5 contains 'monot5'"),
-        (["data.train.identifiers=numbers"], "numbers can be served by generation alone"),
+        (
+            ["data.train.identifiers=numbers", "data.client_version=0.25.7"],
+            "numbers can be served by generation alone, or by data.client_version=0.26.0",
+        ),
+        (
+            ["objective.name=ranking", "data.client_version=0.25.7"],
+            "never learns to write the '[' that rank_llm 0.25.7",
+        ),
+        (["run.name=rank_zephyr", "checkpoint.export.folder=rank_zephyr"], "rank_zephyr is a name of rank_llm's own"),
         (
             [
                 "objective.name=generation",
@@ -212,6 +220,8 @@ def test_defaults_cause_no_warning(minimal_recipe: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_recipe(minimal_recipe, ["objective.name=generation", "data.eval=null", "data.train.identifiers=numbers"])
+        load_recipe(minimal_recipe, ["data.train.identifiers=numbers"])
+        load_recipe(minimal_recipe, ["objective.name=ranking"])
 
 
 @pytest.mark.parametrize(

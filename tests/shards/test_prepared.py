@@ -180,7 +180,8 @@ def test_contents_of_lists_from_a_run_know_window_stride_and_words(tmp_path):
     build_shards(tmp_path / "set", source, report=report_nothing)
     contents = read_contents([(str(tmp_path / "set"), None)])
     assert contents.lists == {("letters", 4): 3} and contents.strides == {3}
-    assert contents.max_passage_words == 12  # the client's rule: 12 * 20 / 4 = 60 in a window of 4
+    assert contents.max_passage_words("0.26.0") == 60
+    assert contents.max_passage_words("0.25.7") == 12  # 12 * 20 / 4 = 60 in a window of 4
     assert contents.sources == ("run", "queries", "docs", "judgments")
 
 

@@ -21,7 +21,7 @@ from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, parse_user_turn
 from rankllm_composer.sources.entries import Judgment, RunLine
 from rankllm_composer.sources.lists import candidate_lists, teacher_order
-from rankllm_composer.sources.records import Dropped, Noted, read_records
+from rankllm_composer.sources.records import Dropped, Noted, open_source, read_records
 from rankllm_composer.sources.retrieval_files import load_run, read_part
 from rankllm_composer.sources.trec import NOT_JUDGED, PARTLY_ORDERED, TrecSource
 
@@ -312,10 +312,13 @@ def test_passages_are_cut_to_the_word_limit(tmp_path, words, expected):
     assert parse_user_turn(record.user).passages[2] == expected
 
 
-def test_without_a_limit_the_rule_of_the_client_applies(tmp_path):
-    files = write_files(tmp_path, docs=dict.fromkeys(DOCS, "word " * 5000))
-    num_words = [len(text.split()) for text in parse_user_turn(build(tmp_path, files=files)[0][1][1].user).passages]
-    assert num_words == [300 * 20 // 3] * 3
+@pytest.mark.parametrize(("client", "words"), [("0.26.0", 300), ("0.25.7", 300 * 20 // 3)])
+def test_without_a_limit_the_rule_of_the_client_applies(tmp_path, client, words):
+    options = SourceOptions(**write_files(tmp_path, docs=dict.fromkeys(DOCS, "word " * 5000)))
+    source = open_source(options, client)
+    assert source.describe()["options"]["client_version"] == client
+    _, record = list(read_records(source))[1]
+    assert [len(text.split()) for text in parse_user_turn(record.user).passages] == [words] * 3
 
 
 def test_numbers_name_lists_beyond_26(tmp_path):

@@ -52,10 +52,13 @@ FAMILIES = {
 }
 
 
-def new_tokenizer(adds_bos: bool = True, template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Create a word-level tokenizer with one token per digit; by default, prompts begin with two <s>."""
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    pieces = Regex(r"w\d+|\d|[^\W\d]+|[^\w\s]")
+def new_tokenizer(
+    adds_bos: bool = True, template: str = CHAT_TEMPLATE, whole_numbers: bool = False
+) -> PreTrainedTokenizerFast:
+    """Create a word-level tokenizer with one token per digit or per number; by default, prompts begin with two <s>."""
+    words = [*WORDS, *map(str, range(10, 100))] if whole_numbers else WORDS
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    pieces = Regex(r"w\d+|\d+|[^\W\d]+|[^\w\s]" if whole_numbers else r"w\d+|\d|[^\W\d]+|[^\w\s]")
     backend.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
     backend.decoder = decoders.Sequence([decoders.Replace(">", " > "), decoders.Fuse()])
     if adds_bos:

@@ -21,8 +21,13 @@ def test_the_contract_names_what_was_trained(mistral_v3_tokenizer, caplog):
     runs = SetContents({("letters", 4): 3, ("letters", 2): 9}, windows=((4, 3, 60),))
     contract = build_contract(recipe, mistral_v3_tokenizer, runs)
     assert (contract.identifiers, contract.window_size, contract.stride) == (("A", "B", "C", "D"), 4, 3)
-    assert (contract.context_size_tokens, contract.max_passage_words) == (900, 12)  # 12 * 20 / 4 = 60 words
-    assert not caplog.records
+    assert (contract.context_size_tokens, contract.max_passage_words) == (900, 60)
+    assert (contract.client_version, caplog.records) == ("0.26.0", [])
+    older = load_recipe(PUBLISHED[1], ["data.client_version=0.25.7"])
+    with caplog.at_level(logging.WARNING):
+        contract = build_contract(older, mistral_v3_tokenizer, runs)
+    assert (contract.client_version, contract.max_passage_words) == ("0.25.7", 12)  # 12 * 20 / 4 = 60 words
+    assert "rank_llm 0.25.7 shows up to 1500 words of a passage in windows of 4, where the model was" in caplog.text
     mixed = SetContents({("letters", 26): 2, ("numbers", 30): 5})
     with caplog.at_level(logging.WARNING):
         contract = build_contract(recipe, mistral_v3_tokenizer, mixed)

@@ -1,7 +1,8 @@
 """Stand-in for vLLM: greedy decoding with plain transformers, as slow and as simple as can be.
 
 Prompts are texts and are tokenized with special tokens, no sequence may end before `min_tokens`, and the `logprobs`
-likeliest tokens of each step are told by the text each decodes to: what the inference client relies on.
+likeliest tokens of each step are told by the text each decodes to: what the inference client relies on. rank_llm 0.25.7
+asks an LLM, 0.26.0 an AsyncLLMEngine.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class LLM:
     def get_tokenizer(self):
         return self.tokenizer
 
-    @torch.no_grad()
     def generate(self, prompts: list[str], params: SamplingParams) -> list[RequestOutput]:
-        assert params.temperature == 0.0
-        return [RequestOutput([self._complete(prompt, params)]) for prompt in prompts]
+        return [self.complete(prompt, params) for prompt in prompts]
 
-    def _complete(self, prompt: str, params: SamplingParams) -> CompletionOutput:
+    @torch.no_grad()
+    def complete(self, prompt: str, params: SamplingParams) -> RequestOutput:
+        assert params.temperature == 0.0
         tokens = self.tokenizer.encode(prompt)
         start, told = len(tokens), []
         while len(tokens) < start + params.max_tokens:
@@ -58,10 +59,34 @@ class LLM:
             if chosen == self.tokenizer.eos_token_id:
                 break
         written = tokens[start:]
-        return CompletionOutput(self.tokenizer.decode(written, skip_special_tokens=True), written, told or None)
+        text = self.tokenizer.decode(written, skip_special_tokens=True)
+        return RequestOutput([CompletionOutput(text, written, told or None)], tokens[:start])
 
     def _text(self, token: int) -> str:
         """Text of a token, with the leading space that decoding drops, as vLLM tells it since July 2026."""
         text = self.tokenizer.decode([token])
         piece = self.tokenizer.convert_ids_to_tokens(token)
         return " " * (piece[:1] == "▁" and text[:1] != " ") + text
+
+
+class AsyncEngineArgs(dict):
+    def __init__(self, **arguments) -> None:
+        super().__init__(arguments)
+
+
+class AsyncLLMEngine:
+    def __init__(self, server: LLM) -> None:
+        self.server = server
+
+    @classmethod
+    def from_engine_args(cls, arguments: AsyncEngineArgs) -> AsyncLLMEngine:
+        return cls(LLM(**arguments))
+
+    def get_tokenizer(self):
+        return self.server.get_tokenizer()
+
+    async def generate(self, prompt: str, params: SamplingParams, request_id: str):
+        yield self.server.complete(prompt, params)
+
+    def shutdown(self) -> None:
+        pass

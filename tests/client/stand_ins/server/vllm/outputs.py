@@ -21,3 +21,5 @@ class CompletionOutput:
 @dataclass
 class RequestOutput:
     outputs: list[CompletionOutput]
+    prompt_token_ids: list[int]
+    finished: bool = True
