@@ -23,8 +23,8 @@ the cost; only the demo measures quality. Peak memory is what PyTorch has alloca
 
 Each case prints a line of JSON when it ends. A case that fails does not stop the others: they run in a separate
 process, which is replaced if it dies. Results are kept in cases.jsonl in the folder, and `--resume` measures only what
-is missing there; without it, they are replaced. At the end, the section of this benchmark in RESULTS.md is written. The
-exit code is 1 if a case failed. docs/planning.md says how to run it on a machine without network.
+is missing there; without it, they are replaced. section.md there is the section of RESULTS.md, which is written at the
+end. The exit code is 1 if a case failed. docs/planning.md says how to run it on a machine without network.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def results_section(records: Sequence[Record], command: str, seconds: float) -> 
     """Return the section of the results: machine, aims, and a table per section."""
     lines = ["<!-- gpu -->", f"## {question('gpu')}", "", f"    {command}", ""]
     machine = next((r["result"] for r in records if r["case"].startswith("machine: ") and "result" in r), {})
-    described = ", ".join(f"{name} {shown(value)}" for name, value in machine.items())
+    described = "; ".join(f"{name}: {shown(value)}" for name, value in machine.items())
     lines += [f"{described or 'unknown machine'}; {datetime.date.today()}; {seconds:.0f} s in total", ""]
     lines += [*table(["aim on an H100", "measured here", "met"], list(aims(records))), ""]
     for section, title in TITLES.items():
@@ -189,6 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, flush=True)
         with path.open("a") as file:
             file.write(line + "\n")
+        (folder / "section.md").write_text(section())
+
+    def section() -> str:
+        words = ["python", "benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)]
+        return results_section(read_records(path), " ".join(words), time.time() - started)
 
     modules = {name: SECTIONS[name] for name in SECTIONS if name in options.only or name == machine}
     setting = Setting(options.device, options.reduced, folder)
@@ -196,11 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         supervise(modules, setting, finished, started + options.seconds, keep)
     finally:
         signal.signal(signal.SIGTERM, handler)
-        records = read_records(path)
-        words = ["python", "benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)]
-        section = results_section(records, " ".join(words), time.time() - started)
-        (folder / "section.md").write_text(section)
-        write_section(options.output, "gpu", section)
+        write_section(options.output, "gpu", section())
+    records = read_records(path)
     for aim, measured, met in aims(records):
         print(f"{met.strip('*'):<13} {measured:>12}  {aim}")
     failed = [record["case"] for record in records if "error" in record]

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ def _work(arguments: tuple[Any, ...], results: Connection) -> None:
     os.environ.update(ENVIRONMENT)
     logging.getLogger("composer").setLevel(logging.ERROR)  # it warns of each model without a tokenizer
     run_cases(*arguments, results.send)
+    results.send({"done": True})
 
 
 def supervise(
@@ -145,9 +146,14 @@ def supervise(
         running, limit, before = "the start", START_SECONDS, len(finished)
         try:
             while True:
-                if not receiver.poll(limit):
+                ready = wait([receiver, worker.sentinel], limit)
+                if not ready:
                     raise TimeoutError(f"it took more than {limit:.0f} s")
+                if not receiver.poll():
+                    raise EOFError
                 message = receiver.recv()
+                if "done" in message:
+                    return
                 if "started" in message:
                     running, limit = message["started"], message["limit"]
                     continue
@@ -168,7 +174,7 @@ def supervise(
         if running:
             keep({"case": running, "error": failure})
             finished.append(running)
-        if running == "the start" or len(finished) == before or (not running and worker.exitcode == 0):
+        if running == "the start" or len(finished) == before:
             return
 
 

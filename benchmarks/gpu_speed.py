@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
+import steps
 import torch
 from gpu_cases import Case, Setting, free_memory, one_rank, seconds_per_call
 from gpu_steps import attentions
@@ -37,6 +40,7 @@ from rankllm_composer.preflight.plan import GPUS
 GIB = 2**30
 SEVEN_B = "mistral-7b-6-layers"
 MIXED, LONG = "mixed", "4k"
+TIMED_SECONDS = 3.0
 
 # Words of the name that CUDA reports → the key of the card's peak in the package's table; the first that matches.
 CARDS = {
@@ -106,39 +110,48 @@ def speed_cases(setting: Setting) -> Iterator[Case]:
     """The packed step against a plain padded loop: tokens per second, MFU, peak memory and its plan.
 
     Mixed lists have typical lengths; the number of lists is such that the plain loop fits in 80 GB. "sharded" is FSDP2
-    on one rank, as recipes with `parallelism.fsdp: true`; the others run under autocast.
+    on one rank, as recipes with `parallelism.fsdp: true`; the others run under autocast. Other processes compute the
+    plans meanwhile.
     """
+    pool = None if setting.reduced else ProcessPoolExecutor(4, multiprocessing.get_context("spawn"))
     if setting.reduced:
-        rows = [("toy", MIXED, [440, 220, 330], 0.5), ("toy", LONG, [400, 400], 0.0)]
+        rows = [("toy", MIXED, [440, 220, 330], 0.5)]
     else:
         rows = [
             (SEVEN_B, LONG, [MAX_LIST_TOKENS] * 4, 0.0),
-            (SEVEN_B, MIXED, typical_lengths(8), 1.0),
+            (SEVEN_B, MIXED, typical_lengths(24), 1.0),
             ("llama-1b", MIXED, typical_lengths(4), 1.0),
             ("smollm2-135m", MIXED, typical_lengths(8), 0.0),
         ]
     for shape, kind, lengths, checkpointing in rows:
-        chosen = choose_attention("auto", "gpu" if setting.device == "cuda" else "cpu")
-        steps = [("plain", "sdpa"), ("packed", chosen), ("packed, sharded", chosen)]
+        chosen = choose_attention("auto", steps.recipe_device(setting.device))
+        kinds = [("plain", "sdpa"), ("packed", chosen), ("packed, sharded", chosen)]
         if kind == LONG:
-            steps += [("packed", name) for name in attentions(setting.device) if name != chosen]
-        for step, attention in steps:
+            kinds += [("packed", name) for name in attentions(setting.device) if name != chosen]
+        for step, attention in kinds:
             row = {"shape": shape, "lists": kind, "step": step, "attention": attention}
-            run = functools.partial(measure_step, setting, row, lengths, checkpointing)
+            planned: Callable[[], int] | None = None
+            if step != "plain":
+                arguments = shape, lengths, checkpointing, attention, "sharded" in step
+                planned = pool.submit(plan, *arguments).result if pool else functools.partial(plan, *arguments)
+            run = functools.partial(measure_step, setting, row, lengths, checkpointing, planned)
             yield Case(f"{shape}, {kind} lists, {step}, {attention}", run, 25)
 
 
-def measure_step(setting: Setting, row: dict[str, Any], lengths: list[int], checkpointing: float) -> dict[str, Any]:
+def measure_step(
+    setting: Setting, row: dict[str, Any], lengths: list[int], checkpointing: float, planned: Callable[[], int] | None
+) -> dict[str, Any]:
     """Measure one kind of step.
 
     Args:
         row: names of the shape, lists, step and attention; returned with the figures.
+        planned: returns the planned peak of a packed step, in bytes.
     """
     device, shape = setting.device, row["shape"]
     is_packed, sharded = row["step"] != "plain", "sharded" in row["step"]
     found: dict[str, Any] = {**row, "useful / padded": 1.0 if is_packed else useful_share(lengths)}
     found["recomputed"] = f"{checkpointing:.0%}"
-    planned = plan(shape, lengths, checkpointing, row["attention"], sharded) if is_packed else None
+    planned_bytes = planned() if planned else None
     with one_rank(device) if sharded else nullcontext():
         options = {"attention": row["attention"]} if is_packed else {}
         stepper = new_stepper(
@@ -154,7 +167,9 @@ def measure_step(setting: Setting, row: dict[str, Any], lengths: list[int], chec
         lists = new_lists(lengths, shape)
         try:
             peak, loss = peak_bytes(stepper, lists, device)
-            seconds = seconds_per_call(device, lambda: stepper.run(lists), 2 if setting.reduced else 6)
+            first, _ = stepper(lists)
+            calls = min(8, max(2, round(TIMED_SECONDS / first)))
+            seconds = seconds_per_call(device, lambda: stepper.run(lists), calls, warm_up=0)
         except torch.OutOfMemoryError:
             if is_packed:
                 raise
@@ -167,8 +182,8 @@ def measure_step(setting: Setting, row: dict[str, Any], lengths: list[int], chec
     if (limit := peak_flops(device)) is not None:
         found["MFU"] = flops / seconds / limit
     found["peak GiB"] = peak / GIB
-    if planned is not None:
-        found |= {"planned GiB": planned / GIB, "plan / measured": planned / peak}
+    if planned_bytes is not None:
+        found |= {"planned GiB": planned_bytes / GIB, "plan / measured": planned_bytes / peak}
     return found
 
 

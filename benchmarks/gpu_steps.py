@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import steps
 import torch
 import torch._dynamo.utils
 from gpu_cases import Case, Setting, free_memory, relative_error, seconds_per_call, synchronize
@@ -48,7 +49,7 @@ def attentions(device: str) -> list[str]:
     found = []
     for name in packed_attention.ATTENTION_NAMES:
         with contextlib.suppress(ValueError):
-            found.append(packed_attention.choose_attention(name, "gpu" if device == "cuda" else "cpu"))
+            found.append(packed_attention.choose_attention(name, steps.recipe_device(device)))
     return list(dict.fromkeys(found))
 
 
@@ -131,7 +132,7 @@ def step_cases(setting: Setting) -> Iterator[Case]:
 
 
 def new_reranker(model: Any, attention: str, objective: str) -> ListwiseReranker:
-    device = "gpu" if model.device.type == "cuda" else "cpu"
+    device = steps.recipe_device(model.device)
     return ListwiseReranker(model, None, Objective(objective), attention=attention, device=device)
 
 
@@ -271,7 +272,8 @@ class _Reads(TorchFunctionMode):
 
 def compile_cases(setting: Setting) -> Iterator[Case]:
     """Compiled layers against layers that are not compiled, on lists whose lengths change from step to step."""
-    for name in attentions(setting.device):
+    names = attentions(setting.device)
+    for name in names[:1] if setting.reduced else names:
         yield Case(name, functools.partial(compiled_against_plain, setting, name), 45)
 
 

@@ -29,6 +29,11 @@ SMOOTHING = 0.0
 STEPS = ("plain", "packed")
 
 
+def recipe_device(device: torch.device | str) -> str:
+    """Return a device's name in recipes, "gpu" or "cpu"."""
+    return "gpu" if torch.device(device).type == "cuda" else "cpu"
+
+
 def padded(lists: list[TokenizedList], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad lists on the right to the longest; return input ids and labels, both (B, L), with -100 for no label."""
     longest = max(len(item.encoded.input_ids) for item in lists)
@@ -178,8 +183,8 @@ def new_stepper(
     checkpoint_activations(model, activation_checkpointing)
     loss, trained = PLAIN_LOSSES.get(kind, packed_loss), model
     if kind == "packed":
-        device = "gpu" if model.device.type == "cuda" else "cpu"
         objective = Objective("combined", ranking_weight=RANKING_WEIGHT)
+        device = recipe_device(model.device)
         trained = ListwiseReranker(model, None, objective, attention=attention, device=device)
         if compile_layers:
             trained.compile_layers()

@@ -53,7 +53,7 @@ def test_every_section_at_toy_sizes(in_process, tmp_path, capsys):
     attention, step, speed, waits, demo, real, compiled = found.values()
     assert len(attention) == 4 and all(0 < float(row["output"]) < 0.01 for row in attention)
     assert [row["change of other lists"] for row in step] == ["0", "0"]
-    assert [row["case"].split(",")[2] for row in speed] == [" plain", " packed", " packed"] * 2
+    assert [row["case"].split(",")[2] for row in speed] == [" plain", " packed", " packed"]
     for row in speed:  # the plan of a step is within 10 % of what it allocates
         is_packed = "packed" in row["case"]
         assert float(row["tokens/s"].replace(",", "")) > 0
@@ -76,15 +76,15 @@ import os, time
 from gpu_cases import Case
 
 def machine_cases(setting):
-    yield Case("this machine", lambda: {"card": setting.device}, 0)
+    yield Case("this machine", lambda: {"card": setting.device}, 10)
 
 def some_cases(setting):
-    yield Case("first", lambda: {"value": 1.5}, 1)
-    yield Case("raises", lambda: 1 / 0, 1)
-    yield Case("ends its process", lambda: os._exit(3), 1)
+    yield Case("first", lambda: {"value": 1.5}, 10)
+    yield Case("raises", lambda: 1 / 0, 10)
+    yield Case("ends its process", lambda: os._exit(3), 10)
     yield Case("hangs", lambda: time.sleep(1000), 0.2)
     yield Case("too long", lambda: {"value": 0}, 10_000)
-    yield Case("last", lambda: {"value": 2}, 1)
+    yield Case("last", lambda: {"value": 2}, 10)
 """
 
 
@@ -182,6 +182,14 @@ def test_reduced_figures_do_not_go_into_the_results(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark("gpu").parse(["--only", "speed,fast"])
     assert "unknown section fast; expected some of machine, attention" in capsys.readouterr().err
+
+
+def test_wheels_are_those_of_the_current_stack():
+    """But for zstd, of which later versions have no wheel."""
+    lines = (FOLDER / "gpu_wheels.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#") and not line.startswith("zstd==")]
+    assert len(pins) > 30
+    assert set(pins) <= set((REPOSITORY / "constraints-current.txt").read_text().splitlines())
 
 
 def test_the_readme_says_whether_a_gpu_was_measured():
