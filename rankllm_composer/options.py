@@ -109,6 +109,9 @@ Decoding = Literal["first_token", "generation"]
 """How a ranking is read from a model: from the logits of the first identifier, or from a generated answer."""
 
 DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
+Ties = Literal["tied", "ordered"]
+Unjudged = Literal["irrelevant", "left_out"]
+TokenWeights = Literal["equal", "by_rank"]
 
 
 def option(meaning: str, default: Any = ..., *, unit: str = "", **rules: Any) -> Any:
@@ -158,7 +161,13 @@ class SourceOptions:
         "Documents for `run`: a file, a BEIR folder or irds:ID; null = those that `run` holds.", None, unit="path or id"
     )
     window: Whole = option("Candidates in a list made from `run`.", 20, unit="candidates", ge=2)
-    stride: Whole = option("Step from one list to the next down `run`.", 10, unit="candidates", ge=1, le=1_000_000)
+    stride: Whole | None = option(
+        "Step from one list to the next down `run`; null = half of the window.",
+        None,
+        unit="candidates",
+        ge=1,
+        le=1_000_000,
+    )
     lists_per_query: Whole = option(
         "Lists made for each query of `run`; 0 = one for each window.", 1, unit="lists", ge=0, le=10_000
     )
@@ -183,6 +192,11 @@ class SourceOptions:
     on_error: Literal["stop", "quarantine"] = option(
         "At a bad record: stop the build, or write it to quarantine.jsonl and count it.", "stop"
     )
+
+    @property
+    def step(self) -> int:
+        """Step from one list to the next, in candidates."""
+        return self.stride or max(1, self.window // 2)
 
     def problems(self) -> Iterator[Problem]:
         """Yield what is wrong between these options; each key is the name of an option."""
@@ -238,6 +252,13 @@ class BuildOptions(ClientOptions):
         None,
         unit="processes",
         ge=1,
+    )
+    hold_out: Number = option(
+        "Share of the queries whose lists become a second set, OUTPUT-held-out, for data.eval; 0 = none.",
+        0.0,
+        unit="fraction of queries",
+        ge=0,
+        lt=1,
     )
     shard_bytes: Whole = option("Size of a shard before compression.", 16 << 20, unit="bytes", ge=1, lt=1 << 30)
     compression: Text | None = option(

@@ -6,11 +6,10 @@ import errno
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import streaming
 import torch
 from composer.core import DataSpec
@@ -26,6 +25,7 @@ from rankllm_composer.options import BatchOptions, ObjectiveName, StreamOptions
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record, augment_record, record_key
+from rankllm_composer.prompts.relevance import Preferences, draw_ties, relevance_of
 from rankllm_composer.shards.index import record_from_sample
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class ListEncoding:
         too_long: for longer lists, "drop" = count the list but do not train on it; "refuse" = stop.
         shuffle_passages: permute the passages of each list, differently in every epoch.
         identifiers: identifiers in the prompt; None = those of the shards.
+        preferences: what counts as a preference between two candidates.
+        needs_scores: the ranking loss that needs a teacher's scores; None = it needs none.
+        needs_identifiers: whether each identifier must be one token, as for token weights by rank.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +57,9 @@ class ListEncoding:
     too_long: Literal["drop", "refuse"] = "drop"
     shuffle_passages: bool = False
     identifiers: IdentifierStyle | None = None
+    preferences: Preferences = field(default_factory=Preferences)
+    needs_scores: str | None = None
+    needs_identifiers: bool = False
 
 
 class ListDataset(ExactStreamingDataset):
@@ -98,13 +104,15 @@ class ListDataset(ExactStreamingDataset):
         )
 
     def __getitem__(self, at: Any) -> TokenizedList:
-        """Return the tokenized list of a sample number.
+        """Return the tokenized list of a sample number, its ties drawn for the current epoch.
 
         Raises:
-            PromptError: the record cannot be augmented or encoded.
+            PromptError: the record cannot be augmented or encoded, or lacks the scores that the loss needs.
             ShardError: the list is too long and `too_long` is "refuse", or its shard cannot be read.
         """
         record = self.record(at)
+        if self.encoding.preferences.ties == "tied":
+            record = draw_ties(record, seed=self.shuffle_seed, epoch=self._epoch)
         key = record_key(record.id)
         encoded = encode_record(record, self.encoding.tokenizer, self.encoding.objective)
         length, limit = len(encoded.input_ids), self.encoding.max_length_tokens
@@ -115,8 +123,19 @@ class ListDataset(ExactStreamingDataset):
                     "and count such lists (data.too_long: drop), or build shards with fewer words per passage."
                 )
             return TokenizedList(encoded=None, record_id=record.id, record_key=key)
-        grades = None if record.grades is None else np.array(record.grades)
-        return TokenizedList(encoded, record.id, key, grades, record.docids)
+        if self.encoding.needs_scores is not None and record.scores is None:
+            raise PromptError(
+                f"record {record.id!r} has no teacher's scores, which objective.ranking_loss="
+                f"{self.encoding.needs_scores} needs. Build the shards with a teacher_run or with records that have "
+                "scores, or choose another loss."
+            )
+        if self.encoding.needs_identifiers and encoded.identifier_token_ids is None:
+            raise PromptError(
+                f"record {record.id!r} has identifiers of several tokens, which objective.token_weights=by_rank cannot "
+                "weigh. Set objective.token_weights=equal, or data.train.identifiers=letters."
+            )
+        relevance = relevance_of(record, encoded.ranks, self.encoding.preferences)
+        return TokenizedList(encoded, record.id, key, relevance, record.docids)
 
 
 class ListLoader(streaming.StreamingDataLoader):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rankllm_composer.distributed import gather_numbers
 from rankllm_composer.prompts.encoding import EncodedRecord
+from rankllm_composer.prompts.relevance import Relevance
 
 IGNORED_TARGET = -100
 
@@ -33,14 +34,14 @@ class TokenizedList:
         encoded: token ids and targets; None = a row that is counted but not trained (too long, or padding).
         record_id: the record's id, for messages.
         record_key: 63-bit hash of the id, a seed that does not depend on how a batch is split.
-        grades: (N,) relevance grades in presentation order; None = the shards have none.
+        relevance: what a ranking loss learns; None = the ranks of `encoded`, without grades and scores.
         docids: (N,) document ids in presentation order; None = the shards have none.
     """
 
     encoded: EncodedRecord | None
     record_id: str
     record_key: int
-    grades: NDArray[np.int64] | None = None
+    relevance: Relevance | None = None
     docids: tuple[str, ...] | None = None
 
 
@@ -101,7 +102,8 @@ def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
         logit_positions: (R,) int64, positions in T whose logits the loss needs.
         target_ids: (R,) int64, the token to predict there; -100 = none.
         score_rows: (S,) int64, which of the R rows holds the identifier scores of a list.
-        identifier_token_ids, ranks: (S, N) int64; candidate_mask: (S, N) bool; grades: (S, N) float32, NaN = none.
+        identifier_token_ids, ranks: (S, N) int64; candidate_mask: (S, N) bool.
+        grades, teacher_scores: (S, N) float32, NaN = none; see `Relevance`.
         scored_token_ids: (C,) int64, the distinct tokens of identifier_token_ids, ascending; identifier_columns: (S, N)
             int64, their places in it.
         lengths, record_keys, record_ids: lists with one entry per sequence.
@@ -120,6 +122,7 @@ def _pack(sequences: list[TokenizedList]) -> dict[str, Any]:
     shape = (len(sequences), max((len(item.ranks) for item in encoded), default=1))  # (S, N)
     identifier_token_ids, ranks = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     candidate_mask, grades = np.zeros(shape, bool), np.full(shape, np.nan, np.float32)
+    teacher_scores = grades.copy()
     positions, targets, score_rows, num_rows = [], [], [], 0
     for index, (sequence, item) in enumerate(zip(sequences, encoded)):
         length, count = lengths[index], len(item.ranks)
@@ -136,8 +139,10 @@ def _pack(sequences: list[TokenizedList]) -> dict[str, Any]:
         if item.identifier_token_ids is not None:
             identifier_token_ids[index, :count] = item.identifier_token_ids
             candidate_mask[index, :count] = True
-        if sequence.grades is not None:
-            grades[index, :count] = sequence.grades
+        if (relevance := sequence.relevance) is not None:
+            ranks[index, :count] = relevance.ranks
+            grades[index, :count] = relevance.grades
+            teacher_scores[index, :count] = relevance.teacher_scores
     token_ids = [np.zeros(1, np.int64)] if empty else [item.input_ids for item in encoded]
     scored_token_ids, columns = np.unique(identifier_token_ids, return_inverse=True)
 
@@ -157,6 +162,7 @@ def _pack(sequences: list[TokenizedList]) -> dict[str, Any]:
         "ranks": ranks,
         "candidate_mask": candidate_mask,
         "grades": grades,
+        "teacher_scores": teacher_scores,
         "lengths": lengths,
         "longest": max(lengths),
         "record_keys": [s.record_key for s in sequences] or [0],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,27 +13,59 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rankllm_composer.errors import ModelError
+from rankllm_composer.model.loss_parts import RELEVANCE
 from rankllm_composer.model.losses import LOSSES
-from rankllm_composer.options import OBJECTIVES
+from rankllm_composer.options import OBJECTIVES, TokenWeights
+from rankllm_composer.prompts.relevance import LEFT_OUT
+
+
+@functools.cache
+def find_loss(name: str) -> Callable[..., torch.Tensor]:
+    """Return a ranking loss of `LOSSES`, or import one of the user's own.
+
+    Args:
+        name: a key of `LOSSES`, or `package.module:function`. The function is called as those of `losses` are, with
+            `reduction="none"`, and with grades and teacher_scores if it has such arguments.
+    Raises:
+        ModelError: there is no such function.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    module, _, function = name.partition(":")
+    if not function:
+        expected = f"one of {', '.join(LOSSES)}, or package.module:function"
+        raise ModelError(f"objective.ranking_loss is {name!r}; expected {expected}. Correct it.")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        remedy = "Install its package, or name its folder in PYTHONPATH."
+        raise ModelError(f"objective.ranking_loss is {name!r}, which cannot be imported: {error}. {remedy}") from error
+    if not callable(found):
+        raise ModelError(f"objective.ranking_loss is {name!r}; expected a function. Name one of {module}.")
+    return found
 
 
 @dataclass(frozen=True)
 class Objective:
     """The loss of a global batch of lists.
 
-        generation: language_modelling_weight * mean over target tokens of -log p(token)
-        ranking:    ranking_weight * mean over lists of ranking_loss(identifier scores, teacher's ranks)
+        generation: language_modelling_weight * mean over target tokens of -w * log p(token)
+        ranking:    ranking_weight * mean over lists of ranking_loss(identifier scores, ranks, grades, teacher's scores)
         combined:   the sum of the two
 
-    Identifier scores are the logits of the identifier tokens at the score position of a list.
+    Identifier scores are the logits of the identifier tokens at the score position of a list. The weight w of a token
+    is 1, or with token_weights "by_rank" 1 + 1 / log2(r + 1) for the identifier at the 1-based place r of the answer
+    (the importance of Liu et al. 2024, arXiv:2412.14574).
 
     Args:
         name: "generation", "ranking" or "combined".
         language_modelling_weight, ranking_weight: factors of the two parts.
-        ranking_loss: a key of `losses.LOSSES`.
+        token_weights: "equal" or "by_rank".
+        ranking_loss: a key of `losses.LOSSES`, or `package.module:function`, see `find_loss`.
         ranking_loss_options: keyword arguments of that loss, e.g. {"weighted": True}.
     Raises:
-        ValueError: the name or the loss is unknown.
+        ValueError: the name is unknown, or the loss cannot be imported.
     """
 
     name: str
@@ -38,12 +73,12 @@ class Objective:
     ranking_weight: float = 1.0
     ranking_loss: str = "ranknet"
     ranking_loss_options: Mapping[str, Any] = field(default_factory=dict)
+    token_weights: TokenWeights = "equal"
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
             raise ValueError(f"objective.name is {self.name!r}; expected one of {', '.join(OBJECTIVES)}.")
-        if self.ranking_loss not in LOSSES:
-            raise ValueError(f"objective.ranking_loss is {self.ranking_loss!r}; expected one of {', '.join(LOSSES)}.")
+        find_loss(self.ranking_loss)
 
     @property
     def trains_language_modelling(self) -> bool:
@@ -66,18 +101,43 @@ class Objective:
         parts: dict[str, torch.Tensor] = {}
         total = logits.new_zeros((), dtype=torch.float32)
         if self.trains_language_modelling:
-            nats = F.cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
+            if self.token_weights == "equal":
+                nats = F.cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
+            else:
+                per_token = F.cross_entropy(logits.float(), batch["target_ids"], reduction="none")
+                nats = (per_token * weights_by_rank(batch)).sum()
             parts["language_modelling"] = nats * batch["language_modelling_scale"]
             total = total + self.language_modelling_weight * parts["language_modelling"]
         if self.trains_ranking:
-            loss = partial(LOSSES[self.ranking_loss], **self.ranking_loss_options)
-            scores = identifier_scores(logits, batch)
-            per_list = loss(scores, batch["ranks"], mask=batch["candidate_mask"], reduction="none")
+            loss = partial(find_loss(self.ranking_loss), **self.ranking_loss_options)
+            mask = batch["candidate_mask"] & (batch["ranks"] > LEFT_OUT)
+            known = {name: batch[name] for name in RELEVANCE if name in inspect.signature(loss).parameters}
+            per_list = loss(identifier_scores(logits, batch), batch["ranks"], mask=mask, reduction="none", **known)
+            if per_list.shape != mask.shape[:1]:
+                raise ModelError(
+                    f"objective.ranking_loss is {self.ranking_loss}, which returned shape {tuple(per_list.shape)} with "
+                    f"reduction='none'; expected one value for each of {len(mask)} lists. Correct the function."
+                )
             parts["ranking"] = per_list.sum() * batch["ranking_scale"]
             total = total + self.ranking_weight * parts["ranking"]
         if not batch["record_ids"]:
             total = total + 0.0 * logits.float().sum()  # every rank needs a backward pass, even without lists
         return {"total": total, **parts}
+
+
+def weights_by_rank(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return the (R,) weights of the target tokens: 1 + 1 / log2(r + 1) for the identifier at place r, otherwise 1."""
+    targets, first = batch["target_ids"], batch["score_rows"]  # (R,), and (S,) rows of the lists' first identifiers
+    weights = torch.ones(len(targets), dtype=torch.float32, device=targets.device)
+    if not len(first):
+        return weights
+    rows = torch.arange(len(targets), device=targets.device)
+    lists = (torch.searchsorted(first, rows, right=True) - 1).clamp(min=0)  # (R,)
+    named = (targets.unsqueeze(1) == batch["identifier_token_ids"][lists]) & batch["candidate_mask"][lists]  # (R, N)
+    is_identifier = named.any(dim=1) & (rows >= first[lists])
+    counted = is_identifier.cumsum(dim=0)
+    places = counted - counted[first][lists] + is_identifier[first][lists].long()  # (R,), from 1
+    return torch.where(is_identifier, 1.0 + 1.0 / torch.log2(places.clamp(min=1) + 1.0), weights)
 
 
 def identifier_scores(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:

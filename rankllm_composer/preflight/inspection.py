@@ -22,6 +22,7 @@ from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.contract import count_bos
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.relevance import LEFT_OUT, Preferences, Relevance, draw_ties, relevance_of, tied_share
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, UserTurn
 from rankllm_composer.prompts.windows import fit_window
 
@@ -57,6 +58,11 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
     losses: dict[str, float] = field(default_factory=dict)
     scores: NDArray[np.float32] | None = None  # (N,)
+    preferences: Preferences = field(default_factory=Preferences)
+
+    def relevance(self, encoded: EncodedRecord) -> Relevance:
+        """What a ranking loss learns from the record."""
+        return relevance_of(self.record, encoded.ranks, self.preferences)
 
     @property
     def length(self) -> int:
@@ -92,9 +98,10 @@ class Inspection:
         record, ids = self.record, encoded.identifier_token_ids
         columns: dict[str, Sequence[Any] | None] = {
             "identifier token": None if ids is None else ids.tolist(),
-            "teacher's rank": encoded.ranks.tolist(),
+            "teacher's rank": ["-" if rank == LEFT_OUT else rank for rank in self.relevance(encoded).ranks.tolist()],
             "score": None if self.scores is None else [f"{score:.4f}" for score in self.scores],
-            "grade": record.grades,
+            "grade": _values(record.grades),
+            "teacher's score": _values(record.scores),
             "docid": record.docids,
         }
         known = {name: values for name, values in columns.items() if values is not None}
@@ -102,6 +109,10 @@ class Inspection:
         yield ""
         for row in zip(*shown.values()):
             yield "  ".join(f"{cell:>{max(map(len, column))}}" for cell, column in zip(row, shown.values()))
+
+
+def _values(known: Sequence[float | None] | None) -> list[str] | None:
+    return None if known is None else ["-" if value is None else f"{value:g}" for value in known]
 
 
 def inspect_record(
@@ -112,9 +123,10 @@ def inspect_record(
     max_length_tokens: int,
     too_long: Literal["drop", "refuse"] = "drop",
     client: ClientVersion = CURRENT_CLIENT,
+    preferences: Preferences | None = None,
 ) -> Inspection:
     """Encode a record, as training presents it, and find what prevents training on it or serving it as intended."""
-    found = Inspection(record, max_length_tokens)
+    found = Inspection(record, max_length_tokens, preferences=preferences or Preferences())
     try:
         found.encoded = encoded = encode_record(record, tokenizer, objective)
     except PromptError as error:
@@ -188,6 +200,8 @@ def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedR
     yield from template_notes(tokenizer)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield "the padding token is the end-of-sequence token; harmless, because training does not pad"
+    if share := tied_share(record):
+        yield f"{share:.0%} of the pairs of candidates are tied by {record.ordered_by}, which ordered the list"
     if encoded.identifier_token_ids is None:
         yield "identifiers have several tokens: the list can be generated, but not scored by its first token"
 
@@ -202,7 +216,8 @@ def add_losses(found: Inspection, model: ListwiseReranker) -> None:
 
     if found.encoded is None:
         return
-    row = packing.TokenizedList(found.encoded, found.record.id, record_key(found.record.id))
+    relevance = found.relevance(found.encoded)
+    row = packing.TokenizedList(found.encoded, found.record.id, record_key(found.record.id), relevance)
     (batch,) = packing.split_batch({"sequences": [row]}, max_lists=1)
     model.eval()
     with torch.no_grad():
@@ -257,8 +272,11 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
     records = SplitRecords(sets_of(split), split.source, split.rebuild, recipe.data.client_version)
     record = records[number]
     shuffle, style = split.shuffle_passages, split.identifiers
+    preferences = Preferences(recipe.objective.ties, recipe.objective.unjudged)
     if shuffle or style is not None:
         record = augment_record(record, seed=recipe.run.seed, epoch=0, shuffle_passages=shuffle, identifiers=style)
+    if preferences.ties == "tied":
+        record = draw_ties(record, seed=recipe.run.seed, epoch=0)
     tokenizer = load_tokenizer(recipe.model)
     limit, too_long = recipe.data.max_length_tokens, recipe.data.too_long
     found = inspect_record(
@@ -268,6 +286,7 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
         max_length_tokens=limit,
         too_long=too_long,
         client=recipe.data.client_version,
+        preferences=preferences,
     )
     found.notes.insert(0, f"record {number} of {records.place}")
     try:  # the lists of the whole set; of a source without shards, this record

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from rankllm_composer.prompts.permutations import (
 )
 from rankllm_composer.prompts.user_turn import UserTurn, parse_user_turn, read_user_turn, render_user_turn
 
+OrderedBy = Literal["answer", "grades", "scores"]
+MAX_VALUE = 1e38  # grades and scores fit 32 bits
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -31,7 +36,10 @@ class Record:
         system, user, response: the turns; `response` is the teacher's permutation as text.
         qid: query id, None if not known.
         docids: document id of each candidate in presentation order.
-        grades: relevance grade of each candidate in presentation order.
+        grades: relevance grade of each candidate in presentation order, None = not judged.
+        scores: the teacher's score of each candidate in presentation order, None = not scored.
+        ordered_by: what the order of the response follows: "grades" or "scores", where equal candidates are tied, or
+            "answer", the response itself, whatever grades and scores are known beside it.
     """
 
     id: str
@@ -40,7 +48,9 @@ class Record:
     response: str
     qid: str | None = None
     docids: tuple[str, ...] | None = None
-    grades: tuple[int, ...] | None = None
+    grades: tuple[int | None, ...] | None = None
+    scores: tuple[float | None, ...] | None = None
+    ordered_by: OrderedBy = "answer"
     _turn: UserTurn | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -51,6 +61,11 @@ class Record:
             turn = read_user_turn(self.user)
             object.__setattr__(self, "_turn", turn)
         return turn
+
+    @property
+    def known_grades(self) -> tuple[int, ...] | None:
+        """The grades as measures count them: 0 where a candidate is not judged or its grade is negative."""
+        return None if self.grades is None else tuple(max(0, grade or 0) for grade in self.grades)
 
     @property
     def has_standard_prompt(self) -> bool:
@@ -64,10 +79,12 @@ class Record:
     def from_conversations(cls, mapping: Mapping[str, Any]) -> Record:
         """Record from the published layout: `{"id": …, "conversations": [system, human, gpt]}`.
 
-        The turns are identified by their order; only their `value` is read. `qid`, `docids` and `grades` are optional.
+        The turns are identified by their order; only their `value` is read. `qid`, `docids`, `grades`, `scores`
+        and `ordered_by` are optional.
 
         Raises:
-            PromptError: no id, not exactly three turns, a turn without text, or docids or grades that are not lists.
+            PromptError: no id, not exactly three turns, a turn without text, docids, grades or scores that are not
+                lists, or another `ordered_by` than "answer", "grades" or "scores".
         """
         if not isinstance(mapping, Mapping):
             raise PromptError(f"record is {type(mapping).__name__}; expected a mapping with id and conversations")
@@ -91,8 +108,15 @@ class Record:
         docids, grades = mapping.get("docids"), mapping.get("grades")
         if docids is not None and not _is_list_of(docids, (str, int)):
             raise PromptError(f"{where}: docids is {docids!r}; expected a list of texts, one per passage")
-        if grades is not None and not _is_list_of(grades, (int,)):
-            raise PromptError(f"{where}: grades is {grades!r}; expected a list of integers, one per passage")
+        if grades is not None and not _is_list_of(grades, (int, type(None))):
+            raise PromptError(f"{where}: grades is {grades!r}; expected a list of integers or nulls, one per passage")
+        scores = mapping.get("scores")
+        ordered_by: OrderedBy = mapping.get("ordered_by") or "answer"
+        if scores is not None and not _is_list_of(scores, (int, float, type(None))):
+            raise PromptError(f"{where}: scores is {scores!r}; expected a list of numbers or nulls, one per passage")
+        if ordered_by not in get_args(OrderedBy):
+            expected = "answer, grades or scores, which made the order of the response"
+            raise PromptError(f"{where}: ordered_by is {ordered_by!r}; expected {expected}")
         return cls(
             id=str(name),
             system=turns[0]["value"],
@@ -101,6 +125,8 @@ class Record:
             qid=None if mapping.get("qid") is None else str(mapping["qid"]),
             docids=None if docids is None else tuple(str(docid) for docid in docids),
             grades=None if grades is None else tuple(grades),
+            scores=None if scores is None else tuple(scores),
+            ordered_by=ordered_by,
         )
 
 
@@ -178,21 +204,43 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
     if not turn.query.strip():
         raise bad("user turn: the query is empty. Correct the record or remove it.")
     try:
-        parse_permutation(record.response, num_candidates, turn.style)
+        permutation = parse_permutation(record.response, num_candidates, turn.style)
     except PromptError as error:
         raise bad(str(error)) from error
-    for what, values, kind in (("docids", record.docids, str), ("grades", record.grades, int)):
+    known: tuple[tuple[str, tuple[Any, ...] | None, tuple[type, ...], str], ...] = (
+        ("docids", record.docids, (str,), "text"),
+        ("grades", record.grades, (int, type(None)), "integers or nulls"),
+        ("scores", record.scores, (int, float, type(None)), "numbers below 1e38 or nulls"),
+    )
+    for what, values, kinds, expected in known:
         if values is None:
             continue
         if len(values) != num_candidates:
             raise bad(f"{what} has {len(values)} entries for {num_candidates} passages; expected one per passage")
-        invalid = [value for value in values if not isinstance(value, kind) or isinstance(value, bool)]
-        if invalid:
-            raise bad(f"{what} contains {invalid[0]!r}; expected {'text' if kind is str else 'integers'}")
+        for value in values:
+            is_too_large = isinstance(value, int | float) and not abs(value) < MAX_VALUE
+            if not isinstance(value, kinds) or isinstance(value, bool) or is_too_large:
+                raise bad(f"{what} contains {value!r}; expected {expected}")
+    if record.ordered_by != "answer":
+        _check_order(record.ordered_by, getattr(record, record.ordered_by), permutation, bad)
     for docid in record.docids or ():
         if not is_unicode(docid):
             raise bad("docids contains half of a surrogate pair; expected valid Unicode")
     return turn
+
+
+def _check_order(
+    by: str, values: Sequence[float | None] | None, permutation: Sequence[int], bad: Callable[[str], RecordError]
+) -> None:
+    """Check that the order of a response follows the grades or scores; raise the error that `bad` makes."""
+    if values is None:
+        raise bad(f"ordered_by is {by}, but there are no {by}. Add them, or set ordered_by to answer.")
+    missing = 0.0 if by == "grades" else -math.inf
+    in_order = [missing if values[i] is None else values[i] for i in permutation]
+    for place, (value, other) in enumerate(pairwise(in_order), start=1):
+        if value < other:  # type: ignore[operator]
+            found = f"the response has {value} at place {place} before {other}"
+            raise bad(f"ordered_by is {by}, but {found}. Order it from the highest down, or set ordered_by to answer.")
 
 
 def augment_record(
@@ -203,7 +251,7 @@ def augment_record(
     Args:
         record: its user turn is exactly the client's prompt.
         seed, epoch: determine the order, together with the record's id.
-        shuffle_passages: permute the passages, and response, docids and grades with them.
+        shuffle_passages: permute the passages, and response, docids, grades and scores with them.
         identifiers: "letters" or "numbers"; None = keep them.
     Raises:
         PromptError: the user turn cannot be parsed, the response is not a permutation of it, or the style has too few
@@ -223,6 +271,7 @@ def augment_record(
             response=format_permutation([place_of[i] for i in permutation], style),
             docids=None if record.docids is None else tuple(record.docids[i] for i in order),
             grades=None if record.grades is None else tuple(record.grades[i] for i in order),
+            scores=None if record.scores is None else tuple(record.scores[i] for i in order),
         )
     except PromptError as error:
         raise PromptError(

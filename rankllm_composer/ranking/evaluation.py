@@ -15,6 +15,7 @@ import numpy as np
 from rankllm_composer.options import DECODINGS, Decoding
 from rankllm_composer.prompts.permutations import ParsedAnswer, parse_permutation, ranks_from_permutation
 from rankllm_composer.prompts.record import record_key
+from rankllm_composer.prompts.relevance import order_values
 from rankllm_composer.prompts.windows import record_window
 from rankllm_composer.ranking.decoding import (
     FirstTokenAnswer,
@@ -72,6 +73,7 @@ class WindowResult:
     Attributes:
         id: id of the record.
         teacher: the teacher's permutation.
+        ranks: rank of each candidate, equal = tied; None = as in `teacher`.
         grades: relevance grade of each candidate; None if unknown.
         permutations: ranking by each decoding, best first.
         opens_with_bracket: see `FirstTokenAnswer`; None without first-token decoding.
@@ -88,6 +90,7 @@ class WindowResult:
     answer: ParsedAnswer | None = None
     reversed: dict[str, Presentation] = field(default_factory=dict)
     shuffled: dict[str, tuple[Presentation, ...]] = field(default_factory=dict)
+    ranks: tuple[int, ...] | None = None
 
     @property
     def is_judged(self) -> bool:
@@ -142,12 +145,13 @@ def evaluate_windows(
         WindowResult(
             id=record.id,
             teacher=parse_permutation(record.response, unchanged[i].num_candidates, unchanged[i].style),
-            grades=record.grades,
+            grades=record.known_grades,
             permutations={name: of_records[i][0].permutation for name, of_records in presentations.items()},
             opens_with_bracket=scored[i].opens_with_bracket if scored else None,
             answer=generated[i].parsed if generated else None,
             reversed={name: of_records[i][1] for name, of_records in presentations.items() if len(of_records[i]) > 1},
             shuffled={name: tuple(found) for name, of_records in presentations.items() if (found := of_records[i][2:])},
+            ranks=_tied_ranks(record),
         )
         for i, record in enumerate(records)
     ]
@@ -193,7 +197,7 @@ def summarize(results: Iterable[WindowResult]) -> dict[str, float]:
     mean(f"chance/ndcg@{CUTOFF}", (chance_ndcg(window.grades or ()) for window in judged))
     for name in DECODINGS:
         quality(name, lambda window, name=name: window.permutations.get(name))  # type: ignore[misc]
-        mean(f"{name}/tau", (_tau(window.permutations.get(name), window.teacher) for window in windows))
+        mean(f"{name}/tau", (_teacher_tau(window, window.permutations.get(name)) for window in windows))
         for way, again in (
             ("shuffled", [(window, other) for window in windows for other in window.shuffled.get(name, ())]),
             ("reversed", [(window, window.reversed[name]) for window in windows if name in window.reversed]),
@@ -261,6 +265,18 @@ def _tau(permutation: Sequence[int] | None, other: Sequence[int]) -> float | Non
     if permutation is None:
         return None
     return kendall_tau(ranks_from_permutation(permutation), ranks_from_permutation(other))
+
+
+def _tied_ranks(record: Record) -> tuple[int, ...] | None:
+    values = order_values(record)
+    return None if values is None else tuple(sum(other > value for other in values) for value in values)
+
+
+def _teacher_tau(window: WindowResult, permutation: Sequence[int] | None) -> float | None:
+    """Tau to the teacher, over the pairs that it decides; None if it decides none."""
+    if permutation is None or window.ranks is None:
+        return _tau(permutation, window.teacher)
+    return None if len(set(window.ranks)) < 2 else kendall_tau(ranks_from_permutation(permutation), window.ranks)
 
 
 def _deviation(window: WindowResult, decoding: str) -> float | None:

@@ -90,7 +90,7 @@ def _objective(recipe: Recipe) -> Iterator[Problem]:
     objective = recipe.objective
     for weight, value, other in (
         ("language_modelling_weight", objective.language_modelling_weight, "ranking"),
-        ("ranking_weight", objective.ranking_weight, "generation"),
+        ("ranking_weight", objective.ranking_factor, "generation"),
     ):
         if objective.name != other and value == 0:
             remedy = f"Use objective.name: {other}." if objective.name == "combined" else "Raise it."
@@ -101,6 +101,8 @@ def _objective(recipe: Recipe) -> Iterator[Problem]:
 def _loss_options(recipe: Recipe) -> Iterator[Problem]:
     section, involved = "objective.ranking_loss_options", ("objective.ranking_loss",)
     loss, options = recipe.objective.ranking_loss, recipe.objective.ranking_loss_options
+    if loss not in RANKING_LOSSES:  # a function of the user's own checks its options itself
+        return
     table = RANKING_LOSSES[loss]
     for name, value in options.items():
         key, allowed = f"{section}.{name}", table.get(name)
@@ -114,6 +116,8 @@ def _loss_options(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(key, f"not an option of {loss}", expected, remedy, involved)
         elif allowed is bool and not isinstance(value, bool):
             yield Problem(key, shown(value), "true or false", "Write one of them.")
+        elif allowed is float and not (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
+            yield Problem(key, shown(value), "a number above 0", "Write one.")
         elif isinstance(allowed, tuple) and value not in allowed:
             yield Problem(key, shown(value), f"one of {', '.join(allowed)}", "Write one of them.")
     if options.get("detach_target") is True and "target" in table and options.get("target") != "self_sorted":
@@ -244,10 +248,10 @@ def _source(source: SourceOptions, section: str) -> Iterator[Problem]:
     for problem in source.problems():
         involved = tuple(f"{section}.{name}" for name in problem.involved)
         yield problem._replace(key=f"{section}.{problem.key}", involved=involved)
-    if source.run is not None and source.stride > source.window:
+    if source.run is not None and source.step > source.window:
         remedy = "Lower it, or candidates between two lists are never shown."
         expected = f"at most {section}.window={source.window}"
-        yield Problem(f"{section}.stride", str(source.stride), expected, remedy, (f"{section}.window",))
+        yield Problem(f"{section}.stride", str(source.step), expected, remedy, (f"{section}.window",))
 
 
 def _outputs(recipe: Recipe) -> Iterator[Problem]:
@@ -324,10 +328,12 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
     """Dotted keys that this recipe never uses, with the reason. A section stands for all its keys."""
     reasons: dict[str, str] = {}
     if recipe.objective.name == "generation":
-        keys = ["objective.ranking_weight", "objective.ranking_loss", "objective.ranking_loss_options"]
+        names = ("ranking_weight", "ranking_loss", "ranking_loss_options", "unjudged")
+        keys = [f"objective.{name}" for name in names]
         reasons |= dict.fromkeys(keys, "objective.name is generation")
     if recipe.objective.name == "ranking":
-        reasons["objective.language_modelling_weight"] = "objective.name is ranking"
+        keys = ["objective.language_modelling_weight", "objective.token_weights"]
+        reasons |= dict.fromkeys(keys, "objective.name is ranking")
     if recipe.schedule.name == "constant":
         reasons["schedule.final_lr_fraction"] = "schedule.name is constant"
     if not recipe.batch.packing:

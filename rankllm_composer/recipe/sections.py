@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from rankllm_composer.errors import worded
-from rankllm_composer.model.loss_table import RankingLoss
+from rankllm_composer.model.loss_table import RankingLoss, default_weight
 from rankllm_composer.options import (
     CONFIG,
     MAX_SEED,
@@ -28,6 +28,9 @@ from rankllm_composer.options import (
     SourceOptions,
     StreamOptions,
     Text,
+    Ties,
+    TokenWeights,
+    Unjudged,
     Whole,
     Word,
     option,
@@ -174,9 +177,34 @@ class Objective:
         "combined",
     )
     language_modelling_weight: Number = option("Factor of the language-modeling loss.", 1.0, ge=0)
-    ranking_weight: Number = option("Factor of the ranking loss.", 10.0, ge=0)
-    ranking_loss: RankingLoss = option("Ranking loss on the identifier scores.", "ranknet")
+    token_weights: TokenWeights = option(
+        "Tokens of the answer in the language-modeling loss: equal, or by_rank = an identifier at place r counts "
+        "1 + 1 / log2(r + 1).",
+        "equal",
+    )
+    ranking_weight: Number | None = option(
+        "Factor of the ranking loss; null = that of the loss, 10 for weighted RankNet, see docs/losses.md.", None, ge=0
+    )
+    ranking_loss: RankingLoss = option(
+        "Ranking loss on the identifier scores; your own is package.module:function, see docs/losses.md.", "ranknet"
+    )
     ranking_loss_options: dict[str, Any] = option("Arguments of that loss, such as {weighted: true}.", {})
+    ties: Ties = option(
+        "Candidates of equal grade or score: tied = no preference, and their order in the answer is drawn anew in each "
+        "epoch; ordered = as the answer lists them.",
+        "tied",
+    )
+    unjudged: Unjudged = option(
+        "Candidates without a grade or score: irrelevant = grade 0, or behind every score; left_out = not compared by "
+        "the ranking loss.",
+        "irrelevant",
+    )
+
+    @property
+    def ranking_factor(self) -> float:
+        """Factor of the ranking loss, chosen or by default."""
+        default = default_weight(self.ranking_loss, self.ranking_loss_options)
+        return default if self.ranking_weight is None else self.ranking_weight
 
 
 @worded

@@ -28,6 +28,7 @@ from rankllm_composer.shards.publish import (
     staging_folder,
     work_folder,
 )
+from rankllm_composer.sources.hold_out import HeldOut
 from rankllm_composer.sources.records import RecordSource, open_source
 from rankllm_composer.storage.object_store import LocalFolder, open_folder
 
@@ -46,17 +47,28 @@ def index_exists(target: str | Path) -> bool:
 def build_shards(
     output: str | Path, source: SourceOptions, options: BuildOptions = DEFAULTS, report: Callable[[str], None] = say
 ) -> BuildReport:
-    """Build a set of shards from training records or from retrieval files.
+    """Build a set of shards from training records or from retrieval files; with `options.hold_out` two, split by query.
 
     Args:
         output: folder or object-store URL of the set.
         source: what the records are read or made from.
         options: how the set is written.
         report: called with each line of progress.
+    Returns:
+        The report of the training set.
     Raises:
         ShardError, RecordError, SourceError, StoreError: what stands in the way and what to do.
     """
-    return build_from(open_source(source, options.client_version), output, source.on_error, options, report)
+    opened = open_source(source, options.client_version)
+    if not options.hold_out:
+        return build_from(opened, output, source.on_error, options, report)
+    build_from(HeldOut(opened, options.hold_out, True), held_out(output), source.on_error, options, report)
+    return build_from(HeldOut(opened, options.hold_out, False), output, source.on_error, options, report)
+
+
+def held_out(output: str | Path) -> str:
+    """Folder or URL of the held-out set beside a set."""
+    return f"{str(output).rstrip('/')}-held-out"
 
 
 def build_from(

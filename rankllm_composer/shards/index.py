@@ -25,7 +25,11 @@ COLUMNS: dict[str, str] = {
     "response": "str",
     "docids": "json",
     "grades": "json",
+    "scores": "json",
+    "ordered_by": "str",
 }
+_OLDER = {"scores": None, "ordered_by": "answer"}  # of sets without these columns
+_LAYOUTS = [sorted((name, COLUMNS[name]) for name in names) for names in (COLUMNS, COLUMNS.keys() - _OLDER.keys())]
 REMEDY = "Fetch it again, or rebuild the set with rankllm-composer shards build."
 
 
@@ -113,6 +117,7 @@ def sample_from_record(record: Record) -> dict[str, Any]:
 
 def record_from_sample(sample: Mapping[str, Any]) -> Record:
     """The record of a sample; raise ShardError if a column is missing or has another type."""
+    sample = _OLDER | dict(sample)
     for name, encoding in COLUMNS.items():
         value = sample.get(name)
         is_valid = isinstance(value, str) if encoding == "str" else isinstance(value, (list, type(None)))
@@ -120,7 +125,7 @@ def record_from_sample(sample: Mapping[str, Any]) -> Record:
             expected = "text" if encoding == "str" else "a list or null"
             raise ShardError(f"sample: column {name!r} is {type(value).__name__}; expected {expected}. {REMEDY}")
     values: dict[str, Any] = {name: sample[name] for name in COLUMNS} | {"qid": sample["qid"] or None}
-    values |= {name: tuple(values[name]) for name in ("docids", "grades") if values[name] is not None}
+    values |= {name: tuple(values[name]) for name in ("docids", "grades", "scores") if values[name] is not None}
     return Record(**values)
 
 
@@ -133,10 +138,11 @@ def _shard(entry: Any, where: str) -> Shard:
     num_samples = _count(entry.get("samples"), f"{where}.samples")
     names, encodings = entry.get("column_names", ()), entry.get("column_encodings", ())
     are_lists = isinstance(names, list) and isinstance(encodings, list)
-    if not are_lists or [*zip(names, encodings)] != sorted(COLUMNS.items()):
-        expected = ", ".join(f"{name} ({encoding})" for name, encoding in sorted(COLUMNS.items()))
+    columns = [*zip(names, encodings)] if are_lists else []
+    if columns not in _LAYOUTS:
+        expected = ", ".join(f"{name} ({encoding})" for name, encoding in _LAYOUTS[0])
         raise ShardError(f"{where}: columns are {names!r}, encoded as {encodings!r}; expected {expected}. {REMEDY}")
-    if entry.get("column_sizes") != [None] * len(COLUMNS):
+    if entry.get("column_sizes") != [None] * len(columns):
         raise ShardError(f"{where}: column sizes are {entry.get('column_sizes')!r}; expected nulls. {REMEDY}")
     packed, compression = entry.get("zip_data"), entry.get("compression")
     if (packed is None) != (compression is None) or not isinstance(compression, (str, type(None))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 
@@ -33,18 +34,9 @@ def candidate_lists(
     return lists[: num_lists or None]
 
 
-def teacher_order(
-    docids: Sequence[str], grades: dict[str, int] | None, teacher: Sequence[str] | None
-) -> tuple[int, ...]:
-    """Order a list's candidates from best to worst, as 0-based positions; ties keep the given order.
-
-    A teacher's ranking replaces the grades. Documents that it did not rank come last; unjudged documents have grade 0.
-    """
-    if teacher is not None:
-        rank = {docid: i for i, docid in enumerate(teacher)}
-        return tuple(sorted(range(len(docids)), key=lambda i: rank.get(docids[i], len(rank))))
-    known = grades or {}
-    return tuple(sorted(range(len(docids)), key=lambda i: -known.get(docids[i], 0)))
+def by_value(values: Sequence[float | None]) -> list[int]:
+    """Positions by value, the highest first; equal ones keep their order, and those without a value come last."""
+    return sorted(range(len(values)), key=lambda i: math.inf if (value := values[i]) is None else -value)
 
 
 def word_limit(options: SourceOptions, num_candidates: int, client: ClientVersion) -> int:
@@ -71,7 +63,7 @@ def make_record(
 def record_of_graded_list(found: GradedList, options: SourceOptions, place: str, client: ClientVersion) -> list[Made]:
     """The record of a query with graded passages, presented in random order, since relevant ones are listed first.
 
-    The best come first by the teacher's scores, else by grade; equal ones keep the order of presentation. A list that
+    The best come first by the teacher's scores, else by grade; equal ones are tied. A list that
     is longer than the window keeps its first passages, but at least one that is not relevant.
     """
     made: list[Made] = []
@@ -84,8 +76,8 @@ def record_of_graded_list(found: GradedList, options: SourceOptions, place: str,
     if len(kept) < len(found.texts):
         made.append((place, Noted("lists longer than the window, of which the first passages are kept")))
     random.Random(f"{options.seed}/{found.id}").shuffle(kept)
-    value = found.scores or found.grades
-    best_first = sorted(range(len(kept)), key=lambda i: -value[kept[i]])
+    scores = None if found.scores is None else tuple(found.scores[i] for i in kept)
+    grades = tuple(found.grades[i] for i in kept)
     record = Record(
         found.id,
         "",
@@ -93,10 +85,12 @@ def record_of_graded_list(found: GradedList, options: SourceOptions, place: str,
         "",
         qid=found.qid,
         docids=None if found.docids is None else tuple(found.docids[i] for i in kept),
-        grades=tuple(found.grades[i] for i in kept),
+        grades=grades,
+        scores=scores,
+        ordered_by="grades" if scores is None else "scores",
     )
     passages = [truncate_passage(found.texts[i], word_limit(options, len(kept), client)) for i in kept]
-    return [*made, (place, make_record(record, found.query, passages, best_first, options, place))]
+    return [*made, (place, make_record(record, found.query, passages, by_value(scores or grades), options, place))]
 
 
 NUMBERED = "records without an id; they are numbered"

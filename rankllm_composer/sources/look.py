@@ -176,6 +176,8 @@ def _shown(record: Record) -> Iterator[str]:
     yield f"list {record.id}: {turn.query}"
     for rank, i in enumerate(parse_permutation(record.response, len(turn.passages), turn.style), start=1):
         docid = f" {record.docids[i]}" if record.docids else ""
-        grade = f" (grade {record.grades[i]})" if record.grades else ""
+        known = {"grade": record.grades, "teacher's score": record.scores}
+        values = [f"{name} {'unknown' if given[i] is None else given[i]}" for name, given in known.items() if given]
+        grade = f" ({', '.join(values)})" if values else ""
         text = " ".join(turn.passages[i].split())
         yield f"  {rank}. presented as {i + 1}{docid}{grade}: {text[:_SHOWN_CHARS]}{'…' * (len(text) > _SHOWN_CHARS)}"

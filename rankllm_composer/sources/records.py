@@ -17,6 +17,7 @@ from rankllm_composer.errors import RecordError
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import Record
+from rankllm_composer.screen import warn
 from rankllm_composer.storage.scratch import scratch_folder
 
 
@@ -83,6 +84,11 @@ def open_source(options: SourceOptions, client: ClientVersion = CURRENT_CLIENT) 
     from rankllm_composer.sources.trec import TrecSource
 
     options.check()
+    if options.run is not None and options.step > options.window:
+        warn(
+            f"stride is {options.step} with a window of {options.window}: no list shows the "
+            f"{options.step - options.window} candidates between two windows. Use at most {options.window}."
+        )
     return TrecSource(options, client) if options.input is None else open_conversations(options, client)
 
 

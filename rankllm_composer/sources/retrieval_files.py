@@ -68,13 +68,17 @@ def source_of(part: Part, given: str | Path | None, run: str | Path) -> str | Pa
 
 
 class Ranking(NamedTuple):
-    """The candidates of a query in the order of their scores.
+    """The candidates of a query with their scores, in the order of these.
 
     `disagreement` says how the rank column differs from it: "scores", or "ties" if only among equal scores, or "".
     """
 
-    docids: list[str]
+    scores: dict[str, float]
     disagreement: Literal["", "ties", "scores"]
+
+    @property
+    def docids(self) -> list[str]:
+        return list(self.scores)
 
 
 def rank_candidates(lines: Iterable[RunLine], name: str, duplicates: Duplicates = "stop") -> Ranking:
@@ -99,10 +103,11 @@ def rank_candidates(lines: Iterable[RunLine], name: str, duplicates: Duplicates 
             )
     ranks = [(line.score, line.rank) for line in first.values() if line.rank is not None]
     groups = [[rank for _, rank in group] for _, group in groupby(ranks, key=lambda pair: pair[0])]
+    scores = {docid: line.score for docid, line in first.items()}
     if any(max(above) >= min(below) for above, below in pairwise(groups)):
-        return Ranking(list(first), "scores")
+        return Ranking(scores, "scores")
     in_order = all(one < other for (_, one), (_, other) in pairwise(ranks))
-    return Ranking(list(first), "" if in_order else "ties")
+    return Ranking(scores, "" if in_order else "ties")
 
 
 def load_queries(source: str | Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rankllm_composer.errors import PromptError
-from rankllm_composer.prompts.record import is_unicode
+from rankllm_composer.prompts.record import MAX_VALUE, is_unicode
 from rankllm_composer.prompts.user_turn import document_text
 from rankllm_composer.sources.entries import DOCUMENT_IDS, QUERY_IDS, find_key, identifier, query_of
 from rankllm_composer.sources.files import Row
@@ -150,10 +150,12 @@ def graded_list(row: Row) -> Iterator[GradedList]:
 
 
 def scores_of(value: Mapping[str, Any], keys: Sequence[str], number: int) -> list[float] | None:
-    """The teacher's scores under one of the keys; None unless there is one for each passage."""
+    """The teacher's scores under one of the keys; None unless there is a finite one for each passage."""
     found = next((value[key] for key in keys if isinstance(value.get(key), list)), None)
-    complete = found is not None and len(found) == number and all(isinstance(score, int | float) for score in found)
-    return [float(score) for score in found] if complete and found is not None else None
+    if found is None or len(found) != number:
+        return None
+    complete = all(isinstance(score, int | float) and abs(score) < MAX_VALUE for score in found)
+    return [float(score) for score in found] if complete else None
 
 
 def _passages(row: Row, value: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str | None, str]]:
@@ -217,6 +219,7 @@ def _role(turn: Any) -> str | None:
 def _with_id(row: Row, fields: dict[str, Any]) -> Conversation:
     key = next((key for key in ("id", "_id", "uid", "uuid", "custom_id") if fields.get(key) not in (None, "")), None)
     grades = fields.get("grades")
-    if isinstance(grades, list) and all(isinstance(grade, float) and grade.is_integer() for grade in grades):
-        fields = {**fields, "grades": [int(grade) for grade in grades]}
+    if isinstance(grades, list):
+        whole = [int(grade) if isinstance(grade, float) and grade.is_integer() else grade for grade in grades]
+        fields = {**fields, "grades": whole}
     return Conversation({**fields, "id": numbered(row) if key is None else fields[key]}, is_numbered=key is None)

@@ -19,10 +19,10 @@ from typing import Any
 from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import FROM_RUN, SourceOptions
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
-from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.record import MAX_VALUE, OrderedBy, Record
 from rankllm_composer.prompts.user_turn import truncate_passage
 from rankllm_composer.sources.entries import Judgment, Permutation, RunLine
-from rankllm_composer.sources.lists import candidate_lists, described_client, make_record, teacher_order, word_limit
+from rankllm_composer.sources.lists import by_value, candidate_lists, described_client, make_record, word_limit
 from rankllm_composer.sources.records import Dropped, Item, Made, Noted, describe_file
 from rankllm_composer.sources.retrieval_files import (
     DISAGREEMENTS,
@@ -37,6 +37,7 @@ from rankllm_composer.sources.retrieval_files import (
 )
 
 _BATCH_ROWS = 10_000
+_MAX_SCORE = MAX_VALUE / 10  # for infinite scores, which have a place but no distribution
 _SCHEMA = """
     CREATE TABLE queries (number INTEGER PRIMARY KEY, qid TEXT UNIQUE, text TEXT, place TEXT, problem TEXT);
     CREATE TABLE run (query INTEGER, line INTEGER, docid TEXT, rank INTEGER, score REAL);
@@ -50,8 +51,8 @@ _INSERT_DOCUMENT = """
     ON CONFLICT (docid) DO UPDATE SET problem = excluded.place WHERE text <> excluded.text AND problem = ''
 """
 _ROLES = {"run": "run", "teacher": "teacher_run", "judgments": "judgments", "queries": "queries", "docs": "docs"}
-NOT_JUDGED = "lists without a judged candidate; they keep the first-stage order"
-PARTLY_ORDERED = "lists that the teacher's order covers in part; the rest follow in first-stage order"
+NOT_JUDGED = "lists without a judged candidate, whose candidates are all tied"
+PARTLY_ORDERED = "lists that the teacher's order covers in part; the rest are tied behind it"
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class TrecSource:
 
     Lists are built for the queries in the queries file. Passages are prepared as the inference client does: title and
     text joined, repaired, truncated, `[12]` → `(12)`. Candidates and the teacher's order are sorted as trec_eval sorts
-    them, see `rank_candidates`. Judgments give the grades (negative grades become 0) and, without a teacher, the order.
-    Queries and documents that are not named come from the run, where its layout holds them. The id of a list is
-    `qid-number`. `prepare` sets `database`.
+    them, see `rank_candidates`. Judgments give the grades (negative grades become 0, those of unjudged documents are
+    unknown) and, without a teacher, the order. The scores of a teacher are kept. Queries and documents that are not
+    named come from the run, where its layout holds them. The id of a list is `qid-number`. `prepare` sets `database`.
     """
 
     options: SourceOptions
@@ -84,7 +85,8 @@ class TrecSource:
         given = {role: getattr(self.options, role) for role in ("run", "queries", "docs", "judgments", "teacher_run")}
         files = [{"role": role, **_described(source, role)} for role, source in given.items() if source is not None]
         options: dict[str, Any] = {name: getattr(self.options, name) for name in FROM_RUN}
-        options |= {"require_relevant": self._drops_irrelevant, **described_client(self.options, self.client)}
+        options |= {"stride": self.options.step, "require_relevant": self._drops_irrelevant}
+        options |= described_client(self.options, self.client)
         return {"kind": "trec", "files": files, "options": options}
 
     def prepare(self, folder: Path) -> TrecSource:
@@ -101,7 +103,7 @@ class TrecSource:
         """Yield the queries of the queries file in its order, then those of the run alone, which are dropped later."""
         options = self.options
         size = options.window * min(word_limit(options, options.window, self.client), 100) * 6
-        num_lists = options.lists_per_query or -(-max(0, options.depth - options.window) // options.stride) + 1
+        num_lists = options.lists_per_query or -(-max(0, options.depth - options.window) // options.step) + 1
         with closing(_Files(self)) as files:
             rows = files.database.execute("SELECT number, qid FROM queries ORDER BY number")
             for index, (number, qid) in enumerate(rows):
@@ -123,18 +125,18 @@ class TrecSource:
         if len(candidates) < 2:
             return [(item.place, Dropped("queries with fewer than two candidates"))]
         made = self._notes(item, "run", ranking)
-        teacher = None
+        teacher: dict[str, float] | None = None
         if options.teacher_run is not None:
             ordered = files.ranking("teacher", number, qid)
             if not ordered.docids:
                 return [(item.place, Dropped("queries without a teacher's order"))]
-            teacher, made = ordered.docids, made + self._notes(item, "teacher", ordered)
+            teacher, made = ordered.scores, made + self._notes(item, "teacher", ordered)
         grades = None if options.judgments is None else files.grades(number)
         passages: dict[str, str] = {}
         lists = candidate_lists(
             len(candidates),
             window=options.window,
-            stride=options.stride,
+            stride=options.step,
             num_lists=options.lists_per_query,
             seed=options.seed,
             qid=qid,
@@ -142,12 +144,13 @@ class TrecSource:
         for i, members in enumerate(lists):
             place = f"{item.place} list {i}"
             docids = tuple(candidates[member] for member in members)
-            record_grades = None if grades is None else tuple(max(0, grades.get(docid, 0)) for docid in docids)
-            num_ordered = len(docids) if teacher is None else len(set(docids) & set(teacher))
+            record_grades = None if grades is None else tuple(map(grades.get, docids))
+            scores = None if teacher is None else tuple(_finite(teacher.get(docid)) for docid in docids)
+            num_ordered = len(docids) if scores is None else len(docids) - scores.count(None)
             if num_ordered == 0:
                 made.append((place, Dropped("lists without a candidate in the teacher's order")))
                 continue
-            if self._drops_irrelevant and not any(record_grades or ()):
+            if self._drops_irrelevant and not any(grade and grade > 0 for grade in record_grades or ()):
                 made.append((place, Dropped("lists without a relevant passage")))
                 continue
             if num_ordered < len(docids):
@@ -155,13 +158,18 @@ class TrecSource:
             if teacher is None and not set(docids) & (grades or {}).keys():
                 made.append((place, Noted(NOT_JUDGED)))
             in_run = sorted(range(len(members)), key=lambda k: members[k])  # ties keep the first-stage order
-            best_first = [in_run[k] for k in teacher_order([docids[k] for k in in_run], grades, teacher)]
+            values = [grade or 0 for grade in record_grades or ()]
+            if teacher is not None:
+                places = {docid: place for place, docid in enumerate(teacher)}
+                values = [-places.get(docid, len(places)) for docid in docids]
+            best_first = [in_run[k] for k in by_value([values[k] for k in in_run])]
             for docid in docids:
                 if docid not in passages:  # windows overlap, and all lists of a query have the same length
                     words = word_limit(options, len(docids), self.client)
                     passages[docid] = truncate_passage(files.document(docid, place), words)
             shown = [passages[docid] for docid in docids]
-            record = Record(f"{qid}-{i}", "", "", "", qid, docids, record_grades)
+            ordered_by: OrderedBy = "grades" if scores is None else "scores"
+            record = Record(f"{qid}-{i}", "", "", "", qid, docids, record_grades, scores, ordered_by)
             made.append((place, make_record(record, query, shown, best_first, options, place)))
         return made
 
@@ -310,6 +318,10 @@ class _Files:
         if problem:
             raise RecordError(place, None, f"document {docid!r} of {name}: {problem}")
         return str(text)
+
+
+def _finite(score: float | None) -> float | None:
+    return None if score is None else max(-_MAX_SCORE, min(_MAX_SCORE, score))
 
 
 def _query_number(database: sqlite3.Connection, qid: str, *, add: bool) -> int | None:

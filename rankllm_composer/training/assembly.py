@@ -23,6 +23,7 @@ from rankllm_composer.export.model_folder import Dtype, ServedModel
 from rankllm_composer.model.attention import choose_attention
 from rankllm_composer.model.loading import load_causal_lm, load_config, load_tokenizer
 from rankllm_composer.model.lora import ALL_LINEAR, load_starting_adapter
+from rankllm_composer.model.loss_table import NEED_SCORES
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.model.self_check import check_model
@@ -31,6 +32,7 @@ from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.clients import CURRENT_CLIENT
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
 from rankllm_composer.prompts.lists import check_lists, list_kind, trained_window
+from rankllm_composer.prompts.relevance import Preferences
 from rankllm_composer.recipe.load import recipe_to_yaml
 from rankllm_composer.recipe.sections import Recipe, Split
 from rankllm_composer.screen import get_logger, warn
@@ -85,11 +87,20 @@ def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBa
             too_long=recipe.data.too_long,
             shuffle_passages=split.shuffle_passages,
             identifiers=split.identifiers,
+            preferences=Preferences(recipe.objective.ties, recipe.objective.unjudged),
+            needs_scores=_loss_of_scores(recipe),
+            needs_identifiers=recipe.objective.token_weights == "by_rank",
         ),
         split,
         batch_size=lists_per_rank(recipe.batch.global_lists),
         seed=recipe.run.seed,
     )
+
+
+def _loss_of_scores(recipe: Recipe) -> str | None:
+    """The ranking loss that is trained, if it needs a teacher's scores."""
+    loss = recipe.objective.ranking_loss
+    return loss if recipe.objective.name != "generation" and loss in NEED_SCORES else None
 
 
 def build_model(
@@ -126,7 +137,8 @@ def build_model(
         Objective(
             recipe.objective.name,
             language_modelling_weight=recipe.objective.language_modelling_weight,
-            ranking_weight=recipe.objective.ranking_weight,
+            token_weights=recipe.objective.token_weights,
+            ranking_weight=recipe.objective.ranking_factor,
             ranking_loss=recipe.objective.ranking_loss,
             ranking_loss_options=recipe.objective.ranking_loss_options,
         ),
@@ -203,7 +215,7 @@ def build_validation(
     )
     for sentence in changes if dist.get_global_rank() == 0 else ():
         warn(sentence, stacklevel=2)
-    is_judged = any(max(record.grades or (0,)) >= 1 for record in records)
+    is_judged = any(max(record.known_grades or (0,)) >= 1 for record in records)
     if best_by is not None and not best_by.endswith("/tau") and not is_judged:
         raise RunError(
             f"evaluation.best_by is {best_by}, but no window of data.eval has a relevant candidate (grade 1 or more). "
@@ -335,7 +347,7 @@ def card_facts(recipe: Recipe, contract: DecodingContract, data: Sequence[str], 
     if recipe.objective.name != "generation":
         options = ", ".join(f"{name}={value}" for name, value in recipe.objective.ranking_loss_options.items())
         loss = recipe.objective.ranking_loss + (f" ({options})" if options else "")
-        weights[loss] = recipe.objective.ranking_weight
+        weights[loss] = recipe.objective.ranking_factor
     export = recipe.checkpoint.export
     return CardFacts(
         name=recipe.run.name,

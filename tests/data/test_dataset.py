@@ -64,9 +64,11 @@ def test_a_row_is_the_encoded_record(new_dataset, mistral_v3_tokenizer, objectiv
     row, record = new_dataset(objective=objective)[2], new_record(2)
     expected = encode_record(record, mistral_v3_tokenizer, objective)
     assert (row.record_id, row.record_key, row.docids) == ("q2", record_key("q2"), record.docids)
-    np.testing.assert_array_equal(row.grades, record.grades)
     np.testing.assert_array_equal(row.encoded.input_ids, expected.input_ids)
     np.testing.assert_array_equal(row.encoded.ranks, expected.ranks)
+    # Grades beside a teacher's answer are for measures; the answer alone is learned.
+    np.testing.assert_array_equal(row.relevance.ranks, expected.ranks)
+    assert np.isnan(row.relevance.grades).all() and np.isnan(row.relevance.teacher_scores).all()
     assert (row.encoded.response_start, row.encoded.score_position) == (
         expected.response_start,
         expected.score_position,
@@ -76,7 +78,7 @@ def test_a_row_is_the_encoded_record(new_dataset, mistral_v3_tokenizer, objectiv
 def test_absent_grades_stay_absent(new_dataset, tmp_path):
     bare = dataclasses.replace(new_record(0), grades=None, docids=None)
     row = new_dataset(write_shards(tmp_path / "bare", [bare] * 4))[0]
-    assert row.grades is None and row.docids is None
+    assert np.isnan(row.relevance.grades).all() and row.docids is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -118,7 +120,7 @@ def test_passages_are_shuffled_differently_every_epoch_and_alike_after_a_resume(
             expected = encode_record(record, mistral_v3_tokenizer, "combined")
             row = rows[f"q{number}"]
             np.testing.assert_array_equal(row.encoded.input_ids, expected.input_ids)
-            np.testing.assert_array_equal(row.grades, record.grades)
+            np.testing.assert_array_equal(row.relevance.ranks, expected.ranks)
             assert row.docids == record.docids
     assert any(epochs[0][name].docids != epochs[1][name].docids for name in epochs[0])
 

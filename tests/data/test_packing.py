@@ -21,9 +21,10 @@ from rankllm_composer.data.packing import (
     split_batch,
 )
 from rankllm_composer.prompts.encoding import EncodedRecord
+from rankllm_composer.prompts.relevance import Relevance
 
 
-def sequence(length, response_start, num_candidates, *, key=1, grades=None):
+def sequence(length, response_start, num_candidates, *, key=1, relevance=None):
     ranks = np.random.default_rng(length).permutation(num_candidates)
     encoded = EncodedRecord(
         input_ids=np.arange(length, dtype=np.int32) + 100 * key,
@@ -32,7 +33,7 @@ def sequence(length, response_start, num_candidates, *, key=1, grades=None):
         identifier_token_ids=np.arange(num_candidates, dtype=np.int32) + 7,
         ranks=ranks,
     )
-    return TokenizedList(encoded, f"record-{key}", key, grades=grades)
+    return TokenizedList(encoded, f"record-{key}", key, relevance=relevance)
 
 
 @given(
@@ -65,8 +66,9 @@ def test_a_sequence_over_the_token_budget_is_an_error():
 
 
 def test_pack_concatenates_sequences():
-    grades = np.array([2, 0, 1])
-    packed = pack([sequence(6, 3, 3, key=1, grades=grades), sequence(4, 4, 2, key=2)])
+    grades, unknown = np.array([2, 0, 0], np.float32), np.full(3, np.nan, np.float32)
+    tied = Relevance(np.array([0, 1, 1]), grades, unknown)
+    packed = pack([sequence(6, 3, 3, key=1, relevance=tied), sequence(4, 4, 2, key=2)])
     assert packed["input_ids"].tolist() == [[100, 101, 102, 103, 104, 105, 200, 201, 202, 203]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
     assert packed["cu_seqlens"].tolist() == [0, 6, 10] and packed["cu_seqlens"].dtype == torch.int32
@@ -79,7 +81,9 @@ def test_pack_concatenates_sequences():
     assert packed["identifier_token_ids"].tolist() == [[7, 8, 9], [7, 8, 0]]
     assert packed["scored_token_ids"].tolist() == [0, 7, 8, 9]
     assert packed["identifier_columns"].tolist() == [[1, 2, 3], [1, 2, 0]]
-    assert packed["grades"][0].tolist() == [2.0, 0.0, 1.0] and packed["grades"][1].isnan().all()
+    assert packed["ranks"].tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert packed["grades"][0].tolist() == [2.0, 0.0, 0.0] and packed["grades"][1].isnan().all()
+    assert packed["teacher_scores"].isnan().all()
     assert packed["lengths"] == [6, 4] and packed["longest"] == 6 and packed["record_ids"] == ["record-1", "record-2"]
     assert num_tokens_in_batch(packed) == {"total": 10, "loss_generating": 1}
     assert num_samples_in_batch(packed) == 2

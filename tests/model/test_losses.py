@@ -29,6 +29,15 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ranking_losses.json
 OPTION_VALUES = {"weighted": (True, False), "target": ("ranks", "self_sorted"), "detach_target": (False, True)}
 
 
+class WithScores(partial):
+    """A loss that needs a teacher's scores, which follow the ranks here."""
+
+    def __call__(self, scores, ranks, **keywords):
+        if "teacher_scores" in inspect.signature(self.func).parameters:
+            keywords = {"teacher_scores": -ranks.double(), **keywords}
+        return super().__call__(scores, ranks, **keywords)
+
+
 def variants() -> dict[str, partial]:
     """Every loss of the table with every combination of its options that has an effect."""
     found = {}
@@ -39,7 +48,7 @@ def variants() -> dict[str, partial]:
             if chosen.get("target") == "ranks" and chosen["detach_target"]:
                 continue
             label = ", ".join([name, *(f"{key}={value}" for key, value in chosen.items())])
-            found[label] = partial(loss, **chosen)
+            found[label] = WithScores(loss, **chosen)
     return found
 
 
@@ -106,15 +115,61 @@ def slow_listmle(scores, ranks):
     return -math.log(likelihood)
 
 
+def slow_smooth_ranks(scores):
+    return [
+        1 + sum(1 / (1 + math.exp(s - other)) for j, other in enumerate(scores) if j != i) for i, s in enumerate(scores)
+    ]
+
+
 def slow_adr_mse(scores, ranks):
     total = 0.0
-    for i, rank in enumerate(ranks):
-        smooth_rank = 1.0
-        for j in range(len(scores)):
-            if j != i:
-                smooth_rank += 1 / (1 + math.exp(scores[i] - scores[j]))
+    for rank, smooth_rank in zip(ranks, slow_smooth_ranks(scores)):
         total += (rank + 1 - smooth_rank) ** 2 / math.log2(rank + 2)
     return total / len(scores)
+
+
+def slow_kl_divergence(scores, ranks):
+    teacher = slow_softmax([-rank for rank in ranks])
+    return sum(p * math.log(p / q) for p, q in zip(teacher, slow_softmax(scores)))
+
+
+def slow_margin_mse(scores, ranks):
+    pairs = itertools.permutations(range(len(scores)), 2)
+    errors = [((scores[i] - scores[j]) - (ranks[j] - ranks[i])) ** 2 for i, j in pairs]
+    return sum(errors) / len(errors)
+
+
+def slow_max_dcg(num):
+    return sum(1 / rank / math.log2(1 + rank) for rank in range(1, num + 1))
+
+
+def slow_ndcg_loss2pp(scores, ranks):
+    place_of = {i: place for place, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), start=1)}
+    values = []
+    for i, j in itertools.permutations(range(len(scores)), 2):
+        if ranks[i] < ranks[j]:
+            d = abs(place_of[i] - place_of[j])
+            rho = 1 / math.log2(1 + d) - 1 / math.log2(2 + d)
+            delta = abs(1 / math.log2(1 + place_of[i]) - 1 / math.log2(1 + place_of[j]))
+            gain = (1 / (ranks[i] + 1) - 1 / (ranks[j] + 1)) / slow_max_dcg(len(scores))
+            values.append((10 * rho + delta) * gain * math.log2(1 + math.exp(scores[j] - scores[i])))
+    return sum(values) / len(values)
+
+
+def slow_approx_ndcg(scores, ranks):
+    gained = (1 / (rank + 1) / math.log2(1 + place) for rank, place in zip(ranks, slow_smooth_ranks(scores)))
+    return 1 - sum(gained) / slow_max_dcg(len(scores))
+
+
+def slow_p_listmle(scores, ranks):
+    in_order = [score for _, score in sorted(zip(ranks, scores))]
+    weights = [2 ** (len(scores) - place) - 1 for place in range(1, len(scores) + 1)]
+    nats = [math.log(sum(math.exp(left - score) for left in in_order[i:])) for i, score in enumerate(in_order)]
+    return sum(weight * value for weight, value in zip(weights, nats)) / sum(weights)
+
+
+def slow_info_nce(scores, ranks):
+    return -math.log(slow_softmax(scores)[ranks.index(0)])
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -298,7 +353,7 @@ def descend(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     optimizer = torch.optim.Adam([scores], lr=0.1)
     for _ in range(150):
         optimizer.zero_grad()
-        LOSSES[name](scores, ranks).backward()
+        WithScores(LOSSES[name])(scores, ranks).backward()
         optimizer.step()
     return scores.detach(), ranks
 
@@ -439,7 +494,7 @@ def test_options_in_the_table_are_what_the_losses_accept():
     for name, options in RANKING_LOSSES.items():
         defaults = {key: parameter.default for key, parameter in inspect.signature(LOSSES[name]).parameters.items()}
         for option, allowed in options.items():
-            if isinstance(allowed, type):
+            if isinstance(allowed, type):  # a number, or true or false
                 assert isinstance(defaults[option], allowed)
                 continue
             assert defaults[option] in allowed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,67 @@ def test_every_ranking_loss_trains(loss):
     expected["total"].backward()
     model = new_model("mistral")
     assert_same_step(model, reference, packed_losses(model, sequences, objective), expected)
+
+
+def test_token_weights_by_rank():
+    (batch,) = split_batch({"sequences": [answered("BCA", 3), answered("AB", 2)]}, max_lists=2)
+    logits = torch.randn(len(batch["target_ids"]), 96)
+    objective = Objective("generation", token_weights="by_rank")
+    weight = {place: 1 + 1 / math.log2(place + 1) for place in (1, 2, 3)}
+    # Targets: bracket, identifier, separator, identifier, …, end.
+    weights = [1, weight[1], 1, weight[2], 1, weight[3], 1, 1, weight[1], 1, weight[2], 1]
+    nats = F.cross_entropy(logits, batch["target_ids"], reduction="none") * torch.tensor(weights)
+    assert float(objective(logits, batch)["total"]) == pytest.approx(float(nats.mean()), rel=1e-6)
+    sequences = random_sequences("combined", num=7)
+    unsplit, split = new_model("mistral"), new_model("mistral")
+    parts = packed_losses(split, sequences, objective, limit={"max_lists": 2})
+    assert_same_step(split, unsplit, parts, packed_losses(unsplit, sequences, objective))
+
+
+def answered(order: str, num_candidates: int) -> TokenizedList:
+    """A list with the answer `[X>X>X` and an end; identifiers are the tokens 65 and on."""
+    answer = [91, *(token for name in order for token in (ord(name), 62))]
+    encoded = EncodedRecord(
+        input_ids=np.array([1, 2, 3, *answer], np.int32),
+        response_start=3,
+        score_position=3,
+        identifier_token_ids=np.arange(65, 65 + num_candidates, dtype=np.int32),
+        ranks=np.array([order.index(chr(65 + i)) for i in range(num_candidates)]),
+    )
+    return TokenizedList(encoded, order, 0)
+
+
+OWN_LOSS = """
+def first(scores, ranks, *, mask, reduction, teacher_scores, scale):
+    assert reduction == "none" and mask.shape == scores.shape and not teacher_scores[mask].isnan().any()
+    return scale * (scores * (ranks == 0) * mask).sum(dim=1)
+
+def wrong(scores, ranks, *, mask, reduction):
+    return scores.sum()
+"""
+
+
+def test_a_loss_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "own_losses_of_a_test.py").write_text(OWN_LOSS)
+    monkeypatch.syspath_prepend(tmp_path)
+    sequences = random_sequences("combined")
+    own = Objective("ranking", ranking_loss="own_losses_of_a_test:first", ranking_loss_options={"scale": 2.0})
+    model = new_model("mistral")
+    expected = plain_losses(model, sequences, Objective("combined"), list_loss=lambda s, r: 2 * s[0, r[0] == 0].sum())
+    assert float(packed_losses(model, sequences, own)["ranking"]) == pytest.approx(float(expected["ranking"]), rel=1e-5)
+    with pytest.raises(
+        ModelError, match=r"own_losses_of_a_test:wrong, which returned shape \(\) with reduction='none'"
+    ):
+        packed_losses(model, sequences, Objective("ranking", ranking_loss="own_losses_of_a_test:wrong"))
+    for name, message in {
+        "own_losses_of_a_test:none": "cannot be imported: module 'own_losses_of_a_test' has no attribute 'none'",
+        "no_such_package.losses:loss": "cannot be imported: No module named 'no_such_package'. Install its package",
+        "first": "expected one of .*, or package.module:function",
+        "own_losses_of_a_test:__name__": r"expected a function\. Name one of own_losses_of_a_test\.",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            Objective("ranking", ranking_loss=name)
+    del sys.modules["own_losses_of_a_test"]
 
 
 @pytest.mark.parametrize("limit", [{"max_lists": 1}, {"max_lists": 2}, {"max_tokens": 60}])

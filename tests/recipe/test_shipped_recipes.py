@@ -41,7 +41,8 @@ def test_keys_without_effect() -> None:
     """Keys that the published recipes do not need to set."""
     from_run = {"stride", "lists_per_query", "depth", "require_relevant", "duplicates"}
     from_run = {f"data.train.source.{name}" for name in from_run}
-    ranking = {"objective.ranking_weight", "objective.ranking_loss", "objective.ranking_loss_options"}
+    names = ("ranking_weight", "ranking_loss", "ranking_loss_options", "unjudged")
+    ranking = {f"objective.{name}" for name in names}
     first, zephyr = (load_recipe(path) for path in PUBLISHED)
     assert set(without_effect(first)) == {"data.eval", "checkpoint.export.merge_lora", *from_run}
     assert set(without_effect(zephyr)) == {*without_effect(first), *ranking}
@@ -89,7 +90,7 @@ def test_published_settings(name: str, model: str, objective: str, lists: int) -
     assert recipe.neftune is not None and recipe.neftune.alpha == 5.0
     assert recipe.parallelism.fsdp and recipe.parallelism.precision == "amp_bf16"
     assert recipe.checkpoint.export is not None and recipe.checkpoint.export.interval == "1ep"
-    assert recipe.objective.ranking_weight == 10.0
+    assert recipe.objective.ranking_factor == 10.0
     assert recipe.objective.ranking_loss_options == ({"weighted": True} if objective == "combined" else {})
     check_world(recipe, 8)
 

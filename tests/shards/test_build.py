@@ -99,7 +99,20 @@ def test_info_and_manifest_describe_the_set(source, whole):
     assert str(source.parent) not in text and str(whole) not in text
 
 
-@pytest.mark.parametrize("known", [{}, {"qid": "1"}, {"docids": ("a", "b"), "grades": (2, 0)}])
+def test_held_out_queries_are_a_second_set(source, whole, tmp_path):
+    build_from_file(tmp_path / "set", source, hold_out=0.3, **SMALL)
+    train, held_out = (records_of(tmp_path / name) for name in ("set", "set-held-out"))
+    assert sorted(record.id for record in train + held_out) == sorted(record.id for record in records_of(whole))
+    queries = [{record.turn.query for record in side} for side in (train, held_out)]
+    assert queries[0].isdisjoint(queries[1]) and 0.1 < len(queries[1]) / len(queries[0] | queries[1]) < 0.5
+    build_from_file(tmp_path / "again", source, hold_out=0.5, **SMALL)
+    assert {record.id for record in held_out} <= {record.id for record in records_of(tmp_path / "again-held-out")}
+
+
+SCORED = {"scores": (0.1 + 0.2, None), "ordered_by": "scores"}
+
+
+@pytest.mark.parametrize("known", [{}, {"qid": "1"}, {"docids": ("a", "b"), "grades": (2, None)}, SCORED])
 def test_a_record_equals_itself_after_a_round_trip_through_columns(known):
     record = Record("q", "", "user", "response", **known)
     assert record_from_sample(sample_from_record(record)) == record

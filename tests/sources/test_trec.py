@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections import Counter
 from itertools import pairwise
@@ -20,7 +21,7 @@ from rankllm_composer.prompts.permutations import parse_permutation
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, parse_user_turn
 from rankllm_composer.sources.entries import Judgment, RunLine
-from rankllm_composer.sources.lists import candidate_lists, teacher_order
+from rankllm_composer.sources.lists import by_value, candidate_lists
 from rankllm_composer.sources.records import Dropped, Noted, open_source, read_records
 from rankllm_composer.sources.retrieval_files import load_run, read_part
 from rankllm_composer.sources.trec import NOT_JUDGED, PARTLY_ORDERED, TrecSource
@@ -71,7 +72,7 @@ def test_a_list_has_the_prompt_of_the_client_and_the_order_of_the_judgments(tmp_
     assert place == "first.trec:query 'q1' list 0"
     assert (record.id, record.qid, record.system) == ("q1-0", "q1", SYSTEM_MESSAGE)
     assert record.docids == ("d2", "d1", "d3", "d5")
-    assert record.grades == (0, 1, 2, 0)
+    assert (record.grades, record.scores, record.ordered_by) == ((None, 1, 2, 0), None, "grades")
     turn = parse_user_turn(record.user)
     assert turn.query == "sea (1) birds"
     assert turn.passages == ("the mole", "gulls and terns", "Title: Auks Content: auks (2) fly", "ink")
@@ -82,9 +83,10 @@ def test_a_list_has_the_prompt_of_the_client_and_the_order_of_the_judgments(tmp_
 def test_a_teacher_run_gives_the_order_and_judgments_the_grades(tmp_path):
     files = write_files(tmp_path, teacher={"q1": ["d5", "d9", "d2"], "q2": ["d1", "d4", "d5"]})
     records, dropped = build(tmp_path, files=files)
-    # d1 and d3 are unknown to the teacher: last, in first-stage order. d9 is not in the list.
+    # d1 and d3 are unknown to the teacher: tied behind the others. d9 is not in the list.
     assert records[0][1].response == "[D] > [A] > [B] > [C]"
-    assert records[0][1].grades == (0, 1, 2, 0)
+    assert (records[0][1].grades, records[0][1].ordered_by) == ((None, 1, 2, 0), "scores")
+    assert records[0][1].scores == (pytest.approx(10 / 3), None, None, 10.0)
     assert records[1][1].response == "[C] > [A] > [B]"
     assert not dropped
 
@@ -113,6 +115,14 @@ def test_windows_cover_the_first_stage_from_the_top(num_candidates, window, stri
     assert lists == expected
 
 
+def test_the_stride_is_half_of_the_window_and_one_above_it_warns(tmp_path):
+    files = write_files(tmp_path)
+    assert [SourceOptions(**files, window=window).step for window in (20, 4, 3, 2)] == [10, 2, 1, 1]
+    assert TrecSource(SourceOptions(**files, window=4)).describe()["options"]["stride"] == 2
+    with pytest.warns(UserWarning, match=r"stride is 5 with a window of 3: no list shows the 2 candidates between"):
+        open_source(SourceOptions(**files, window=3, stride=5))
+
+
 def test_further_lists_are_random_draws_that_depend_on_seed_query_and_number_only():
     def lists(num_lists, seed=1, qid="q"):
         return candidate_lists(30, window=5, stride=5, num_lists=num_lists, seed=seed, qid=qid)
@@ -137,7 +147,7 @@ def test_random_lists_keep_target_grades_and_documents_consistent(tmp_path):
     assert len(shown) > 1
     for _, record in records:
         known = GRADES[record.qid]
-        assert record.grades == tuple(known.get(docid, 0) for docid in record.docids)
+        assert record.grades == tuple(known.get(docid) for docid in record.docids)
         order = parse_permutation(record.response, len(record.docids))
         by_hand = sorted(record.docids, key=lambda docid: (-known.get(docid, 0), RUN[record.qid].index(docid)))
         assert [record.docids[i] for i in order] == by_hand
@@ -297,8 +307,8 @@ def test_permutations_order_the_lists_with_the_same_number(tmp_path):
     files = {"run": run, "teacher_run": str(tmp_path / "gpt.json"), "judgments": run}
     records, dropped = build(tmp_path, files=files)
     assert [(record.id, record.response, record.grades) for _, record in records] == [
-        ("0-0", "[B] > [C] > [A]", (1, 0, 0)),
-        ("2-0", "[C] > [A] > [B]", (1, 0, 0)),
+        ("0-0", "[B] > [C] > [A]", (1, None, None)),
+        ("2-0", "[C] > [A] > [B]", (1, None, None)),
     ]
     assert dropped == {"queries without a teacher's order": 1}
     trec = write_files(tmp_path) | {"teacher_run": str(tmp_path / "gpt.json")}
@@ -329,11 +339,11 @@ def test_numbers_name_lists_beyond_26(tmp_path):
     assert parse_user_turn(record.user).style == "numbers"
 
 
-def test_negative_grades_are_worst_and_count_as_zero(tmp_path):
+def test_negative_grades_are_worst_and_count_as_zero_in_measures(tmp_path):
     files = write_files(tmp_path, grades={"q1": {"d2": -2, "d1": 1}})
     record = build(tmp_path, files=files)[0][0][1]
     assert record.response == "[B] > [C] > [D] > [A]"
-    assert record.grades == (0, 1, 0, 0)
+    assert (record.grades, record.known_grades) == ((-2, 1, None, None), (0, 1, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -487,21 +497,25 @@ def test_lines_have_named_fields(tmp_path):
     assert next(read_part(files["judgments"], "judgments")) == Judgment(line=1, qid="q1", docid="d1", grade=1)
 
 
-@given(
-    st.lists(st.text("abcdef", min_size=1, max_size=2), unique=True, min_size=1),
-    st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(-1, 3)),
-    st.none() | st.lists(st.text("abcdef", min_size=1, max_size=2), unique=True),
-)
-def test_the_order_is_a_permutation_consistent_with_every_pair(docids, grades, teacher):
-    order = teacher_order(docids, grades, teacher)
-    assert sorted(order) == list(range(len(docids)))
+@given(st.lists(st.none() | st.integers(-1, 3) | st.floats(-2, 2), min_size=1))
+def test_the_order_is_a_permutation_consistent_with_every_pair(values):
+    order = by_value(values)
+    assert sorted(order) == list(range(len(values)))
     for better, worse in pairwise(order):
-        a, b = docids[better], docids[worse]
-        if teacher is None:
-            assert (-grades.get(a, 0), better) < (-grades.get(b, 0), worse)
-        else:
-            places = [teacher.index(docid) if docid in teacher else len(teacher) for docid in (a, b)]
-            assert (places[0], better) < (places[1], worse)
+        a, b = (math.inf if values[i] is None else -values[i] for i in (better, worse))
+        assert (a, better) < (b, worse)
+
+
+def test_equal_and_infinite_scores_of_a_teacher_are_kept_as_far_as_they_have_a_distribution(tmp_path):
+    files = write_files(tmp_path, teacher={"q1": ["d5", "d2", "d1", "d3"]})
+    lines = [f"q1 Q0 {docid} {rank} {score} t" for rank, (docid, score) in enumerate(TIED, start=1)]
+    Path(files["teacher_run"]).write_text("\n".join(lines))
+    record = build(tmp_path, files=files)[0][0][1]
+    assert record.scores == (0.5, 0.5, -1e37, 1e37)
+    assert record.response == "[D] > [A] > [B] > [C]"  # d2 before d1, as trec_eval orders equal scores
+
+
+TIED = [("d5", "inf"), ("d2", 0.5), ("d1", 0.5), ("d3", "-inf")]
 
 
 def test_cranfield_lists_are_ordered_by_grade(shared):
@@ -517,6 +531,6 @@ def test_cranfield_lists_are_ordered_by_grade(shared):
     assert len(records) + dropped["lists without a relevant passage"] == 225
     assert len(records) > 180
     for record in records:
-        best_first = [record.grades[i] for i in parse_permutation(record.response, 20)]
-        assert best_first == sorted(record.grades, reverse=True)
-        assert max(record.grades) > 0
+        best_first = [record.grades[i] or 0 for i in parse_permutation(record.response, 20)]
+        assert best_first == sorted(best_first, reverse=True)
+        assert max(best_first) > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from rankllm_composer.model.losses import LOSSES
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.prompts.encoding import EncodedRecord
+from rankllm_composer.prompts.relevance import Relevance
 
 SIZES = {
     "vocab_size": 96,
@@ -55,6 +58,16 @@ def new_model(family: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), attn_implementation="sdpa")
 
 
+def _random_relevance(ranks: np.ndarray, seed: int, index: int) -> Relevance:
+    """Scores of a teacher, and in every second list grades with ties in place of the strict order."""
+    generator = np.random.default_rng((seed, index))
+    scores = generator.normal(size=len(ranks)).astype(np.float32)
+    if index % 2:
+        return Relevance(ranks, np.full(len(ranks), np.nan, np.float32), scores)
+    grades = generator.integers(0, 3, len(ranks))
+    return Relevance((grades[None, :] > grades[:, None]).sum(axis=1), grades.astype(np.float32), scores)
+
+
 def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[TokenizedList]:
     """Create lists of different lengths and candidate counts; those for `ranking` end at their score position."""
     generator = np.random.default_rng(seed)
@@ -69,12 +82,12 @@ def random_sequences(objective: str, num: int = 5, seed: int = 0) -> list[Tokeni
             identifier_token_ids=np.arange(10, 10 + num_candidates, dtype=np.int32),
             ranks=generator.permutation(num_candidates),
         )
-        sequences.append(TokenizedList(encoded, f"r{index}", index))
+        sequences.append(TokenizedList(encoded, f"r{index}", index, _random_relevance(encoded.ranks, seed, index)))
     return sequences
 
 
 def plain_losses(
-    model: torch.nn.Module, sequences: list[TokenizedList], objective: Objective
+    model: torch.nn.Module, sequences: list[TokenizedList], objective: Objective, list_loss: Callable | None = None
 ) -> dict[str, torch.Tensor]:
     """Compute the losses one list at a time with the HF model, in explicit loops."""
     token_losses, list_losses = [], []
@@ -85,8 +98,11 @@ def plain_losses(
         for place in range(item.response_start, len(ids)):
             token_losses.append(-F.log_softmax(logits[place - 1], -1)[ids[place]])
         scores = logits[item.score_position][torch.from_numpy(item.identifier_token_ids.astype(np.int64))]
-        loss = LOSSES[objective.ranking_loss]
-        list_losses.append(loss(scores[None], torch.from_numpy(item.ranks)[None], **objective.ranking_loss_options))
+        loss, relevance = list_loss or LOSSES[objective.ranking_loss], sequence.relevance
+        options = dict(objective.ranking_loss_options)
+        for name in {"grades", "teacher_scores"} & inspect.signature(loss).parameters.keys():
+            options[name] = torch.from_numpy(getattr(relevance, name))[None]
+        list_losses.append(loss(scores[None], torch.from_numpy(relevance.ranks)[None], **options))
     parts = {}
     if objective.name != "ranking":
         parts["language_modelling"] = torch.stack(token_losses).mean()

@@ -1,0 +1,56 @@
+"""Records of a share of the queries, to evaluate on, and those of the others, to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rankllm_composer.prompts.record import Record, record_key
+from rankllm_composer.sources.records import Item, Made, RecordSource
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One side of a source that is split by query; a `RecordSource`.
+
+    The side of a record depends only on the text of its query, so all lists of a query are on one side, in any process
+    and in a later build of a longer source.
+
+    Args:
+        source: the source.
+        share: share of the queries that are held out, 0 to 1.
+        is_held_out: which side: the held-out queries, or the others.
+    """
+
+    source: RecordSource
+    share: float
+    is_held_out: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.name}{' (held out)' if self.is_held_out else ''}"
+
+    @property
+    def makes_lists(self) -> bool:
+        return self.source.makes_lists
+
+    def prepare(self, folder: Path) -> HeldOut:
+        return replace(self, source=self.source.prepare(folder))
+
+    def describe(self) -> dict[str, Any]:
+        return self.source.describe() | {"hold_out": self.share, "is_held_out": self.is_held_out}
+
+    def items(self) -> Iterator[Item]:
+        """Yield the items of the source."""
+        return self.source.items()
+
+    def records(self, item: Item) -> list[Made]:
+        """Return what the source makes of an item, less the records of the other side."""
+        found = self.source.records(item)
+        return [(place, made) for place, made in found if not isinstance(made, Record) or self._has(made)]
+
+    def _has(self, record: Record) -> bool:
+        query = " ".join(record.turn.query.casefold().split())
+        return (record_key(query) / 2**63 < self.share) == self.is_held_out
