@@ -12,9 +12,10 @@ import typer
 
 from rankllm_composer import __version__, screen
 from rankllm_composer.cli_options import flag, with_options
+from rankllm_composer.environment import expand_path
 from rankllm_composer.errors import RecipeError, counted
 from rankllm_composer.escaping import in_one_line
-from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, BuildOptions, RerankOptions, SourceOptions, expand_path
+from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.recipe.bundled import find_recipe
 from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
 

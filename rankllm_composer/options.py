@@ -6,14 +6,13 @@ them as sections, `rankllm-composer` generates its `--options` from them, and fu
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, StringConstraints, WrapValidator
 from pydantic.dataclasses import dataclass
 
+from rankllm_composer.environment import expand_path, keep_reference
 from rankllm_composer.errors import Problem, SourceError, worded
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle
@@ -59,46 +58,10 @@ Flag = Annotated[bool, Strict()]
 """True or false, but neither text nor a number."""
 
 
-class FromEnvironment(str):
-    """Text with the value of an environment variable in it, which may be secret; `reference` is written instead."""
-
-    reference: str
-
-    def __new__(cls, value: str, reference: str) -> FromEnvironment:
-        text = super().__new__(cls, value)
-        text.reference = reference
-        return text
-
-    def __reduce__(self) -> Any:
-        return FromEnvironment, (str(self), self.reference)
-
-
-def as_written(value: Any) -> Any:
-    """A value as it may be printed and saved: without what comes from the environment."""
-    return getattr(value, "reference", value)
-
-
-def _keep_reference(value: Any, check: Callable[[Any], Any]) -> Any:
-    checked = check(value)
-    return FromEnvironment(checked, value.reference) if isinstance(value, FromEnvironment) else checked
-
-
-def expand_path(value: Any) -> Any:
-    """A path with `~`, `$HOME` and other environment variables replaced; any other value unchanged."""
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(value, str) or isinstance(value, FromEnvironment):
-        return value
-    text = os.path.expanduser(re.sub(r"^\$(HOME\b|\{HOME\})", "~", value))  # noqa: PTH111  (Path would drop a final /)
-    expanded = os.path.expandvars(text)
-    if expanded == text:
-        return text
-    return FromEnvironment(expanded, re.sub(r"\$(?:(\w+)|\{(\w+)\})", r"${oc.env:\1\2}", text))
-
-
 Word = Annotated[str, StringConstraints(strict=True, min_length=1)]
 """Text that is not empty and fits a pattern."""
 
-Text = Annotated[Word, WrapValidator(_keep_reference)]
+Text = Annotated[Word, WrapValidator(keep_reference)]
 """Text that is not empty."""
 
 PathText = Annotated[Text, BeforeValidator(expand_path)]

@@ -19,7 +19,7 @@ import rankllm_composer
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = Path(rankllm_composer.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-COMMON = {"errors", "options", "escaping", "screen"}
+COMMON = {"errors", "options", "escaping", "screen", "environment"}
 ALLOWED = {
     "redaction": "",
     "distributed": "",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from rankllm_composer.environment import expand_path
 from rankllm_composer.errors import RunError
-from rankllm_composer.options import expand_path
 
 
 def recipe_folder() -> Path:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rankllm_composer.environment import FromEnvironment, as_written
 from rankllm_composer.errors import Problem, RecipeError, shell_line
 from rankllm_composer.model.loss_table import RANKING_LOSSES
-from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, FromEnvironment, SourceOptions, as_written
+from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, SourceOptions
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT
 from rankllm_composer.recipe.keys import plain_tree, show

@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rankllm_composer.environment import FromEnvironment
 from rankllm_composer.errors import Problem, first_line
-from rankllm_composer.options import FromEnvironment
 from rankllm_composer.recipe.validate import dotted, shown
 
 Steps = tuple[str, ...]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import TypeAdapter
 from pydantic_core import PydanticUndefined as REQUIRED
 
-from rankllm_composer.options import as_written
+from rankllm_composer.environment import as_written
 from rankllm_composer.recipe.sections import Recipe
 
 _TYPE_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}

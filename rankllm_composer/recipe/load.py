@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from rankllm_composer.environment import FromEnvironment
 from rankllm_composer.errors import Problem, RecipeError, first_line
-from rankllm_composer.options import FromEnvironment
 from rankllm_composer.recipe.bundled import recipe_path
 from rankllm_composer.recipe.checks import contradictions, surprises, without_effect
 from rankllm_composer.recipe.interpolation import resolve

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rankllm_composer.environment import as_written
 from rankllm_composer.errors import Problem
-from rankllm_composer.options import as_written
 from rankllm_composer.recipe.keys import describe_keys, plain_tree
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.recipe.validate import dotted, shown

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from rankllm_composer.environment import as_written
 from rankllm_composer.errors import Problem
-from rankllm_composer.options import as_written
 from rankllm_composer.recipe.keys import REQUIRED, Key, describe_keys, find_key, keys_of, show
 
 _STAND_INS = {bool: False, int: 1, float: 1.0, str: "unknown"}

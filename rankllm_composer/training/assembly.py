@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rankllm_composer.data.dataset import ListDataset, ListEncoding, lists_per_rank
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.distributed import run_on_rank_zero
+from rankllm_composer.environment import as_written
 from rankllm_composer.errors import RunError
 from rankllm_composer.export.model_card import CardFacts, published_figures
 from rankllm_composer.export.model_folder import Dtype, ServedModel
@@ -27,7 +28,6 @@ from rankllm_composer.model.loss_table import NEED_SCORES
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.model.self_check import check_model
-from rankllm_composer.options import as_written
 from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.clients import CURRENT_CLIENT
 from rankllm_composer.prompts.contract import DecodingContract, decoding_contract

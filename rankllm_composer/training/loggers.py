@@ -11,8 +11,8 @@ from typing import Any
 from composer import callbacks, loggers
 from composer.loggers import LoggerDestination
 
+from rankllm_composer.environment import expand_path
 from rankllm_composer.errors import RunError
-from rankllm_composer.options import expand_path
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.training.progress import MetricsFile, ProgressLine
 

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from support.recipes import problems
 
 from rankllm_composer import cli
+from rankllm_composer.environment import FromEnvironment, as_written, expand_path
 from rankllm_composer.errors import shell_line
-from rankllm_composer.options import FromEnvironment, SourceOptions, as_written, expand_path
+from rankllm_composer.options import SourceOptions
 from rankllm_composer.recipe.bundled import recipe_path
 from rankllm_composer.recipe.keys import describe_keys
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
