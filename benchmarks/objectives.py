@@ -5,8 +5,8 @@
 Trains the demo's model from random weights on the demo's lists, once per objective and loss: the same lists in the same
 order, the same number of updates and the same learning rate, which was chosen for combined training with weighted
 RankNet. Metrics are of held-out windows after the last update. Losses differ in scale; the weight of each is one choice
-(ListNet's 0.1 is the published one), without a search. `ranking` alone does not learn to generate a ranking, and the
-client's first-token decoding needs the `[` that such a model does not write.
+(ListNet's 0.1 is the published one), without a search. `ranking` alone does not learn to generate a ranking, nor to
+write the `[` that the first-token decoding of rank_llm 0.25.7 needs; 0.26.0 appends it.
 
 With `--smollm2 FOLDER`, written by `smollm2.py`, a real model instead: SmolLM2 after its warm-up, trained on the
 recipe's lists, and held-out windows of a judged collection. Each `key=value` overrides the recipe of every run.

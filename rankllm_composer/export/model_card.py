@@ -13,6 +13,7 @@ from rankllm_composer import __version__
 from rankllm_composer.errors import ModelError, shell_line
 from rankllm_composer.escaping import for_markdown, for_screen, from_markdown
 from rankllm_composer.prompts.client_names import client_names
+from rankllm_composer.prompts.clients import CLIENT_TOP_K
 from rankllm_composer.prompts.contract import DEFAULT_WORDS, DecodingContract
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.atomic import write_atomic
@@ -200,6 +201,8 @@ def _serving(contract: DecodingContract) -> str:
         text += f"; {reasons['generation']}." if reasons else "; without it the whole permutation is generated."
     elif "first_token" in reasons and contract.objective != "generation":
         text += f"\n\nIt generates the whole permutation, as it cannot decode by first token: {reasons['first_token']}."
+    if decoding == "first_token" and contract.window_size > CLIENT_TOP_K:
+        text += f" It asks for the {CLIENT_TOP_K} likeliest tokens, so other candidates of a window keep their order."
     if (difference := contract.unserved_words()) is not None:
         text += f"\n\n{difference}. The rankings of the first command follow the training."
     if contract.num_bos > 1:

@@ -13,6 +13,9 @@ CURRENT_CLIENT: ClientVersion = "0.26.0"
 UNNAMED_CLIENT: ClientVersion = "0.25.7"
 """The version of sets and models that name none: they were made before there was another."""
 
+CLIENT_TOP_K = 30
+"""Number of likeliest tokens among which first-token decoding looks for identifiers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Client:

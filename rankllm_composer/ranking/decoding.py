@@ -17,7 +17,7 @@ import torch
 from rankllm_composer.distributed import largest_of_ranks
 from rankllm_composer.errors import PromptError, RunError
 from rankllm_composer.prompts.chat import identifier_token_ids
-from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT, ClientVersion
+from rankllm_composer.prompts.clients import CLIENT_TOP_K, CLIENTS, CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.permutations import (
     ParsedAnswer,
     format_permutation,
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankllm_composer.prompts.contract import DecodingContract
-
-CLIENT_TOP_K = 30
-"""Number of likeliest tokens among which the client looks for identifiers."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -130,7 +130,7 @@ def rerank_files(
     ranked = rerank_run(reranker, texts, documents, first_stage, files.output, progress_bar=progress_bar)
     seconds = time.monotonic() - start
     lines = [f"{files.output}: {len(ranked)} queries reranked by {reranker.decoding} in {seconds:.1f} s", *notes]
-    lines += _answer_statistics(ranked)
+    lines += _answer_statistics(ranked, reranker.contract.append_bracket)
     for what, qids in (
         ("queries have no candidates in the run", texts.keys() - first_stage.keys()),
         ("queries of the run have no text", first_stage.keys() - texts.keys()),
@@ -241,10 +241,11 @@ def write_run(path: Path, rankings: Mapping[str, Sequence[str]]) -> None:
     write_atomic(path, "".join(lines))
 
 
-def _answer_statistics(queries: Sequence[RerankedQuery]) -> Iterator[str]:
+def _answer_statistics(queries: Sequence[RerankedQuery], append_bracket: bool) -> Iterator[str]:
     num_windows = sum(query.num_windows for query in queries)
+    opened = [None if append_bracket else query.num_opened for query in queries]  # an appended bracket is always there
     for counts, what in (
-        ([query.num_opened for query in queries], "windows have '[' as the model's first token"),
+        (opened, "windows have '[' as the model's first token"),
         ([query.num_malformed for query in queries], "answers deviate from the requested format"),
     ):
         if num_windows and None not in counts:

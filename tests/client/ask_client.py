@@ -6,6 +6,7 @@ names a kind, a function below, and its arguments.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import sys
@@ -24,6 +25,7 @@ from rank_llm.rerank import reranker as dispatch  # noqa: E402
 from rank_llm.rerank import vllm_handler  # noqa: E402
 from rank_llm.rerank.listwise.rank_listwise_os_llm import RankListwiseOSLLM  # noqa: E402
 
+LOOP = asyncio.new_event_loop()
 IS_ASYNC = hasattr(RankListwiseOSLLM, "run_llm_async")  # since 0.26.0
 start_server, start_engine = vllm.LLM, vllm.AsyncLLMEngine.from_engine_args
 SMALL = {"dtype": "float32", "enforce_eager": True, "max_logprobs": 30, "max_model_len": 4096}
@@ -117,8 +119,11 @@ def rerank(folder: str, style: str, use_logits: bool, window: int, stride: int, 
     for query, documents in requests:
         request = Request(Query(query, "q"), result_of(query, documents).candidates)
         for _ in range(passes):
-            num = len(documents)
-            (result,) = asked.rerank_batch([request], rank_end=num, top_k_retrieve=num)
+            limits = {"rank_end": len(documents), "top_k_retrieve": len(documents)}
+            if IS_ASYNC:  # a real engine belongs to one loop
+                (result,) = LOOP.run_until_complete(asked.rerank_batch_async([request], **limits))
+            else:
+                (result,) = asked.rerank_batch([request], **limits)
             request = Request(result.query, result.candidates)
         ranked.append([candidate.docid for candidate in request.candidates])
     return ranked

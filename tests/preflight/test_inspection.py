@@ -245,6 +245,22 @@ def test_an_exported_folder_against_its_contract(material, tmp_path):
     (folder / "reranker.json").write_text(contract.to_json())
     found = inspect_folder(folder)
     assert (found.contract, found.problems, found.request.num_differences) == (contract, (), 0)
+    assert found.warnings == () and found.request.rows[-1] == (" ", "▁[")  # appended, as the client does
+
+    older = json.loads(decoding_contract(tokenizer, "combined", num_identifiers=10, client_version="0.25.7").to_json())
+    del older["client_version"], older["bracket_merges"]
+    (folder / "reranker.json").write_text(json.dumps(older))
+    found = inspect_folder(folder)
+    assert found.problems == () and found.request.rows[-1] != (" ", "▁[")
+    (note,) = found.warnings
+    assert "made for rank_llm 0.25.7; 0.26.0 shows the same prompts in full windows by: rank-llm rerank" in note
+    assert "--max-passage-words=600 " in note
+    older |= {"objective": "ranking", "max_passage_words": 150}
+    (folder / "reranker.json").write_text(json.dumps(older))
+    notes = inspect_folder(folder).warnings
+    assert "rank_llm 0.25.7 cannot serve it: a model trained by ranking alone never learned to write an ans" in notes[0]
+    assert "0.25.7 shows up to 600 words of a passage in windows of 10, where the model was trained with up" in notes[1]
+    assert "--use-logits" in notes[2] and "--max-passage-words" not in notes[2]
 
     changed = json.loads(contract.to_json())
     changed["identifier_token_ids"][0] = 5

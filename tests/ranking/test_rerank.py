@@ -697,7 +697,10 @@ def test_a_job_from_files_to_report(exported, tmp_path):
     report = rerank_files(exported, job, measures=("nDCG@10", "AP"), progress_bar=False)
     assert load_run(tmp_path / "out.trec") == {query.qid: list(query.docids) for query in report.queries}
     assert "7 queries reranked by first_token" in report.text
-    assert "windows have '[' as the model's first token" in report.text
+    assert "as the model's first token" not in report.text  # it is appended
+    with pytest.warns(UserWarning, match=r"client_version is 0\.25\.7, which shows up to 1000 words of a passage"):
+        older = rerank_files(exported, job, RerankOptions(client_version="0.25.7"), progress_bar=False)
+    assert "windows have '[' as the model's first token" in older.text
     assert "1 queries have no candidates in the run, such as extra" in report.text
     assert "1 queries of the run have no text, such as nobody" in report.text
     assert "1 judged queries were not reranked, such as absent" in report.text
