@@ -172,8 +172,16 @@ def has_foreign_template(path: str) -> bool:
     return tokenizer.chat_template != "the model's own"
 
 
+def parsed(arguments: list[str]) -> dict:
+    """Options that the client's command line takes from arguments."""
+    from rank_llm.cli.main import build_parser
+
+    options = vars(build_parser().parse_args(arguments))
+    return {name: value for name, value in options.items() if isinstance(value, str | int)}
+
+
 def main() -> None:
-    functions = (prompt, windows, answer, likeliest, rerank, reranker, has_foreign_template)
+    functions = (prompt, windows, answer, likeliest, rerank, reranker, has_foreign_template, parsed)
     kinds = {function.__name__: function for function in functions}
     told, sys.stdout = sys.stdout, sys.stderr  # the client prints
     for line in sys.stdin:

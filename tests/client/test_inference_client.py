@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shlex
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from support.client_paths import MISREAD_PATHS, PLAIN_PATHS, WHOLE_PATHS
 from support.tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contract, new_model, new_tokenizer, record_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
+from rankllm_composer.export.model_card import serving_command
 from rankllm_composer.export.serving_check import PASSAGES, QUERY, client_prompt, diff_request
 from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.client_names import misread_names
@@ -288,6 +290,25 @@ def test_misread_paths_are_those_that_the_client_misreads(ask_client, version):
         assert isinstance(name, str) and isinstance(is_replaced, bool), (path, name, is_replaced)
         assert (name != "RankListwiseOSLLM" or is_replaced) == bool(misread_names(path, version)), (path, name)
         assert (name in ("none", "RankListwiseOSLLM of another model")) == (path in WHOLE_PATHS), (path, name)
+
+
+@pytest.mark.parametrize("version", ["0.26.0"], indirect=True, scope="session")  # 0.25.7 has its script in a checkout
+def test_the_command_that_is_printed_is_understood(ask_client, folders, tokenizers):
+    contract = new_contract(tokenizers["tiny"], "ranking", window_size=9, stride=4, max_passage_words=45)
+    words = shlex.split(serving_command(contract, "my models/a").replace("\\\n", " "))
+    (options,) = ask_client([("parsed", {"arguments": words[1:]})])
+    assert words[0] == "rank-llm" and options["command"] == "rerank"
+    expected = {
+        "model_path": "my models/a",
+        "context_size": contract.context_size_tokens,
+        "window_size": 9,
+        "stride": 4,
+        "max_passage_words": 45,
+        "use_alpha": True,
+        "use_logits": True,
+        "variable_passages": True,
+    }
+    assert {name: options[name] for name in expected} == expected
 
 
 # The whole way
