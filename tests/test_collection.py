@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from rankllm_composer.demo import CollectionOptions, build_collection, build_model_folder, invent_words
-from rankllm_composer.prompts.chat import check_tokenizer
 from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.prompts.identifier_tokens import check_tokenizer
 from rankllm_composer.prompts.permutations import identifiers
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn

@@ -25,8 +25,9 @@ from rankllm_composer.model.attention import choose_attention
 from rankllm_composer.model.loading import load_config
 from rankllm_composer.model.remote_code import code_refused
 from rankllm_composer.options import ModelOptions, RerankOptions
-from rankllm_composer.prompts.chat import check_tokenizer, template_notes
+from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.encoding import encode_record
+from rankllm_composer.prompts.identifier_tokens import check_tokenizer
 from rankllm_composer.ranking.decoding import check_not_nan
 from rankllm_composer.ranking.served_model import served_contract
 from rankllm_composer.recipe.checks import check_world

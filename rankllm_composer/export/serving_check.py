@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rankllm_composer.errors import ModelError, PromptError, first_line
 from rankllm_composer.escaping import for_screen
 from rankllm_composer.export.model_card import serving_command
-from rankllm_composer.prompts.chat import identifier_token_ids, render_chat, template_notes
+from rankllm_composer.prompts.chat import render_chat, template_notes
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion, passage_word_limit
 from rankllm_composer.prompts.contract import (
@@ -25,6 +25,7 @@ from rankllm_composer.prompts.contract import (
     read_contract,
 )
 from rankllm_composer.prompts.encoding import render_prompt
+from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, splits_after_bracket
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, clean_query, render_user_turn, truncate_passage
@@ -214,8 +215,10 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
         compare("num_bos", contract.num_bos, num_bos_tokens(tokenizer), again)
         if contract.identifier_token_ids is not None:
             try:
-                found = identifier_token_ids(tokenizer, len(contract.identifiers), contract.identifier_style)
+                known = (tokenizer, len(contract.identifiers), contract.identifier_style)
+                found = identifier_token_ids(*known, contract.objective)
                 compare("identifier_token_ids", contract.identifier_token_ids, found, again)
+                compare("bracket_merges", contract.bracket_merges, splits_after_bracket(*known), again)
             except PromptError as error:
                 problems.append(str(error))
         sample = Record("sample", SYSTEM_MESSAGE, "query", "[A]")

@@ -21,6 +21,8 @@ from rankllm_composer.prompts.chat import control_tokens_in, template_notes
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.contract import count_bos
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
+from rankllm_composer.prompts.identifier_tokens import identifier_token_ids
+from rankllm_composer.prompts.permutations import identifier_style
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.relevance import LEFT_OUT, Preferences, Relevance, draw_ties, relevance_of, tied_share
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, UserTurn
@@ -93,6 +95,11 @@ class Inspection:
         else:
             yield f"prompt          {self.length:,} tokens, with '[' appended; supervises the scores, no tokens"
         yield f"score position  token {encoded.score_position:,}; the logits after it are the identifiers' scores"
+        if encoded.split_token is not None:
+            yield (
+                f"boundary        after token {encoded.score_position:,}: the tokenizer alone would join "
+                f"{for_screen(encoded.split_token, one_line=True)!r}; training and rank_llm (0.26) split it"
+            )
 
     def _candidates(self, encoded: EncodedRecord) -> Iterator[str]:
         record, ids = self.record, encoded.identifier_token_ids
@@ -203,7 +210,10 @@ def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedR
     if share := tied_share(record):
         yield f"{share:.0%} of the pairs of candidates are tied by {record.ordered_by}, which ordered the list"
     if encoded.identifier_token_ids is None:
-        yield "identifiers have several tokens: the list can be generated, but not scored by its first token"
+        try:
+            identifier_token_ids(tokenizer, len(encoded.ranks), identifier_style(record.response), "generation")
+        except PromptError as error:
+            yield f"the list can be generated, but not scored by its first token: {error}"
 
 
 def add_losses(found: Inspection, model: ListwiseReranker) -> None:

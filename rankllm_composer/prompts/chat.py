@@ -1,16 +1,14 @@
-"""Chat template and tokenizer: messages → prompt text → tokens, and the requirements on a tokenizer."""
+"""Chat template and tokenizer: messages → prompt text → tokens, and the requirements on both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from rankllm_composer.errors import PromptError
-from rankllm_composer.options import ObjectiveName
-from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
 from rankllm_composer.prompts.template import render_template
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
 
@@ -25,17 +23,23 @@ _CLOCKS: tuple[Callable[[], datetime], ...] = (  # they differ in every part
 _OPEN_END = "End the generation prompt of the chat template with a line break or a special token"
 
 
-@dataclass(slots=True)
-class _TokenizerInfo:
-    """Properties of a tokenizer with its chat template."""
+@dataclass(eq=False, frozen=True)
+class TokenizerFacts:
+    """Properties of a tokenizer with its chat template.
+
+    Attributes:
+        prompt, prompt_ids: a prompt, and its tokens.
+        bracket: the token `[` after a prompt.
+    """
 
     chat_template: Any
     has_system_role: bool
     prompt: str
-    tokens: dict[str, int | str] = field(default_factory=dict)  # of an identifier: its token, or why it has none
+    prompt_ids: list[int]
+    bracket: int
 
 
-_INFO: WeakKeyDictionary[PreTrainedTokenizerBase, _TokenizerInfo] = WeakKeyDictionary()
+_INFO: WeakKeyDictionary[PreTrainedTokenizerBase, TokenizerFacts] = WeakKeyDictionary()
 
 
 def build_messages(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
@@ -47,7 +51,7 @@ def build_messages(system: str, user: str, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         PromptError: the tokenizer cannot be used (see `check_tokenizer`).
     """
-    return _messages(system, user, _facts(tokenizer).has_system_role)
+    return _messages(system, user, tokenizer_facts(tokenizer).has_system_role)
 
 
 def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -65,7 +69,7 @@ def _render(
     except Exception as error:  # a template is a program and can raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise PromptError(
-            f"{_name(tokenizer)}: the chat template failed on the roles {roles}: {error}. Correct "
+            f"{name_of(tokenizer)}: the chat template failed on the roles {roles}: {error}. Correct "
             "tokenizer.chat_template."
         ) from error
     return text
@@ -82,8 +86,8 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
     encoding: BatchEncoding = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     if encoding["input_ids"] and encoding.token_to_sequence(len(encoding["input_ids"]) - 1) is None:
         raise PromptError(
-            f"{_name(tokenizer)} adds tokens after the end of the text, where the response has to follow. Load it with "
-            "add_eos_token=False."
+            f"{name_of(tokenizer)} adds tokens after the end of the text, where the response has to follow. Load it "
+            "with add_eos_token=False."
         )
     return encoding
 
@@ -110,74 +114,10 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
     """Token that closes a response; raises PromptError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise PromptError(
-            f"{_name(tokenizer)} has no end-of-sequence token, which closes a response. Set tokenizer.eos_token, or "
+            f"{name_of(tokenizer)} has no end-of-sequence token, which closes a response. Set tokenizer.eos_token, or "
             "use the objective ranking."
         )
     return int(tokenizer.eos_token_id)
-
-
-def identifier_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int | None, ...]:
-    """Token of each identifier in `[A] > [B]` after a prompt; None for an identifier that is not one token there.
-
-    Raises:
-        PromptError: an identifier is unknown to the tokenizer.
-    """
-    return tuple(None if isinstance(token, str) else token for token in _identifiers(tokenizer, names))
-
-
-def identifier_token_ids(
-    tokenizer: PreTrainedTokenizerBase, num_candidates: int, style: IdentifierStyle = "letters"
-) -> tuple[int, ...]:
-    """Tokens of a list's identifiers, for objectives and decodings that read a score per identifier.
-
-    Raises:
-        PromptError: an identifier takes several tokens, merges with its bracket, or is unknown to the tokenizer; or
-            there are more candidates than the style can name.
-    """
-    names = identifiers(num_candidates, style)
-    found = _identifiers(tokenizer, names)
-    single = tuple(token for token in found if isinstance(token, int))
-    if len(single) < num_candidates:
-        first = next(place for place, token in enumerate(found) if isinstance(token, str))
-        raise PromptError(
-            f"{_name(tokenizer)}: identifier [{names[first]}] {found[first]}. "
-            f"{_alternatives(tokenizer, num_candidates, style, first)}"
-        )
-    return single
-
-
-def _alternatives(tokenizer: PreTrainedTokenizerBase, num_candidates: int, style: IdentifierStyle, fit: int) -> str:
-    """What can be used instead of identifiers of a style of which only the first `fit` are single tokens."""
-    other: IdentifierStyle = "numbers" if style == "letters" else "letters"
-    ways: list[str] = []
-    if num_candidates <= MAX_CANDIDATES[other]:
-        tokens = _identifiers(tokenizer, identifiers(num_candidates, other))
-        ways = [other] if all(isinstance(token, int) for token in tokens) else []
-    if fit >= 2:
-        ways.append(f"lists of at most {fit}")
-    return f"Use {', '.join(ways or ['another tokenizer'])}, or the objective generation."
-
-
-def check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase,
-    objective: ObjectiveName,
-    style: IdentifierStyle = "letters",
-    num_candidates: int = 20,
-) -> None:
-    """Check, before any record is read, that a tokenizer supports an objective and lists of `num_candidates`.
-
-    A pad token is not required: sequences are packed and never padded.
-
-    Raises:
-        PromptError: slow tokenizer; no chat template; no end-of-sequence token (except for `ranking`); a prompt whose
-            last token depends on the response; identifiers that are unknown or (except for `generation`) are several
-            tokens or merge with a bracket; more candidates than the style can name.
-    """
-    identifier_tokens(tokenizer, identifiers(num_candidates, style))
-    if objective != "generation":
-        identifier_token_ids(tokenizer, num_candidates, style)
-    if objective != "ranking":
-        end_of_sequence(tokenizer)
 
 
 def template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -200,10 +140,10 @@ def template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
             line = today[differing].strip() if differing is not None and differing < len(today) else "lines"
             where = "" if messages is probes[0] else " where a record has no system text"
             yield (
-                f"{_name(tokenizer)}: the chat template prints the date{where} ({line[:60]!r}), so that prompts change "
-                "from day to day: a run resumed on another day is not exact, and a server's prompts are not those of "
-                f"the training. Set model.template_date={datetime.now():%Y-%m-%d}, which exports write into their "
-                "template."
+                f"{name_of(tokenizer)}: the chat template prints the date{where} ({line[:60]!r}), so that prompts "
+                "change from day to day: a run resumed on another day is not exact, and a server's prompts are not "
+                f"those of the training. Set model.template_date={datetime.now():%Y-%m-%d}, which exports write into "
+                "their template."
             )
             break
     raw = _render(probes[0], tokenizer)
@@ -211,20 +151,21 @@ def template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     lost = [token for token in _control_tokens(tokenizer, raw) if repaired.count(token) < raw.count(token)]
     if lost:
         yield (
-            f"{_name(tokenizer)}: the repair of text (ftfy), as in the inference client, changes {', '.join(lost)} of "
-            "the chat template into other characters, which are not that token. Use a template whose tokens it keeps."
+            f"{name_of(tokenizer)}: the repair of text (ftfy), as in the inference client, changes {', '.join(lost)} "
+            "of the chat template into other characters, which are not that token. Use a template whose tokens it "
+            "keeps."
         )
     end = repaired.rpartition(_PROBE)[2]
     if end.count("<think>") > end.count("</think>"):
         yield (
-            f"{_name(tokenizer)}: the chat template opens <think> and does not close it, so that the ranking stands "
+            f"{name_of(tokenizer)}: the chat template opens <think> and does not close it, so that the ranking stands "
             "inside the thinking. Use a template that closes it where enable_thinking is false."
         )
 
 
 def control_tokens_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Control tokens that a text of a record contains: of the tokenizer, and of its chat template."""
-    return [token for token in _control_tokens(tokenizer, _facts(tokenizer).prompt) if token in text]
+    return [token for token in _control_tokens(tokenizer, tokenizer_facts(tokenizer).prompt) if token in text]
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
@@ -235,8 +176,8 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str
     return sorted(token for token in found | set(tokenizer.all_special_tokens) if token.strip())
 
 
-def _facts(tokenizer: PreTrainedTokenizerBase) -> _TokenizerInfo:
-    """Properties shared by all prompts, computed once per tokenizer and chat template.
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
+    """Return properties shared by all prompts, computed once per tokenizer and chat template.
 
     Tokens added later are not detected, which would cost more than tokenizing; records that contain them are refused.
     """
@@ -245,17 +186,17 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> _TokenizerInfo:
         return facts
     if not tokenizer.is_fast:
         raise PromptError(
-            f"{_name(tokenizer)} is a slow tokenizer; expected a fast one, whose character offsets separate prompt and "
-            "response. Load it with use_fast=True from a folder with a tokenizer.json."
+            f"{name_of(tokenizer)} is a slow tokenizer; expected a fast one, whose character offsets separate prompt "
+            "and response. Load it with use_fast=True from a folder with a tokenizer.json."
         )
     if not tokenizer.chat_template:
         raise PromptError(
-            f"{_name(tokenizer)} has no chat template; expected one that writes a user turn and a generation prompt. "
+            f"{name_of(tokenizer)} has no chat template; expected one that writes a user turn and a generation prompt. "
             "Set tokenizer.chat_template to that of the model's family."
         )
     if _PROBE not in render_chat([{"role": "user", "content": _PROBE}], tokenizer):
         raise PromptError(
-            f"{_name(tokenizer)}: the chat template omits the user turn. Set tokenizer.chat_template to that of the "
+            f"{name_of(tokenizer)}: the chat template omits the user turn. Set tokenizer.chat_template to that of the "
             "model's family."
         )
     try:
@@ -265,16 +206,24 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> _TokenizerInfo:
         has_system_role = False
     turn = render_user_turn(_PROBE, (_PROBE, _PROBE))
     prompt = render_chat(_messages(SYSTEM_MESSAGE, turn, has_system_role), tokenizer)
-    alone = tokenize(prompt, tokenizer)["input_ids"]
-    for response in ("[", "[A] > [B]", "[1] > [2]"):
-        if tokenize(prompt + response, tokenizer)["input_ids"][: len(alone)] != alone:
-            raise PromptError(
-                f"{_name(tokenizer)}: the end of the prompt, {prompt[-20:]!r}, is tokenized differently when a "
-                f"response follows. {_OPEN_END}."
-            )
-    facts = _TokenizerInfo(tokenizer.chat_template, has_system_role, prompt)
+    prompt_ids = tokenize(prompt, tokenizer)["input_ids"]
+    opened = tokenize(prompt + "[", tokenizer)
+    check_prompt_end(opened, prompt, prompt_ids, tokenizer)
+    bracket = opened["input_ids"][bracket_position(opened, len(prompt))]
+    facts = TokenizerFacts(tokenizer.chat_template, has_system_role, prompt, prompt_ids, bracket)
     _INFO[tokenizer] = facts
     return facts
+
+
+def check_prompt_end(
+    encoding: BatchEncoding, prompt: str, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise PromptError unless a prompt and more begins with the tokens of the prompt."""
+    if encoding["input_ids"][: len(prompt_ids)] != prompt_ids:
+        raise PromptError(
+            f"{name_of(tokenizer)}: the end of the prompt, {prompt[-20:]!r}, is tokenized differently when a response "
+            f"follows. {_OPEN_END}."
+        )
 
 
 def _messages(system: str, user: str, has_system_role: bool) -> list[dict[str, str]]:
@@ -285,34 +234,6 @@ def _messages(system: str, user: str, has_system_role: bool) -> list[dict[str, s
     return [{"role": "user", "content": f"{system}\n {user}"}]
 
 
-def _identifiers(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int | str, ...]:
-    """Token of each identifier, or why it is not one token."""
-    facts = _facts(tokenizer)
-    for name in names:
-        if name not in facts.tokens:
-            facts.tokens[name] = _identifier_token(name, facts.prompt, tokenizer)
-    return tuple(facts.tokens[name] for name in names)
-
-
-def _identifier_token(name: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int | str:
-    text = f"{prompt}[{name}] > [{name}]"  # the first identifier of a response, and any other
-    encoding = tokenize(text, tokenizer)
-    tokens: set[int | None] = set()
-    for start in (len(prompt) + 1, len(text) - 1 - len(name)):
-        end = start + len(name)
-        index = encoding.char_to_token(start)
-        span = None if index is None else encoding.token_to_chars(index)
-        if index is None or span is None or span.start < start or span.end > end:
-            return "merges with its bracket; expected a separate token"
-        tokens.add(encoding["input_ids"][index] if span.end == end else None)
-    token = tokens.pop()
-    if tokens or (token is not None and tokenizer.convert_ids_to_tokens(token) != name):
-        raise PromptError(
-            f"{_name(tokenizer)}: identifier [{name}] is not the token {name!r} everywhere in a response. Use a "
-            "tokenizer whose vocabulary contains it."
-        )
-    return "is several tokens; expected one, so that one position scores all candidates" if token is None else token
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name of a tokenizer in messages."""
     return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rankllm_composer import __version__
 from rankllm_composer.errors import ModelError, PromptError
 from rankllm_composer.options import DECODINGS, OBJECTIVES, Decoding, ObjectiveName
-from rankllm_composer.prompts.chat import end_of_sequence, identifier_token_ids, render_chat, tokenize
+from rankllm_composer.prompts.chat import end_of_sequence, render_chat
 from rankllm_composer.prompts.clients import (
     CLIENT_VERSIONS,
     CLIENTS,
@@ -24,6 +24,7 @@ from rankllm_composer.prompts.clients import (
     ClientVersion,
     passage_word_limit,
 )
+from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, splits_after_bracket
 from rankllm_composer.prompts.permutations import IdentifierStyle, identifiers
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ class DecodingContract:
         chat_template_sha256: hash of the tokenizer's chat template, UTF-8.
         identifier_style: letters or numbers.
         identifiers: names of the candidates in presentation order.
-        identifier_token_ids: their tokens inside the brackets; None if they are several tokens (generation only).
+        identifier_token_ids: their tokens inside the brackets; None if they are several tokens, or merge with a bracket
+            (generation only).
         append_bracket: True = first-token decoding appends the opening bracket to the prompt; False = the model writes
             it, as rank_llm 0.25.7 wants it.
         score_token_index: index, after the prompt, of the token whose logits are the scores: 1 if the model writes
             the bracket itself, 0 if it is appended.
-        bracket_merges: whether the tokenizer has one token for the bracket and the first identifier, `[A`, so that the
-            identifier is a token of its own only after a prompt that ends with the bracket.
+        bracket_merges: whether the tokenizer has one token for the bracket and an identifier behind it, `[A`. The
+            objectives that score candidates are trained on the two as two tokens.
         num_bos: beginning-of-sequence tokens at the start of a prompt, as the client tokenizes it.
         eos_token_ids: tokens that end an answer.
         window_size: candidates in one prompt.
@@ -129,18 +131,14 @@ class DecodingContract:
         if self.objective == "ranking":
             reasons["generation"] = "a model trained by ranking alone never learned to write an answer"
         if self.identifier_token_ids is None:
-            reasons["first_token"] = "an identifier is several tokens"
+            merges = "merges with its bracket, which generation trains as one token"
+            reasons["first_token"] = f"an identifier {merges if self.bracket_merges else 'is several tokens'}"
         elif not self.client.reads_numbers and self.identifier_style == "numbers":
             reasons["first_token"] = f"rank_llm {self.client_version} reads letters only"
         elif not self.client.appends_bracket and self.objective == "ranking":
             reasons["first_token"] = (
                 f"rank_llm {self.client_version} lets the model write the opening bracket, which a model trained by "
                 "ranking alone never learned"
-            )
-        elif not self.client.appends_bracket and self.bracket_merges:
-            reasons["first_token"] = (
-                f"rank_llm {self.client_version} lets the model write the opening bracket, which the tokenizer joins "
-                "with the identifier"
             )
         return reasons
 
@@ -243,8 +241,10 @@ def decoding_contract(
     if objective != "ranking":
         end_of_sequence(tokenizer)
     token_ids: tuple[int, ...] | None = None
+    bracket_merges = False
     try:
-        token_ids = identifier_token_ids(tokenizer, num_identifiers, style)
+        bracket_merges = splits_after_bracket(tokenizer, num_identifiers, style)
+        token_ids = identifier_token_ids(tokenizer, num_identifiers, style, objective)
     except PromptError:
         if objective != "generation":
             raise
@@ -263,18 +263,9 @@ def decoding_contract(
         window_size=num_identifiers,
         stride=max(1, num_identifiers // 2) if stride is None else stride,
         context_size_tokens=context_size_tokens,
-        bracket_merges=_bracket_merges(tokenizer, style),
+        bracket_merges=bracket_merges,
         client_version=client_version,
     )
-
-
-def _bracket_merges(tokenizer: PreTrainedTokenizerBase, style: IdentifierStyle) -> bool:
-    """Whether the bracket after a prompt and the identifier behind it are one token."""
-    prompt = render_chat([{"role": "user", "content": "query"}], tokenizer)
-    encoding = tokenize(f"{prompt}[{identifiers(1, style)[0]}]", tokenizer)
-    index = encoding.char_to_token(len(prompt))
-    span = None if index is None else encoding.token_to_chars(index)
-    return span is not None and span.end > len(prompt) + 1
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,11 +14,11 @@ from rankllm_composer.prompts.chat import (
     bracket_position,
     build_messages,
     end_of_sequence,
-    identifier_token_ids,
-    identifier_tokens,
     render_chat,
     tokenize,
+    tokenizer_facts,
 )
+from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, read_identifiers
 from rankllm_composer.prompts.permutations import (
     identifier_style,
     identifiers,
@@ -45,6 +45,8 @@ class EncodedRecord:
         identifier_token_ids: (N,) int32, the token of each candidate's identifier in presentation order; None only for
             `generation`, if an identifier is several tokens or merges with its bracket.
         ranks: (N,) int64, the teacher's 0-based place of each candidate.
+        split_token: text of the token, such as `[A`, that the tokenizer would make of the answer's `[` and what
+            follows, and that is split here; None if it makes none, or for `generation`.
     """
 
     input_ids: NDArray[np.int32]
@@ -52,6 +54,7 @@ class EncodedRecord:
     score_position: int
     identifier_token_ids: NDArray[np.int32] | None
     ranks: NDArray[np.int64]
+    split_token: str | None = None
 
 
 def render_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -81,7 +84,9 @@ def encode_record(
 ) -> EncodedRecord:
     """Token ids and supervision of a record.
 
-    Prompt and response are tokenized together, once; character offsets give the start of the response.
+    Prompt and response are tokenized together, once; character offsets give the start of the response. Where scores
+    are trained, the `[` and the first identifier are two tokens also if the tokenizer joins them: the inference client
+    ends its prompt with this `[` and reads the scores of the token that follows.
 
     Args:
         record: a Record, or a mapping of the published layout.
@@ -105,27 +110,41 @@ def encode_record(
         raise PromptError(f"{where}: response: {error}") from error
     names = identifiers(num_candidates, style)
     ranks = np.array(ranks_from_permutation(permutation), dtype=np.int64)  # (N,)
-    tokens = identifier_tokens(tokenizer, names)
+    found = read_identifiers(tokenizer, names)
     candidate_tokens: NDArray[np.int32] | None = None  # (N,)
-    if objective != "generation" or None not in tokens:
-        candidate_tokens = np.array(identifier_token_ids(tokenizer, num_candidates, style), dtype=np.int32)
+    if objective != "generation" or not any(one.obstacle(objective) for one in found):
+        candidate_tokens = np.array(identifier_token_ids(tokenizer, num_candidates, style, objective), dtype=np.int32)
 
     prompt = render_prompt(record, tokenizer)
     encoding = tokenize(prompt + ("[" if objective == "ranking" else record.response), tokenizer)
-    is_scored = candidate_tokens is not None
-    score_position = bracket_position(encoding, len(prompt), may_merge=not is_scored)
-    ids = encoding["input_ids"]
+    ids: list[int] = encoding["input_ids"]
+    splits = objective == "combined" and bool(found[permutation[0]].first)
+    score_position = bracket_position(encoding, len(prompt), may_merge=splits or candidate_tokens is None)
     if objective == "ranking":
         return EncodedRecord(np.array(ids, dtype=np.int32), len(ids), score_position, candidate_tokens, ranks)
 
     start = len(prompt) + 1  # character of the first identifier
-    for index in permutation:
-        token = tokens[index]
-        if token is not None and ids[encoding.char_to_token(start)] != token:
-            raise PromptError(
-                f"{where}: response: identifier [{names[index]}] is not the token {token} that it is elsewhere. Use a "
-                "tokenizer whose identifiers do not merge with their neighbors."
-            )
+    split_token: str | None = None
+    for place, index in enumerate(permutation):
+        one, at = found[index], encoding.char_to_token(start)
+        is_written = one.token is not None and not (one.later if place else one.first)
+        if is_written and ids[at] != one.token:
+            raise _unlike_elsewhere(where, names[index], one.token)
         start += len(names[index]) + len("] > [")
+    if splits:
+        first = permutation[0]
+        behind = encoding.char_to_token(len(prompt) + 1 + len(names[first]))
+        span, token = encoding.token_to_chars(behind), found[first].token
+        if span.start != len(prompt) + 1 + len(names[first]):
+            raise _unlike_elsewhere(where, names[first], token)
+        split_token = found[first].first[0]
+        ids = [*ids[:score_position], tokenizer_facts(tokenizer).bracket, int(token or 0), *ids[behind:]]
     input_ids = np.array([*ids, end_of_sequence(tokenizer)], dtype=np.int32)
-    return EncodedRecord(input_ids, score_position, score_position, candidate_tokens, ranks)
+    return EncodedRecord(input_ids, score_position, score_position, candidate_tokens, ranks, split_token)
+
+
+def _unlike_elsewhere(where: str, name: str, token: int | None) -> PromptError:
+    return PromptError(
+        f"{where}: response: identifier [{name}] is not the token {token} that it is elsewhere. Use a tokenizer whose "
+        "identifiers do not merge with their neighbors."
+    )

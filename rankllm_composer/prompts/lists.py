@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rankllm_composer.errors import PromptError
 from rankllm_composer.options import Decoding, ObjectiveName
-from rankllm_composer.prompts.chat import check_tokenizer, identifier_token_ids
+from rankllm_composer.prompts.identifier_tokens import check_tokenizer, identifier_token_ids
 from rankllm_composer.prompts.permutations import IdentifierStyle
 from rankllm_composer.prompts.record import Record
 
@@ -87,7 +87,7 @@ def unreadable_decodings(
         reasons["generation"] = "a model trained by ranking alone never learned to write an answer"
     for style, size in _longest(lists):
         try:
-            identifier_token_ids(tokenizer, size, style)
+            identifier_token_ids(tokenizer, size, style, objective)
         except PromptError as error:
             reasons["first_token"] = str(error)
     return reasons

@@ -16,8 +16,9 @@ import torch
 
 from rankllm_composer.distributed import largest_of_ranks
 from rankllm_composer.errors import PromptError, RunError
-from rankllm_composer.prompts.chat import identifier_token_ids
+from rankllm_composer.options import ObjectiveName
 from rankllm_composer.prompts.clients import CLIENT_TOP_K, CLIENTS, CURRENT_CLIENT, ClientVersion
+from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, separator_token_ids, splits_after_bracket
 from rankllm_composer.prompts.permutations import (
     ParsedAnswer,
     format_permutation,
@@ -92,7 +93,7 @@ def score_windows_first_token(
 
     Args:
         model, tokenizer: a causal LM whose forward accepts `logits_to_keep`, and its tokenizer.
-        windows: windows with letters, or with numbers that are one token each.
+        windows: windows whose identifiers are one token each.
         contract: with `append_bracket` the prompt ends with `[`. Otherwise the model writes its own first token and the
             scores are read after it, whatever it is, as in rank_llm 0.25.7; this needs a second forward pass only for
             windows where it is not `[`. `eos_token_ids` cannot come first.
@@ -103,19 +104,18 @@ def score_windows_first_token(
         attention: see `attention.choose_attention`.
         lockstep: the model is sharded: all ranks call this together and run as many forward passes as the busiest rank.
     Raises:
-        RunError: a window has numbers of several tokens, or logits contain NaN.
+        RunError: a window has identifiers that are not one token each, or logits contain NaN.
     Source:
         Gangi Reddy et al. 2024 (FIRST, arXiv:2406.15657); rank_llm 0.25.7 and 0.26.0.
     """
     for window in windows:
-        if window.style == "numbers" and window.num_candidates > 9:
-            try:
-                identifier_token_ids(tokenizer, window.num_candidates, window.style)
-            except PromptError as error:
-                raise RunError(
-                    f"window {window.id} has {window.num_candidates} candidates named by numbers, which the first "
-                    f"token cannot tell apart: {error}"
-                ) from error
+        try:
+            identifier_token_ids(tokenizer, window.num_candidates, window.style, contract.objective)
+        except PromptError as error:
+            raise RunError(
+                f"window {window.id} has {window.num_candidates} candidates named by {window.style}, which the first "
+                f"token cannot tell apart: {error}"
+            ) from error
     read = _ScoreReader(tokenizer, top_k, contract.client_version)
     scores: list[NDArray[np.float64]] = [np.empty(0)] * len(windows)
     opens = [True] * len(windows)
@@ -167,6 +167,9 @@ def generate_windows(
     """
     answers: list[GeneratedAnswer | None] = [None] * len(windows)
     lengths = [answer_lengths(tokenizer, w.num_candidates, w.style, contract.client_version) for w in windows]
+    # The first identifier may or may not be one token with its bracket, then also the one that the model puts first.
+    joins = [splits_after_bracket(tokenizer, window.num_candidates, window.style) for window in windows]
+    lengths = [(asked, whole + is_joined) for (asked, whole), is_joined in zip(lengths, joins)]
     costs = [len(window.input_ids) + max(length) for window, length in zip(windows, lengths)]
     batches = _padded_batches(costs, [window.style for window in windows], batch_tokens)
     with inference(model, CACHED_ATTENTION, max(costs, default=1)):
@@ -174,12 +177,13 @@ def generate_windows(
             members = [windows[i] for i in batch]
             if constrained:
                 steps = largest_of_ranks(max((window.num_candidates for window in members), default=0), lockstep)
-                orders = _choose_candidates(model, tokenizer, members, steps)
+                orders = _choose_candidates(model, tokenizer, members, steps, contract.objective)
                 texts = requested = [format_permutation(order, w.style) for order, w in zip(orders, members)]
             else:
                 steps = largest_of_ranks(max((max(lengths[i]) for i in batch), default=0), lockstep)
                 tokens = _generate(model, members, steps, contract.eos_token_ids)
                 texts = [_decode(tokenizer, row[: lengths[i][1]]) for i, row in zip(batch, tokens)]
+                texts = [_first_brackets(w, text) if joins[i] else text for i, w, text in zip(batch, members, texts)]
                 requested = [_decode(tokenizer, row[: lengths[i][0]]) for i, row in zip(batch, tokens)]
             for i, window, text, requested_text in zip(batch, members, texts, requested):
                 complete = parse_answer(text, window.num_candidates, window.style)
@@ -261,11 +265,15 @@ def _generate(
 
 
 def _choose_candidates(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Sequence[Window], num_choices: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Sequence[Window],
+    num_choices: int,
+    objective: ObjectiveName,
 ) -> list[list[int]]:
     """Candidates of each window in the order the model names them, without repetition: one per forward pass."""
-    tokens_of = [identifier_token_ids(tokenizer, window.num_candidates, window.style) for window in windows]
-    separators = [_separator_tokens(tokenizer, window) for window in windows] or [[]]
+    tokens_of = [identifier_token_ids(tokenizer, window.num_candidates, window.style, objective) for window in windows]
+    separators = [separator_token_ids(tokenizer, window.style) for window in windows] or [[]]
     batch = CachedBatch(model, [window.input_ids[:-1] for window in windows])
     orders: list[list[int]] = [[] for _ in windows]
     next_tokens = [[int(window.input_ids[-1])] for window in windows] or [[0]]
@@ -282,13 +290,6 @@ def _choose_candidates(
     return orders
 
 
-def _separator_tokens(tokenizer: PreTrainedTokenizerBase, window: Window) -> list[int]:
-    """Tokens between two identifiers of an answer."""
-    first, second = identifier_token_ids(tokenizer, 2, window.style)
-    tokens: list[int] = tokenizer(format_permutation((0, 1), window.style))["input_ids"]
-    return tokens[tokens.index(first) + 1 : tokens.index(second)]
-
-
 def check_not_nan(logits: torch.Tensor, windows: Sequence[Window]) -> None:
     """Raise if (B, V) logits of B windows contain NaN: any order read from them would be arbitrary."""
     for window, is_nan in zip(windows, logits.isnan().any(dim=-1).tolist()):
@@ -301,6 +302,12 @@ def check_not_nan(logits: torch.Tensor, windows: Sequence[Window]) -> None:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _first_brackets(window: Window, text: str) -> str:
+    """An answer as far as its last bracket, if it has one for each candidate."""
+    parts = text.split("]")
+    return text if len(parts) <= window.num_candidates else "]".join(parts[: window.num_candidates]) + "]"
 
 
 def _padded_batches(costs: Sequence[int], styles: Sequence[str], batch_tokens: int) -> list[list[int]]:

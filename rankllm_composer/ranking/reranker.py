@@ -17,8 +17,8 @@ import torch
 
 from rankllm_composer.errors import RunError, first_line
 from rankllm_composer.options import Decoding, RerankOptions
-from rankllm_composer.prompts.chat import identifier_token_ids
 from rankllm_composer.prompts.contract import DecodingContract
+from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, separator_token_ids
 from rankllm_composer.prompts.windows import fit_window, sliding_spans
 from rankllm_composer.ranking.decoding import (
     FirstTokenAnswer,
@@ -90,7 +90,7 @@ class Reranker:
         decoding: the decoding used: that of the options, else the one that the model was trained for.
     Raises:
         RunError: the model does not support the options.
-        PromptError: the decoding needs identifiers of one token, and the tokenizer has others.
+        PromptError: the decoding needs identifiers of one token, and the model or its tokenizer has others.
         ModelError: the contract does not allow the window or its stride.
     """
 
@@ -120,8 +120,10 @@ class Reranker:
             )
         if options.constrained and self.decoding != "generation":
             raise RunError(f"constrained has no effect on {self.decoding} decoding. Leave it out, or use generation.")
-        if options.constrained or (self.decoding == "first_token" and contract.identifier_style == "numbers"):
-            identifier_token_ids(tokenizer, window, contract.identifier_style)  # fails now, not at the first window
+        if options.constrained or self.decoding == "first_token":  # fails now, not at the first window
+            identifier_token_ids(tokenizer, window, contract.identifier_style, contract.objective)
+        if options.constrained:
+            separator_token_ids(tokenizer, contract.identifier_style)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, options: RerankOptions | None = None) -> Reranker:

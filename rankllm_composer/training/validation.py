@@ -16,7 +16,7 @@ from composer.utils import create_interval_scheduler, dist
 from rankllm_composer.errors import PromptError, RunError
 from rankllm_composer.export.weights import hf_module
 from rankllm_composer.options import DECODINGS, Decoding
-from rankllm_composer.prompts.chat import identifier_token_ids
+from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, separator_token_ids
 from rankllm_composer.prompts.lists import ListCounts, unreadable_decodings
 from rankllm_composer.prompts.permutations import parse_permutation
 from rankllm_composer.prompts.windows import record_window
@@ -73,7 +73,8 @@ def measurable(
     if constrained and "generation" in left:
         try:
             for style, size in lists:
-                identifier_token_ids(tokenizer, size, style)
+                identifier_token_ids(tokenizer, size, style, contract.objective)
+                separator_token_ids(tokenizer, style)
         except PromptError as error:
             constrained = False
             sentences.append(f"evaluation.constrained: answers are generated without constraints: {error}")

@@ -118,7 +118,13 @@ def test_later_metrics_are_added_to_the_card(tmp_path):
 
 
 def test_published_metrics_match_those_in_the_recipes():
-    for name, published in (("first_mistral", 4), ("rank_zephyr", 4), ("first_mistral_lora", 0), ("demo", 0)):
+    for name, published in (
+        ("first_mistral", 4),
+        ("rank_zephyr", 4),
+        ("first_qwen3_0.6b", 3),
+        ("first_mistral_lora", 0),
+        ("demo", 0),
+    ):
         figures = published_figures(name)
         header = (REPOSITORY / "yamls" / f"{name}.yaml").read_text().partition("\nrun:")[0].replace("#", "")
         words = " ".join(header.split())

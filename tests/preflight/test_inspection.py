@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.launching import REPOSITORY
 from support.real_tokenizers import build_tokenizer
+from support.small_tokenizers import QWEN_WORDS, byte_level_tokenizer
 from support.synthetic_records import conversation, write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -91,6 +92,21 @@ def test_identifiers_of_several_tokens_are_a_problem_for_scores(mistral_v3_token
     assert found.encoded is None and "[10] is several tokens" in found.problems[0]
     generated = inspect_record(numbers, mistral_v3_tokenizer, "generation", max_length_tokens=900)
     assert generated.problems == [] and any("not scored by its first token" in note for note in generated.notes)
+
+
+def test_a_boundary_behind_the_bracket_is_shown():
+    tokenizer = byte_level_tokenizer(QWEN_WORDS)
+    best = RECORD.response[1]
+    for objective, has_boundary in (("combined", True), ("ranking", False), ("generation", False)):
+        found = inspect_record(RECORD, tokenizer, objective, max_length_tokens=2000)
+        text = "\n".join(found.lines(color=False))
+        boundary = (
+            f"boundary        after token {found.encoded.score_position:,}: the tokenizer alone would join '[{best}'"
+        )
+        assert (boundary in text) == has_boundary and (f"⟪[⟫ ⟦{best}⟧ ⟨]⟩" in text) == has_boundary
+        unscored = [note for note in found.notes if "not scored by its first token" in note]
+        assert len(unscored) == (objective == "generation") and found.problems == []
+    assert "[A] merges with its bracket in the token '[A'" in unscored[0]
 
 
 TEMPLATES = {

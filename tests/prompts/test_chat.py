@@ -3,76 +3,23 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from support.small_tokenizers import CHATML, GPT2_WORDS, QWEN_WORDS, byte_level_tokenizer, record, word_level_tokenizer
+from tokenizers import processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from rankllm_composer.errors import PromptError
-from rankllm_composer.prompts.chat import build_messages, check_tokenizer, identifier_token_ids, render_chat, tokenize
+from rankllm_composer.prompts.chat import build_messages, render_chat, tokenize
 from rankllm_composer.prompts.encoding import encode_prompt, encode_record
-from rankllm_composer.prompts.permutations import MAX_CANDIDATES, identifiers
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
+from rankllm_composer.prompts.identifier_tokens import check_tokenizer, identifier_token_ids
 
 OBJECTIVES = ("generation", "ranking", "combined")
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 USER_ONLY = (
     "{% for message in messages if message['role'] == 'user' %}{{ '<user>' + message['content'] + '\n<answer>\n' }}"
     "{% endfor %}"
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + USER_ONLY
-# How GPT-2 cuts text into words, and how Qwen and Llama 3 do: there a bracket and the letters after it are one word.
-GPT2_WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def record(num_candidates: int = 3, style: str = "letters") -> dict:
-    names = identifiers(num_candidates, style)
-    values = (
-        SYSTEM_MESSAGE,
-        render_user_turn("query", [f"passage {i}" for i in range(num_candidates)], style),
-        " > ".join(f"[{name}]" for name in reversed(names)),
-    )
-    return {"id": "r", "conversations": [{"from": "-", "value": value} for value in values]}
-
-
-def byte_level_tokenizer(words: str) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer that has seen many lists, as GPT-2's or Qwen's cuts words."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    texts = [
-        record(n, style)["conversations"][k]["value"] for n in range(1, 27) for style in MAX_CANDIDATES for k in (1, 2)
-    ]
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
-
-
-def word_level_tokenizer(words: str, **changes) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words and marks, of which it knows only `words`."""
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *words.split()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[\[\]<>]"), "isolated")]
-    )
-    settings = {"eos_token": "<eos>", "unk_token": "<unk>", "chat_template": CHATML, **changes}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -179,48 +126,6 @@ def test_words_and_marks_are_enough() -> None:
     assert encoded.identifier_token_ids.tolist() == [5, 6, 7]
 
 
-def test_merged_identifiers_stop_where_scores_are_read(changed, qwen_like) -> None:
-    before = changed()
-    before.add_tokens(["[B"])
-    after = changed()
-    after.add_tokens(["C]"])
-    # To qwen_like "[A" is a word, and the lists it has seen made the word a token.
-    for tokenizer, name in ((qwen_like, "A"), (before, "B"), (after, "C")):
-        message = re.escape(f"identifier [{name}] merges with its bracket")
-        for objective in ("ranking", "combined"):
-            with pytest.raises(PromptError, match=message + ".* Use numbers"):
-                encode_record(record(), tokenizer, objective)
-            with pytest.raises(PromptError, match=message):
-                check_tokenizer(tokenizer, objective)
-            check_tokenizer(tokenizer, objective, "numbers", 3)  # the advice
-        check_tokenizer(tokenizer, "generation")
-        encoded = encode_record(record(), tokenizer, "generation")
-        assert encoded.identifier_token_ids is None
-        written = encoded.input_ids[encoded.response_start :]
-        assert tokenizer.decode(written).replace(" ", "") == "[C]>[B]>[A]<|im_end|>"
-        prompt = encode_prompt(*(turn["value"] for turn in record()["conversations"][:2]), tokenizer, False)
-        assert encoded.input_ids[: encoded.response_start].tolist() == prompt.tolist()
-
-
-def test_alternatives_are_named_only_if_they_work(qwen_like, mistral_v3_tokenizer) -> None:
-    with pytest.raises(PromptError, match=r"\[A\] merges .* Use another tokenizer, or the objective generation"):
-        identifier_token_ids(qwen_like, 20)  # 10 is two tokens to it
-    with pytest.raises(PromptError, match=r"\[10\] is several .* Use lists of at most 9, or the objective generation"):
-        identifier_token_ids(qwen_like, 20, "numbers")
-    with pytest.raises(PromptError, match=r"Use letters, lists of at most 9, or the objective generation"):
-        identifier_token_ids(mistral_v3_tokenizer, 20, "numbers")
-    with pytest.raises(PromptError, match=r"Use lists of at most 9, or the objective generation"):
-        identifier_token_ids(mistral_v3_tokenizer, 30, "numbers")
-
-
-def test_only_identifiers_in_use_are_looked_at(changed) -> None:
-    tokenizer = changed()
-    tokenizer.add_tokens(["[Z"])
-    check_tokenizer(tokenizer, "combined", "letters", 25)
-    with pytest.raises(PromptError, match=r"\[Z\] merges"):
-        check_tokenizer(tokenizer, "combined", "letters", 26)
-
-
 @pytest.mark.parametrize("added", ["[A", "B]", "\n[", "assistant\n[", "]", "A"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_tokens_added_after_the_first_record(changed, objective: str, added: str) -> None:
@@ -238,31 +143,6 @@ def test_tokens_added_after_the_first_record(changed, objective: str, added: str
     else:
         with pytest.raises(PromptError, match=r"merges with its neighbors|is not the token"):
             encode_record(record(), tokenizer, objective)
-
-
-@pytest.mark.parametrize("objective", ["ranking", "combined"])
-def test_identifiers_of_several_tokens_stop_where_scores_are_read(mistral_v3_tokenizer, objective: str) -> None:
-    message = r"identifier \[10\] is several tokens.*lists of at most 9, or the objective generation"
-    with pytest.raises(PromptError, match=message):
-        encode_record(record(10, "numbers"), mistral_v3_tokenizer, objective)
-    with pytest.raises(PromptError, match=message):
-        check_tokenizer(mistral_v3_tokenizer, objective, "numbers", 20)
-
-
-def test_identifiers_of_several_tokens_are_generated(mistral_v3_tokenizer) -> None:
-    check_tokenizer(mistral_v3_tokenizer, "generation", "numbers", 99)
-    encoded = encode_record(record(10, "numbers"), mistral_v3_tokenizer, "generation")
-    assert encoded.identifier_token_ids is None
-    assert encoded.ranks.tolist() == list(range(9, -1, -1))
-    response = mistral_v3_tokenizer.decode(encoded.input_ids[encoded.response_start :])
-    assert response == "[10] > [9] > [8] > [7] > [6] > [5] > [4] > [3] > [2] > [1]</s>"
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_unknown_identifiers_stop(objective: str) -> None:
-    tokenizer = word_level_tokenizer("[ ] > A C")
-    with pytest.raises(PromptError, match=r"identifier \[B\] is not the token 'B' everywhere"):
-        encode_record(record(), tokenizer, objective)
 
 
 def test_more_candidates_than_names(mistral_v3_tokenizer) -> None:

@@ -50,6 +50,11 @@ def test_a_contract_that_names_no_client_is_of_the_version_before_there_were_two
         ({"objective": "combined", "identifier_style": "numbers"}, "first_token", set()),
         ({"objective": "combined", "bracket_merges": True}, "first_token", set()),
         ({"objective": "generation", "identifier_token_ids": None}, "generation", {"first_token"}),
+        (
+            {"objective": "generation", "identifier_token_ids": None, "bracket_merges": True},
+            "generation",
+            {"first_token"},
+        ),
         ({"objective": "combined", "client_version": "0.25.7"}, "first_token", set()),
         ({"objective": "ranking", "client_version": "0.25.7"}, None, {"first_token", "generation"}),
         (
@@ -57,7 +62,7 @@ def test_a_contract_that_names_no_client_is_of_the_version_before_there_were_two
             "generation",
             {"first_token"},
         ),
-        ({"objective": "combined", "bracket_merges": True, "client_version": "0.25.7"}, "generation", {"first_token"}),
+        ({"objective": "combined", "bracket_merges": True, "client_version": "0.25.7"}, "first_token", set()),
     ],
 )
 def test_what_each_client_can_serve(changes, decoding, unserved):

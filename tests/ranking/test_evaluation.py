@@ -8,11 +8,13 @@ import math
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.small_tokenizers import GPT2_WORDS, QWEN_WORDS, byte_level_tokenizer
 from support.tiny_rerankers import (
     FAMILIES,
     NO_SYSTEM_TEMPLATE,
@@ -25,6 +27,7 @@ from support.tiny_rerankers import (
 )
 
 from rankllm_composer.errors import PromptError, RunError
+from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.permutations import identifiers, parse_answer
 from rankllm_composer.prompts.windows import Window, answer_lengths, fit_window, record_window, sliding_spans
 from rankllm_composer.ranking.decoding import generate_windows, read_likeliest, score_windows_first_token
@@ -349,6 +352,44 @@ def test_a_missing_last_bracket_does_not_make_an_answer_malformed(each_tokenizer
     window = record_window(record_of([1, 3, 2]), each_tokenizer)
     (answer,) = generate(KnownReranker(ending="]"), each_tokenizer, [window])
     assert answer.permutation == (1, 2, 0) and answer.parsed.is_well_formed
+
+
+class Writer(KnownReranker):
+    """Writes the answer of an encoded record, and then `x` without end."""
+
+    def __init__(self, encoded: EncodedRecord, tokenizer) -> None:
+        super().__init__()
+        self.start, self.size = encoded.response_start, len(tokenizer)
+        self.tokens = [*encoded.input_ids[encoded.response_start : -1].tolist(), tokenizer.convert_tokens_to_ids("x")]
+
+    def next_token_logits(self, tokens: list[int]) -> torch.Tensor:
+        logits = torch.full((self.size,), -20.0)
+        logits[self.tokens[min(len(tokens) - self.start, len(self.tokens) - 1)]] = 10.0
+        return logits
+
+
+@pytest.mark.parametrize("objective", ["generation", "combined"])
+def test_answers_whose_first_identifier_may_be_one_token_with_its_bracket(objective):
+    some = byte_level_tokenizer(GPT2_WORDS)
+    some.add_tokens(["[C"])
+    for tokenizer in (byte_level_tokenizer(QWEN_WORDS), some):
+        contract = new_contract(tokenizer, objective)
+        assert contract.bracket_merges
+        assert (contract.identifier_token_ids is None) == (objective == "generation")
+        for response in ("[C] > [A] > [B]", "[A] > [C] > [B]"):
+            record = dataclasses.replace(record_of([2, 1, 3]), response=response)
+            model = Writer(encode_record(record, tokenizer, objective), tokenizer)
+            (answer,) = generate_windows(model, tokenizer, [record_window(record, tokenizer)], contract)
+            assert answer.text == response and answer.parsed.is_well_formed
+            assert answer.permutation == parse_answer(response, 3).permutation
+            windows = [record_window(record, tokenizer)]
+            if objective == "combined":
+                (scored,) = score_windows_first_token(model, tokenizer, windows, contract)
+                assert scored.opens_with_bracket and scored.permutation[0] == answer.permutation[0]
+            else:
+                for call in (score_windows_first_token, partial(generate_windows, constrained=True)):
+                    with pytest.raises((PromptError, RunError), match=r"merges with its bracket in the token '\[[AC]'"):
+                        call(model, tokenizer, windows, contract)
 
 
 # Figures

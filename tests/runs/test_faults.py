@@ -47,7 +47,8 @@ from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.model.self_check import check_model
 from rankllm_composer.options import ModelOptions
-from rankllm_composer.prompts.chat import check_tokenizer, template_notes
+from rankllm_composer.prompts.chat import template_notes
+from rankllm_composer.prompts.identifier_tokens import check_tokenizer
 from rankllm_composer.prompts.template import fix_date
 from rankllm_composer.ranking.reranker import Reranker
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.launching import ON_CPU, REPOSITORY, metrics, succeeded, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from support.small_tokenizers import CHATML, LLAMA3_WORDS, QWEN_WORDS, byte_level_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen3Config
 
 from rankllm_composer.cli import main
 from rankllm_composer.prompts.contract import chat_template_sha256, read_contract
@@ -28,6 +30,16 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+NO_THINKING = (
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +50,35 @@ def material(tmp_path_factory, golden, mistral_v3_tokenizer, zephyr_v1_tokenizer
     copies = [dict(record, id=f"{record['id']}-{copy}") for copy in range(4) for record in records]
     (folder / "records.json").write_text(json.dumps(copies))
     (folder / "windows.json").write_text(json.dumps(records[:3]))
+    seen = [turn["value"] for record in records for turn in record["conversations"]]
+    qwen = byte_level_tokenizer(QWEN_WORDS, 3000, seen)
+    qwen.chat_template = CHATML.removesuffix("{% endif %}") + NO_THINKING + "{% endif %}"
+    llama = byte_level_tokenizer(LLAMA3_WORDS, 3000, seen)
+    llama.chat_template = "{{ bos_token }}Today: {{ strftime_now('%d %b %Y') }}\n" + CHATML
+    llama.bos_token = "<|im_start|>"
     bases = {
-        "mistral": (mistral_v3_tokenizer, {"vocab_size": 32768, "sliding_window": None, "rope_theta": 1e6}),
-        "zephyr": (zephyr_v1_tokenizer, {"vocab_size": 32000, "sliding_window": 4096}),
+        "mistral": (mistral_v3_tokenizer, MistralConfig, {"sliding_window": None, "rope_theta": 1e6}),
+        "zephyr": (zephyr_v1_tokenizer, MistralConfig, {"sliding_window": 4096}),
+        "qwen3": (qwen, Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+        "qwen3_8b": (qwen, Qwen3Config, {"head_dim": 16}),
+        "llama": (llama, LlamaConfig, {"tie_word_embeddings": True, "rope_scaling": LLAMA3_ROPE}),
     }
-    for name, (tokenizer, keys) in bases.items():
+    for name, (tokenizer, config, keys) in bases.items():
         tokenizer.save_pretrained(folder / name)
-        MistralConfig(**TINY, **keys, max_position_embeddings=32768).save_pretrained(folder / name)
+        config(**TINY, **keys, vocab_size=len(tokenizer), max_position_embeddings=32768).save_pretrained(folder / name)
     return folder
+
+
+def base_of(recipe: Path) -> str:
+    """Name of the tiny base model that takes the place of a recipe's."""
+    names = ("zephyr", "qwen3_8b", "qwen3", "llama")
+    return next((name for name in names if name in recipe.stem), "mistral")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
-    base = "zephyr" if "zephyr" in recipe.stem else "mistral"
+    base = base_of(recipe)
     overlay = [
         *ON_CPU,
         "run.folder=run",
@@ -96,7 +123,11 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(export)
     model = AutoModelForCausalLM.from_pretrained(export)
     assert contract.chat_template_sha256 == chat_template_sha256(tokenizer)
-    assert type(model).__name__ == "MistralForCausalLM" and model.config.use_cache
+    families = {"qwen3": "Qwen3", "qwen3_8b": "Qwen3", "llama": "Llama"}
+    assert type(model).__name__ == f"{families.get(base, 'Mistral')}ForCausalLM" and model.config.use_cache
+    assert contract.bracket_merges == (base in families)
+    stored = [name for name in load_file(export / "model.safetensors") if "embed_tokens" in name or "lm_head" in name]
+    assert len(stored) == (1 if base in ("qwen3", "llama") else 2)  # tied embeddings are stored once
     record = json.loads((material / "records.json").read_text())[3]
     ids = encode_record(record, tokenizer, contract.objective).input_ids
     windows = [Record.from_conversations(record) for record in json.loads((material / "windows.json").read_text())]

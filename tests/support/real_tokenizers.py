@@ -1,11 +1,12 @@
 """The tokenizers of Mistral-7B-Instruct-v0.3 and Zephyr as HF folders, built from files of the package mistral-common.
 
 Both are SentencePiece BPE models. Their pieces are read from the protobuf file here, so that neither sentencepiece nor
-a download is needed; a test holds the result against known token ids.
+a download is needed; a test holds the result against known token ids. Tekken, of later Mistral models, is there too.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import struct
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -88,6 +90,58 @@ def build_tokenizer(name: str):
         spaces_between_special_tokens=False,
         chat_template=(GOLDEN / f"{name}.jinja").read_text(encoding="utf-8"),
     )
+
+
+TEKKEN = "tekken_240911.json"
+TEKKEN_TEMPLATE = (
+    "{{- bos_token }}{%- for m in messages %}{%- if m['role'] == 'system' %}"
+    "{{- '[SYSTEM_PROMPT]' + m['content'] + '[/SYSTEM_PROMPT]' }}{%- else %}{{- '[INST]' + m['content'] + '[/INST]' }}"
+    "{%- endif %}{%- endfor %}"
+)
+
+
+def build_tekken():
+    """Tekken (Mistral Small, Nemo) as a fast tokenizer, with its short ASCII tokens alone, and so with other ids."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    data = json.loads(files("mistral_common").joinpath("data", TEKKEN).read_bytes())
+    size = data["config"]["default_vocab_size"] - data["config"]["default_num_special_tokens"]
+    tokens = [base64.b64decode(entry["token_bytes"]) for entry in data["vocab"][:size]]
+    kept = (token for token in tokens if len(token) == 1 or (token.isascii() and len(token) <= 5))
+    ranks = {token: rank for rank, token in enumerate(kept)}
+    shown = bytes_to_unicode()
+
+    def text(token: bytes) -> str:
+        return "".join(shown[byte] for byte in token)
+
+    merged = [pair for token, rank in ranks.items() if (pair := _last_merge(token, rank, ranks)) is not None]
+    vocabulary = {text(token): rank for token, rank in ranks.items()}
+    pairs = [(text(left), text(right)) for left, right in merged]
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(data["config"]["pattern"]), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    marks = ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    beginning = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[beginning])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=TEKKEN_TEMPLATE
+    )
+
+
+def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The pair that joins to a token, after all joins of lower rank."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+        best = min(range(len(joined)), key=joined.__getitem__)
+        if joined[best] >= rank:
+            return None
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def merges(pieces: list[tuple[str, float, int]], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
