@@ -67,7 +67,8 @@ Text = Annotated[Word, WrapValidator(keep_reference)]
 PathText = Annotated[Text, BeforeValidator(expand_path)]
 """A path or URL as text, or a `pathlib.Path`, in which `~` and `$HOME` are expanded."""
 
-AttentionName = Literal["auto", "flash_attention_2", "packed_sdpa"]
+AttentionName = Literal["auto", "packed_varlen", "packed_sdpa", "flash_attention_2"]
+ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 Decoding = Literal["first_token", "generation"]
 """How a ranking is read from a model: from the logits of the first identifier, or from a generated answer."""
 
@@ -332,7 +333,7 @@ class ModelOptions:
     random_weights: Flag = option("Build from the config only, with fresh weights, instead of loading them.", False)
     config_overrides: dict[str, Any] = option("Values that override the HF config, under its own names.", {})
     attention: AttentionName = option(
-        "Attention over packed sequences; auto = flash_attention_2 on a GPU that has it, else packed_sdpa.", "auto"
+        "Attention over packed sequences; auto = packed_varlen, torch's own kernel, on a GPU, else packed_sdpa.", "auto"
     )
     activation_checkpointing: Number = option(
         "Share of the decoder layers whose activations are recomputed in the backward pass.",
@@ -370,7 +371,7 @@ class RerankOptions:
     batch_tokens: Whole = option("Most tokens in one forward pass.", 16384, unit="tokens", ge=1)
     queries_at_once: Whole = option("Queries whose windows are packed together.", 32, unit="queries", ge=1)
     attention: AttentionName = option(
-        "Attention over packed sequences; auto = flash_attention_2 on a GPU that has it, else packed_sdpa.", "auto"
+        "Attention over packed sequences; auto = packed_varlen, torch's own kernel, on a GPU, else packed_sdpa.", "auto"
     )
     revision: Text | None = option(
         "Branch, tag or commit of the HF model id; null = its default.", None, unit="revision"

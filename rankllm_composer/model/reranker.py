@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from composer.models import HuggingFaceModel
+from composer.utils import dist
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankllm_composer.errors import ModelError
-from rankllm_composer.model.attention import OWN_ATTENTION, PACKED_SDPA, calls_of_packed_sdpa, choose_attention
+from rankllm_composer.model.attention import (
+    OUR_ATTENTION,
+    OWN_ATTENTION,
+    AttentionCalls,
+    choose_attention,
+    watch_attention,
+)
 from rankllm_composer.model.experts import reach_all_experts
 from rankllm_composer.model.flops import forward_flops, training_flops
 from rankllm_composer.model.forward import head_rows, list_logits, num_layers
 from rankllm_composer.model.lora import check_adapter_names
 from rankllm_composer.model.objective import Objective
+from rankllm_composer.screen import say
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -59,8 +67,8 @@ class ListwiseReranker(HuggingFaceModel):
         model: a decoder-only HF causal LM that `self_check.check_model` accepts (Mistral, Llama, Qwen, …).
         tokenizer: its tokenizer; saved with checkpoints.
         objective: the training objective.
-        attention: "auto", "flash_attention_2" or "packed_sdpa"; "sdpa" or "eager" = the model's own as it was built,
-            which takes one list per forward pass.
+        attention: "auto", "packed_varlen", "packed_sdpa" or "flash_attention_2"; "sdpa" or "eager" = the model's own as
+            it was built, which takes one list per forward pass.
         device: device of the forward pass, "gpu" or "cpu".
         bf16_on_cpu: use PyTorch's autocast to bfloat16 on a CPU, where Composer's `amp_bf16` has no effect.
         peft_config: a PEFT LoRA configuration. None = train all weights.
@@ -95,16 +103,17 @@ class ListwiseReranker(HuggingFaceModel):
             should_save_peft_only=not getattr(peft_config, "modules_to_save", None),
         )
         self.objective = objective
-        self._is_counted = False
+        self._is_counted = self._is_compiled = False
         self.bf16_on_cpu = bf16_on_cpu
         reach_all_experts(decoder_layers(self.model))
         layer_types = {type(layer) for layer in decoder_layers(self.model)}
         self.model.fsdp_wrap_fn = lambda module: type(module) in layer_types  # type: ignore[assignment]
 
-    def compile_layers(self) -> None:
-        """Compile each decoder layer."""
+    def compile_layers(self, **options: Any) -> None:
+        """Compile each decoder layer; the options are those of `torch.compile`."""
+        self._is_compiled = True
         for layer in decoder_layers(self.model):
-            layer.compile()
+            layer.compile(**options)
 
     def get_metadata(self) -> dict[str, Any]:
         """Return what Composer adds to a checkpoint about config and tokenizer: nothing, as the recipe names both.
@@ -122,26 +131,45 @@ class ListwiseReranker(HuggingFaceModel):
 
         For `ranking` the logits are (R, C), those of `batch["scored_token_ids"]`.
         """
+        if not self._is_counted:
+            self._is_counted = True
+            with watch_attention() as calls:
+                logits = self._uncompiled_logits(batch) if self._is_compiled else self._logits(batch)
+            self._check_attention(calls)
+            if not self._is_compiled:
+                return {"logits": logits}
+        return {"logits": self._logits(batch)}
+
+    def _logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
         call = (self.model, batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["logit_positions"])
-        before = calls_of_packed_sdpa()
         of_all = self.objective.trains_language_modelling or not batch["record_ids"]
         with (
             torch.autocast("cpu", torch.bfloat16) if self.bf16_on_cpu else nullcontext(),
             nullcontext() if of_all else head_rows(self.model, batch["scored_token_ids"]),
         ):
-            logits = list_logits(*call, batch["longest"])
-        if not self._is_counted:
-            self._count_attention(calls_of_packed_sdpa() - before)
-        return {"logits": logits}
+            return list_logits(*call, batch["longest"])
 
-    def _count_attention(self, num_calls: int) -> None:
+    def _uncompiled_logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Run the layers uncompiled, in evaluation mode, so that no random number is drawn."""
+        was_training = self.training
+        self.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits = self._logits(batch)
+        self.train(was_training)
+        return logits
+
+    def _check_attention(self, calls: AttentionCalls) -> None:
         """Check after the first forward pass that no layer of the real model has an attention of its own."""
-        self._is_counted = True
-        expected = num_layers(self.model.config)
-        if self.model.config._attn_implementation == PACKED_SDPA and num_calls != expected:
+        attention, expected = self.model.config._attn_implementation, num_layers(self.model.config)
+        if attention in OUR_ATTENTION and calls.number != expected:
             raise ModelError(
-                f"model.name_or_path: packed attention was called {num_calls} times in {expected} layers; expected "
+                f"model.name_or_path: packed attention was called {calls.number} times in {expected} layers; expected "
                 "once per layer, or lists of a pack see each other. Set batch.packing=false."
+            )
+        if calls.fallbacks and dist.get_global_rank() == 0:
+            say(
+                f"model.attention: {attention} cannot be used, as {' and '.join(sorted(calls.fallbacks))}; packed_sdpa "
+                "computes the attention, list by list"
             )
 
     def loss(  # type: ignore[override]  # the Trainer logs the values of a dict by name

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rankllm_composer.errors import ModelError, first_line
-from rankllm_composer.model.attention import OWN_ATTENTION, PACKED_SDPA, calls_of_packed_sdpa, choose_attention
+from rankllm_composer.model.attention import OWN_ATTENTION, PACKED_SDPA, choose_attention, watch_attention
 from rankllm_composer.model.forward import head_rows, list_logits, num_layers
 from rankllm_composer.model.tiny_copy import tiny_config, tiny_model
 
@@ -246,15 +246,16 @@ def _try(
         raise _UnfitError(f"{type(error).__name__}: {first_line(error)}") from error
     lists = _lists()
     groups = [list(range(len(lists)))] if packs else [[number] for number in range(len(lists))]
-    before = calls_of_packed_sdpa()
     try:
-        logits = [_rows(model, [lists[number] for number in group]) for group in groups]
+        with watch_attention() as calls:
+            logits = [_rows(model, [lists[number] for number in group]) for group in groups]
     except Exception as error:  # of our attention, or whatever the code of a model raises
         ours = first_line(error).partition(". ")[0].rstrip(".")
         raise _UnfitError(ours if PACKED_SDPA in ours else "its forward pass does not take packed lists") from error
-    calls = calls_of_packed_sdpa() - before
-    if packs and calls != num_layers(model.config):
-        raise _UnfitError(f"packed attention is called {calls} times in a copy with {num_layers(model.config)} layers")
+    if packs and calls.number != num_layers(model.config):
+        raise _UnfitError(
+            f"packed attention is called {calls.number} times in a copy with {num_layers(model.config)} layers"
+        )
     wanted = [torch.cat([expected[number] for number in group])[1::2] for group in groups]
     if any(_differ(got, right) for got, right in zip(logits, wanted)):
         scaled = getattr(tiny, "rope_scaling", None) is not None

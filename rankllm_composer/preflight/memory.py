@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,9 +20,11 @@ import torch.distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rankllm_composer.data import packing
 from rankllm_composer.errors import RunError
+from rankllm_composer.model.attention import PACKED_SDPA, kernel_problem
 from rankllm_composer.model.loading import new_causal_lm
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig
 
-FAKE_FLASH_ATTENTION = "allocations_of_a_kernel"  # transformers 5 loads a package for any name with "flash"
+FAKE_KERNEL = "allocations_of_a_kernel"  # transformers 5 loads a package for any name with "flash"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Workload:
     mixed_precision: str = "DEFAULT"
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     activation_checkpointing: float = 0.0
-    attention: Literal["flash_attention_2", "packed_sdpa"] = "flash_attention_2"
+    attention: Literal["packed_varlen", "packed_sdpa", "flash_attention_2"] = "packed_varlen"
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     peft_config: PeftConfig | None = None
     frozen_precision: Literal["fp32", "bf16"] = "fp32"
@@ -110,9 +113,9 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     causal_lm = new_causal_lm(work.config, dtype).train()  # .to(dtype) fails on fake tensors
     checkpoint_activations(causal_lm, work.activation_checkpointing)
     model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa", peft_config=work.peft_config)
-    if work.attention == "flash_attention_2":
-        AttentionInterface.register(FAKE_FLASH_ATTENTION, _fake_flash_attention)
-        model.config._attn_implementation = FAKE_FLASH_ATTENTION
+    if work.attention != "packed_sdpa":
+        AttentionInterface.register(FAKE_KERNEL, partial(_fake_kernel, work.attention == "packed_varlen"))
+        model.config._attn_implementation = FAKE_KERNEL
     if work.fsdp:
         reshard, mixed_precision = work.reshard_after_forward, work.mixed_precision
         config = FSDP2Config(device_mesh=mesh, reshard_after_forward=reshard, mixed_precision=mixed_precision)
@@ -198,10 +201,11 @@ def _quiet_composer() -> Iterator[None]:
 
 
 class _FlashAttentionAllocations(torch.autograd.Function):
-    """The allocations of flash-attn's variable-length kernels, without the computation.
+    """The allocations of the variable-length kernels of torch and flash-attn, without the computation.
 
     Source:
-        Dao-AILab/flash-attention 2.7, csrc/flash_attn/flash_api.cpp: mha_varlen_fwd, mha_varlen_bwd.
+        Dao-AILab/flash-attention 2.7, csrc/flash_attn/flash_api.cpp: mha_varlen_fwd, mha_varlen_bwd; the same in
+        torch, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
     """
 
     @staticmethod
@@ -229,10 +233,25 @@ class _FlashAttentionAllocations(torch.autograd.Function):
         return *returned, None
 
 
-def _fake_flash_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **arguments: Any
+def _fake_kernel(
+    falls_back: bool,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *others: Any,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Allocate what flash-attn does, under transformers' attention signature; (1, H, T, d) → (1, T, H, d)."""
+    """Allocate what the kernel does, under transformers' attention signature; (1, H, T, d) → (1, T, H, d).
+
+    Args:
+        falls_back: whether what torch's kernel cannot compute goes to `packed_sdpa`.
+    """
+    if falls_back and kernel_problem(query, value, arguments.get("softcap")) is not None:
+        packed: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS[PACKED_SDPA](
+            module, query, key, value, *others, **arguments
+        )
+        return packed
     inputs = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     half = [tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor for tensor in inputs]
     return _FlashAttentionAllocations.apply(*half, len(arguments["cu_seq_lens_q"]) - 1)[None], None  # type: ignore[no-untyped-call]

@@ -310,7 +310,9 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
         lists = (mean,) * num_lists
         if num_lists < lists_per_rank:
             lists = (*lists[:-1], mean + max_tokens - mean * num_lists)
-    on_cpu = recipe.parallelism.device == "cpu"
+    attention = recipe.model.attention
+    if attention == "auto":
+        attention = "packed_sdpa" if recipe.parallelism.device == "cpu" else "packed_varlen"
     return Workload(
         config=config,
         objective=Objective(chosen.name, ranking_loss=chosen.ranking_loss, ranking_loss_options=loss_options),
@@ -323,7 +325,7 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
         mixed_precision=recipe.parallelism.mixed_precision,
         precision=recipe.parallelism.precision,
         activation_checkpointing=recipe.model.activation_checkpointing,
-        attention="packed_sdpa" if on_cpu or recipe.model.attention == "packed_sdpa" else "flash_attention_2",
+        attention=attention,
         optimizer=recipe.optimizer.name,
         peft_config=build_peft_config(recipe),
         frozen_precision="fp32" if recipe.model.lora is None else recipe.model.lora.frozen_precision,

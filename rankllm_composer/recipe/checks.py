@@ -169,17 +169,17 @@ def _count_lists(split: Split) -> int:
 
 
 def _hardware(recipe: Recipe) -> Iterator[Problem]:
-    is_flash, keys = recipe.model.attention == "flash_attention_2", recipe.parallelism
-    instead = "auto or packed_sdpa"
-    if is_flash and keys.device == "cpu":
-        found = "flash_attention_2 with parallelism.device: cpu"
+    attention, keys = recipe.model.attention, recipe.parallelism
+    is_kernel, instead = attention in ("packed_varlen", "flash_attention_2"), "auto or packed_sdpa"
+    if is_kernel and keys.device == "cpu":
+        found = f"{attention} with parallelism.device: cpu"
         yield Problem("model.attention", found, instead, "It needs a GPU.", ("parallelism.device",))
     if recipe.optimizer.name == "adamw_8bit" and keys.device == "cpu":
         found = "adamw_8bit with parallelism.device: cpu"
         yield Problem("optimizer.name", found, "adamw", "It needs a GPU.", ("parallelism.device",))
-    if is_flash and keys.precision == "fp32":
-        remedy = "Change one of the two: flash-attn computes in bf16 only."
-        found = "flash_attention_2 with parallelism.precision: fp32"
+    if is_kernel and keys.precision == "fp32":
+        found = f"{attention} with parallelism.precision: fp32"
+        remedy = "Change one of the two: the kernel computes in bf16 only."
         yield Problem("model.attention", found, instead, remedy, ("parallelism.precision",))
 
 

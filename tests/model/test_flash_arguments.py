@@ -108,7 +108,9 @@ def test_flash_step_equals_packed_sdpa(flash, family, name):
     expected = packed_losses(reference, sequences, objective, activation_checkpointing=0.5)
     assert not flash
     model = new_model(family)
-    parts = packed_losses(model, sequences, objective, activation_checkpointing=0.5, attention="auto", device="gpu")
+    parts = packed_losses(
+        model, sequences, objective, activation_checkpointing=0.5, attention=FLASH_ATTENTION, device="gpu"
+    )
     assert model.config._attn_implementation == FLASH_ATTENTION
     assert len(flash) == LAYERS + LAYERS // 2  # every layer once, the checkpointed half again in the backward pass
     assert_equal_steps(model, reference, parts, expected)
@@ -118,7 +120,7 @@ def test_arguments_of_every_call(flash):
     sequences = random_sequences("combined")
     lengths = [len(s.encoded.input_ids) for s in sequences]
     (batch,) = split_batch({"sequences": sequences}, max_lists=10)
-    model = ListwiseReranker(new_model("mistral"), None, Objective("combined"), device="gpu")
+    model = ListwiseReranker(new_model("mistral"), None, Objective("combined"), attention=FLASH_ATTENTION, device="gpu")
     positions = []
     model.model.model.rotary_emb.register_forward_hook(lambda module, inputs, output: positions.append(inputs[1]))
     model(batch)
@@ -138,7 +140,9 @@ def test_arguments_of_every_call(flash):
 
 def test_arguments_in_half_precision(flash):
     (batch,) = split_batch({"sequences": random_sequences("combined")}, max_lists=10)
-    model = ListwiseReranker(new_model("mistral").bfloat16(), None, Objective("combined"), device="gpu")
+    model = ListwiseReranker(
+        new_model("mistral").bfloat16(), None, Objective("combined"), attention=FLASH_ATTENTION, device="gpu"
+    )
     model.loss(model(batch), batch)["total"].backward()
     assert {call.arguments[name].dtype for call in flash for name in "qkv"} == {torch.bfloat16}
 
@@ -149,7 +153,7 @@ def test_flash_step_in_microbatches(flash, limit):
     sequences = random_sequences("combined", num=7)
     reference, model = new_model("mistral"), new_model("mistral")
     expected = packed_losses(reference, sequences, Objective("combined"), limit=limit)
-    parts = packed_losses(model, sequences, Objective("combined"), limit=limit, device="gpu")
+    parts = packed_losses(model, sequences, Objective("combined"), limit=limit, attention=FLASH_ATTENTION, device="gpu")
     num_microbatches = len(split_batch({"sequences": sequences}, **limit))
     assert len(flash) == LAYERS * num_microbatches
     assert_equal_steps(model, reference, parts, expected)
@@ -157,7 +161,7 @@ def test_flash_step_in_microbatches(flash, limit):
 
 def test_a_microbatch_with_nothing_to_train_calls_flash_too(flash):
     (batch,) = split_batch({"sequences": []}, max_lists=4)
-    model = ListwiseReranker(new_model("mistral"), None, Objective("combined"), device="gpu")
+    model = ListwiseReranker(new_model("mistral"), None, Objective("combined"), attention=FLASH_ATTENTION, device="gpu")
     assert model.loss(model(batch), batch)["total"] == 0.0
     assert [call.arguments["max_seqlen_q"] for call in flash] == [1] * LAYERS
 
@@ -178,7 +182,7 @@ def test_flash_windows_are_one_token_longer(flash, family):
     sequences = random_sequences("combined")
     window = FAMILIES[family].sliding_window
     flashed = windowed(family)
-    parts = packed_losses(flashed, sequences, objective, device="gpu")
+    parts = packed_losses(flashed, sequences, objective, attention=FLASH_ATTENTION, device="gpu")
     sizes = [call.arguments.get("window_size") for call in flash]
     assert sizes == [(window, window) if layer >= LAYERS - WINDOWED_LAYERS[family] else None for layer in range(LAYERS)]
 
@@ -196,6 +200,6 @@ def test_a_window_as_long_as_the_lists_changes_nothing(flash, family):
     longest = max(len(s.encoded.input_ids) for s in sequences)
     wider = longest - FAMILIES[family].sliding_window
     flashed, packed = windowed(family, wider), windowed(family, wider)
-    parts = packed_losses(flashed, sequences, objective, device="gpu")
+    parts = packed_losses(flashed, sequences, objective, attention=FLASH_ATTENTION, device="gpu")
     assert flash[-1].arguments["window_size"] == (longest, longest)
     assert_equal_steps(flashed, packed, parts, packed_losses(packed, sequences, objective))

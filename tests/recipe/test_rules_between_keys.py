@@ -62,6 +62,8 @@ CPU = "parallelism.device=cpu"
         ([CPU, "model.attention=flash_attention_2"], "model.attention", "with parallelism.device: cpu"),
         ([CPU, "optimizer.name=adamw_8bit"], "optimizer.name", "adamw_8bit with parallelism.device: cpu"),
         (["model.attention=flash_attention_2", "parallelism.precision=fp32"], "model.attention", "precision: fp32"),
+        ([CPU, "model.attention=packed_varlen"], "model.attention", "with parallelism.device: cpu"),
+        (["model.attention=packed_varlen", "parallelism.precision=fp32"], "model.attention", "precision: fp32"),
         (["data.train.local=null"], "data.train.local", "null, and data.train.streams is empty"),
         (["data.train.streams=[{local: x}]"], "data.train.local", "set, and so is data.train.streams"),
         (
