@@ -20,6 +20,7 @@ FREE = (
     "model.attention",
     "model.activation_checkpointing",
     "model.compile",
+    "data.client_version",
     "data.num_workers",
     "data.prefetch_factor",
     "data.loader_timeout_seconds",

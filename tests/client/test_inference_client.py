@@ -289,7 +289,8 @@ def test_misread_paths_are_those_that_the_client_misreads(ask_client, version):
     for path, name, is_replaced in zip(paths, classes, replaced, strict=True):
         assert isinstance(name, str) and isinstance(is_replaced, bool), (path, name, is_replaced)
         assert (name != "RankListwiseOSLLM" or is_replaced) == bool(misread_names(path, version)), (path, name)
-        assert (name in ("none", "RankListwiseOSLLM of another model")) == (path in WHOLE_PATHS), (path, name)
+        is_own = path in WHOLE_PATHS or path == "rank_vicuna"  # which any path may contain, too
+        assert (name in ("none", "RankListwiseOSLLM of another model")) == is_own, (path, name)
 
 
 @pytest.mark.parametrize("version", ["0.26.0"], indirect=True, scope="session")  # 0.25.7 has its script in a checkout
