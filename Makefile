@@ -34,7 +34,8 @@ ONE_HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_ARENA_M
 PART := tests/runs/test_rehearse.py::test_rehearsal[first_mistral] \
   tests/runs/test_resume.py::test_sharded_ranks_killed_during_an_epoch_and_a_checkpoint \
   tests/test_house.py::test_the_constraints_match_the_installed_versions tests/client/test_inference_client.py \
-  tests/model/test_attention.py tests/model/test_loading.py tests/model/test_reranker.py tests/data/test_packing.py \
+  tests/model/test_attention.py tests/model/test_packed_varlen.py tests/model/test_loading.py \
+  tests/model/test_reranker.py tests/data/test_packing.py \
   tests/preflight/test_plan.py tests/export/test_model_folder.py tests/export/test_tokenizers.py
 
 .PHONY: help setup demo browser test test-all test-part serve-check audit check docs site rehearse bench gpu-check gpu-wheels soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
