@@ -22,8 +22,10 @@ from rankllm_composer.data.streams import Stream
 from rankllm_composer.errors import PromptError, RunError, ShardError
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import identifier_style
-from rankllm_composer.prompts.record import augment_record, record_key
+from rankllm_composer.prompts.record import Record, augment_record, record_key
+from rankllm_composer.prompts.relevance import Preferences, draw_ties
 from rankllm_composer.prompts.user_turn import parse_user_turn
+from rankllm_composer.shards.verify import verify_shards
 from rankllm_composer.training.guards import EpochGuard
 
 LONG = 6  # index of the only long record
@@ -99,6 +101,48 @@ def test_a_list_that_is_too_long_can_be_an_error(new_dataset, workers):
     expected = rf"^record 'q6' has {length} tokens; data\.max_length_tokens is 300\. Raise it, .*data\.too_long: drop"
     with pytest.raises(ShardError, match=expected):
         read(loader)
+
+
+def tied(number: int) -> Record:
+    """A list of 4 in the order of grades, of which two are tied."""
+    record = new_record(number, gpt="[C] > [A] > [B] > [D]")
+    return dataclasses.replace(record, grades=(1, None, 2, 0), ordered_by="grades")
+
+
+def test_ties_are_drawn_anew_in_every_epoch_and_alike_after_a_resume(new_dataset, tmp_path, mistral_v3_tokenizer):
+    shards = write_shards(tmp_path / "tied", [tied(number) for number in range(10)])
+    loader = new_loader(new_dataset(shards), num_workers=0)
+    epochs = [{row.record_id: row for row in read_rows(loader)} for _ in range(3)]
+    drawn = {tuple(row.encoded.ranks.tolist()) for rows in epochs for row in rows.values()}
+    assert drawn == {(1, 2, 0, 3), (1, 3, 0, 2)}
+    assert any(epochs[0][name].encoded.ranks.tolist() != epochs[1][name].encoded.ranks.tolist() for name in epochs[0])
+    for row in epochs[2].values():
+        assert (row.relevance.ranks.tolist(), row.relevance.grades.tolist()) == ([1, 2, 0, 2], [1, 0, 2, 0])
+        number = int(row.record_id[1:])
+        expected = encode_record(draw_ties(tied(number), seed=3, epoch=2), mistral_v3_tokenizer, "combined")
+        np.testing.assert_array_equal(row.encoded.input_ids, expected.input_ids)
+
+    resumed = new_loader(new_dataset(shards), num_workers=0)
+    resumed.load_state_dict({**loader.dataset.state_dict(0, True), "epoch": 1, "sample_in_epoch": 4})
+    rows = read_rows(resumed)
+    assert len(rows) == 6
+    for row in rows:
+        np.testing.assert_array_equal(row.encoded.input_ids, epochs[1][row.record_id].encoded.input_ids)
+
+    dataset = new_dataset(shards, preferences=Preferences(ties="ordered"))
+    assert dataset[0].relevance.ranks.tolist() == dataset[0].encoded.ranks.tolist() == [1, 2, 0, 3]
+    left_out = new_dataset(shards, preferences=Preferences(unjudged="left_out"))[0]
+    assert left_out.relevance.ranks.tolist() == [1, -1, 0, 2]
+
+
+def test_shards_without_the_columns_of_ties_have_strict_orders(new_dataset, tmp_path):
+    shards = write_shards(tmp_path / "old", [tied(number) for number in range(4)], without=("scores", "ordered_by"))
+    assert verify_shards(shards, records=True).problems == []
+    row = new_dataset(shards)[0]
+    assert row.relevance.ranks.tolist() == [1, 2, 0, 3] and np.isnan(row.relevance.grades).all()
+    expected = r"record 'q0' has no teacher's scores, which objective.ranking_loss=margin_mse needs\. Build the shards"
+    with pytest.raises(PromptError, match=expected):
+        new_dataset(shards, needs_scores="margin_mse")[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

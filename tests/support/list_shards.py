@@ -53,14 +53,17 @@ def write_shards(
     per_shard: int = 4,
     compression: str | None = "zstd",
     hashes: tuple[str, ...] = ("xxh64",),
+    without: tuple[str, ...] = (),
 ) -> Path:
-    """Write records, given as such or by number, to a new folder, `per_shard` records per shard."""
+    """Write records, given as such or by number, to a new folder, `per_shard` records per shard, less some columns."""
+    columns = {name: kind for name, kind in COLUMNS.items() if name not in without}
     records = [new_record(item) if isinstance(item, int) else item for item in records]
     for start in range(0, len(records), per_shard):
         part = Path(folder) / f"{start // per_shard:02}"
-        with MDSWriter(out=str(part), columns=COLUMNS, compression=compression, hashes=list(hashes)) as writer:
+        with MDSWriter(out=str(part), columns=columns, compression=compression, hashes=list(hashes)) as writer:
             for record in records[start : start + per_shard]:
-                writer.write(sample_from_record(record))
+                sample = sample_from_record(record)
+                writer.write({name: sample[name] for name in columns})
     merge_parts(Path(folder))
     return Path(folder)
 
