@@ -61,12 +61,12 @@ test:  ## run all tests on one stack, and before that a part of them on the othe
 	$(MAKE) test-all STACK=$(STACK) || status=1; \
 	exit $$status
 
-# Two at a time, the tests of one file in one process.
+# Two at a time, the tests of one file in one process, in the order of tests/conftest.py.
 test-all: setup browser  ## run all tests on one stack
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-part: setup  ## run the part of the tests that shows whether a stack works
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(foreach test,$(PART),'$(test)')
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10 $(foreach test,$(PART),'$(test)')
 
 # One test opens a report in Chromium. It is installed with apt-get if it is missing and you are root (about 20 s).
 browser:

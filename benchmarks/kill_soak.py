@@ -121,7 +121,7 @@ def soak(folder: Path, num_kills: int, seed: int) -> int:
     ]
     references = {}
     for layout, extra in LAYOUTS.items():
-        run = Run(RECIPE, [*overrides, *extra], folder / f"reference {layout}")
+        run = Run(RECIPE, [*overrides, *extra], folder / f"reference {layout}", is_warm=False)
         assert run.finish() == 0, run.output()
         references[layout] = run.folder
     counts: Counter[str] = Counter()
@@ -132,7 +132,7 @@ def soak(folder: Path, num_kills: int, seed: int) -> int:
         extra = LAYOUTS.get(layout) or ([f"checkpoint.folder=s3://soak/{run_folder.name}"] if layout == STORE else [])
         killed: list[Run] = []
         while True:
-            run = Run(RECIPE, [*overrides, *extra], run_folder, is_patient=True)
+            run = Run(RECIPE, [*overrides, *extra], run_folder, is_patient=True, is_warm=False)
             victim = rng.choice(VICTIMS)
             moment = rng.choice(["batch", "first second", "second", *(MOMENTS if kills else ["building"])])
             if len(kills) < MOST_KILLS and wait_for_moment(run, moment, rng):

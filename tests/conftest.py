@@ -10,12 +10,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from support import real_tokenizers
+from support.process_state import ProcessState
 
 torch.set_num_threads(1)
 # Under nohup, this process and the runs that it starts would ignore SIGHUP.
@@ -27,6 +29,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("project")
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fail a test that leaves the process in another state than it found, which later tests would depend on."""
+    before = ProcessState()
+    yield
+    changes = before.restore()
+    if changes:
+        pytest.fail("the test leaves behind: " + "; ".join(changes))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with slow tests first: one that ran last would leave the other processes of `make test` idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

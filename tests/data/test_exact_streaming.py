@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.launching import launch, succeeded
 from support.list_shards import damage, write_shards
 from support.s3_server import s3_server
+from support.small_disk import fill, small_disk
 from support.streaming_loader import flat, ids, new_loader, read
 
 from rankllm_composer.data.streams import Stream, check_stream
@@ -266,30 +266,22 @@ def test_a_permanent_store_failure_stops_the_run(store, in_store, answer, reason
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_full_disk_stops_the_run(remote, monkeypatch, workers):
-    loader = new_loader(remote, workers=workers)
-
-    def copy(source, target):
-        Path(target).write_bytes(b"part")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("streaming.base.storage.download.shutil.copy", copy)
-    with pytest.raises(ShardError, match=r"shard 0\d/shard.* cannot be used: OSError: .*No space left on device"):
-        read(loader)
-    monkeypatch.undo()
-    assert sorted(flat(read(new_loader(remote))[0])) == sorted(ids(*range(10)))
+def test_a_full_disk_stops_the_run(remote, tmp_path, workers):
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        stream = replace(remote, local=str(disk / "cache"))
+        loader = new_loader(stream, workers=workers)
+        filler = fill(disk)
+        with pytest.raises(ShardError, match=r"shard 0\d/shard.* cannot be used: OSError: .*No space left on device"):
+            read(loader)
+        filler.unlink()
+        assert sorted(flat(read(new_loader(stream))[0])) == sorted(ids(*range(10)))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(sets, tmp_path_factory):
     """What two ranks read, and their folder for temporary files."""
     temporary = tmp_path_factory.mktemp("temporary")
-    subprocess.run(
-        [sys.executable, "-m", "composer.cli.launcher", "-n", "2", WORKER, sets],
-        check=True,
-        timeout=1200,
-        env={**os.environ, "TMPDIR": str(temporary)},
-    )
+    succeeded(launch(WORKER, sets, folder=temporary, timeout=1200, TMPDIR=str(temporary)))
     ranks = [json.loads((sets / f"rank_{rank}.json").read_text()) for rank in range(2)]
     return list(zip(*ranks)), temporary
 
@@ -365,9 +357,7 @@ def two_ranks_in_a_store(tmp_path_factory):
         contents = [check_stream(Stream(local=str(root))) for root in roots.values()]
         (folder / "limit").write_text(str(4 * max(found.largest_shard_bytes for found in contents)))
         worker = WORKER.with_name("read_store.py")
-        subprocess.run(
-            [sys.executable, "-m", "composer.cli.launcher", "-n", "2", worker, folder], check=True, timeout=1200
-        )
+        succeeded(launch(worker, folder, folder=folder, timeout=1200))
     ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
     return list(zip(*ranks)), {name: (str(root), None) for name, root in roots.items()}, folder, fetched
 

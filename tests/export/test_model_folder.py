@@ -7,8 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from support.contracts import new_contract
 from support.exporting import new_exporter, run_in_a_child, served, write, write_on_a_full_disk
+from support.launching import launch, succeeded
 from support.tiny_training import CONFIGS, new_hf_model, new_tokenizer, new_trainer, probe_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -522,23 +521,7 @@ def test_checkpoints_of_adapters_become_adapter_folders(tmp_path, lora_model):
 @pytest.mark.slow
 def test_two_ranks_export_what_they_trained(tmp_path):
     """FSDP2 (tied, with activation checkpointing), DDP and LoRA under FSDP2; a failure on rank 0 reaches both ranks."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "composer.cli.launcher",
-            "-n",
-            "2",
-            "--stdout",
-            f"{tmp_path}/out{{rank}}",
-            RANKS,
-            tmp_path,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    output = succeeded(launch(RANKS, tmp_path, folder=tmp_path))
     for case in ("fsdp2", "ddp", "fsdp2_lora"):
         folder = tmp_path / case / "epoch_0"
         trained = torch.load(tmp_path / f"{case}_logits.pt", weights_only=True)
@@ -554,7 +537,7 @@ def test_two_ranks_export_what_they_trained(tmp_path):
             (4, 32),
             (8, 64),
         ]
-    assert done.stderr.count("batch 2/2") == 4
+    assert output.count("batch 2/2") == 4
     # The sharded checkpoint holds the same weights as the export beside it.
     model = load(tmp_path / "fsdp2" / "epoch_0")
     folder = export_checkpoint(tmp_path / "checkpoints" / "ep1-ba2", tmp_path / "from_shards", served(model), "#")

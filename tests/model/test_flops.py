@@ -37,6 +37,9 @@ def attention_by_query(
     return torch.cat(rows, 1).transpose(0, 1)[None], None
 
 
+AttentionInterface.register("by_query", attention_by_query)
+
+
 def packed_batch(num_lists: int = 2):
     """Lists of different lengths in one microbatch."""
     (batch,) = split_batch({"sequences": random_sequences("combined", num=num_lists)}, max_lists=10)
@@ -45,7 +48,6 @@ def packed_batch(num_lists: int = 2):
 
 def counted_reranker(family: str, checkpointing: float = 0.0) -> ListwiseReranker:
     """Create a tiny model whose attention torch's counter can count."""
-    AttentionInterface.register("by_query", attention_by_query)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), attn_implementation="sdpa")
     checkpoint_activations(model, checkpointing)

@@ -5,12 +5,11 @@ One update of SGD with learning rate 1 moves the weights by exactly the gradient
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.launching import launch, succeeded
 from support.packed_models import new_model, plain_losses, random_sequences
 from workers.one_update import FAMILIES
 
@@ -26,12 +25,7 @@ def results(tmp_path_factory):
     for family in ("mistral_tied", "phi_biased_head", *FAMILIES):
         new_model(family).save_pretrained(folder / family)
     for ranks in (1, 2):
-        subprocess.run(
-            [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), WORKER, folder],
-            check=True,
-            timeout=600,
-            capture_output=True,
-        )
+        succeeded(launch(WORKER, folder, folder=folder, ranks=ranks))
     return {ranks: torch.load(folder / f"results_{ranks}.pt", weights_only=True) for ranks in (1, 2)}
 
 

@@ -6,14 +6,13 @@ import dataclasses
 import itertools
 import math
 import pickle
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.launching import run_python, succeeded
 from support.small_tokenizers import GPT2_WORDS, QWEN_WORDS, byte_level_tokenizer
 from support.tiny_rerankers import (
     FAMILIES,
@@ -515,7 +514,7 @@ def test_ranks_with_a_sharded_model_and_unequal_shares(tmp_path):
     """FSDP2: ranks with fewer windows, or none, keep up with the others; results are those of the whole model."""
     records = [record_of(values, record_id=str(values)) for values in ([1, 2, 3], [9, 4], [6, 2])]
     worker = Path(__file__).parents[1] / "workers" / "evaluate_ranks.py"
-    subprocess.run([sys.executable, worker, tmp_path], check=True, timeout=300)
+    succeeded(run_python([worker, tmp_path], folder=tmp_path, timeout=300))
     ranks = [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in (0, 1)]
     for constrained in (False, True):
         whole = evaluate(new_model(), records, constrained=constrained)

@@ -136,7 +136,8 @@ def test_a_logger_that_is_not_installed_or_misused_is_an_error(tmp_path, monkeyp
 
 def test_loggers_write_into_the_folder_of_the_run(tmp_path, monkeypatch):
     for name in ("WANDB_DIR", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is removed at the end, if a library sets it
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     kinds = {"tensorboard": {}, "wandb": {"project": "p"}, "mlflow": {}}
     *_, tensorboard, wandb, mlflow = build_loggers(logging_of("loggers", kinds), tmp_path)

@@ -12,6 +12,7 @@ import pytest
 from support.killing import NOT_COMPARED
 from support.launching import REPOSITORY, TRAIN, metrics
 from support.small_run import RECIPE, small_run
+from support.warm_python import WarmProcess
 
 from rankllm_composer.checkpoints.folder import complete_checkpoints
 
@@ -34,19 +35,18 @@ def overlay(tmp_path_factory, mistral_v3_folder) -> list[str]:
 def run_all(commands: list[list[str]], folder: Path) -> list[dict]:
     """Start the commands at once, as on separate machines; return the run's metrics without timings."""
     folder.mkdir()
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "NODE_RANK": str(machine), "OMP_NUM_THREADS": "1"},
-        )
-        for machine, command in enumerate(commands)
-    ]
-    outputs = [process.communicate(timeout=900)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    processes: list[WarmProcess | subprocess.Popen[bytes]] = []
+    for machine, command in enumerate(commands):
+        environment = {**os.environ, "NODE_RANK": str(machine), "OMP_NUM_THREADS": "1"}
+        with (folder / f"output-{machine}").open("wb") as output:
+            if command[0] == "-m":
+                processes.append(WarmProcess(command, output.fileno(), folder=folder, environment=environment))
+            else:
+                streams = {"stdout": output, "stderr": subprocess.STDOUT}
+                processes.append(subprocess.Popen(command, cwd=folder, env=environment, **streams))
+    codes = [process.wait(timeout=900) for process in processes]
+    outputs = [(folder / f"output-{machine}").read_text() for machine in range(len(commands))]
+    assert codes == [0] * len(processes), "\n".join(outputs)
     assert sum("epoch 1/1  batch 6/6" in output for output in outputs) == 1  # only rank 0 prints
     assert complete_checkpoints(folder / "run" / "checkpoints")[-1][1].num_ranks == 2
     lines = metrics(folder / "run" / "metrics.jsonl")
@@ -61,10 +61,11 @@ def program(name: str) -> list[str]:
 def test_two_launchers_train_like_one(tmp_path, overlay):
     arguments = [str(TRAIN), str(RECIPE), *overlay, "run.folder=run"]
     meet = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    launcher = [*program("composer"), "-n", "1", "--world_size", "2", *meet]
+    composer = ["-m", "composer.cli.launcher"]
+    launcher = [*composer, "-n", "1", "--world_size", "2", *meet]
     two = [[*launcher, "--node_rank", str(k), "--base_rank", str(k), *arguments] for k in range(2)]
     together = run_all(two, tmp_path / "two")
-    assert together == run_all([[*program("composer"), "-n", "2", *arguments]], tmp_path / "one")
+    assert together == run_all([[*composer, "-n", "2", *arguments]], tmp_path / "one")
     meet = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     launcher = [*program("torchrun"), "--nnodes", "2", "--nproc-per-node", "1", *meet]
     torchrun = [[*launcher, "--node-rank", str(k), *arguments] for k in range(2)]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ import torch
 
 from rankllm_composer.checkpoints.folder import MANIFEST
 from support.launching import TRAIN
+from support.warm_python import WarmProcess
 
 NOT_COMPARED = ("batch_seconds", "tokens_per_second")
 
@@ -35,7 +34,8 @@ class Run:
         folder: working directory.
         ranks: number of ranks.
         is_patient: start it with `python -m rankllm_composer.launch` instead of `composer`.
-        on_terminal: let it write to a terminal of its own.
+        on_terminal: let it write to a terminal of its own; only where `is_warm`.
+        is_warm: fork its processes from one that has imported the libraries, instead of starting Python anew.
     """
 
     def __init__(
@@ -47,27 +47,36 @@ class Run:
         *,
         is_patient: bool = False,
         on_terminal: bool = False,
+        is_warm: bool = True,
     ) -> None:
         self.folder = folder
         self.temporary = folder / "temporary"  # separate, so that its leftovers are known
         self.temporary.mkdir(parents=True, exist_ok=True)
         self._output = folder / f"output-{len(list(folder.glob('output-*.txt')))}.txt"  # an earlier run may still write
         output = self._output.open("wb")
-        self._terminal, slave = os.openpty() if on_terminal else (-1, None)
         launcher = ["-m", "rankllm_composer.launch" if is_patient else "composer.cli.launcher"]
-        self.process = subprocess.Popen(
-            [sys.executable, *launcher, "-n", str(ranks), TRAIN, recipe, *overrides, "run.folder=run"],
-            cwd=folder,
-            stdin=slave,
-            stdout=output if slave is None else slave,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=None if slave is None else _become_terminal,
-            env={**os.environ, "TMPDIR": str(self.temporary)},
-        )
-        if slave is not None:
+        command = [*launcher, "-n", str(ranks), TRAIN, recipe, *overrides, "run.folder=run"]
+        environment = {**os.environ, "TMPDIR": str(self.temporary)}
+        self._terminal, slave = os.openpty() if on_terminal else (-1, output.fileno())
+        if is_warm:
+            self.process: WarmProcess | subprocess.Popen[bytes] = WarmProcess(
+                command, slave, folder=folder, environment=environment, new_session=True, terminal=on_terminal
+            )
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=slave,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
+        if on_terminal:
             os.close(slave)
             threading.Thread(target=self._copy_terminal, args=[output], daemon=True).start()
+        else:
+            output.close()
 
     def _copy_terminal(self, output: BinaryIO) -> None:
         with contextlib.suppress(OSError):
@@ -151,10 +160,6 @@ class Run:
             assert time.monotonic() < deadline, f"left behind: {left}\n{self.output()}"
             time.sleep(0.05)
         return code
-
-
-def _become_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def processes_of_session(session: int) -> Iterator[psutil.Process]:

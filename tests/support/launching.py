@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from support.warm_python import WarmProcess
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = REPOSITORY / "rankllm_composer" / "train.py"
@@ -17,15 +20,29 @@ def train(
     recipe: Path | str, *overrides: str, folder: Path, ranks: int = 2, timeout: float = 600, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `composer -n RANKS rankllm_composer/train.py RECIPE key=value …` in a folder."""
-    return subprocess.run(
-        [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), TRAIN, recipe, *overrides],
-        cwd=folder,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
+    return launch(TRAIN, recipe, *overrides, folder=folder, ranks=ranks, timeout=timeout, **environment)
+
+
+def launch(
+    script: Path, *arguments: str | Path, folder: Path, ranks: int = 2, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `composer -n RANKS SCRIPT ARGUMENTS …` in a folder."""
+    command = ["-m", "composer.cli.launcher", "-n", str(ranks), script, *arguments]
+    return run_python(command, folder=folder, timeout=timeout, environment={**os.environ, **environment})
+
+
+def run_python(
+    command: Sequence[str | Path], *, folder: Path, environment: Mapping[str, str] = os.environ, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments in a process that has imported the libraries; its output is all in `stdout`."""
+    with tempfile.TemporaryFile() as output:
+        process = WarmProcess(command, output.fileno(), folder=folder, environment=environment)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        output.seek(0)
+        return subprocess.CompletedProcess(list(command), code, output.read().decode(errors="replace"), "")
 
 
 def succeeded(run: subprocess.CompletedProcess[str]) -> str:

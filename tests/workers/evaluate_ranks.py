@@ -44,4 +44,4 @@ def evaluate(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(evaluate, args=(sys.argv[1],), nprocs=2)
+    torch.multiprocessing.start_processes(evaluate, args=(sys.argv[1],), nprocs=2, start_method="fork")
