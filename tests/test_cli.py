@@ -337,7 +337,7 @@ def test_recipes_check_reports_everything_at_once(run: Run) -> None:
     assert_readable_error(
         outcome,
         "4 problems",
-        "optimizer.lr is 'fast'; expected number above 0.",
+        "optimizer.lr is 'fast'; expected a number above 0.",
         "objective.nam is an unknown key",
         "Did you mean objective.name?",
         "batch.microbatch_lists is set, and so is batch.microbatch_tokens",

@@ -108,7 +108,7 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_train_refuses_a_recipe_before_any_process_starts(clean, capsys):
     clean.setattr(launcher, "main", lambda: pytest.fail("started"))
-    assert "optimizer.lr is 0; expected number above 0" in refused(capsys, "first_mistral", "optimizer.lr=0")
+    assert "optimizer.lr is 0; expected a number above 0" in refused(capsys, "first_mistral", "optimizer.lr=0")
     assert "is 128; expected a multiple of 3 (3 ranks)" in refused(capsys, "first_mistral", "-n", "3")
     assert "expected a path with / or .yaml, or one of demo" in refused(capsys, "frist_mistral")
 

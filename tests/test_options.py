@@ -25,21 +25,21 @@ CLASSES = [
         (
             lambda: options.RerankOptions(passes=0, stride="x"),
             [
-                "stride is 'x'; expected whole number at least 1, or null.",
-                "passes is 0; expected whole number at least",
+                "stride is 'x'; expected a whole number of at least 1, or null.",
+                "passes is 0; expected a whole number of at least",
             ],
         ),
         (lambda: options.RerankOptions(pases=1), ["pases is an unknown key; expected one of", "Did you mean passes?"]),
         (lambda: options.ModelOptions(), ["name_or_path is missing; expected text. Set it"]),
         (lambda: options.SourceOptions(identifiers="letter"), ["one of letters, numbers. Did you mean letters?"]),
-        (lambda: options.BuildOptions(hashes=[1]), ["hashes is 1; expected list, each text. Put it in quotes."]),
+        (lambda: options.BuildOptions(hashes=[1]), ["hashes is 1; expected a list, each text. Put it in quotes."]),
         (
             lambda: options.RerankOptions(*[None] * 40),
             ["options is given 40 without a name; expected each by its name. Write NAME=VALUE."],
         ),
         (
             lambda: dataclasses.replace(options.RerankOptions(), top_k=1),
-            ["top_k is 1; expected whole number at least 2."],
+            ["top_k is 1; expected a whole number of at least 2."],
         ),
     ],
 )

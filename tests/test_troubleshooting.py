@@ -34,7 +34,7 @@ from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.sources.retrieval_files import load_queries, require_shared
 from rankllm_composer.training import assembly
-from rankllm_composer.training.dry_run import check_space
+from rankllm_composer.training.dry_run import Written, check_space
 from rankllm_composer.training.guards import LossGuard
 from rankllm_composer.training.loggers import build_loggers
 from rankllm_composer.training.rendezvous import VARIABLES, meet
@@ -145,7 +145,7 @@ def no_relevant_window(tools: Tools) -> None:
 
 
 def full_disk(tools: Tools) -> None:
-    check_space({tools.folder: ("export", 10**18)})
+    check_space({tools.folder: Written("export", 3, 10**18)})
 
 
 def another_runs_export(tools: Tools) -> None:
@@ -204,7 +204,7 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "the loss is not finite": bad_loss,
     "which did not start": leftover_variables,
     "evaluation.best_by is …": no_relevant_window,
-    "GB free, but one of each": full_disk,
+    "GB free, but the run adds": full_disk,
     "is the export of another run": another_runs_export,
     "logits contain NaN": logits_that_are_nan,
     "evaluation.best_by is set": exports_at_other_times,

@@ -18,8 +18,8 @@ from pydantic_core import PydanticUndefined as REQUIRED
 from rankllm_composer.environment import as_written
 from rankllm_composer.recipe.sections import Recipe
 
-_TYPE_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-_BOUND_WORDS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
+_TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_BOUND_WORDS = {"gt": "above", "ge": "of at least", "le": "at most", "lt": "below"}
 _JSON_BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
@@ -27,7 +27,7 @@ class Key(NamedTuple):
     """One key of a class of options.
 
     Its `annotation` is without `| None` and bounds, `default` may be REQUIRED, and `expected` says in words what it may
-    hold, such as "number above 0, or null".
+    hold, such as "a number above 0, or null".
     """
 
     name: str
@@ -71,7 +71,7 @@ def _key(name: str, info: Any) -> Key:
 
 
 def _describe(annotation: Any, rules: Iterable[Any] = ()) -> str:
-    """A type in words, such as "whole number at least 1" or "one of letters, numbers"."""
+    """A type in words, such as "a whole number of at least 1" or "one of letters, numbers"."""
     if typing.get_origin(annotation) is Annotated:
         annotation, *inner = typing.get_args(annotation)
         return _describe(annotation, [*inner, *rules])
@@ -81,17 +81,17 @@ def _describe(annotation: Any, rules: Iterable[Any] = ()) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
         count = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
-        return f"list{count}, each {_describe(arguments[0])}"
+        return f"a list{count}, each {_describe(arguments[0])}"
     if origin is dict:
         names = typing.get_args(arguments[0])
-        return f"mapping of {', '.join(names)} to arguments" if names else "mapping"
+        return f"a mapping of {', '.join(names)} to arguments" if names else "a mapping"
     bounds = [
         f"{words} {getattr(rule, name)}"
         for name, words in _BOUND_WORDS.items()
         for rule in rules
         if hasattr(rule, name)
     ]
-    return " ".join([_TYPE_WORDS.get(annotation, "section"), " and ".join(bounds)]).strip()
+    return " ".join([_TYPE_WORDS.get(annotation, "a section"), " and ".join(bounds)]).strip()
 
 
 def find_key(steps: Sequence[str | int], kind: Any = Recipe) -> Key | None:

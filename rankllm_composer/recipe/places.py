@@ -64,8 +64,8 @@ ARGUMENTS: dict[str, dict[str, dict[str, type]]] = {
 TIME_UNITS = ("seconds", "minutes", "hours", "days")
 """Values of `time_unit` of the speed monitor."""
 
-_WORDS = {str: "text", int: "whole number at least 1", bool: "true or false", list: "list", dict: "mapping"}
-_WORDS[float] = "number"
+_WORDS = {str: "text", int: "a whole number of at least 1", bool: "true or false", list: "a list", dict: "a mapping"}
+_WORDS[float] = "a number"
 _REMEDIES = {
     "run.folder": "Use a local folder, and checkpoint.folder for copies of the checkpoints.",
     "local": "Name the URL in remote, and the folder of its cache in local.",

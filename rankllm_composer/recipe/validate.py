@@ -45,11 +45,11 @@ def problems_in(error: ValidationError, kind: type) -> Iterator[Problem]:
         place = dotted([*steps[:length], *names])
         if dataclasses.is_dataclass(key.element) and length < len(steps):
             remedy = f"Write the keys of a section in {place}[{steps[-1]}]."
-            yield Problem(dotted(steps), shown(given), "section", remedy)
+            yield Problem(dotted(steps), shown(given), "a section", remedy)
         elif wrong["type"] == "missing" and length == len(steps):
             yield Problem(place, "missing", key.expected, "Set it: there is no default.")
         elif names:
-            yield Problem(place, shown(given), "mapping, or null", "Write its arguments in { }.")
+            yield Problem(place, shown(given), "a mapping, or null", "Write its arguments in { }.")
         else:
             yield Problem(place, shown(given), key.expected, _remedy(key, wrong["type"], given))
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankllm_composer.errors import ShardError
+from rankllm_composer.errors import ShardError, StoreError
 from rankllm_composer.screen import say
 from rankllm_composer.shards.blocks import count_duplicates
 from rankllm_composer.shards.index import INDEX_NAME, Shard, dump_index, index_digest, parse_index
@@ -76,10 +76,13 @@ def _manifest(folder: Folder) -> Manifest | None:
 
 
 def publish(source: Path, names: Sequence[str], target: Folder, report: Callable[[str], None]) -> None:
-    """Move or upload the files of a set, its index last; then remove, on disk, shards that the index does not list.
+    """Move or upload the files of a set, its index last; then remove shards that the index does not list.
+
+    In an object store, where another build may be uploading, these are only the shards of the set that was replaced.
 
     `source` is on the same file system as a target on disk; `names` are its files, with or without the index.
     """
+    old = None if isinstance(target, LocalFolder) else target.read(INDEX_NAME)
     target.put(source, [name for name in names if name != INDEX_NAME], report)
     if (source / WORKING_INDEX_NAME).exists():
         (source / WORKING_INDEX_NAME).replace(source / INDEX_NAME)
@@ -89,6 +92,23 @@ def publish(source: Path, names: Sequence[str], target: Folder, report: Callable
             path.unlink()
         if QUARANTINE_NAME not in names:
             (target.path / QUARANTINE_NAME).unlink(missing_ok=True)
+    elif old is not None:
+        with suppress(ShardError):  # a damaged index
+            replaced = {shard.published.basename for shard in parse_index(old, target.name)}
+            _remove_replaced(target, sorted(replaced - set(names)), QUARANTINE_NAME in names, report)
+
+
+def _remove_replaced(target: Folder, names: list[str], has_quarantine: bool, report: Callable[[str], None]) -> None:
+    """Remove shards of the set that was replaced, and its refused records, or say that they are left."""
+    if not names:
+        return
+    try:
+        is_removed = target.remove(names if has_quarantine else [*names, QUARANTINE_NAME])
+    except StoreError as error:
+        report(f"{target.name}: {len(names)} shards of the set that was replaced may be left: {error}")
+        return
+    what = "removed" if is_removed else "this store cannot remove them here; left are"
+    report(f"{target.name}: {what} {len(names)} shards of the set that was replaced, such as {names[0]}")
 
 
 def _leftovers(target: LocalFolder) -> list[Path]:

@@ -72,6 +72,9 @@ class Folder(Protocol):
     def put(self, source: Path, names: Iterable[str], report: Callable[[str], None]) -> None:
         """Store files of the local folder `source`, each complete or not at all."""
 
+    def remove(self, names: Iterable[str]) -> bool:
+        """Remove files, which need not exist, in this order; return False where that is not possible."""
+
 
 def is_remote(target: str | Path) -> bool:
     """True for a URL such as `s3://bucket/folder`, False for a path."""
@@ -153,6 +156,11 @@ class LocalFolder:
             target = inside(self.path, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             (source / name).replace(target)
+
+    def remove(self, names: Iterable[str]) -> bool:
+        for name in names:
+            inside(self.path, name).unlink(missing_ok=True)
+        return True
 
 
 class RemoteFolder:
@@ -259,8 +267,8 @@ class RemoteFolder:
                     f"{self._prefix}: {', '.join(lost[:3])} did not arrive complete. Rerun the same command."
                 )
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files from S3, in this order; do nothing in other stores."""
+    def remove(self, names: Iterable[str]) -> bool:
+        """Remove files from S3, in this order; do nothing in other stores, and return False."""
         for name in names if self._is_s3 else ():
             s3, key = self._connect().s3, f"{self._key_prefix}{name}"
             delete = partial(s3.delete_object, Bucket=self._bucket, Key=key)
@@ -268,6 +276,7 @@ class RemoteFolder:
                 patiently(delete, f"{self._prefix}: {name} cannot be removed", self._patience)
             except Exception as error:  # as above
                 raise self._error(f"{name} cannot be removed", error) from error
+        return self._is_s3
 
     def _upload(self, uploader: Any, name: str) -> None:
         what = f"{self._prefix}: {name} cannot be uploaded"

@@ -26,7 +26,8 @@ def scratch_folder() -> Iterator[Path]:
     """
     remove_dead_scratch()
     name = f"{SCRATCH_PREFIX}{secrets.token_hex(6)}"
-    lock = lock_private_file(name + _LOCK_SUFFIX)
+    # Another process that starts now may hold the lock for a moment, to find out whether this one is alive.
+    lock = lock_private_file(name + _LOCK_SUFFIX, wait_seconds=60)
     assert lock is not None
     folder = lock.path.with_suffix("")
     try:

@@ -94,6 +94,7 @@ class CheckpointFolder(Callback):
         store_patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         self.folder = Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow the links a user made)
+        self.interval = interval
         self.keep = keep
         self.resume = resume
         self.store = None if url is None else CheckpointStore(url, keep, store_patience_seconds)

@@ -81,6 +81,7 @@ class ExportFolder(Callback):
         self.folder = local_path(folder)
         self.model = model
         self.facts = facts
+        self.interval = options.interval
         self.keep = options.keep
         self.merge_lora = options.merge_lora
         self.save = save
@@ -210,11 +211,15 @@ class ExportFolder(Callback):
         link, best = self.folder / BEST, self._best["name"]
         if best is not None and (self.folder / best).is_dir() and not (link.is_symlink() and link.readlink() == best):
             _link(link, best)
-        ours = [name for name, content in exports_in(self.folder).items() if content and content.run == self._run]
+        ours = self.own()
         for name in ours[: -self.keep] if self.keep > 0 else ():
             if not (link.is_symlink() and link.readlink().name == name):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
                 log.info("removed %s", self.folder / name)
+
+    def own(self) -> list[str]:
+        """Return the names of the exports of this run, the oldest first."""
+        return [name for name, content in exports_in(self.folder).items() if content and content.run == self._run]
 
     def _check_own(self) -> None:
         """Refuse a folder with exports of another run, which this one would replace."""

@@ -151,9 +151,9 @@ def test_ranking_objective_reads_after_an_appended_bracket():
     "options, message",
     [
         ({"decoding": "beam"}, "decoding is 'beam'; expected one of first_token, generation"),
-        ({"passes": 0}, "passes is 0; expected whole number at least 1"),
-        ({"top_k": 1}, "top_k is 1; expected whole number at least 2"),
-        ({"queries_at_once": 0}, "queries_at_once is 0; expected whole number at least 1"),
+        ({"passes": 0}, "passes is 0; expected a whole number of at least 1"),
+        ({"top_k": 1}, "top_k is 1; expected a whole number of at least 2"),
+        ({"queries_at_once": 0}, "queries_at_once is 0; expected a whole number of at least 1"),
         ({"dtype": "float8"}, "dtype is 'float8'; expected one of float32, bfloat16, float16"),
         ({"constrained": True}, "constrained has no effect on first_token"),
         ({"decoding": "generation", "objective": "ranking"}, "the model was trained by ranking alone"),

@@ -47,10 +47,10 @@ def test_key_table() -> None:
     rows = {row.name: row for row in describe_keys()}
     assert len(rows) == len(describe_keys())
     rate = rows["optimizer.lr"]
-    assert (rate.expected, rate.shown_default, rate.unit) == ("number above 0", "required", "")
+    assert (rate.expected, rate.shown_default, rate.unit) == ("a number above 0", "required", "")
     assert rate.meaning == "Highest learning rate."
     assert rows["optimizer.betas"].shown_default == "[0.9, 0.999]"
-    assert rows["optimizer.betas"].expected == "list of 2, each number at least 0 and below 1"
+    assert rows["optimizer.betas"].expected == "a list of 2, each a number of at least 0 and below 1"
     assert rows["neftune"].shown_default == "null"
     assert rows["neftune.alpha"].shown_default == "5.0"
     assert rows["data.train.streams[].local"].shown_default == "required"

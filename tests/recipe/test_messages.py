@@ -47,7 +47,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.splitlines()[0] == f"{path}: 10 problems"
     assert "run.nam is an unknown key; expected one of name," in message and "Did you mean run.name?" in message
-    assert "optimizer.lr is 'fast'; expected number above 0." in message
+    assert "optimizer.lr is 'fast'; expected a number above 0." in message
     assert "objective.ranking_loss is 'ranknett';" in message and "Did you mean ranknet?" in message
 
 
@@ -81,27 +81,27 @@ def test_unknown_key_in_a_stream(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override, key, found, expected",
     [
-        ("run.seed=-1", "run.seed", "-1", "whole number at least 0 and at most 2147483647"),
-        ("run.seed=1.5", "run.seed", "1.5", "whole number at least 0 and at most 2147483647"),
-        ("run.seed=true", "run.seed", "true", "whole number at least 0 and at most 2147483647"),
-        ("run.seed=null", "run.seed", "null", "whole number at least 0 and at most 2147483647"),
-        ("optimizer.lr=.inf", "optimizer.lr", "inf", "number above 0"),
-        ("optimizer.lr=.nan", "optimizer.lr", "nan", "number above 0"),
-        ("optimizer.betas=[0.9]", "optimizer.betas", "[0.9]", "list of 2, each number at least 0 and below 1"),
-        ("optimizer.betas=0.9", "optimizer.betas", "0.9", "list of 2, each number at least 0 and below 1"),
+        ("run.seed=-1", "run.seed", "-1", "a whole number of at least 0 and at most 2147483647"),
+        ("run.seed=1.5", "run.seed", "1.5", "a whole number of at least 0 and at most 2147483647"),
+        ("run.seed=true", "run.seed", "true", "a whole number of at least 0 and at most 2147483647"),
+        ("run.seed=null", "run.seed", "null", "a whole number of at least 0 and at most 2147483647"),
+        ("optimizer.lr=.inf", "optimizer.lr", "inf", "a number above 0"),
+        ("optimizer.lr=.nan", "optimizer.lr", "nan", "a number above 0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas", "[0.9]", "a list of 2, each a number of at least 0 and below 1"),
+        ("optimizer.betas=0.9", "optimizer.betas", "0.9", "a list of 2, each a number of at least 0 and below 1"),
         ("model.compile=1", "model.compile", "1", "true or false"),
         ("model.compile=perhaps", "model.compile", "'perhaps'", "true or false"),
-        ("model.config_overrides=3", "model.config_overrides", "3", "mapping"),
+        ("model.config_overrides=3", "model.config_overrides", "3", "a mapping"),
         (
             "model.activation_checkpointing=1.1",
             "model.activation_checkpointing",
             "1.1",
-            "number at least 0 and at most 1",
+            "a number of at least 0 and at most 1",
         ),
-        ("run=3", "run", "3", "section"),
-        ("model.lora=true", "model.lora", "true", "section, or null"),
-        ("data.train.streams=x", "data.train.streams", "'x'", "list, each section"),
-        ("data.train.streams=[x]", "data.train.streams[0]", "'x'", "section"),
+        ("run=3", "run", "3", "a section"),
+        ("model.lora=true", "model.lora", "true", "a section, or null"),
+        ("data.train.streams=x", "data.train.streams", "'x'", "a list, each a section"),
+        ("data.train.streams=[x]", "data.train.streams[0]", "'x'", "a section"),
         ("data.train.cache_limit=lots", "data.train.cache_limit", "'lots'", "text such as 100gb, or null"),
         ("run.max_duration=0ep", "run.max_duration", "'0ep'", "text such as 3ep, 50ba or 4000sp"),
         ("schedule.warmup=50", "schedule.warmup", "'50'", "text such as 3ep, 50ba, 4000sp or 0.1dur"),
@@ -111,17 +111,17 @@ def test_unknown_key_in_a_stream(tmp_path: Path) -> None:
             "evaluation.decodings=[greedy]",
             "evaluation.decodings",
             "'greedy'",
-            "list, each one of first_token, generation",
+            "a list, each one of first_token, generation",
         ),
         ("run.name=a b", "run.name", "'a b'", "text such as first_mistral"),
         ("run.name=", "run.name", "null", "text such as first_mistral"),
-        ("logging.loggers.wandb=3", "logging.loggers.wandb", "3", "mapping, or null"),
-        ("logging.loggers=3", "logging.loggers", "3", "mapping of tensorboard, wandb, mlflow to arguments"),
+        ("logging.loggers.wandb=3", "logging.loggers.wandb", "3", "a mapping, or null"),
+        ("logging.loggers=3", "logging.loggers", "3", "a mapping of tensorboard, wandb, mlflow to arguments"),
         (
             "data.train.source.depth=2000000",
             "data.train.source.depth",
             "2000000",
-            "whole number at least 2 and at most 1000000",
+            "a whole number of at least 2 and at most 1000000",
         ),
     ],
 )
@@ -134,7 +134,7 @@ def test_wrong_values(minimal_recipe: Path, override: str, key: str, found: str,
 @pytest.mark.parametrize("row", [row for row in describe_keys() if "[]" not in row.name], ids=lambda row: row.name)
 def test_every_key_rejects_values_of_another_type(row: Any, minimal_recipe: Path) -> None:
     """Keys of mappings and sections get text; all other keys get a mapping."""
-    accepts_mapping = "mapping" in row.expected or row.expected.startswith("section")
+    accepts_mapping = "mapping" in row.expected or row.expected.startswith("a section")
     override = f"{row.name}=x" if accepts_mapping else f"{row.name}={{x: 1}}"
     assert row.name in problems(minimal_recipe, override)
 

@@ -395,24 +395,16 @@ def small_set(key: str, tools: Tools) -> Ended:
 # --- disks ------------------------------------------------------------------------------------------------------------
 
 
-def no_space(*arguments, **options):
-    raise OSError(28, os.strerror(28))
-
-
 @causes("disk-full-cache")
 def full_cache_disk(key: str, tools: Tools) -> Ended:
-    stream = tools.cached()
-
-    def copy(source, target):
-        Path(target).write_bytes(b"part")
-        no_space()
-
-    loader = streaming_tests.new_loader(stream)  # the index is cached
-    with tools.patch.context() as patch:
-        patch.setattr("streaming.base.storage.download.shutil.copy", copy)
+    with small_disk(tools.folder / "disk", 1 << 20) as disk:
+        stream = Stream(local=str(disk / "cache"), remote=str(tools.shards()))
+        loader = streaming_tests.new_loader(stream)  # the index is cached
+        filler = fill(disk)
         with pytest.raises(ValueError, match="No space") as raised:
             streaming_tests.read(loader)
-    assert read(stream) == ALL_LISTS  # the same command works once there is space
+        filler.unlink()
+        assert read(stream) == ALL_LISTS  # the same command works once there is space
     return Ended(2, str(raised.value))
 
 
@@ -438,10 +430,14 @@ def checkpoint_disk(key: str, tools: Tools) -> Ended:
 
 @causes("disk-full-sharded-checkpoint")
 def full_disk_of_ranks(key: str, tools: Tools) -> Ended:
-    """The disk has space for one checkpoint of the 1,067,168 numbers in 12 bytes each, so the second one fails."""
-    with small_disk(tools.folder / "disk", 20 << 20) as disk:
+    """The disk has space for two checkpoints of 1,067,168 numbers in 12 bytes each, until something else fills it."""
+    with small_disk(tools.folder / "disk", 40 << 20) as disk:
         overlay = [*tools.fixture("overlay"), f"checkpoint.folder={disk}", "checkpoint.keep=1", "run.max_duration=1ep"]
         run = Run(RECIPE, overlay, tools.folder)
+        run.wait_until(lambda: complete_checkpoints(disk))
+        kill(run.ranks(), signal.SIGSTOP)
+        fill(disk, free=1 << 20)
+        kill(run.ranks(), signal.SIGCONT)
         code = run.finish()
         assert [path.name for path, _ in complete_checkpoints(disk)] == ["ep0-ba2"]
         assert "CheckpointException" not in run.output()
@@ -505,23 +501,22 @@ def lost_exports(key: str, tools: Tools) -> Ended:
 
 @causes("disk-too-small")
 def small_disks(key: str, tools: Tools) -> Ended:
-    """A dry run finds it before the first batch, and passes once there is space."""
+    """The space is enough for two exports at once: a dry run refuses five before the first batch, and passes one."""
     with small_disk(tools.folder / "disk", 4 << 20) as disk:
-        filler = fill(disk, free=40_000)
+        fill(disk, free=300_000)
 
-        def train() -> None:
+        def train(keep: int) -> None:
             checkpoints = CheckpointFolder(tools.folder / "checkpoints", interval="1ep")
-            exporter = exporting.new_exporter(disk / "hf", save=checkpoints.save)
+            exporter = exporting.new_exporter(disk / "hf", save=checkpoints.save, keep=keep)
             dry_run = DryRun(checkpoints, exporter)
-            new_trainer(new_hf_model(), "1ep", callbacks=[exporter, checkpoints, dry_run]).fit()
+            new_trainer(new_hf_model(), "5ep", callbacks=[exporter, checkpoints, dry_run]).fit()
 
         try:
-            train()
+            train(keep=-1)
         finally:
-            assert not (tools.folder / "checkpoints" / "ep1-ba4").exists()
-            filler.unlink()
-            train()
-            assert (disk / "hf" / "epoch_0").is_dir()
+            assert not resumable_runs.names(tools.folder / "checkpoints")
+            train(keep=1)
+            assert [path.name for path in (disk / "hf").iterdir()] == ["epoch_4"]
     return CONTINUED
 
 
@@ -886,7 +881,10 @@ def failing_library(key: str, tools: Tools) -> Ended:
         tools.patch.setenv("NETRC", str(tools.folder / "netrc"))
         tools.patch.delenv("WANDB_API_KEY", raising=False)
         tools.patch.setenv("WANDB_SERVICE", "")  # the address of the service that login starts; not for later tests
-        wandb.login()
+        try:
+            wandb.login()
+        finally:
+            wandb.teardown()  # the service
     return CONTINUED
 
 

@@ -156,11 +156,19 @@ def test_a_shard_spoilt_in_the_store_is_found_and_uploaded_again(server, source,
 def test_another_set_in_the_store_is_replaced_only_with_overwrite(server, source):
     url = f"s3://{server.bucket}/set"
     build_from_file(url, source, **SMALL)
+    before = set(server.keys(server.bucket))
     with pytest.raises(ShardError, match="contains another set"):
         build_from_file(url, source, **(SMALL | {"shard_bytes": 9_000}))
-    build_from_file(url, source, overwrite=True, **(SMALL | {"shard_bytes": 9_000}))
+    lines: list[str] = []
+    build_from_file(url, source, overwrite=True, **(SMALL | {"shard_bytes": 9_000, "report": lines.append}))
     assert verify_shards(url).problems == []
     assert shards_info(url).manifest.options["shard_bytes"] == 9_000
+    shards = {name for name in before if "shard." in name}
+    left = set(server.keys(server.bucket))  # a set of its own, without the shards that were replaced
+    assert not shards & left and {f"set/{name}" for name in ("index.json", "build.json")} < left
+    assert lines[-1].startswith(
+        f"{url}: removed {len(shards)} shards of the set that was replaced, such as shard.00000"
+    )
 
 
 def test_parts_in_the_store_are_merged_there(server, source):

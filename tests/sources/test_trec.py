@@ -433,11 +433,11 @@ def test_a_query_with_two_texts_is_bad_on_its_own(tmp_path):
     [
         ({"window": 27}, "window is 27 with identifiers: letters; expected at most 26"),
         ({"window": 100, "identifiers": "numbers"}, "at most 99"),
-        ({"window": 1}, "window is 1; expected whole number at least "),
-        ({"stride": 0}, "stride is 0; expected whole number at least "),
-        ({"lists_per_query": -1}, "lists_per_query is -1; expected whole number at least "),
-        ({"depth": 1}, "depth is 1; expected whole number at least "),
-        ({"max_passage_words": 0}, "max_passage_words is 0; expected whole number at least "),
+        ({"window": 1}, "window is 1; expected a whole number of at least "),
+        ({"stride": 0}, "stride is 0; expected a whole number of at least "),
+        ({"lists_per_query": -1}, "lists_per_query is -1; expected a whole number of at least "),
+        ({"depth": 1}, "depth is 1; expected a whole number of at least "),
+        ({"max_passage_words": 0}, "max_passage_words is 0; expected a whole number of at least "),
         ({"identifiers": "roman"}, "identifiers is 'roman'; expected "),
         ({"judgments": None}, "judgments is null, as is teacher_run"),
         (

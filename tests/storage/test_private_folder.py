@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 from support.child_process import in_a_child
 
 from rankllm_composer.errors import StoreError
-from rankllm_composer.storage.private_folder import private_folder
+from rankllm_composer.storage.locks import try_lock
+from rankllm_composer.storage.private_folder import SCRATCH_PREFIX, private_folder
 from rankllm_composer.storage.scratch import scratch_folder, temporary_files_in_scratch
 
 VICTIM, OTHER = 12001, 12002
@@ -101,6 +104,15 @@ def test_a_missing_temporary_directory_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(StoreError, match=r"absent/rankllm_composer-\d+: a folder for locks .*Set TMPDIR|set TMPDIR"):
         private_folder()
+
+
+def test_a_scratch_folder_is_made_although_another_process_looks_whether_its_maker_lives(temporary, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "0" * 2 * num_bytes)
+    lock = try_lock(private_folder() / f"{SCRATCH_PREFIX}{'0' * 12}.lock")
+    assert lock is not None
+    threading.Timer(0.3, lock.remove).start()
+    with scratch_folder() as folder:
+        assert folder.is_dir() and folder.with_name(f"{folder.name}.lock").exists()
 
 
 def test_scratch_folders_of_killed_processes_are_removed_by_the_next(temporary):

@@ -17,7 +17,7 @@ from rankllm_composer.checkpoints.folder import MANIFEST
 from rankllm_composer.errors import CheckpointError, StoreError
 from rankllm_composer.training import checkpoint_callback
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
-from rankllm_composer.training.dry_run import DryRun, checkpoint_bytes
+from rankllm_composer.training.dry_run import DryRun, checkpoint_bytes, most_added, times_left
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
@@ -95,6 +95,30 @@ def test_a_dry_run_writes_and_reads_a_checkpoint_without_weights(tmp_path):
     written = (tmp_path / "tried" / "ep1-ba4" / "rank0.pt").stat().st_size
     assert before < written < before + 100_000  # small parts besides weights and averages
     assert not list((tmp_path / "tried" / ".partial").iterdir())
+
+
+@pytest.mark.parametrize(
+    "interval, duration, before", [("1ba", "1ep", 0), ("3ba", "6ba", 2), ("1ep", "9ba", 4), ("0.5dur", "2ep", 0)]
+)
+def test_the_dry_run_counts_the_checkpoints_that_will_be_written(tmp_path, interval, duration, before):
+    if before:
+        train(tmp_path, f"{before}ba", interval=interval, keep=-1)
+    counts = []
+
+    class Counts(Callback):
+        def fit_start(self, state, logger):
+            counts.append(times_left(state, interval))
+
+    checkpoints = CheckpointFolder(tmp_path, interval=interval, keep=-1)
+    num_before = len(names(tmp_path))
+    new_trainer(new_hf_model(), duration, callbacks=[checkpoints, Counts()]).fit()
+    assert counts == [len(names(tmp_path)) - num_before]
+
+
+def test_as_many_are_added_at_once_as_are_kept_and_written():
+    assert [most_added(5, there, 3, 1) for there in (0, 2, 4, 9)] == [4, 2, 0, 0]
+    assert most_added(2, 0, 3, 1) == 2  # of a short run
+    assert most_added(5, 2, -1, 1) == 5  # all are kept
 
 
 class Unreadable(Callback):
