@@ -134,12 +134,12 @@ def served_contract(
             )
     version = options.client_version
     if version is not None and version != given.client_version:
-        trained = given.shown_words
+        shown = given.shown_words
         given = given.with_client(version)
-        if given.shown_words != trained:
+        if given.shown_words != shown:
             warn(
                 f"client_version is {version}, which shows up to {given.shown_words} words of a passage in windows of "
-                f"{given.window_size}; {name} was trained with up to {trained} ({CONTRACT_FILE}).",
+                f"{given.window_size}; {name} was trained with up to {shown} ({CONTRACT_FILE}).",
                 stacklevel=2,
             )
     if options.context_size_tokens is None:
