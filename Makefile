@@ -130,17 +130,17 @@ soak: setup  ## kill small runs at KILLS random moments and compare them with un
 # DATA (records to build shards from; DATA2 for the second stage), MODEL (base model), SET (more key=value overrides).
 # Shards that were built from other DATA stop the run; SET=data.train.rebuild=true builds them again.
 reproduce-first-mistral: setup  ## train FirstMistral (combined objective, 8 GPUs)
-	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/first_mistral.yaml \
+	$(BIN)/python -m rankllm_composer.launch -n $(NPROC) rankllm_composer/train.py yamls/first_mistral.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
 
 reproduce-zephyr: setup  ## train RankZephyr (generation objective, 8 GPUs; STAGES=2 trains on DATA, then on DATA2)
 ifeq ($(STAGES),2)
-	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr_stage1.yaml \
+	$(BIN)/python -m rankllm_composer.launch -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr_stage1.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
-	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr_stage2.yaml \
+	$(BIN)/python -m rankllm_composer.launch -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr_stage2.yaml \
 	  $(if $(DATA2),data.train.source.input=$(DATA2)) $(SET)
 else
-	$(BIN)/composer -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr.yaml \
+	$(BIN)/python -m rankllm_composer.launch -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
 endif
 

@@ -54,10 +54,12 @@ class Measured(NamedTuple):
     peak: float
 
 
-def measure(kind: str, shape: str, lengths: list[int], checkpointing: float, threads: int) -> Measured:
+def measure(
+    kind: str, shape: str, lengths: list[int], checkpointing: float, threads: int, keeps_attention: bool = False
+) -> Measured:
     """Measure a "plain" or "packed" step in this process."""
     torch.set_num_threads(threads)
-    step = new_stepper(kind, new_model(shape), activation_checkpointing=checkpointing)
+    step = new_stepper(kind, new_model(shape), activation_checkpointing=checkpointing, keeps_attention=keeps_attention)
     step(new_lists(WARM_UP_LENGTHS, shape))
     before = peak_gib()
     lists = new_lists(lengths, shape)

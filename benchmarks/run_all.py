@@ -33,6 +33,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "ranks": [],
     "compile_layers": [],
     "heap": ["--repeats", "1"],
+    "recomputation": ["--shape", "mistral-30m", "--repeats", "1", "--threads", "1"],
     "plan_vs_measured": [],
     "input_pipeline": [],
     "shard_build": ["--processes", "1"],

@@ -164,6 +164,7 @@ def new_stepper(
     model: PreTrainedModel,
     *,
     activation_checkpointing: float = 0.0,
+    keeps_attention: bool = False,
     compile_layers: bool = False,
     attention: str = "auto",
     bf16: bool = False,
@@ -175,12 +176,13 @@ def new_stepper(
         kind: "plain", "short plain" or "packed".
         model: from `workload.new_model`.
         activation_checkpointing: share of layers whose activations are recomputed.
+        keeps_attention: keep the output of attention in these layers.
         compile_layers: compile each layer with torch.compile; packed only.
         attention: of the packed step, as in a recipe.
         bf16: whether to run under autocast to bfloat16.
         sharded: wrap the model in FSDP2 with bfloat16 parameters; packed only. Needs a process group.
     """
-    checkpoint_activations(model, activation_checkpointing)
+    checkpoint_activations(model, activation_checkpointing, keeps_attention)
     loss, trained = PLAIN_LOSSES.get(kind, packed_loss), model
     if kind == "packed":
         objective = Objective("combined", ranking_weight=RANKING_WEIGHT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,19 @@ from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 
 from rankllm_composer.errors import RunError
+
+_progressed_at = time.monotonic()
+
+
+def note_progress() -> None:
+    """Note that this rank has just done a step, or passed a collective."""
+    global _progressed_at
+    _progressed_at = time.monotonic()
+
+
+def seconds_without_progress() -> float:
+    """How long ago this rank noted progress."""
+    return time.monotonic() - _progressed_at
 
 
 def reduce_over_ranks(values: list[int], operation: str) -> list[int]:
@@ -73,6 +87,7 @@ def run_on_rank_zero(task: Callable[[], None], what: str) -> None:
             worker.join(HEARTBEAT_SECONDS)
             status = [(not worker.is_alive(), str(failure[0]) if failure else None)]
         dist.broadcast_object_list(status, src=0)
+        note_progress()
         done, error = status[0]
         if done:
             break

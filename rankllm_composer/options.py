@@ -342,6 +342,9 @@ class ModelOptions:
         ge=0,
         le=1,
     )
+    keep_attention: Flag = option(
+        "In these layers, keep the output of attention and recompute the rest: more memory, less time.", False
+    )
     compile: Flag = option("Compile the model with torch.compile.", False)
 
 

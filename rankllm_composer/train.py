@@ -15,6 +15,7 @@ import rankllm_composer.processes  # noqa: F401  # records the launcher before t
 from rankllm_composer.errors import StoreError
 from rankllm_composer.screen import report, say
 from rankllm_composer.storage.scratch import temporary_files_in_scratch
+from rankllm_composer.training.devices import set_allocator
 from rankllm_composer.training.run import TrainedRun, run_recipe, train
 
 if TYPE_CHECKING:
@@ -66,5 +67,6 @@ sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":
+    set_allocator()
     sys.path.pop(0)  # Python puts this folder first, where our modules would shadow other packages
     sys.exit(main(sys.argv[1:]))

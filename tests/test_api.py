@@ -72,7 +72,7 @@ def test_public_names_are_typed_for_editors():
     assert imported == set(rc.__all__)
 
 
-def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path, capsys):
+def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path, capsys, monkeypatch):
     environment, handlers = dict(os.environ), [signal.getsignal(number) for number in STOPS]
     first = rc.train(load(*overrides))
     assert first.folder == tmp_path / "run" and [path.name for path in first.exports] == ["epoch_0"]
@@ -97,6 +97,20 @@ def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path
     assert not torch.distributed.is_initialized() and dict(os.environ) == environment
     assert [signal.getsignal(number) for number in STOPS] == handlers
     assert "exported:" in capsys.readouterr().out
+
+    # A machine with a GPU, which is shared out by CUDA_VISIBLE_DEVICES: Composer would take it under FSDP2.
+    visible = lambda: int(os.environ.get("CUDA_VISIBLE_DEVICES") != "")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", visible)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert torch.cuda.is_available()
+    on_cpu = ["parallelism.device=cpu", "parallelism.fsdp=true", f"run.folder={tmp_path / 'third'}"]
+    third = rc.train(load(*overrides, *on_cpu))
+    assert (third.exports[0] / "model.safetensors").read_bytes() == weights[0]
+    assert torch.cuda.is_available() and "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 1)  # as if CUDA had counted them before
+    with pytest.raises(rc.RankLLMComposerError, match="this process has looked for GPUs before"):
+        rc.train(load(*overrides, *on_cpu))
+    monkeypatch.undo()
 
     reranker = rc.Reranker.from_pretrained(first.best, rc.RerankOptions(top_k=2))
     ranked = reranker.rerank("plum", ["apple", "plum", "mango"])

@@ -34,6 +34,7 @@ from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.sources.retrieval_files import load_queries, require_shared
 from rankllm_composer.training import assembly
+from rankllm_composer.training.devices import hide_gpus
 from rankllm_composer.training.dry_run import Written, check_space
 from rankllm_composer.training.guards import LossGuard
 from rankllm_composer.training.loggers import build_loggers
@@ -113,6 +114,10 @@ def no_bitsandbytes(tools: Tools) -> None:
     assembly.build_optimizer(first_mistral("optimizer.name=adamw_8bit"), torch.nn.Linear(2, 2))
 
 
+def sharded_8bit(tools: Tools) -> None:
+    first_mistral("optimizer.name=adamw_8bit")
+
+
 def no_wandb(tools: Tools) -> None:
     tools.patch.setitem(sys.modules, "wandb", None)
     build_loggers(first_mistral("logging.loggers={wandb: {}}"), tools.folder)
@@ -120,6 +125,12 @@ def no_wandb(tools: Tools) -> None:
 
 def no_gpu(tools: Tools) -> None:
     assembly.choose_device("gpu")
+
+
+def gpus_counted_before(tools: Tools) -> None:
+    tools.patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    tools.patch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 1)  # the driver, on a machine with a GPU
+    hide_gpus()
 
 
 def another_recipe(tools: Tools) -> None:
@@ -196,9 +207,11 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "the chat template prints the date": printed_date,
     "it takes more than 200,000 steps": endless_template,
     "model.attention": no_flash,
-    "optimizer.name": no_bitsandbytes,
+    "optimizer.name: adamw_8bit needs": no_bitsandbytes,
+    "optimizer.name is adamw_8bit": sharded_8bit,
     "logging.loggers.wandb": no_wandb,
-    "parallelism.device": no_gpu,
+    "parallelism.device is gpu": no_gpu,
+    "parallelism.device is cpu": gpus_counted_before,
     "holds a run of another recipe": another_recipe,
     "another process is training in": another_process,
     "the loss is not finite": bad_loss,

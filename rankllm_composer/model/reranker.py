@@ -25,6 +25,7 @@ from rankllm_composer.model.flops import forward_flops, training_flops
 from rankllm_composer.model.forward import head_rows, list_logits, num_layers
 from rankllm_composer.model.lora import check_adapter_names
 from rankllm_composer.model.objective import Objective
+from rankllm_composer.model.recomputation import keep_attention
 from rankllm_composer.screen import say
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return layers or [part for part in model.modules() if type(part).__name__ in names]
 
 
-def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
+def checkpoint_activations(model: PreTrainedModel, fraction: float, keeps_attention: bool = False) -> None:
     """Recompute the activations of a fraction (0 to 1) of the layers in the backward pass, spread over the depth.
 
+    Args:
+        keeps_attention: keep the output of attention in these layers, and recompute the rest.
     Raises:
         ModelError: the fraction is out of range, or the layers cannot be recomputed.
     """
@@ -55,7 +58,10 @@ def checkpoint_activations(model: PreTrainedModel, fraction: float) -> None:
             f"model.activation_checkpointing is {fraction}, but {type(model).__name__} cannot recompute its layers; "
             "expected 0. Set model.activation_checkpointing=0."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if keeps_attention:
+        options["context_fn"] = keep_attention
+    model.gradient_checkpointing_enable(options)
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = int((index + 1) * fraction + 1e-9) > int(index * fraction + 1e-9)
 

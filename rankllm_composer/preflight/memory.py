@@ -55,6 +55,7 @@ class Workload:
     mixed_precision: str = "DEFAULT"
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     activation_checkpointing: float = 0.0
+    keeps_attention: bool = False
     attention: Literal["packed_varlen", "packed_sdpa", "flash_attention_2"] = "packed_varlen"
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     peft_config: PeftConfig | None = None
@@ -111,7 +112,7 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
 
     dtype = torch.bfloat16 if work.frozen_precision == "bf16" else torch.float32
     causal_lm = new_causal_lm(work.config, dtype).train()  # .to(dtype) fails on fake tensors
-    checkpoint_activations(causal_lm, work.activation_checkpointing)
+    checkpoint_activations(causal_lm, work.activation_checkpointing, work.keeps_attention)
     model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa", peft_config=work.peft_config)
     if work.attention != "packed_sdpa":
         AttentionInterface.register(FAKE_KERNEL, partial(_fake_kernel, work.attention == "packed_varlen"))
@@ -210,9 +211,11 @@ class _FlashAttentionAllocations(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_lists: int) -> torch.Tensor:
-        total, num_heads, _ = query.shape
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)  # (T, H, d)
-        log_sum_exp = query.new_empty((num_heads, total), dtype=torch.float32)
+        bounds, longest = query.new_empty(num_lists + 1, dtype=torch.int32), query.shape[0]
+        # (T, H, d) and (H, T) float32; of this operation, as recomputed layers may keep its results.
+        output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, bounds, bounds, longest, longest, 0.0, True, False
+        )
         ctx.num_lists = num_lists
         ctx.save_for_backward(query, key, value, output, log_sum_exp)
         return output

@@ -325,6 +325,7 @@ def workload(recipe: Recipe, config: PretrainedConfig, lengths: ListLengths, num
         mixed_precision=recipe.parallelism.mixed_precision,
         precision=recipe.parallelism.precision,
         activation_checkpointing=recipe.model.activation_checkpointing,
+        keeps_attention=recipe.model.keep_attention,
         attention=attention,
         optimizer=recipe.optimizer.name,
         peft_config=build_peft_config(recipe),

@@ -68,6 +68,8 @@ def _changes(recipe: Recipe, num_ranks: int) -> Iterator[_Change]:
     batch, longest_list = recipe.batch, recipe.data.max_length_tokens
     if recipe.model.activation_checkpointing < 1:
         yield change("model", "activation_checkpointing", 1.0)
+    if recipe.model.keep_attention:
+        yield change("model", "keep_attention", False)
     max_lists, tokens = batch.limits
     if max_lists is not None and max_lists > 1:
         yield change("batch", "microbatch_lists", 1)
@@ -76,7 +78,7 @@ def _changes(recipe: Recipe, num_ranks: int) -> Iterator[_Change]:
         for num_tokens in sorted(smaller, reverse=True):
             if num_tokens < tokens:
                 yield change("batch", "microbatch_tokens", num_tokens)
-    if recipe.optimizer.name != "adamw_8bit":
+    if recipe.optimizer.name != "adamw_8bit" and not recipe.parallelism.fsdp:  # it cannot update sharded weights
         yield change("optimizer", "name", "adamw_8bit")
     if recipe.parallelism.fsdp:
         for ranks in (2 * num_ranks, 4 * num_ranks, 8 * num_ranks):

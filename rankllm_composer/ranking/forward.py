@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from transformers import DynamicCache, PretrainedConfig
 
-from rankllm_composer.distributed import largest_of_ranks
+from rankllm_composer.distributed import largest_of_ranks, note_progress
 from rankllm_composer.model.attention import OWN_ATTENTION, choose_attention
 from rankllm_composer.model.forward import list_logits
 from rankllm_composer.model.self_check import attention_for_inference
@@ -151,4 +151,5 @@ def rounds(batches: Sequence[list[int]], lockstep: bool) -> Iterator[list[int]]:
     is a collective.
     """
     for number in range(largest_of_ranks(len(batches), lockstep)):
+        note_progress()
         yield batches[number] if number < len(batches) else []

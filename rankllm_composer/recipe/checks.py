@@ -177,6 +177,13 @@ def _hardware(recipe: Recipe) -> Iterator[Problem]:
     if recipe.optimizer.name == "adamw_8bit" and keys.device == "cpu":
         found = "adamw_8bit with parallelism.device: cpu"
         yield Problem("optimizer.name", found, "adamw", "It needs a GPU.", ("parallelism.device",))
+    elif recipe.optimizer.name == "adamw_8bit" and keys.fsdp:
+        found, expected = "adamw_8bit with parallelism.fsdp: true", "adamw, or parallelism.fsdp: false"
+        remedy = "Change one of the two: bitsandbytes cannot update sharded weights."
+        yield Problem("optimizer.name", found, expected, remedy, ("parallelism.fsdp",))
+    if recipe.model.keep_attention and recipe.model.compile:
+        remedy = "Change one of the two: torch would leave the recomputed layers uncompiled."
+        yield Problem("model.keep_attention", "true with model.compile: true", "false", remedy, ("model.compile",))
     if is_kernel and keys.precision == "fp32":
         found = f"{attention} with parallelism.precision: fp32"
         remedy = "Change one of the two: the kernel computes in bf16 only."
@@ -340,6 +347,8 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
     if not recipe.batch.packing:
         keys = ["batch.microbatch_lists", "batch.microbatch_tokens", "model.attention"]
         reasons |= dict.fromkeys(keys, "batch.packing is false")
+    if not recipe.model.activation_checkpointing:
+        reasons["model.keep_attention"] = "model.activation_checkpointing is 0"
     if not recipe.parallelism.fsdp:
         keys = ["parallelism.reshard_after_forward", "parallelism.mixed_precision"]
         reasons |= dict.fromkeys(keys, "parallelism.fsdp is false")

@@ -19,6 +19,7 @@ FREE = (
     "run.accept_changes",
     "model.attention",
     "model.activation_checkpointing",
+    "model.keep_attention",
     "model.compile",
     "data.client_version",
     "data.num_workers",

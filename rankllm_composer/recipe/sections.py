@@ -220,7 +220,9 @@ class Neftune:
 class Optimizer:
     """The optimizer and its settings."""
 
-    name: Literal["adamw", "adamw_8bit"] = option("AdamW: of torch, or of bitsandbytes with 8-bit state.", "adamw")
+    name: Literal["adamw", "adamw_8bit"] = option(
+        "AdamW: of torch, or of bitsandbytes with 8-bit state, which needs a GPU and parallelism.fsdp: false.", "adamw"
+    )
     lr: Number = option("Highest learning rate.", gt=0)
     betas: tuple[Share, Share] = option("Decay of the averages of gradient and squared gradient.", (0.9, 0.999))
     eps: Number = option("Added to the denominator.", 1e-8, gt=0)

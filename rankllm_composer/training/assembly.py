@@ -130,7 +130,7 @@ def build_model(
         on_meta=recipe.parallelism.fsdp and dist.get_global_rank() > 0,
         dtype=torch.bfloat16 if keys.lora is not None and keys.lora.frozen_precision == "bf16" else torch.float32,
     )
-    checkpoint_activations(causal_lm, keys.activation_checkpointing)
+    checkpoint_activations(causal_lm, keys.activation_checkpointing, keys.keep_attention)
     model = ListwiseReranker(
         causal_lm,
         tokenizer,

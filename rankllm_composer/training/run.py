@@ -105,7 +105,8 @@ def train(recipe: Recipe) -> TrainedRun:
     """Train a recipe in this process, from shards to exported folders; resumes from its newest checkpoint.
 
     For one GPU or the CPU, without a launcher. Call it from the main thread. It may be called again: the process group,
-    the signal handlers and the environment are restored, even after an error.
+    the signal handlers and the environment are restored, even after an error. After a run with `parallelism.device:
+    cpu`, CUDA sees no GPU in this process.
 
     Args:
         recipe: from `load_recipe`.
@@ -116,6 +117,7 @@ def train(recipe: Recipe) -> TrainedRun:
     """
     import torch.distributed
 
+    from rankllm_composer.training.devices import set_allocator
     from rankllm_composer.training.stopping import PeerWatch
 
     if torch.distributed.is_initialized():
@@ -124,6 +126,7 @@ def train(recipe: Recipe) -> TrainedRun:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     watch = PeerWatch()
     try:
+        set_allocator()
         with warnings.catch_warnings():
             run_recipe(recipe, watch)
     finally:
@@ -134,6 +137,7 @@ def train(recipe: Recipe) -> TrainedRun:
             signal.signal(number, handler)
         for name in os.environ.keys() - environment.keys():  # Composer sets RANK, WORLD_SIZE, …
             del os.environ[name]
+        os.environ.update(environment)
     return TrainedRun.of_recipe(recipe)
 
 
@@ -152,6 +156,7 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
 
 def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     """Train a recipe, from its newest checkpoint if there is one, and export the model. A collective."""
+    import torch
     from composer.utils import dist
 
     from rankllm_composer.data.dataset import loader_error
@@ -160,11 +165,14 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     from rankllm_composer.recipe.load import recipe_to_yaml
     from rankllm_composer.training.assembly import choose_device
     from rankllm_composer.training.checkpoint_callback import CheckpointFolder
+    from rankllm_composer.training.devices import hide_gpus
     from rankllm_composer.training.rendezvous import meet
     from rankllm_composer.training.stopping import Preempted, on_stop_signals, raise_preempted
-    from rankllm_composer.training.stragglers import STATUS_FOLDER, find_stragglers
+    from rankllm_composer.training.stragglers import STATUS_FOLDER, find_hindmost, find_stragglers
     from rankllm_composer.training.trainer import build_trainer
 
+    if recipe.parallelism.device == "cpu":
+        hide_gpus()
     device = choose_device(recipe.parallelism.device)
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
     # Composer's handlers would end the process without a message.
@@ -174,18 +182,23 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     store = meet(recipe.parallelism.dist_timeout_seconds)
     dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
     del store
-    watch.start()
+    watch.start(recipe.parallelism.dist_timeout_seconds)
     check_world(recipe, dist.get_world_size())
     folder = Path(recipe.run_folder)
     rank, num_ranks = dist.get_global_rank(), dist.get_world_size()
     with contextlib.ExitStack() as stack:
+        if device == "gpu":  # Composer allows TF32, which "fp32" does not promise
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         claim = claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)
         run_on_rank_zero(lambda: stack.enter_context(claim), f"claim of {folder}")
         watch.find_stragglers = partial(find_stragglers, folder / STATUS_FOLDER, rank, num_ranks)
+        watch.find_hindmost = partial(find_hindmost, folder / STATUS_FOLDER, num_ranks)
         prepare_shards(recipe.data.train, "data.train", recipe.data.client_version)
         if recipe.data.eval is not None and recipe.evaluation is not None:
             prepare_shards(recipe.data.eval, "data.eval", recipe.data.client_version)
         trainer = build_trainer(recipe, folder, device)
+        if device == "gpu" and recipe.parallelism.precision == "fp32":
+            torch.set_float32_matmul_precision("highest")
         stopped: Preempted | None = None
         if trainer.state.timestamp < trainer.state.max_duration:
             try:

@@ -15,6 +15,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from rankllm_composer.distributed import seconds_without_progress
 from rankllm_composer.processes import (
     drop_closed_outputs,
     end_with_parent,
@@ -29,6 +30,9 @@ from rankllm_composer.training.progress import ends_epoch
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 """How long a rank may take to notice by itself that another one is gone, and to exit after it failed."""
+
+NOTICE_SECONDS = 60.0
+"""How long before a collective times out a rank without progress is reported, at most a quarter of the timeout."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 """Requests to stop: SIGTERM from a scheduler or a launcher, SIGHUP from a terminal that is closed."""
@@ -63,12 +67,14 @@ class PeerWatch:
         end: ends the process with an exit code, immediately.
     Attributes:
         find_stragglers: called after a collective timed out; returns which ranks it waited for, or "".
+        find_hindmost: called before that; returns which ranks are furthest behind, or "".
     """
 
     def __init__(self, end: Callable[[int], object] = os._exit) -> None:
         self.rank = 0
         self.peers: list[Peer] = []
         self.find_stragglers: Callable[[], str] = str
+        self.find_hindmost: Callable[[], str] = str
         self._end = end
         self._started, self._stopped = threading.Event(), threading.Event()
 
@@ -77,17 +83,30 @@ class PeerWatch:
         if has_launcher():
             threading.Thread(target=self._await_launcher, name="launcher watch", daemon=True).start()
 
-    def start(self) -> None:
-        """Watch the other ranks on this machine. A collective."""
+    def start(self, timeout_seconds: float) -> None:
+        """Watch the other ranks on this machine, and the progress of this one. A collective.
+
+        Args:
+            timeout_seconds: longest wait for a collective.
+        """
         self.rank, here, process = dist.get_global_rank(), machine(), os.getpid()
         everyone = dist.all_gather_object((here, Peer(self.rank, process, start_of(process))))
         self._started.set()
         self.watch([peer for other, peer in everyone if other == here and peer.rank != self.rank])
+        if len(everyone) > 1:
+            self.watch_progress(timeout_seconds)
 
     def watch(self, peers: list[Peer]) -> None:
         self.peers = peers
         if peers:
             threading.Thread(target=self._look, name="peer watch", daemon=True).start()
+
+    def watch_progress(self, timeout_seconds: float) -> None:
+        """Report a rank that does not progress before a collective times out.
+
+        A collective of gloo then raises an error, which this rank reports. NCCL ends the process by itself.
+        """
+        threading.Thread(target=self._await_progress, args=[timeout_seconds], name="progress", daemon=True).start()
 
     def stop(self) -> None:
         """Stop watching: from here on, ranks end one by one."""
@@ -159,6 +178,20 @@ class PeerWatch:
         if not self._started.wait(GRACE_SECONDS) and not self._stopped.is_set():
             report(f"rank {self.rank}: {STOP_REQUESTED} before the run started")
             self._end(1)
+
+    def _await_progress(self, timeout_seconds: float) -> None:
+        limit = timeout_seconds - min(NOTICE_SECONDS, timeout_seconds / 4)
+        is_reported = False
+        while not self._stopped.wait(POLL_SECONDS):
+            seconds = seconds_without_progress()
+            if seconds >= limit and not is_reported:
+                hindmost = self.find_hindmost()
+                report(
+                    f"rank {self.rank}: no progress for {seconds:.0f} s; if it waits for another rank, "
+                    f"parallelism.dist_timeout_seconds={timeout_seconds:g} ends the run. Furthest behind: "
+                    f"{hindmost or 'unknown before the first batch'}; {RESUME}"
+                )
+            is_reported = seconds >= limit
 
     def _look(self) -> None:
         while not self._stopped.wait(POLL_SECONDS):

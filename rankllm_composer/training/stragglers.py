@@ -11,6 +11,8 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from rankllm_composer.distributed import note_progress
+
 STATUS_FOLDER = ".ranks"
 """Folder of the notes, in the folder of the run."""
 
@@ -22,6 +24,9 @@ ACTIVITIES = {
     Event.BATCH_END: "evaluation, checkpoint or export after the batch",
     Event.EPOCH_END: "evaluation, checkpoint or export after the epoch",
 }
+MAX_SHOWN = 8
+"""Ranks that a message names."""
+
 NOTICE_SECONDS = 1.0
 """How far apart the timeouts of ranks that wait for the same one may be."""
 
@@ -52,6 +57,7 @@ class StatusNotes(Callback):
                 self._file.seek(0)
                 self._file.write(f"{self._num_steps}\t{batch}\t{activity}\t{time.time()}".ljust(120).encode())
             self._num_steps += 1
+            note_progress()
         super().run_event(event, state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
@@ -84,12 +90,24 @@ def find_stragglers(folder: Path, rank: int, num_ranks: int) -> str:
     if own_note is None or not notes:
         return ""
     fewest = min(note.num_steps for note in notes.values())
+    return _described({other: note for other, note in notes.items() if note.num_steps == fewest <= own_note.num_steps})
+
+
+def find_hindmost(folder: Path, num_ranks: int) -> str:
+    """Name the ranks that have finished the fewest steps, in the same words; "" before the first batch."""
+    notes = read_notes(folder, num_ranks)
+    fewest = min((note.num_steps for note in notes.values()), default=0)
+    return _described({rank: note for rank, note in notes.items() if note.num_steps == fewest})
+
+
+def _described(notes: dict[int, StatusNote]) -> str:
     now = time.time()
-    return " and ".join(
-        f"rank {other} (batch {note.batch}: {note.activity}, for {max(0.0, now - note.since):.0f} s)"
-        for other, note in notes.items()
-        if note.num_steps == fewest <= own_note.num_steps
-    )
+    shown = [
+        f"rank {rank} (batch {note.batch}: {note.activity}, for {max(0.0, now - note.since):.0f} s)"
+        for rank, note in list(notes.items())[:MAX_SHOWN]
+    ]
+    more = [f"{len(notes) - MAX_SHOWN} more"] if len(notes) > MAX_SHOWN else []
+    return " and ".join(shown + more)
 
 
 def _note_path(folder: Path, rank: int) -> Path:

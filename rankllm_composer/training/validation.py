@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from composer.core import Callback, Event, State
+from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
@@ -156,11 +158,20 @@ class Validation(Callback):
     def _rank(self, state: State, records: Sequence[Record], options: EvaluationOptions) -> list[WindowResult]:
         model: Any = hf_module(state.model)
         lockstep = dist.get_world_size() > 1
-        return evaluate_windows(model, self._tokenizer, records, self._contract, options, lockstep=lockstep)
+        with training_precision(state):
+            return evaluate_windows(model, self._tokenizer, records, self._contract, options, lockstep=lockstep)
 
     def figures_after(self, num_batches: int) -> dict[str, float]:
         """Return the figures of the model after `num_batches`; empty if it was not evaluated then."""
         return self.figures if num_batches == self._last_batch else {}
+
+
+def training_precision(state: State) -> AbstractContextManager[None]:
+    """The precision of the forward pass of training, for a forward pass of the HF model alone."""
+    model = getattr(state.model, "module", state.model)  # without DDP around it
+    if getattr(model, "bf16_on_cpu", False):  # by itself, in its own forward pass
+        return torch.autocast("cpu", torch.bfloat16)
+    return get_precision_context(state.precision, state.precision_config)
 
 
 def _add_line(path: Path, line: str, batch: int) -> None:

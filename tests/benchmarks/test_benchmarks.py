@@ -257,6 +257,7 @@ TABLES = {
     "machine_limit": (["--cases", "toy:1:0", "--repeats", "1"], ["toy"]),
     "profile_step": (["--shape", "toy", "--lists", "1"], ["linear layers", "attention", "total"]),
     "scaling": (["--shape", "toy", "--tokens", "120,150", "--lists", "1,2", "--seconds", "0"], ["120", "150"]),
+    "recomputation": (["--shape", "toy", "--lists", "1", "--repeats", "1"], ["nothing", "all but attention", "all"]),
     "compile_layers": (
         ["--shape", "toy", "--lists", "1", "--steps", "1", "--repeats", "1"],
         ["not compiled", "compiled"],
@@ -268,7 +269,11 @@ TABLES = {
 def test_a_benchmark_prints_its_table(benchmark, monkeypatch, capsys, name):
     arguments, first_cells = TABLES[name]
     module = benchmark(name)
-    if name in ("packed_step", "compile_layers"):  # a separate process is only needed to measure peak memory
+    if name in (
+        "packed_step",
+        "compile_layers",
+        "recomputation",
+    ):  # a separate process is only needed to measure peak memory
         monkeypatch.setattr(module, "run_in_process", lambda function, *given, threads: function(*given))
     if name == "compile_layers":  # tested elsewhere; it would take a minute here
         monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: None)

@@ -19,8 +19,9 @@ from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import training_flops
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
-from rankllm_composer.preflight.memory import Workload, placeholder_lists, plan_memory
+from rankllm_composer.preflight.memory import Memory, Workload, placeholder_lists, plan_memory
 from rankllm_composer.preflight.plan import GPUS, Gpu, plan_recipe
+from rankllm_composer.preflight.suggestions import suggest
 from rankllm_composer.preflight.tracking import ReplicaTracker
 from rankllm_composer.recipe.load import load_recipe
 
@@ -113,7 +114,12 @@ def test_counted_activations_are_what_autograd_saves(checkpointing):
     assert counted == pytest.approx(sum(saved.values()), rel=0.001)
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": 1.0}, {"accumulates": False}], ids=str)
+RECOMPUTED = {"activation_checkpointing": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, RECOMPUTED, RECOMPUTED | {"keeps_attention": True}, {"accumulates": False}], ids=str
+)
 def test_peak_is_within_a_tenth_of_the_allocators(changes):
     """Against two real updates in this process, by the allocator's events."""
     work = toy_work(fsdp=False, **changes)
@@ -123,7 +129,7 @@ def test_peak_is_within_a_tenth_of_the_allocators(changes):
         for _ in range(2 if work.accumulates else 1)
     ]
     base = AutoModelForCausalLM.from_config(work.config).train()
-    checkpoint_activations(base, work.activation_checkpointing)
+    checkpoint_activations(base, work.activation_checkpointing, work.keeps_attention)
     model = ListwiseReranker(base, None, work.objective)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     in_use = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -148,6 +154,17 @@ def test_settings_change_the_parts_they_concern():
     recomputed = plan_memory(toy_work(num_ranks=4, activation_checkpointing=1.0))
     ranking = plan_memory(dataclasses.replace(toy_work(num_ranks=4), objective=Objective("ranking")))
     halves = plan_memory(toy_work(num_ranks=4, precision="amp_bf16"))
+
+    # Kept attention: (T, H, d) in bfloat16 and one number for each token and head; a layer has its own at the peak.
+    lists = {"precision": "amp_bf16", "activation_checkpointing": 1.0}
+    for attention in ("packed_sdpa", "flash_attention_2"):
+        least, kept = (
+            plan_memory(dataclasses.replace(toy_work(attention=attention, **lists, **keep), lengths=(400, 300)))
+            for keep in ({}, {"keeps_attention": True})
+        )
+        of_one_layer = 700 * (2 * TOY["hidden_size"] + 4 * TOY["num_attention_heads"])
+        added = (kept.at_peak["activations"] - least.at_peak["activations"]) / of_one_layer
+        assert TOY["num_hidden_layers"] - 1 <= added <= TOY["num_hidden_layers"], attention
     assert recomputed.at_peak["activations"] < plain.at_peak["activations"]
     assert halves.at_peak["activations"] < plain.at_peak["activations"]
     assert recomputed.held == plain.held == halves.held
@@ -230,6 +247,20 @@ def test_suggestions_make_a_run_fit(toy_folder, monkeypatch):
     monkeypatch.setitem(GPUS, "toy", Gpu(1000, 1e12))
     hopeless = plan_recipe(recomputed.recipe, 2, gpu="toy", report=quiet)
     assert hopeless.suggestions == () and "no suggestion makes it fit" in "\n".join(hopeless.lines())
+
+
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_what_is_suggested_is_a_recipe_that_can_be_trained(toy_folder, fsdp):
+    """bitsandbytes cannot update the weights that FSDP2 shards."""
+    recipe = toy_recipe(toy_folder, f"parallelism.fsdp={fsdp}", "model.activation_checkpointing=0")
+    tried: list[str] = []
+    nothing_fits = Memory({}, {"weights": 10}, 1, 1)
+    assert not list(suggest(recipe, 2, 1, lambda changed, num_ranks: nothing_fits, tried.append))
+    alone = [line.removeprefix("tries ") for line in tried if "," not in line]
+    assert ("optimizer.name=adamw_8bit" in alone) is not fsdp
+    for change in alone:
+        if "GPUs" not in change:
+            assert toy_recipe(toy_folder, f"parallelism.fsdp={fsdp}", change) != recipe
 
 
 def test_errors_explain_what_a_plan_needs(toy_folder):

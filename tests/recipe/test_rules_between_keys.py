@@ -61,6 +61,8 @@ CPU = "parallelism.device=cpu"
         (["schedule.warmup=1dur"], "schedule.warmup", "'1dur'"),
         ([CPU, "model.attention=flash_attention_2"], "model.attention", "with parallelism.device: cpu"),
         ([CPU, "optimizer.name=adamw_8bit"], "optimizer.name", "adamw_8bit with parallelism.device: cpu"),
+        (["model.keep_attention=true", "model.compile=true"], "model.keep_attention", "true with model.compile: true"),
+        (["optimizer.name=adamw_8bit"], "optimizer.name", "adamw_8bit with parallelism.fsdp: true"),
         (["model.attention=flash_attention_2", "parallelism.precision=fp32"], "model.attention", "precision: fp32"),
         ([CPU, "model.attention=packed_varlen"], "model.attention", "with parallelism.device: cpu"),
         (["model.attention=packed_varlen", "parallelism.precision=fp32"], "model.attention", "precision: fp32"),

@@ -814,6 +814,8 @@ def signalled(key: str, tools: Tools) -> Ended:
     assert not [path for path in segments if path.exists()] and not run.locks()
     if key == "interrupted":
         assert run.output().count("error: ") == 1
+    if key == "rank-stalls":  # torch would end a run on GPUs at its timeout, without a word of ours
+        assert run.output().index("rank 0: no progress for") < run.output().index("imed out")
     if ours:
         assert "Traceback" not in run.output()
     return Ended(int(code != 0), run.output())

@@ -116,7 +116,7 @@ def packed_losses(model: torch.nn.Module, sequences: list[TokenizedList], object
     """Compute the losses with ListwiseReranker, averaged over microbatches as in Composer; accumulate gradients."""
     limit = options.pop("limit", {"max_lists": 100})
     compiles = options.pop("compile_layers", False)
-    checkpoint_activations(model, options.pop("activation_checkpointing", 0.0))
+    checkpoint_activations(model, options.pop("activation_checkpointing", 0.0), options.pop("keeps_attention", False))
     reranker = ListwiseReranker(model, None, objective, **options)
     if compiles:
         reranker.compile_layers()

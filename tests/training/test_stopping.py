@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -71,6 +73,24 @@ def test_a_stopped_watch_ignores_peers_that_exit(process):
     watch.stop()
     process.kill()
     assert not ended.wait(0.6) and codes == []
+
+
+def test_a_rank_without_progress_says_so_before_a_collective_times_out(capsys):
+    watch = PeerWatch()
+    watch.find_hindmost = lambda: "rank 1 (batch 3: forward pass, for 9 s)"
+    said = ""
+    watch.watch_progress(timeout_seconds=0.4)
+    try:
+        deadline = time.monotonic() + 60
+        while "no progress" not in said and time.monotonic() < deadline:
+            time.sleep(0.05)
+            said += capsys.readouterr().err
+    finally:
+        watch.stop()
+    expected = r"rank 0: no progress for \d+ s; if it waits for another rank, parallelism.dist_timeout_seconds=0.4 ends"
+    assert re.search(expected, said)
+    assert "Furthest behind: rank 1 (batch 3: forward pass, for 9 s); checkpoints are intact" in said
+    assert said.count("no progress") == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from composer.core import Event
 from composer.loggers import Logger
 
 from rankllm_composer.training import stragglers
-from rankllm_composer.training.stragglers import ACTIVITIES, StatusNotes, find_stragglers, read_notes
+from rankllm_composer.training.stragglers import ACTIVITIES, StatusNotes, find_hindmost, find_stragglers, read_notes
 
 
 class Timestamp:
@@ -63,6 +63,15 @@ def test_a_note_holds_the_batch_and_the_activity(tmp_path, monkeypatch):
 def test_stragglers_have_finished_the_fewest_steps(tmp_path, monkeypatch, steps, rank, expected):
     notes(tmp_path, monkeypatch, steps)
     assert find_stragglers(tmp_path, rank, len(steps)) == expected
+
+
+def test_the_hindmost_are_named_without_a_trace(tmp_path, monkeypatch):
+    assert find_hindmost(tmp_path, 2) == ""
+    notes(tmp_path, monkeypatch, [3, 2, 2])
+    expected = "rank 1 (batch 3: forward pass, for 0 s) and rank 2 (batch 3: forward pass, for 0 s)"
+    assert find_hindmost(tmp_path, 3) == find_hindmost(tmp_path, 3) == expected
+    notes(tmp_path / "many", monkeypatch, [1] * 10)
+    assert find_hindmost(tmp_path / "many", 10).endswith("and 2 more")
 
 
 def test_a_rank_that_timed_out_itself_is_not_named(tmp_path, monkeypatch):

@@ -11,21 +11,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from composer import Trainer
+from composer.core import Event, Timestamp
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
 from support.launching import REPOSITORY
 from support.small_disk import fill, small_disk
 from support.tiny_rerankers import FAMILIES, new_contract, new_tokenizer, record_of
 from support.tiny_training import new_loader
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from rankllm_composer.errors import PromptError, RunError
+from rankllm_composer.model.objective import Objective
+from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.prompts.lists import list_kind
 from rankllm_composer.ranking.evaluation import EvaluationOptions, evaluate_windows, summarize, window_ndcg
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.recipe.sections import Evaluation
 from rankllm_composer.training import assembly
-from rankllm_composer.training.validation import PREFIX, Validation, measurable, read_details
+from rankllm_composer.training.validation import PREFIX, Validation, measurable, read_details, training_precision
 
 GRADED = [
     ([None, None], "generation/ndcg@10", True),
@@ -67,6 +71,37 @@ def new_validation(interval="1ep", **options) -> Validation:
         options=EvaluationOptions(**options),
         details=details,
     )
+
+
+class AttentionTypes(TorchDispatchMode):
+    """Collects the types of the queries of every attention, as the kernel gets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if "scaled_dot_product" in str(operation):
+            self.seen.append(arguments[0].dtype)
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_windows_are_ranked_in_the_precision_of_training(half):
+    """The weights are float32; a kernel for half precision would refuse them."""
+    tokenizer = new_tokenizer()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["mistral"]), attn_implementation="sdpa")
+    reranker = ListwiseReranker(model, tokenizer, Objective("combined"), bf16_on_cpu=half)
+    state = SimpleNamespace(model=reranker, precision="fp32", precision_config=None, timestamp=Timestamp())
+    for wrapped in (reranker, SimpleNamespace(module=reranker)):  # DDP has the model as its module
+        with training_precision(SimpleNamespace(**vars(state) | {"model": wrapped})):
+            assert torch.is_autocast_enabled("cpu") is half
+    types = AttentionTypes()
+    with types:
+        new_validation().run_event(Event.FIT_START, state, None)  # ranks a window by both decodings
+    assert set(types.seen) <= {torch.bfloat16 if half else torch.float32}
+    assert not half or len(types.seen) >= model.config.num_hidden_layers  # in float32 torch may take it apart
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 @pytest.mark.parametrize(

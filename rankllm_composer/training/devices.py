@@ -1,0 +1,51 @@
+"""What CUDA reads once and for all: how it allocates memory, and which GPUs it sees. Imports no library at the top."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+
+ALLOCATOR = "expandable_segments:True"
+"""Segments that grow need less memory than whole ones where each microbatch has another number of tokens."""
+
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Before torch 2.9, and from then on."""
+
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
+
+def allocator_settings(environment: Mapping[str, str], torch_version: str) -> dict[str, str]:
+    """Environment variables under which CUDA allocates as a run needs it; none if the user has set any.
+
+    Args:
+        environment: of this process.
+        torch_version: such as "2.7.0+cu126".
+    """
+    if any(name in environment for name in ALLOCATOR_VARIABLES):
+        return {}
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return {ALLOCATOR_VARIABLES[(major, minor) >= (2, 9)]: ALLOCATOR}
+
+
+def set_allocator() -> None:
+    """Set `allocator_settings` in this process and those that it starts; call it before torch is imported."""
+    os.environ.update(allocator_settings(os.environ, version("torch")))
+
+
+def hide_gpus() -> None:
+    """Let CUDA see no GPU in this process. Composer and streaming take a GPU that they see, also when told the CPU.
+
+    Raises:
+        RunError: this process has counted its GPUs before, which CUDA does once.
+    """
+    import torch
+
+    from rankllm_composer.errors import RunError
+
+    os.environ[VISIBLE_GPUS] = ""
+    if torch.cuda.is_available():
+        raise RunError(
+            "parallelism.device is cpu, but this process has looked for GPUs before, and Composer would train on one. "
+            f"Start Python with {VISIBLE_GPUS} set to nothing, or set parallelism.device=gpu."
+        )
