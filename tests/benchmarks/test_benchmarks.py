@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from benchmarks.known_item import build_known_items
 from rankllm_composer.model.flops import forward_flops
+from rankllm_composer.model.loss_table import RANKING_LOSSES, WEIGHTS
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.sources.retrieval_files import load_judgments, load_queries, load_run
@@ -363,3 +364,10 @@ def test_every_section_of_the_results_has_its_question_and_command(benchmark):
         assert f"## {run_all.question(name)}\n\n    python benchmarks/{name}.py" in text
         assert re.search(r"\d{4}-\d\d-\d\d", text), f"{name}: no date"
         assert "cores" in text and "Failed" not in text
+
+
+def test_default_weights_make_each_loss_as_large_as_weighted_ranknet(benchmark):
+    scales = benchmark("loss_scales")
+    given = scales.lists()
+    sizes = {name: scales.size(name, given) for name in RANKING_LOSSES}
+    assert {name: 10 * sizes["ranknet"] / value for name, value in sizes.items()} == pytest.approx(WEIGHTS, rel=0.15)
