@@ -7,6 +7,8 @@ import shlex
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import launching
+from support.launching import metrics, succeeded
 from support.small_run import RECIPE, small_run
 
 from rankllm_composer.cli import main
@@ -59,3 +61,30 @@ def test_an_adapter_is_trained_in_two_stages_and_merged(tmp_path, mistral_v3_fol
     update = adapter["lora_B.weight"] @ adapter["lora_A.weight"] * 32 / 2**0.5  # alpha / sqrt(rank)
     expected = base.get_parameter(f"{name}.weight") + update
     torch.testing.assert_close(merged.get_parameter(f"{name}.weight"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_train_whole_modules_and_dora_like_one(tmp_path, mistral_v3_folder):
+    """The second stage, which starts from the adapter that the first has exported."""
+    overrides = small_run(tmp_path, mistral_v3_folder)
+    keys = "target_modules: [q_proj, down_proj], modules_to_save: [norm], rank: 2, dropout: 0, dora: true"
+    overrides += ["run.max_duration=2ba", "schedule.warmup=0ba", "checkpoint.export={merge_lora: false}"]
+    succeeded(
+        launching.train(RECIPE, *overrides, f"model.lora={{{keys}}}", "run.folder=first", folder=tmp_path, ranks=1)
+    )
+    further = [*overrides, f"model.lora={{{keys}, start_from: first/hf/batch_2}}"]
+    for name, ranks in (("one", 1), ("two", 2)):
+        succeeded(launching.train(RECIPE, *further, f"run.folder={name}", folder=tmp_path, ranks=ranks))
+    losses = [
+        [line["loss/train/total"] for line in metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    start, one, two = (
+        load_file(tmp_path / name / "hf" / "batch_2" / "adapter_model.safetensors") for name in ("first", "one", "two")
+    )
+    assert one.keys() == two.keys() and {"lora_magnitude_vector", "norm"} <= {
+        part for name in one for part in name.split(".")
+    }
+    for name, tensor in one.items():
+        assert not torch.equal(tensor, start[name]), name
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
