@@ -14,9 +14,9 @@ from support import noised_training
 from support.packed_models import FAMILIES, random_sequences
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 
 from rankllm_composer.data.packing import split_batch
+from rankllm_composer.model.loading import new_causal_lm
 from rankllm_composer.model.losses import LOSSES
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
@@ -34,7 +34,7 @@ CASES = [
 def test_forward_loss_and_backward_wait_for_nothing(family, objective):
     (batch,) = split_batch({"sequences": random_sequences(objective.name)}, max_lists=10)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model = AutoModelForCausalLM.from_config(FAMILIES[family]).bfloat16().train()
+        model = new_causal_lm(FAMILIES[family], torch.bfloat16).train()
         checkpoint_activations(model, 0.5)
         reranker = ListwiseReranker(model, None, objective, attention="auto", device="gpu")
         batch = {
