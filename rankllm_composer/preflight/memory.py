@@ -211,6 +211,7 @@ class _FlashAttentionAllocations(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_lists: int) -> torch.Tensor:
+        output: torch.Tensor
         bounds, longest = query.new_empty(num_lists + 1, dtype=torch.int32), query.shape[0]
         # (T, H, d) and (H, T) float32; of this operation, as recomputed layers may keep its results.
         output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
