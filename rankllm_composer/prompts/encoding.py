@@ -135,7 +135,7 @@ def encode_record(
         first = permutation[0]
         behind = encoding.char_to_token(len(prompt) + 1 + len(names[first]))
         span, token = encoding.token_to_chars(behind), found[first].token
-        if span.start != len(prompt) + 1 + len(names[first]):
+        if span is None or span.start != len(prompt) + 1 + len(names[first]):
             raise _unlike_elsewhere(where, names[first], token)
         split_token = found[first].first[0]
         ids = [*ids[:score_position], tokenizer_facts(tokenizer).bracket, int(token or 0), *ids[behind:]]

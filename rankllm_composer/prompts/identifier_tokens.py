@@ -146,7 +146,7 @@ def _alternatives(
         )
 
     other: IdentifierStyle = "numbers" if style == "letters" else "letters"
-    ways = [other] if are_scored(other, objective) else []
+    ways: list[str] = [other] if are_scored(other, objective) else []
     if fit >= 2:
         ways.append(f"lists of at most {fit}")
     objectives = [
@@ -219,6 +219,8 @@ def _tokens_of(
     tokens, joined = [], []
     for index in dict.fromkeys(place for place in places if place is not None):
         span = encoding.token_to_chars(index)
+        if span is None:
+            continue
         tokens.append((int(encoding["input_ids"][index]), text[span.start : span.end]))
         if span.start < start or span.end > end:
             joined.append(tokens[-1][1])
