@@ -87,7 +87,7 @@ class AttentionCalls:
 
 
 _watched: AttentionCalls | None = None
-_bounds = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+_bounds = WeakTensorKeyDictionary()
 
 
 @contextmanager
