@@ -115,7 +115,9 @@ def test_scales_give_means_over_the_global_batch(limit):
 @pytest.mark.parametrize("limit", [{"max_lists": 2}, {"max_tokens": 40}])
 def test_packed_ahead_by_a_worker_is_the_same(limit):
     """What a worker packs, and its process sends as bytes, becomes the microbatches of rows packed at the step."""
-    rows = [sequence(10 + 3 * i, 6 + i, 2 + i, key=i + 1, grades=np.arange(2 + i)) for i in range(5)]
+    known = [np.arange(2 + i, dtype=np.float32) for i in range(5)]
+    relevant = [Relevance(np.arange(2 + i)[::-1], known[i], known[i] / 2) for i in range(5)]
+    rows = [sequence(10 + 3 * i, 6 + i, 2 + i, key=i + 1, relevance=relevant[i]) for i in range(5)]
     rows.append(TokenizedList(None, "too-long", 99))
     ahead = pickle.loads(pickle.dumps(pack_rows(rows, **limit)))
     assert not any(isinstance(value, torch.Tensor) for part in ahead["packed"] for value in part.values())
