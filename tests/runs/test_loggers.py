@@ -135,7 +135,9 @@ def test_a_logger_that_is_not_installed_or_misused_is_an_error(tmp_path, monkeyp
 
 
 def test_loggers_write_into_the_folder_of_the_run(tmp_path, monkeypatch):
-    for name in ("WANDB_DIR", "MLFLOW_TRACKING_URI"):
+    set_by_mlflow = ("ASYNC_LOGGING_BUFFERING_SECONDS", "SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING")
+    set_by_mlflow += ("SYSTEM_METRICS_SAMPLING_INTERVAL", "TRACKING_URI")
+    for name in ("WANDB_DIR", *(f"MLFLOW_{name}" for name in set_by_mlflow)):
         monkeypatch.setenv(name, "")  # so that it is removed at the end, if a library sets it
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
