@@ -73,8 +73,9 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 
 def _is_rebuilt(tokenizer: PreTrainedTokenizerBase, name_or_path: str, revision: str | None) -> bool:
     """Whether there is a tokenizer.json, and transformers took only the vocabulary from it."""
-    own = type(tokenizer) is not PreTrainedTokenizerFast and type(tokenizer).__module__.startswith("transformers.")
-    if not own or not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or type(tokenizer) is PreTrainedTokenizerFast:
+        return False
+    if not type(tokenizer).__module__.startswith("transformers."):
         return False
     found = cached_file(name_or_path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     return found is not None

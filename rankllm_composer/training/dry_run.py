@@ -26,11 +26,11 @@ class Written(NamedTuple):
     """What a run writes to one folder: so many more at once than are there now, each of this size."""
 
     what: str
-    count: int
+    number: int
     num_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.count} {self.what}{'s' * (self.count > 1)} of {self.num_bytes / 1e9:.3g} GB"
+        return f"{self.number} {self.what}{'s' * (self.number > 1)} of {self.num_bytes / 1e9:.3g} GB"
 
 
 class DryRun(Callback):
@@ -111,10 +111,10 @@ def check_space(written: dict[Path, Written]) -> None:
     disks: defaultdict[int, list[tuple[Path, Written]]] = defaultdict(list)
     for folder, files in written.items():
         place = next(path for path in (folder, *folder.parents) if path.exists())
-        if files.count:
+        if files.number:
             disks[place.stat().st_dev].append((place, files))
     for writers in disks.values():
-        place, total = writers[0][0], sum(files.count * files.num_bytes for _, files in writers)
+        place, total = writers[0][0], sum(files.number * files.num_bytes for _, files in writers)
         free = shutil.disk_usage(place).free
         if total > free:
             parts = " and ".join(str(files) for _, files in writers)
