@@ -111,7 +111,9 @@ def no_flash(tools: Tools) -> None:
 def no_bitsandbytes(tools: Tools) -> None:
     tools.patch.setitem(sys.modules, "bitsandbytes", None)
     tools.patch.setitem(sys.modules, "bitsandbytes.optim", None)
-    assembly.build_optimizer(first_mistral("optimizer.name=adamw_8bit"), torch.nn.Linear(2, 2))
+    assembly.build_optimizer(
+        first_mistral("optimizer.name=adamw_8bit", "parallelism.fsdp=false"), torch.nn.Linear(2, 2)
+    )
 
 
 def sharded_8bit(tools: Tools) -> None:
