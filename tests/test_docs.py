@@ -385,7 +385,7 @@ def test_recipe_keys_in_pages_exist(page):
 
 
 def test_the_table_of_recipes_is_complete():
-    rows = re.findall(r"^\| `yamls/(\w+)\.yaml` \|.*\|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `yamls/([\w.]+)\.yaml` \|.*\|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(path.stem for path in (REPOSITORY / "yamls").glob("*.yaml"))
 
 

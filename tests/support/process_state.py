@@ -13,9 +13,8 @@ import torch
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Libraries set these when they are first used, to the same values in every test.
 _SET_BY_LIBRARIES = ("TORCHINDUCTOR_CACHE_DIR", "WANDB_ERROR_REPORTING", "WANDB__SHOW_OPERATION_STATS")
-
-# This package registers these with transformers when they are first needed.
-_OUR_ATTENTION = {"packed_sdpa", "fake_flash_attention"}
+# Packages whose own attention functions are registered when they are imported or first needed.
+_REGISTERED_WHEN_IMPORTED = ("transformers.", "rankllm_composer.")
 # Helpers for shared memory (of Python) and compilation (of torch), and the process from which runs are forked.
 _SHARED = ("multiprocessing.resource_tracker", "_inductor/compile_worker", "workers/warm_python.py")
 
@@ -98,7 +97,8 @@ def _registered() -> set[str]:
     if tokenizers:
         names |= {kind.__name__ for kind in tokenizers.TOKENIZER_MAPPING._extra_content}
     if attention:
-        names |= set(attention.AttentionInterface._global_mapping) - _OUR_ATTENTION
+        found = attention.AttentionInterface._global_mapping.items()
+        names |= {name for name, function in found if not function.__module__.startswith(_REGISTERED_WHEN_IMPORTED)}
     return names
 
 
