@@ -290,8 +290,8 @@ def compiled_against_plain(setting: Setting, attention: str) -> dict[str, Any]:
         torch._dynamo.reset()
         counters.clear()
         with contextlib.ExitStack() as stack:
-            if setting.reduced:  # without a C++ compiler
-                eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+            if setting.reduced:  # traces, but needs no C++ compiler
+                eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
                 stack.enter_context(mock.patch.object(torch.nn.Module, "compile", eager))
             model = new_model(shape, setting.device)
             options = {"activation_checkpointing": 1.0, "attention": attention, "bf16": True}
