@@ -347,7 +347,7 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
     if not recipe.batch.packing:
         keys = ["batch.microbatch_lists", "batch.microbatch_tokens", "model.attention"]
         reasons |= dict.fromkeys(keys, "batch.packing is false")
-    if not recipe.model.activation_checkpointing:
+    if recipe.model.keep_attention and not recipe.model.activation_checkpointing:
         reasons["model.keep_attention"] = "model.activation_checkpointing is 0"
     if not recipe.parallelism.fsdp:
         keys = ["parallelism.reshard_after_forward", "parallelism.mixed_precision"]

@@ -38,6 +38,7 @@ import transformers.models.llama.tokenization_llama_fast
 import transformers.models.mistral.modeling_mistral  # noqa: F401
 from composer.cli import launcher
 from composer.core import engine
+from composer.utils import checkpoint
 
 OURS = ("rankllm_composer", "support", "__main__")
 
@@ -109,6 +110,8 @@ def _become(arguments: list[str]) -> None:
     sys.argv = arguments[is_module:]
     sys.path[0] = str(Path.cwd() if is_module else Path(arguments[0]).absolute().parent)
     tempfile.tempdir = None
+    # Composer computes the name of a rank's file when it is imported.
+    checkpoint._TORCH_DISTRIBUTED_CHECKPOINTS_FILENAME = f"__{os.environ.get('RANK', 0)}_0.distcp"
     _OLD_STREAMS.extend((sys.stdout, sys.stderr))
     raw = {number: io.FileIO(number, "w", closefd=False) for number in (1, 2)}
     sys.stdout = sys.__stdout__ = io.TextIOWrapper(
