@@ -182,7 +182,7 @@ def test_bfloat16_products_on_cpu(name):
     for parameter, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
         against = gradients(reference)[parameter]
-        assert F.cosine_similarity(gradient.flatten(), against.flatten(), dim=0) > 0.98, parameter
+        assert F.cosine_similarity(gradient.flatten(), against.flatten(), dim=0) > 0.97, parameter
 
 
 def test_logits_only_where_they_count():
