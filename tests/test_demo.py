@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.launching import REPOSITORY, metrics
 
 from rankllm_composer.demo import run_demo
@@ -12,7 +13,15 @@ from rankllm_composer.prompts.contract import read_contract
 RECIPE = REPOSITORY / "yamls" / "demo.yaml"
 
 
+@pytest.fixture()
+def one_thread():
+    """The demo computes on two threads."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_the_demo_runs_end_to_end(tmp_path):
     lines: list[str] = []
     short = ["run.max_duration=4ba", "schedule.warmup=1ba"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -78,9 +79,15 @@ class ProcessState:
             tempfile.tempdir = self.temporary_folder
         changes += [f"{name} was registered with transformers" for name in sorted(now.registered - self.registered)]
         # The kernel may leave out of the list of children one that is just being started.
-        started = [child for child in now.children - self.children if _started_at(child) > self.seconds]
+        started = self._started(now.children)
+        if started:
+            gc.collect()  # a loader ends its workers
+            started = self._started(_children())
         changes += [f"process {child} was left running: {_command(child)}" for child in started]
         return changes
+
+    def _started(self, children: set[int]) -> list[int]:
+        return [child for child in children - self.children if _started_at(child) > self.seconds]
 
 
 def _set_variable(name: str, value: str | None) -> None:
