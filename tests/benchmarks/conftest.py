@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -15,6 +17,9 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 def benchmark(monkeypatch):
     """Import a benchmark by name, with its folder on the path, as when it is run as a script."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    handler, num_threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     yield importlib.import_module
+    signal.signal(signal.SIGTERM, handler)  # some run as programs do, which end with their process
+    torch.set_num_threads(num_threads)
     for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
         del sys.modules[name]

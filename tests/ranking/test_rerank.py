@@ -699,7 +699,8 @@ def test_a_job_from_files_to_report(exported, tmp_path):
     assert "7 queries reranked by first_token" in report.text
     assert "as the model's first token" not in report.text  # it is appended
     with pytest.warns(UserWarning, match=r"client_version is 0\.25\.7, which shows up to 1000 words of a passage"):
-        older = rerank_files(exported, job, RerankOptions(client_version="0.25.7"), progress_bar=False)
+        older_job = RerankFiles(**files, output=tmp_path / "older.trec")
+        older = rerank_files(exported, older_job, RerankOptions(client_version="0.25.7"), progress_bar=False)
     assert "windows have '[' as the model's first token" in older.text
     assert "1 queries have no candidates in the run, such as extra" in report.text
     assert "1 queries of the run have no text, such as nobody" in report.text

@@ -15,7 +15,12 @@ import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Libraries set these when they are first used, to the same values in every test.
-_SET_BY_LIBRARIES = ("TORCHINDUCTOR_CACHE_DIR", "WANDB_ERROR_REPORTING", "WANDB__SHOW_OPERATION_STATS")
+_SET_BY_LIBRARIES = (
+    "CUDA_MODULE_LOADING",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "WANDB_ERROR_REPORTING",
+    "WANDB__SHOW_OPERATION_STATS",
+)
 # Packages that register what is theirs when it is imported or first needed; the second is code shipped with a model.
 _OWN = ("transformers.", "transformers_modules.", "rankllm_composer.")
 # Helpers for shared memory (of Python) and compilation (of torch), and the process from which runs are forked.
