@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     )
     from rankllm_composer.model.neftune import NEFTune
     from rankllm_composer.model.reranker import ListwiseReranker
+    from rankllm_composer.model.teacher_losses import (
+        approx_ndcg_loss,
+        info_nce_loss,
+        kl_divergence_loss,
+        margin_mse_loss,
+        ndcg_loss2pp_loss,
+        p_listmle_loss,
+    )
     from rankllm_composer.options import BuildOptions, ModelOptions, RerankOptions, SourceOptions, StreamOptions
     from rankllm_composer.ranking.reranker import RankedPassage, RerankedQuery, Reranker
     from rankllm_composer.recipe.load import load_recipe
@@ -68,11 +76,17 @@ __all__ = [
     "StreamOptions",
     "TrainedRun",
     "adr_mse_loss",
+    "approx_ndcg_loss",
     "build_shards",
+    "info_nce_loss",
+    "kl_divergence_loss",
     "lambdarank_loss",
     "listmle_loss",
     "listnet_loss",
     "load_recipe",
+    "margin_mse_loss",
+    "ndcg_loss2pp_loss",
+    "p_listmle_loss",
     "ranknet_loss",
     "train",
 ]
@@ -82,6 +96,8 @@ _MODULES = {
     "model.losses": "LOSSES adr_mse_loss lambdarank_loss listmle_loss listnet_loss ranknet_loss",
     "model.neftune": "NEFTune",
     "model.reranker": "ListwiseReranker",
+    "model.teacher_losses": "approx_ndcg_loss info_nce_loss kl_divergence_loss margin_mse_loss ndcg_loss2pp_loss "
+    "p_listmle_loss",
     "options": "BuildOptions ModelOptions RerankOptions SourceOptions StreamOptions",
     "ranking.reranker": "RankedPassage RerankedQuery Reranker",
     "recipe.load": "load_recipe",

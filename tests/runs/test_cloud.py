@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -28,8 +27,9 @@ EXPORT = "checkpoint.export.interval=2ep"
 
 @pytest.fixture(scope="module")
 def server():
-    with s3_server() as server:
-        os.environ.update(SECRETS)
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, secret in SECRETS.items():
+            patch.setenv(name, secret)
         for bucket in ("lists", "runs"):
             server.client().create_bucket(Bucket=bucket)
         yield server
@@ -124,7 +124,7 @@ def test_a_run_that_loses_its_machine_resumes_from_the_store(tmp_path, overlay, 
 @pytest.mark.slow
 def test_a_store_that_refuses_uploads_stops_the_run_but_keeps_local_checkpoints(tmp_path, overlay, server):
     server.on_put = lambda key: 503 if key.startswith("full/ep") else None
-    run = start(tmp_path / "full", overlay)
+    run = start(tmp_path / "full", overlay, "checkpoint.store_patience_seconds=10")
     code = run.finish()
     server.on_put = lambda key: None
     assert code == 2 or "exited with code 2" in run.output(), run.output()
@@ -133,6 +133,6 @@ def test_a_store_that_refuses_uploads_stops_the_run_but_keeps_local_checkpoints(
     assert complete_checkpoints(run.folder / "run" / "checkpoints")  # those on the local disk are intact
     assert_no_secret(run.folder)
 
-    run = start(tmp_path / "full", overlay)
+    run = start(tmp_path / "full", overlay, "checkpoint.store_patience_seconds=10")
     assert run.finish() == 0, run.output()
     assert stored_checkpoints(server, "full") == ["ep1-ba10", "ep2-ba12"]
