@@ -1,4 +1,4 @@
-"""The files of a shard: fetched patiently, compared with the index as they arrive, unpacked to the size it tells."""
+"""The files of a shard: fetched patiently, compared with the index as they arrive, unpacked to the size it gives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = get_logger(__name__)
 class CheckedStream(streaming.Stream):
     """Streaming's files of one set, without its ways to use a damaged one.
 
-    A file that arrives in another size or with another hash than the index tells is fetched once more. A shard is
+    A file that arrives in another size or with another hash than the index gives is fetched once more. A shard is
     decompressed under a unique name, as machines that share a folder may do so at the same time.
 
     Args:

@@ -301,10 +301,10 @@ def _on_meta(model: ServedModel, served: PretrainedConfig) -> PreTrainedModel:
 
 
 def _make_readable(path: Path) -> None:
-    """Write the type of the weights and the rotary frequencies of a configuration as older readers know them too.
+    """Write the type of the weights and the rotary frequencies also in the form that older readers expect.
 
-    Before transformers 4.56 the type is `torch_dtype`. Before 5 `rope_theta` and `rope_scaling` stand for
-    `rope_parameters`: without them a reader would silently use the frequencies of another model.
+    Before transformers 4.56 the type is `torch_dtype`. Before 5 `rope_theta` and `rope_scaling` hold what
+    `rope_parameters` does: without them a reader would silently use the frequencies of another model.
     """
     keys = json.loads(path.read_text(encoding="utf-8"))
     keys = {"torch_dtype" if name == "dtype" else name: value for name, value in keys.items()}

@@ -210,7 +210,7 @@ def listmle_loss(
     As a log-likelihood it is a sum over positions, which grows with the length of the list. A tied candidate is
     compared with all worse ones and with none of its equals: the likelihood that it is chosen before all worse ones. So
     there is no gradient between tied candidates. The usual remedy, an order drawn among them, teaches in each list an
-    order that nobody gave, and on average pulls tied candidates to equal scores.
+    order that the teacher did not give, and on average pulls tied candidates to equal scores.
 
     Args:
         scores: (B, N) float logits, higher is better.

@@ -51,7 +51,7 @@ class DecodingContract:
         identifier_token_ids: their tokens inside the brackets; None if they are several tokens, or merge with a bracket
             (generation only).
         append_bracket: True = first-token decoding appends the opening bracket to the prompt; False = the model writes
-            it, as rank_llm 0.25.7 wants it.
+            it, as rank_llm 0.25.7 expects.
         score_token_index: index, after the prompt, of the token whose logits are the scores: 1 if the model writes
             the bracket itself, 0 if it is appended.
         bracket_merges: whether the tokenizer has one token for the bracket and an identifier behind it, `[A`. The
@@ -87,7 +87,7 @@ class DecodingContract:
         if self.client_version not in CLIENT_VERSIONS:
             raise ModelError(
                 f"client_version is {self.client_version!r}; expected one of {', '.join(CLIENT_VERSIONS)}. Use a "
-                "version of this package that knows it."
+                "version of this package that supports it."
             )
         if self.objective not in OBJECTIVES:
             raise ModelError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")

@@ -1,4 +1,4 @@
-"""The content of a shard's files: compared with the index, and decompressed to at most the size that it tells."""
+"""The content of a shard's files: compared with the index, and decompressed to at most the size that it gives."""
 
 from __future__ import annotations
 

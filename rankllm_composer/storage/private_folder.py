@@ -53,6 +53,6 @@ def private_folder() -> Path:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether a path is a folder, not a link, that belongs to this user and lets nobody else in."""
+    """Whether a path is a folder, not a link, that belongs to this user and is closed to all others."""
     status = folder.lstat()
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077

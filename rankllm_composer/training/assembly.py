@@ -332,7 +332,7 @@ def build_contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contents:
     contract = replace(contract, max_passage_words=words or contract.max_passage_words)
     if (difference := contract.unserved_words()) is not None:
         log.warning(
-            "data.train: %s. Set data.client_version=%s, which is told the number of words, or build the shards again.",
+            "data.train: %s. Set data.client_version=%s, whose command passes this limit, or build the shards again.",
             difference,
             CURRENT_CLIENT,
         )

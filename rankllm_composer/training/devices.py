@@ -34,7 +34,7 @@ def set_allocator() -> None:
 
 
 def hide_gpus() -> None:
-    """Let CUDA see no GPU in this process. Composer and streaming take a GPU that they see, also when told the CPU.
+    """Hide the GPUs from CUDA in this process. Composer and streaming use any visible GPU, even for a run on the CPU.
 
     Raises:
         RunError: this process has counted its GPUs before, which CUDA does once.

@@ -179,10 +179,12 @@ def test_bfloat16_products_on_cpu(name):
     for part, value in parts.items():
         assert value.dtype == torch.float32 and value != expected[part]
         torch.testing.assert_close(value, expected[part], rtol=2e-2, atol=0)
-    for parameter, gradient in gradients(model).items():
+    found, against = gradients(model), gradients(reference)
+    for parameter, gradient in found.items():  # at least 0.9796, in torch 2.11
         assert gradient.dtype == torch.float32
-        against = gradients(reference)[parameter]
-        assert F.cosine_similarity(gradient.flatten(), against.flatten(), dim=0) > 0.97, parameter
+        assert F.cosine_similarity(gradient.flatten(), against[parameter].flatten(), dim=0) > 0.97, parameter
+    whole = [torch.cat([part[name].flatten() for name in found]) for part in (found, against)]
+    assert F.cosine_similarity(*whole, dim=0) > 0.99
 
 
 def test_logits_only_where_they_count():

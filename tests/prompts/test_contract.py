@@ -85,7 +85,7 @@ def test_words_of_a_passage(client_version, max_passage_words, window, shown, di
     assert contract.shown_words == shown
     assert (contract.unserved_words() is None) == (difference is None)
     assert difference is None or difference in contract.unserved_words()
-    assert contract.with_client("0.26.0").shown_words == shown  # it is told the number
+    assert contract.with_client("0.26.0").shown_words == shown  # its command passes the limit
 
 
 @pytest.mark.parametrize(
