@@ -56,7 +56,7 @@ demo: setup  ## train a small reranker from scratch on CPU and show what it lear
 	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(RUNS)/demo
 
 test:  ## run all tests on one stack, and before that a part of them on the other
-	status=0; \
+	@status=0; \
 	$(MAKE) test-part STACK=$(OTHER) || status=1; \
 	$(MAKE) test-all STACK=$(STACK) || status=1; \
 	exit $$status
