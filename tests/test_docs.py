@@ -198,6 +198,13 @@ def check_export(command: list[str], folder: Path) -> None:
     assert command[1:] == line.split() == [f"{name}={value}" for name, value in measured.items()]
 
 
+def check_source(command: list[str], folder: Path) -> None:
+    """Check that the environment is the one that `make setup` creates."""
+    del folder
+    (default, *_) = re.findall(r"^VENV := (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert command[1:] == [f"{default}/bin/activate"]
+
+
 def check_python(command: list[str], folder: Path) -> None:
     """Check the paths of a pytest command."""
     del folder
@@ -237,12 +244,21 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "docker": check_docker,
     "export": check_export,
     "rank-llm": check_rank_llm,
+    "source": check_source,
     ".venv/bin/python": check_python,
 }
 
 
 def runs_here(command: list[str]) -> bool:
     return (command[0] == "rankllm-composer" and command[1] != "train") or command[:3] == ["composer", "-n", "1"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "installation.md"])
+def test_the_environment_is_activated_before_its_commands_are_used(page):
+    lines = [line for block in BLOCKS if block.page == page and block.language == "bash" for line in block.lines]
+    programs = [words(line)[0] for line in lines]
+    assert "source" in programs
+    assert not {"rankllm-composer", "composer", "python"} & set(programs[: programs.index("source")])
 
 
 @pytest.mark.slow
@@ -320,8 +336,8 @@ def shape(line: str) -> str:
 
 # (page, index of the block) → its check; None: the output of the command before it, which test_every_command compares.
 SHOWN: dict[tuple[str, int], Callable[[str], None] | None] = {
-    ("README.md", 0): check_map,
-    ("README.md", 1): check_demo,
+    ("architecture.md", 0): check_map,
+    ("README.md", 0): check_demo,
     **{("planning.md", place): None for place in range(4)},
 }
 
