@@ -224,6 +224,12 @@ def train(
     raise typer.Exit(launch(arguments))
 
 
+def _checked_duplicates(given: str) -> Any:
+    if given not in ("stop", "first"):
+        raise ValueError(f"--duplicates is {given!r}; expected stop or first. Correct it.")
+    return given
+
+
 @app.command("rerank")
 @with_options(window_size="window")
 def rerank(
@@ -262,15 +268,39 @@ def rerank(
     page = Path(model, "README.md")
     if card and not os.access(page, os.W_OK):
         raise ValueError(f"{page}: no model card that can be written. Rerank an exported folder, or leave out --card.")
-    if duplicates not in ("stop", "first"):
-        raise ValueError(f"--duplicates is {duplicates!r}; expected stop or first. Correct it.")
-    inputs: dict[str, Any] = {"queries": queries, "documents": docs, "judgments": qrels, "duplicates": duplicates}
+    inputs: dict[str, Any] = {"queries": queries, "documents": docs, "judgments": qrels}
+    inputs["duplicates"] = _checked_duplicates(duplicates)
     files = RerankFiles(first_stage=run, output=output, **inputs)
     report = rerank_files(model, files, options, measures=measure or DEFAULT_MEASURES, name=name)
     screen.say(report.text)
     if card and report.result is not None:
         add_figures(page, report.result.figures())
         screen.say(f"{page}: results of {report.result.name} added")
+
+
+@app.command("requests")
+def requests(
+    run: Annotated[
+        Path, typer.Option(help="First-stage run: TREC, requests or results of rank_llm, or irds:ID that has one.")
+    ],
+    output: Annotated[Path, typer.Option(help="File to write, in .jsonl.")],
+    queries: Annotated[
+        Path | None, typer.Option(help="Queries: file, BEIR folder or irds:ID; default: those that --run holds.")
+    ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="Documents: file, BEIR folder or irds:ID; default: those that --run holds.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Candidates of each query.")] = 100,
+    duplicates: Annotated[
+        str, typer.Option(help="Document that a query has twice in --run: stop, or keep the first by score.")
+    ] = "stop",
+) -> None:
+    """Write a first-stage run with its texts as the file that `rank-llm rerank --requests-file` reranks."""
+    from rankllm_composer.sources.requests import write_requests
+
+    kept = _checked_duplicates(duplicates)
+    for line in write_requests(run, output, queries=queries, docs=docs, top_k=top_k, duplicates=kept):
+        screen.say(line)
 
 
 @app.command("export")

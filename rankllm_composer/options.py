@@ -364,6 +364,12 @@ class RerankOptions:
     identifiers: IdentifierStyle | None = option(
         "Identifiers that a model without reranker.json was trained with; null = the contract's.", None
     )
+    prompt_template: PathText | None = option(
+        "Prompt template of rank_llm of the training of a model without reranker.json; null = the contract's, or the "
+        "published one.",
+        None,
+        unit="path",
+    )
     client_version: ClientVersion | None = option(
         "Version of rank_llm whose prompts and reading are used; null = the contract's, or the current one.", None
     )

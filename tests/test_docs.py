@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import re
 import shlex
@@ -25,10 +26,13 @@ from transformers import MistralConfig
 
 from rankllm_composer.cli import main
 from rankllm_composer.export.model_card import serving_command
+from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.contract import read_contract
+from rankllm_composer.prompts.prompt_template import read_prompt_template
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.keys import describe_keys
 from rankllm_composer.recipe.load import load_recipe, merge_recipe, recipe_to_yaml
+from rankllm_composer.sources.records import open_source, read_records
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
@@ -216,7 +220,8 @@ def check_rank_llm(command: list[str], folder: Path) -> None:
     path = next(word.partition("=")[2] for word in command if word.startswith("--model-path="))
     limit = load_recipe(REPOSITORY / "yamls" / "first_mistral.yaml").data.max_length_tokens  # of the full-size run
     contract = dataclasses.replace(read_contract(folder / path), context_size_tokens=limit)
-    expected = shlex.split(serving_command(contract, path).replace("\\\n", " "))
+    requests = next((word.partition("=")[2] for word in command if word.startswith("--requests-file=")), None)
+    expected = shlex.split(serving_command(contract, path, requests).replace("\\\n", " "))
     assert "--window-size=4" in expected  # of the small run, where 20 and 10 are the client's defaults
     assert command == [word for word in expected if not word.startswith(("--window-size=", "--stride="))]
 
@@ -271,8 +276,10 @@ def test_every_command(docs_folder):
     for block in sorted(BLOCKS, key=lambda block: pages.index(block.page)):
         if block.language == "json":
             assert block.page == "own-data.md"
-            first = json.loads(block.text)
-            write_jsonl(docs_folder / "records.jsonl", [first | {"id": f"q{n}"} for n in range(6)])
+            rows = itertools.cycle(map(json.loads, block.text.splitlines()))
+            write_jsonl(docs_folder / "records.jsonl", [next(rows) | {"id": f"q{n}"} for n in range(6)])
+            source = open_source(SourceOptions(input=str(docs_folder / "records.jsonl")))
+            assert len([*read_records(source)]) == 6
         if block.page == "README.md":
             for name in ("shards", "lists", "mine.yaml"):  # left by own-data.md
                 if (docs_folder / name).is_dir() and f"--output {name}/" in block.text:
@@ -351,7 +358,13 @@ def shown() -> dict[tuple[str, int], Block]:
 
 
 def test_every_block_has_a_check():
-    assert {block.language for block in BLOCKS if block.page != "losses.md"} <= {"bash", "python", "json", "text"}
+    assert {block.language for block in BLOCKS if block.page != "losses.md"} <= {
+        "bash",
+        "python",
+        "json",
+        "text",
+        "yaml",
+    }
     assert set(shown()) == set(SHOWN)
     for page in PAGES:
         rest = FENCE.sub("", page.read_text())
@@ -369,6 +382,12 @@ def test_shown_blocks_are_true(place):
     check = SHOWN[place]
     assert check is not None
     check(shown()[place].text)
+
+
+def test_the_shown_prompt_template_can_be_used(tmp_path):
+    (block,) = (block for block in BLOCKS if block.language == "yaml")
+    (tmp_path / "prompt.yaml").write_text(block.text)
+    assert read_prompt_template(tmp_path / "prompt.yaml").unread(26, "letters") is None
 
 
 # Links, paths, keys

@@ -6,7 +6,7 @@ import errno
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from rankllm_composer.errors import PromptError, RunError, ShardError
 from rankllm_composer.options import BatchOptions, ObjectiveName, StreamOptions
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.prompts.prompt_template import PromptTemplate
 from rankllm_composer.prompts.record import Record, augment_record, record_key
 from rankllm_composer.prompts.relevance import Preferences, draw_ties, relevance_of
 from rankllm_composer.shards.index import record_from_sample
@@ -46,6 +47,7 @@ class ListEncoding:
         too_long: for longer lists, "drop" = count the list but do not train on it; "refuse" = stop.
         shuffle_passages: permute the passages of each list, differently in every epoch.
         identifiers: identifiers in the prompt; None = those of the shards.
+        template: what prompts say; None = what the shards hold.
         preferences: what counts as a preference between two candidates.
         needs_scores: the ranking loss that needs a teacher's scores; None = it needs none.
         needs_identifiers: whether each identifier must be one token, as for token weights by rank.
@@ -57,6 +59,7 @@ class ListEncoding:
     too_long: Literal["drop", "refuse"] = "drop"
     shuffle_passages: bool = False
     identifiers: IdentifierStyle | None = None
+    template: PromptTemplate | None = None
     preferences: Preferences = field(default_factory=Preferences)
     needs_scores: str | None = None
     needs_identifiers: bool = False
@@ -92,6 +95,8 @@ class ListDataset(ExactStreamingDataset):
     def record(self, at: Any) -> Record:
         """Return the record of a sample number, augmented for the current epoch."""
         record = record_from_sample(super().__getitem__(at))
+        if self.encoding.template is not None:
+            record = replace(record, template=self.encoding.template)
         shuffle_passages, identifiers = self.encoding.shuffle_passages, self.encoding.identifiers
         if not shuffle_passages and identifiers is None:
             return record

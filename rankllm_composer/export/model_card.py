@@ -15,6 +15,7 @@ from rankllm_composer.escaping import for_markdown, for_screen, from_markdown
 from rankllm_composer.prompts.client_names import client_names
 from rankllm_composer.prompts.clients import CLIENT_TOP_K
 from rankllm_composer.prompts.contract import DEFAULT_WORDS, DecodingContract
+from rankllm_composer.prompts.prompt_template import TEMPLATE_FILE
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.atomic import write_atomic
 
@@ -143,6 +144,7 @@ def _training(facts: CardFacts) -> str:
     contract = facts.contract
     names = f"{contract.identifiers[0]} to {contract.identifiers[-1]}"
     rows = [("objective", contract.objective), ("identifiers", f"{contract.identifier_style}, {names}")]
+    rows.append(("prompt", f"rank_llm's {contract.prompt_template}" if contract.template is None else TEMPLATE_FILE))
     rows += [(f"weight of {part}", f"{weight:g}") for part, weight in facts.losses.items()]
     lists = "not counted" if facts.num_lists is None else f"{facts.num_lists:,}"
     if facts.trained_lists:
@@ -189,6 +191,8 @@ def _serving(contract: DecodingContract) -> str:
     if decoding is None:
         return f"{text}\n\nrank_llm {version} cannot serve it: {'; '.join(reasons.values())}."
     arguments = "".join(f", {name}=True" for name in _client_switches(contract))
+    if contract.template is not None:
+        arguments += f', prompt_template_path="PATH/{contract.prompt_template}"'
     if (words := _given_words(contract)) is not None:
         arguments += f", max_passage_words={words}"
     text += (
@@ -219,22 +223,31 @@ def _serving(contract: DecodingContract) -> str:
     return text
 
 
-def serving_command(contract: DecodingContract, path: str = "PATH") -> str:
-    """The command by which the contract's version of rank_llm serves a folder, unless it cannot decode the model."""
-    given: dict[str, object] = {"dataset": "dl20", "retrieval_method": "bm25", "top_k_candidates": 100}
-    given["context_size"] = contract.context_size_tokens
+def serving_command(contract: DecodingContract, path: str = "PATH", requests: str | None = None) -> str:
+    """The command by which the contract's version of rank_llm serves a folder, unless it cannot decode the model.
+
+    Args:
+        requests: file of the command `requests` to rerank; None = a data set that the client knows.
+    """
+    given: dict[str, object] = {"model_path": path}
+    if contract.template is not None:
+        given["prompt_template_path"] = f"{path}/{contract.prompt_template}"
+    num_first = len(given) + 2
+    if requests is None:
+        given |= {"dataset": "dl20", "retrieval_method": "bm25"}
+    else:
+        given |= {"requests_file": requests, "output_trec_file": "reranked.trec"}
+    given |= {"top_k_candidates": 100, "context_size": contract.context_size_tokens}
     if (contract.window_size, contract.stride) != (20, 10):  # the client's defaults
         given |= {"window_size": contract.window_size, "stride": contract.stride}
     if (words := _given_words(contract)) is not None:
         given["max_passage_words"] = words
-    flags = [f"--{name}={value}" for name, value in given.items()]
-    flags += [f"--{name}" for name in ("variable_passages", *_client_switches(contract))]
     script, dash = ("python src/rank_llm/scripts/run_rank_llm.py", "_")
     if contract.client_version != "0.25.7":
         script, dash = ("rank-llm rerank", "-")
-    flags = [flag.replace("_", dash) for flag in flags]
-    model = shell_line(f"--model{dash}path={path}")
-    return f"{script} {model} {' '.join(flags[:2])} \\\n    {' '.join(flags[2:])}"
+    flags = [shell_line(f"--{name.replace('_', dash)}={value}") for name, value in given.items()]
+    flags += [f"--{name.replace('_', dash)}" for name in ("variable_passages", *_client_switches(contract))]
+    return f"{script} {' '.join(flags[:num_first])} \\\n    {' '.join(flags[num_first:])}"
 
 
 def _client_switches(contract: DecodingContract) -> list[str]:

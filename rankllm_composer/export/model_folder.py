@@ -28,6 +28,7 @@ from rankllm_composer.export.weights import (
 from rankllm_composer.model.loading import DTYPE, without_progress_bars
 from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.prompts.contract import CONTRACT_FILE, DecodingContract, chat_template_sha256
+from rankllm_composer.prompts.prompt_template import TEMPLATE_FILE
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.atomic import staged_folder
 from rankllm_composer.storage.content import ExportContent, read_content, write_content
@@ -322,8 +323,10 @@ def _make_readable(path: Path) -> None:
 
 
 def _write_rest(stage: Path, model: ServedModel, card: str) -> None:
-    """Write tokenizer, contract and card."""
+    """Write tokenizer, contract, with its prompt template as a file for the inference client, and card."""
     save_tokenizer(model.tokenizer, stage)
+    if model.contract.template is not None:
+        (stage / TEMPLATE_FILE).write_text(model.contract.template.to_yaml(), encoding="utf-8")
     (stage / CONTRACT_FILE).write_text(model.contract.to_json(), encoding="utf-8")
     (stage / "README.md").write_text(redact(card), encoding="utf-8")
 

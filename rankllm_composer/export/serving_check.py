@@ -11,7 +11,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankllm_composer.errors import ModelError, PromptError, first_line
+from rankllm_composer.errors import ModelError, PromptError, RecipeError, first_line
 from rankllm_composer.escaping import for_screen
 from rankllm_composer.export.model_card import serving_command
 from rankllm_composer.prompts.chat import render_chat, template_notes
@@ -26,7 +26,7 @@ from rankllm_composer.prompts.contract import (
 )
 from rankllm_composer.prompts.encoding import render_prompt
 from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, splits_after_bracket
-from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.prompts.prompt_template import TEMPLATE_FILE, Prompt, read_prompt_template
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, clean_query, render_user_turn, truncate_passage
 from rankllm_composer.prompts.windows import fit_window
@@ -90,7 +90,7 @@ class FolderInspection:
 
     def lines(self, color: bool) -> Iterator[str]:
         """Yield the lines to print, escaped for a terminal, with or without ANSI colors."""
-        values: Mapping[str, Any] = asdict(self.contract)
+        values: Mapping[str, Any] = {k: value for k, value in asdict(self.contract).items() if k != "template"}
         width = max(map(len, values))
         for name, value in values.items():
             text = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
@@ -116,7 +116,7 @@ def client_prompt(system: str, user: str, tokenizer: PreTrainedTokenizerBase) ->
 
 def diff_request(
     tokenizer: PreTrainedTokenizerBase,
-    style: IdentifierStyle = "letters",
+    prompt: Prompt | None = None,
     client: ClientVersion = CURRENT_CLIENT,
     *,
     append_bracket: bool = False,
@@ -124,15 +124,17 @@ def diff_request(
     """Compare a sample request as `rerank` writes it with the client's.
 
     Args:
+        prompt: as in `fit_window`.
         append_bracket: with the `[` that the client appends for first-token decoding.
     Raises:
         PromptError: the request cannot be encoded.
     """
-    ours = fit_window("sample", QUERY, PASSAGES, tokenizer, style=style, client=client).input_ids.tolist()
+    prompt = prompt or Prompt()
+    ours = fit_window("sample", QUERY, PASSAGES, tokenizer, prompt=prompt, client=client).input_ids.tolist()
     limit = passage_word_limit(len(PASSAGES), client=client)
-    user = render_user_turn(clean_query(QUERY), [truncate_passage(text, limit) for text in PASSAGES], style)
-    prompt = client_prompt(SYSTEM_MESSAGE, user, tokenizer)
-    theirs = tokenizer(prompt + "[" if append_bracket else prompt)["input_ids"]
+    user = prompt.user_turn(clean_query(QUERY), [truncate_passage(text, limit) for text in PASSAGES])
+    text = client_prompt(prompt.system, user, tokenizer)
+    theirs = tokenizer(text + "[" if append_bracket else text)["input_ids"]
     ours = ours if append_bracket else ours[:-1]
     rows: list[tuple[str, str]] = []
     for kind, i, j, k, m in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
@@ -148,15 +150,16 @@ def serving_differences(record: Record, tokenizer: PreTrainedTokenizerBase) -> l
     from ftfy import fix_text
 
     where = f"tokenizer {tokenizer.name_or_path}: chat template"
+    system, user = record.prompt_turns
     try:
-        theirs = client_prompt(record.system, record.user, tokenizer)
-        served = client_prompt(SYSTEM_MESSAGE, record.user, tokenizer)
+        theirs = client_prompt(system, user, tokenizer)
+        served = client_prompt(SYSTEM_MESSAGE if record.template is None else system, user, tokenizer)
     except PromptError as error:
         return [
             f"{where} fails on the system role ({first_line(error.__cause__)}), which the inference client sends. Use "
             "a template that writes the system text, such as one that puts it before the user turn."
         ]
-    if fix_text(record.system).strip() not in theirs:
+    if fix_text(system).strip() not in theirs:
         return [
             f"{where} omits the system turn, so the client would lose the system text that training puts before the "
             "user turn. Use a template that writes it."
@@ -209,6 +212,12 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
                 f"{Path(folder, CONTRACT_FILE)}: {key} is {expected}, but the folder has {actual}. {remedy}"
             )
 
+    if contract.template is not None:
+        try:
+            served = read_prompt_template(Path(folder, TEMPLATE_FILE))
+            compare("template", contract.template, served, f"Restore {TEMPLATE_FILE}, or export the model again.")
+        except RecipeError as error:
+            problems.append(str(error))
     if tokenizer.chat_template:
         again = "Restore the tokenizer's files, or export the model again."
         compare("chat_template_sha256", contract.chat_template_sha256, chat_template_sha256(tokenizer), again)
@@ -221,12 +230,12 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
                 compare("bracket_merges", contract.bracket_merges, splits_after_bracket(*known), again)
             except PromptError as error:
                 problems.append(str(error))
-        sample = Record("sample", SYSTEM_MESSAGE, "query", "[A]")
+        turn = render_user_turn("query", ["passage"], contract.identifier_style)
+        sample = Record("sample", SYSTEM_MESSAGE, turn, "[A]", template=contract.template)
         problems += serving_differences(sample, tokenizer)
         if not any("fails on the system role" in text for text in problems):
             appends = contract.client.appends_bracket and contract.served_decoding() == "first_token"
-            style, version = contract.identifier_style, contract.client_version
-            request = diff_request(tokenizer, style, version, append_bracket=appends)
+            request = diff_request(tokenizer, contract.prompt, contract.client_version, append_bracket=appends)
             if request.num_differences and not problems:
                 problems.append(
                     f"{folder}: {request.num_differences} tokens of a request differ from the client's, see above. "

@@ -23,6 +23,7 @@ from rankllm_composer.prompts.contract import count_bos
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.identifier_tokens import identifier_token_ids
 from rankllm_composer.prompts.permutations import identifier_style
+from rankllm_composer.prompts.prompt_template import Prompt
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.relevance import LEFT_OUT, Preferences, Relevance, draw_ties, relevance_of, tied_share
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, UserTurn
@@ -159,7 +160,8 @@ def _passage_notes(
     """What of the passages is not shown, here or by the inference client in the same context."""
     try:
         turn = record.turn
-        shared: dict[str, Any] = {"style": turn.style, "context_size_tokens": max_length_tokens, "client": client}
+        prompt = Prompt(turn.style, record.template)
+        shared: dict[str, Any] = {"prompt": prompt, "context_size_tokens": max_length_tokens, "client": client}
         served = fit_window(record.id, turn.query, turn.passages, tokenizer, **shared)
     except PromptError:
         return
@@ -188,12 +190,14 @@ def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedR
     count = count_bos(encoded.input_ids.tolist(), tokenizer)
     if count > 1:
         yield f"{count} beginning-of-sequence tokens, as in the inference client's prompts"
-    if record.system != SYSTEM_MESSAGE:
+    if record.template is None and record.system != SYSTEM_MESSAGE:
         yield f"the system message differs from the inference client's, {SYSTEM_MESSAGE!r}"
     turn: UserTurn | None = None
     with suppress(PromptError):
         turn = record.turn
-    if turn is not None and turn.has_several_readings:
+    if record.template is not None:
+        yield "the prompt is that of data.prompt_template, written from the record's query and passages"
+    elif turn is not None and turn.has_several_readings:
         yield (
             "a line in a passage opens like the next passage, so the user turn has several readings; training uses it "
             "as it is, but its passages cannot be shuffled or renamed"
@@ -280,7 +284,7 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
 
     split = recipe.data.train
     records = SplitRecords(sets_of(split), split.source, split.rebuild, recipe.data.client_version)
-    record = records[number]
+    record = replace(records[number], template=recipe.data.prompt_template)
     shuffle, style = split.shuffle_passages, split.identifiers
     preferences = Preferences(recipe.objective.ties, recipe.objective.unjudged)
     if shuffle or style is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,8 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     except ModelError:
         return ListLengths((), (), count, f"{count:,} in {records.place}; no tokenizer here, so {assumed}")
     step = max(1, count // sample)
-    sampled = list(islice(records, 0, None, step))
+    template = recipe.data.prompt_template
+    sampled = [replace(record, template=template) for record in islice(records, 0, None, step)]
     num_control = sum(bool(control_tokens_in(record.user, tokenizer)) for record in sampled)
     control = f", of which {num_control:,} contain control tokens of the tokenizer" if num_control else ""
     encoded = [encode_record(record, tokenizer, recipe.objective.name) for record in sampled]

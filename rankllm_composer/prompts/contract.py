@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankllm_composer import __version__
-from rankllm_composer.errors import ModelError, PromptError
+from rankllm_composer.errors import ModelError, PromptError, RankLLMComposerError
 from rankllm_composer.options import DECODINGS, OBJECTIVES, Decoding, ObjectiveName
 from rankllm_composer.prompts.chat import end_of_sequence, render_chat
 from rankllm_composer.prompts.clients import (
@@ -26,6 +26,7 @@ from rankllm_composer.prompts.clients import (
 )
 from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, splits_after_bracket
 from rankllm_composer.prompts.permutations import IdentifierStyle, identifiers
+from rankllm_composer.prompts.prompt_template import TEMPLATE_FILE, Prompt, PromptTemplate, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 CONTRACT_FILE = "reranker.json"
 FORMAT = 1
 DEFAULT_WORDS = 300  # of a passage, in the client
-_LATER_KEYS = {"client_version": UNNAMED_CLIENT, "bracket_merges": False}  # of contracts that were written before them
+_LATER_KEYS = {
+    "client_version": UNNAMED_CLIENT,
+    "bracket_merges": False,
+    "template": None,
+}  # of contracts that were written before them
 CLIENT_TEMPLATES = {"letters": "rank_zephyr_alpha_template.yaml", "numbers": "rank_zephyr_template.yaml"}
 
 
@@ -44,7 +49,8 @@ class DecodingContract:
     Attributes:
         client_version: version of the inference client, rank_llm, that the prompts and the reading are those of.
         objective: what was trained: generation, ranking or combined.
-        prompt_template: name of the inference client's prompt template.
+        prompt_template: name of the inference client's prompt template, or of the file in the folder with `template`.
+        template: what prompts say; None = the inference client's own template of that name.
         chat_template_sha256: hash of the tokenizer's chat template, UTF-8.
         identifier_style: letters or numbers.
         identifiers: names of the candidates in presentation order.
@@ -80,6 +86,7 @@ class DecodingContract:
     context_size_tokens: int = 4096
     max_passage_words: int = DEFAULT_WORDS
     bracket_merges: bool = False
+    template: PromptTemplate | None = None
     client_version: ClientVersion = CURRENT_CLIENT
     package_version: str = __version__
 
@@ -93,6 +100,8 @@ class DecodingContract:
             raise ModelError(f"objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
         if self.identifier_style not in CLIENT_TEMPLATES:
             raise ModelError(f"identifier_style is {self.identifier_style!r}; expected letters or numbers")
+        if self.template is not None:
+            self.template.check_reads(len(self.identifiers), self.identifier_style)
         if not 1 <= self.stride <= self.window_size:
             raise ModelError(
                 f"stride is {self.stride} with a window of {self.window_size}; expected 1 to {self.window_size}, so "
@@ -114,6 +123,11 @@ class DecodingContract:
                 f"identifier_token_ids has {len(set(self.identifier_token_ids))} distinct tokens for "
                 f"{len(self.identifiers)} identifiers; expected one token per identifier"
             )
+
+    @property
+    def prompt(self) -> Prompt:
+        """How a list is written as a prompt."""
+        return Prompt(self.identifier_style, self.template)
 
     @property
     def client(self) -> Client:
@@ -177,7 +191,10 @@ class DecodingContract:
 
     def to_json(self) -> str:
         """The text of `reranker.json`."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+        values = dataclasses.asdict(self)
+        if self.template is None:
+            del values["template"]
+        return json.dumps({"format": FORMAT, **values}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, place: str = CONTRACT_FILE) -> DecodingContract:
@@ -200,8 +217,10 @@ class DecodingContract:
             )
         fields: dict[str, Any] = {n: tuple(v) if isinstance(v := values[n], list) else v for n in names}
         try:
+            if fields["template"] is not None:
+                fields["template"] = template_of(dict(fields["template"]))
             return cls(**fields)
-        except (ModelError, TypeError) as error:
+        except (RankLLMComposerError, TypeError, ValueError) as error:
             raise ModelError(f"{place}: {error}") from None
 
 
@@ -226,6 +245,7 @@ def decoding_contract(
     stride: int | None = None,
     context_size_tokens: int = 4096,
     client_version: ClientVersion = CURRENT_CLIENT,
+    template: PromptTemplate | None = None,
 ) -> DecodingContract:
     """Contract of a model trained with this tokenizer and objective; for the arguments see `DecodingContract`.
 
@@ -236,7 +256,7 @@ def decoding_contract(
         ModelError: no chat template.
         PromptError: the tokenizer cannot be used for the objective (see `check_tokenizer`).
     """
-    template = chat_template_sha256(tokenizer)
+    chat_template = chat_template_sha256(tokenizer)
     append_bracket = objective == "ranking" or CLIENTS[client_version].appends_bracket
     if objective != "ranking":
         end_of_sequence(tokenizer)
@@ -251,8 +271,8 @@ def decoding_contract(
     eos = tokenizer.eos_token_id
     return DecodingContract(
         objective=objective,
-        prompt_template=CLIENT_TEMPLATES[style],
-        chat_template_sha256=template,
+        prompt_template=CLIENT_TEMPLATES[style] if template is None else TEMPLATE_FILE,
+        chat_template_sha256=chat_template,
         identifier_style=style,
         identifiers=identifiers(num_identifiers, style),
         identifier_token_ids=token_ids,
@@ -265,6 +285,7 @@ def decoding_contract(
         context_size_tokens=context_size_tokens,
         bracket_merges=bracket_merges,
         client_version=client_version,
+        template=template,
     )
 
 

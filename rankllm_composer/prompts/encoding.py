@@ -59,7 +59,7 @@ class EncodedRecord:
 
 def render_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     """Prompt text of a record, without the response: chat template, then `ftfy.fix_text`."""
-    return render_chat(build_messages(record.system, record.user, tokenizer), tokenizer)
+    return render_chat(build_messages(*record.prompt_turns, tokenizer), tokenizer)
 
 
 def encode_prompt(

@@ -12,6 +12,7 @@ from rankllm_composer.errors import PromptError
 from rankllm_composer.options import Decoding, ObjectiveName
 from rankllm_composer.prompts.identifier_tokens import check_tokenizer, identifier_token_ids
 from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.prompts.prompt_template import PromptTemplate
 from rankllm_composer.prompts.record import Record
 
 if TYPE_CHECKING:
@@ -61,13 +62,21 @@ def trained_window(lists: ListCounts, strides: Collection[int] = ()) -> TrainedW
     return TrainedWindow(style, size, stride if stride < size else max(1, size // 2))
 
 
-def check_lists(tokenizer: PreTrainedTokenizerBase, objective: ObjectiveName, lists: ListCounts) -> None:
-    """Check that a tokenizer can train all these lists with an objective.
+def check_lists(
+    tokenizer: PreTrainedTokenizerBase,
+    objective: ObjectiveName,
+    lists: ListCounts,
+    template: PromptTemplate | None = None,
+) -> None:
+    """Check that a tokenizer can train all these lists with an objective, and that a template reads their answers.
 
     Raises:
-        PromptError: see `check_tokenizer`; the message names the longest list of the style that fails.
+        PromptError: see `check_tokenizer` and `PromptTemplate.check_reads`; the message names the longest list of the
+            style that fails.
     """
     for style, size in _longest(lists):
+        if template is not None:
+            template.check_reads(size, style)
         try:
             check_tokenizer(tokenizer, objective, style, size)
         except PromptError as error:

@@ -21,6 +21,7 @@ from rankllm_composer.prompts.permutations import (
     parse_permutation,
     ranks_from_permutation,
 )
+from rankllm_composer.prompts.prompt_template import Prompt, PromptTemplate
 from rankllm_composer.prompts.user_turn import UserTurn, parse_user_turn, read_user_turn, render_user_turn
 
 OrderedBy = Literal["answer", "grades", "scores"]
@@ -40,6 +41,8 @@ class Record:
         scores: the teacher's score of each candidate in presentation order, None = not scored.
         ordered_by: what the order of the response follows: "grades" or "scores", where equal candidates are tied, or
             "answer", the response itself, whatever grades and scores are known beside it.
+        template: what is written instead of the system and user turn, from the query and the passages of the user turn;
+            None = the two turns, unchanged.
     """
 
     id: str
@@ -51,6 +54,7 @@ class Record:
     grades: tuple[int | None, ...] | None = None
     scores: tuple[float | None, ...] | None = None
     ordered_by: OrderedBy = "answer"
+    template: PromptTemplate | None = None
     _turn: UserTurn | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -61,6 +65,21 @@ class Record:
             turn = read_user_turn(self.user)
             object.__setattr__(self, "_turn", turn)
         return turn
+
+    @property
+    def prompt_turns(self) -> tuple[str, str]:
+        """System and user turn of the prompt; PromptError if the user turn cannot be read for another template."""
+        if self.template is None:
+            return self.system, self.user
+        turn = self.turn
+        if turn.has_several_readings:
+            raise PromptError(
+                f"record {self.id!r}: a line in a passage opens like the next passage, so that its passages cannot be "
+                "told apart for data.prompt_template. Build the shards without this record, or set "
+                "data.prompt_template=null."
+            )
+        prompt = Prompt(turn.style, self.template)
+        return prompt.system, prompt.user_turn(turn.query, turn.passages)
 
     @property
     def known_grades(self) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ from rankllm_composer.errors import PromptError
 from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT, ClientVersion, passage_word_limit
 from rankllm_composer.prompts.encoding import encode_prompt
 from rankllm_composer.prompts.permutations import IdentifierStyle, format_permutation, identifier_style
+from rankllm_composer.prompts.prompt_template import Prompt
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import (
     LONGEST_WORD,
     PIECE_CHARS,
-    SYSTEM_MESSAGE,
     clean_query,
     join_words,
     parse_user_turn,
@@ -61,11 +62,13 @@ def record_window(record: Record, tokenizer: PreTrainedTokenizerBase, order: Seq
     Raises:
         PromptError: the user turn cannot be parsed, the response names no candidate, or the tokenizer cannot be used.
     """
-    style, user = identifier_style(record.response), record.user
+    style = identifier_style(record.response)
     if order is not None:
         turn = parse_user_turn(record.user)
         user = render_user_turn(turn.query, [turn.passages[i] for i in order], turn.style)
-    input_ids = encode_prompt(record.system, user, tokenizer, append_bracket=True)
+        record = dataclasses.replace(record, user=user)
+    system, user = record.prompt_turns
+    input_ids = encode_prompt(system, user, tokenizer, append_bracket=True)
     return Window(record.id, input_ids, record.response.count("["), style)
 
 
@@ -75,7 +78,7 @@ def fit_window(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    style: IdentifierStyle = "letters",
+    prompt: Prompt | None = None,
     context_size_tokens: int = 4096,
     max_passage_words: int = 300,
     client: ClientVersion = CURRENT_CLIENT,
@@ -89,6 +92,7 @@ def fit_window(
         window_id: for messages.
         query, texts: as in the collection.
         tokenizer: a fast HF tokenizer with a chat template.
+        prompt: identifiers and template; None = letters, in the published prompt.
         context_size_tokens: prompt and answer together.
         max_passage_words: words of a passage (see `passage_word_limit`), fewer if they do not fit.
         client: version of the inference client.
@@ -96,7 +100,8 @@ def fit_window(
         PromptError: prompt and answer do not fit even without passages, the tokenizer cannot be used, or there are no
             candidates or more than the style can name.
     """
-    num_candidates = len(texts)
+    num_candidates, prompt = len(texts), prompt or Prompt()
+    style = prompt.style
     reserved = answer_lengths(tokenizer, num_candidates, style, client)[0]
     limit = passage_word_limit(num_candidates, max_passage_words, client)
     passages = [passage_words(text) for text in texts]
@@ -105,8 +110,8 @@ def fit_window(
         return [join_words(passage, words, longest_word) for passage in passages]
 
     def encode(shown: Sequence[str]) -> NDArray[np.int32]:
-        user = render_user_turn(clean_query(query), shown, style)
-        return encode_prompt(SYSTEM_MESSAGE, user, tokenizer, append_bracket=True)
+        user = prompt.user_turn(clean_query(query), shown)
+        return encode_prompt(prompt.system, user, tokenizer, append_bracket=True)
 
     def excess(input_ids: NDArray[np.int32]) -> int:
         return len(input_ids) - 1 + reserved - context_size_tokens

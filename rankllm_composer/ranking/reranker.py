@@ -256,7 +256,7 @@ class Reranker:
             query,
             texts,
             self.tokenizer,
-            style=self.contract.identifier_style,
+            prompt=self.contract.prompt,
             context_size_tokens=self.contract.context_size_tokens,
             max_passage_words=self.contract.max_passage_words,
             client=self.contract.client_version,

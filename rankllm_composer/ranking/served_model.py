@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.prompts.prompt_template import read_prompt_template
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -132,6 +133,11 @@ def served_contract(
             raise RunError(
                 f"{option} is {wanted}, but {name} was trained with {trained} (reranker.json). Leave it out."
             )
+    if options.prompt_template is not None and read_prompt_template(options.prompt_template) != given.template:
+        raise RunError(
+            f"prompt_template is {options.prompt_template}, but {name} was trained with another prompt "
+            f"({CONTRACT_FILE}). Leave it out."
+        )
     version = options.client_version
     if version is not None and version != given.client_version:
         shown = given.shown_words
@@ -159,6 +165,7 @@ def _described_contract(
         stride=options.stride,
         context_size_tokens=options.context_size_tokens or min(4096, _num_positions(config)),
         client_version=options.client_version or CURRENT_CLIENT,
+        template=None if options.prompt_template is None else read_prompt_template(options.prompt_template),
     )
 
 

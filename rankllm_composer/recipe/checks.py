@@ -20,7 +20,7 @@ from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, SourceOptions
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT
 from rankllm_composer.recipe.keys import plain_tree, show
-from rankllm_composer.recipe.places import argument_problems, place_problems
+from rankllm_composer.recipe.places import argument_problems, place_problems, template_problems
 from rankllm_composer.recipe.resume import acceptance_problems
 from rankllm_composer.recipe.sections import Evaluation, Export, Recipe, Split
 from rankllm_composer.recipe.times import explain_warmup, parse_time
@@ -67,7 +67,7 @@ def is_secret(key: str, value: Any) -> bool:
 def contradictions(recipe: Recipe) -> list[Problem]:
     """Everything that cannot be right, whatever the machine and the number of ranks."""
     rules = [_batch, _objective, _loss_options, _warmup, _hardware, _frozen_weights, _splits, _outputs]
-    rules += [place_problems, argument_problems]
+    rules += [place_problems, argument_problems, template_problems]
     return [*(problem for rule in rules for problem in rule(recipe)), *secrets_in(plain_tree(recipe))]
 
 

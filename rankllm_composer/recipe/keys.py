@@ -16,9 +16,11 @@ from pydantic import TypeAdapter
 from pydantic_core import PydanticUndefined as REQUIRED
 
 from rankllm_composer.environment import as_written
+from rankllm_composer.prompts.prompt_template import PromptTemplate
 from rankllm_composer.recipe.sections import Recipe
 
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_WORDS[PromptTemplate] = "a YAML file or its keys"
 _BOUND_WORDS = {"gt": "above", "ge": "of at least", "le": "at most", "lt": "below"}
 _JSON_BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
@@ -131,7 +133,10 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {show(inner)}" for name, inner in value.items()) + "}"
-    return "[" + ", ".join(map(show, value)) + "]" if isinstance(value, list | tuple) else str(as_written(value))
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(show, value)) + "]"
+    text = str(as_written(value))
+    return json.dumps(text, ensure_ascii=False) if text == "" or "\n" in text else text
 
 
 def describe_keys(kind: Any = Recipe, prefix: str = "") -> list[Key]:

@@ -24,6 +24,7 @@ from rankllm_composer.recipe.validate import dotted, validate
 from rankllm_composer.screen import warn
 
 Steps = tuple[str, ...]
+_FILE = ("data", "prompt_template")  # a key whose value is read from a file that it names
 
 
 class RecipeWarning(UserWarning):
@@ -200,7 +201,9 @@ def _rests_on(key: str, other: str) -> bool:
 def _explained(recipe: Recipe, tree: Any, origins: Mapping[Steps, str], wrong: set[str]) -> Iterator[ExplainedKey]:
     written = dict(_leaves(tree))
     for steps, value in _leaves(plain_tree(recipe)):
-        within = {origin for other, origin in origins.items() if _is_within(other, steps)}
+        within = {
+            origin for other, origin in origins.items() if _is_within(other, steps) or other == steps[:2] == _FILE
+        }
         origin = next((name for name in ("override", "yaml") if name in within), "default")
         yield ExplainedKey(dotted(steps), written.get(steps, value) if dotted(steps) in wrong else value, origin)
 

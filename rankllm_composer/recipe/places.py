@@ -1,4 +1,4 @@
-"""Rules for the folders, URLs, loggers and callbacks of a recipe: what a run could not open or call."""
+"""Rules for the folders, URLs, loggers, callbacks and prompt of a recipe: what a run could not open, call or write."""
 
 from __future__ import annotations
 
@@ -100,6 +100,13 @@ def argument_problems(recipe: Recipe) -> Iterator[Problem]:
                     yield Problem(key, shown(value), _WORDS[known[argument]], "Correct or remove it.")
                 elif argument == "time_unit" and value not in TIME_UNITS:
                     yield Problem(key, shown(value), f"one of {', '.join(TIME_UNITS)}", "Choose one.")
+
+
+def template_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what is wrong with a prompt template whose keys the recipe holds; one in a file is checked when read."""
+    key, template = "data.prompt_template", recipe.data.prompt_template
+    for problem in () if template is None else template.problems():
+        yield problem._replace(key=f"{key}.{problem.key}", involved=(key,))
 
 
 def _is_of(value: Any, kind: type) -> bool:

@@ -6,12 +6,14 @@ line, `checks` holds the rules between keys.
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
+from rankllm_composer.environment import expand_path
 from rankllm_composer.errors import worded
 from rankllm_composer.model.loss_table import RankingLoss, default_weight
 from rankllm_composer.options import (
@@ -36,7 +38,13 @@ from rankllm_composer.options import (
     option,
 )
 from rankllm_composer.prompts.permutations import IdentifierStyle
+from rankllm_composer.prompts.prompt_template import PromptTemplate, read_prompt_template
 from rankllm_composer.recipe.times import EXAMPLES, UNITS, time_pattern
+
+
+def _read_template(value: Any) -> Any:
+    return read_prompt_template(expand_path(value)) if isinstance(value, str | PathLike) else value
+
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 CallbackName = Literal["speed_monitor", "memory_monitor", "lr_monitor", "optimizer_monitor", "nan_monitor"]
@@ -45,6 +53,9 @@ Arguments = Annotated[
     BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=dict[str, Any] | None),
 ]
 """Arguments of a Composer class; null = none."""
+
+TemplateFile = Annotated[PromptTemplate, BeforeValidator(_read_template, json_schema_input_type=PromptTemplate | str)]
+"""A prompt template: the path of its file, which is read, or its keys."""
 
 Share = Annotated[Number, Ge(0), Lt(1)]
 
@@ -155,6 +166,11 @@ class Split(StreamOptions, Sets):  # the keys of Sets come first
 class Data(ClientOptions):
     """The lists, and how they are read."""
 
+    prompt_template: TemplateFile | None = option(
+        "What prompts say: the file that rank_llm takes by --prompt-template-path; null = the published prompt.",
+        None,
+        unit="path",
+    )
     max_length_tokens: Whole = option("Most tokens in prompt and response together.", 4096, unit="tokens", ge=2)
     too_long: Literal["drop", "refuse"] = option("Longer records: drop and count them, or stop.", "drop")
     num_workers: Whole = option("Processes per rank that read and tokenize.", 2, unit="processes", ge=0)

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rankllm_composer.environment import as_written
-from rankllm_composer.errors import Problem
+from rankllm_composer.errors import Problem, RecipeError
 from rankllm_composer.recipe.keys import REQUIRED, Key, describe_keys, find_key, keys_of, show
 
 _STAND_INS = {bool: False, int: 1, float: 1.0, str: "unknown"}
@@ -43,6 +43,10 @@ def problems_in(error: ValidationError, kind: type) -> Iterator[Problem]:
         key = typing.cast(Key, find_key(steps[:length], kind))
         names = [step for step in steps[length:] if isinstance(step, str)]
         place = dotted([*steps[:length], *names])
+        cause = wrong.get("ctx", {}).get("error")
+        if isinstance(cause, RecipeError):  # a file that the key names
+            yield from (problem._replace(key=f"{place} ({problem.key})") for problem in cause.problems)
+            continue
         if dataclasses.is_dataclass(key.element) and length < len(steps):
             remedy = f"Write the keys of a section in {place}[{steps[-1]}]."
             yield Problem(dotted(steps), shown(given), "a section", remedy)

@@ -14,7 +14,8 @@ from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import Record, repair_answer, validate_record
 from rankllm_composer.sources.files import Row, parse_json, read_rows
 from rankllm_composer.sources.layouts import layout_of
-from rankllm_composer.sources.lists import NUMBERED, described_client, record_of_graded_list
+from rankllm_composer.sources.lists import NUMBERED, described_client, record_of_graded_list, record_of_ranked_list
+from rankllm_composer.sources.ranked_records import RankedList, is_ranked_list
 from rankllm_composer.sources.records import Item, Made, Noted, RecordSource, describe_file
 from rankllm_composer.sources.training_layouts import FIRST, HISTORY, Conversation, is_graded_list, is_history
 
@@ -54,10 +55,11 @@ class FileSource:
 
     @property
     def makes_lists(self) -> bool:
-        """Whether the first record is a query with graded passages, and not a conversation."""
+        """Whether the first record is a query with its passages, and not a conversation."""
         for row in self._rows():
             with suppress(SourceError):
-                return is_graded_list(_value(row))
+                value = _value(row)
+                return is_graded_list(value) or is_ranked_list(value)
         return False
 
     def prepare(self, folder: Path) -> RecordSource:
@@ -85,6 +87,8 @@ class FileSource:
             raise _as_record_error(error, item.place, named if isinstance(named, str) else None) from error
 
     def _made(self, found: Any, place: str) -> list[Made]:
+        if isinstance(found, RankedList):
+            return record_of_ranked_list(found, self.options, place, self.client)
         if not isinstance(found, Conversation):
             return record_of_graded_list(found, self.options, place, self.client)
         noted: list[Made] = [(place, Noted(NUMBERED))] if found.is_numbered else []

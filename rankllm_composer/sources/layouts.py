@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rankllm_composer.sources import json_layouts as objects
+from rankllm_composer.sources import ranked_records as ranked
 from rankllm_composer.sources import text_layouts as lines
 from rankllm_composer.sources import training_layouts as training
 from rankllm_composer.sources.files import Row
@@ -54,6 +55,7 @@ LAYOUTS = (
     Layout("preference pairs", lambda value: _has("chosen", "rejected")(value) or _has("rejected_response")(value)),
     Layout("conversations", training.is_conversation, {"records": training.conversation}),
     Layout("instructions with outputs", training.is_instruction, {"records": training.instruction}),
+    Layout("queries with ranked passages", ranked.is_ranked_list, {"records": ranked.ranked_list}),
     Layout("queries with their candidates", objects.is_candidates, _CANDIDATES),
     Layout(
         "ids of candidates in two orders",

@@ -7,11 +7,13 @@ import math
 import random
 from collections.abc import Sequence
 
+from rankllm_composer.errors import RecordError
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.clients import ClientVersion, passage_word_limit
-from rankllm_composer.prompts.permutations import format_permutation
-from rankllm_composer.prompts.record import Record, validate_record
+from rankllm_composer.prompts.permutations import MAX_CANDIDATES, format_permutation
+from rankllm_composer.prompts.record import OrderedBy, Record, validate_record
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, clean_query, render_user_turn, truncate_passage
+from rankllm_composer.sources.ranked_records import RankedList
 from rankllm_composer.sources.records import Dropped, Made, Noted
 from rankllm_composer.sources.training_layouts import GradedList
 
@@ -93,4 +95,43 @@ def record_of_graded_list(found: GradedList, options: SourceOptions, place: str,
     return [*made, (place, make_record(record, found.query, passages, by_value(scores or grades), options, place))]
 
 
+def record_of_ranked_list(found: RankedList, options: SourceOptions, place: str, client: ClientVersion) -> list[Made]:
+    """The record of a query with ranked passages, presented in their order; equal scores or grades are tied.
+
+    Raises:
+        RecordError: the list is longer than the window.
+    """
+    num_passages = len(found.texts)
+    if num_passages > options.window:
+        reason = f"passages holds {num_passages}; expected at most window={options.window}. Raise it (--window)"
+        if num_passages > (most := MAX_CANDIDATES[options.identifiers]):
+            reason += f", with numbers (--identifiers) above {most}"
+        raise RecordError(place, found.id, f"{reason}, or shorten the list.")
+    by: OrderedBy = "answer" if found.ranking is not None else "scores" if found.scores is not None else "grades"
+    values = {"answer": None, "scores": found.scores, "grades": found.grades}[by]
+    best_first = list(found.ranking or ()) if values is None else by_value(values)
+    made: list[Made] = [(place, Noted(NUMBERED))] if found.is_numbered else []
+    if values is not None and len({value or 0 if by == "grades" else value for value in values}) == 1:
+        return [*made, (place, Dropped("lists whose scores or grades are all equal"))]
+    if best_first == list(range(num_passages)):
+        made.append((place, Noted(IN_ORDER)))
+    record = Record(
+        found.id,
+        "",
+        "",
+        "",
+        qid=found.qid,
+        docids=found.docids,
+        grades=found.grades,
+        scores=found.scores,
+        ordered_by=by,
+    )
+    passages = [truncate_passage(text, word_limit(options, num_passages, client)) for text in found.texts]
+    return [*made, (place, make_record(record, found.query, passages, best_first, options, place))]
+
+
+IN_ORDER = (
+    "lists whose passages stand in the order of the answer; if most do, a model learns to keep the order: set "
+    "data.train.shuffle_passages"
+)
 NUMBERED = "records without an id; they are numbered"

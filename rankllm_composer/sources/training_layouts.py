@@ -129,7 +129,7 @@ def graded_list(row: Row) -> Iterator[GradedList]:
     qid_key = find_key(value, QUERY_IDS[:4])
     id_key = find_key(value, ("id", "_id")) or qid_key
     record_id = numbered(row) if id_key is None else identifier(row, value, (id_key,))
-    asked = value.get("query") or "".join(turn["value"] for turn in _turns_of(value.get("messages"), "user")[-1:])
+    asked = value.get("query") or _last_text(value.get("messages"))
     query = query_of(row, record_id, asked if isinstance(asked, str) else "")
     positives, negatives = (_passages(row, value, keys) for keys in (_POSITIVES, _NEGATIVES))
     given = (
@@ -159,13 +159,18 @@ def scores_of(value: Mapping[str, Any], keys: Sequence[str], number: int) -> lis
 
 
 def _passages(row: Row, value: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str | None, str]]:
-    """(document id, text) of each passage, which may be text, an object, or a list of turns."""
+    """The passages under the first of the keys."""
     given: Any = value[_key(value, keys)]
+    return passages_of(row, [given] if isinstance(given, str | Mapping) else given or [])
+
+
+def passages_of(row: Row, given: Sequence[Any]) -> list[tuple[str | None, str]]:
+    """(document id, text) of each passage, which may be text, an object, or a list of turns."""
     passages: list[tuple[str | None, str]] = []
-    for passage in [given] if isinstance(given, str | Mapping) else given or []:
+    for passage in given:
         docid = None if find_key(passage, DOCUMENT_IDS) is None else identifier(row, passage, DOCUMENT_IDS)
         if isinstance(passage, Sequence) and not isinstance(passage, str):
-            passage = "".join(str(turn["value"]) for turn in _turns_of(passage, "user")[-1:])
+            passage = _last_text(passage)
         try:
             text = document_text({"text": passage} if isinstance(passage, str) else passage)
         except (PromptError, AttributeError, TypeError, ValueError) as error:
@@ -197,6 +202,11 @@ def _turns_of(value: Any, role: str) -> list[Any]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_with_value(turn) for turn in value]
     return [{"from": role, "value": value}]
+
+
+def _last_text(value: Any) -> str:
+    """The text of the last turn; "" if there is none."""
+    return "".join(str(turn.get("value")) for turn in _turns_of(value, "user")[-1:] if isinstance(turn, Mapping))
 
 
 def _three_turns(row: Row, turns: list[Any], system: Any) -> list[Any]:

@@ -87,6 +87,7 @@ def build_dataset(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBa
             too_long=recipe.data.too_long,
             shuffle_passages=split.shuffle_passages,
             identifiers=split.identifiers,
+            template=recipe.data.prompt_template,
             preferences=Preferences(recipe.objective.ties, recipe.objective.unjudged),
             needs_scores=_loss_of_scores(recipe),
             needs_identifiers=recipe.objective.token_weights == "by_rank",
@@ -210,9 +211,10 @@ def build_validation(
         return None
     windows = build_dataset(recipe, recipe.data.eval, tokenizer)
     records = [windows.record(number) for number in range(windows.num_samples)]
-    options, best_by, changes = measurable(
-        recipe.evaluation, recipe.run.seed, tokenizer, contract, Counter(map(list_kind, records))
-    )
+    kinds = Counter(map(list_kind, records))
+    for style, size in kinds if contract.template is not None else ():
+        contract.template.check_reads(size, style)
+    options, best_by, changes = measurable(recipe.evaluation, recipe.run.seed, tokenizer, contract, kinds)
     for sentence in changes if dist.get_global_rank() == 0 else ():
         warn(sentence, stacklevel=2)
     is_judged = any(max(record.known_grades or (0,)) >= 1 for record in records)
@@ -308,7 +310,8 @@ def build_contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contents:
         ShardError: the lists are too long for `data.train.identifiers`.
     """
     contents = contents.renamed(recipe.data.train.identifiers)
-    check_lists(tokenizer, recipe.objective.name, contents.lists)
+    template = recipe.data.prompt_template
+    check_lists(tokenizer, recipe.objective.name, contents.lists, template)
     window = trained_window(contents.lists, contents.strides)
     others = sum(number for (style, _), number in contents.lists.items() if style != window.style)
     if others:
@@ -327,6 +330,7 @@ def build_contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contents:
         stride=window.stride,
         context_size_tokens=recipe.data.max_length_tokens,
         client_version=recipe.data.client_version,
+        template=template,
     )
     words = contents.max_passage_words(contract.client_version)
     contract = replace(contract, max_passage_words=words or contract.max_passage_words)

@@ -69,9 +69,9 @@ def result_of(query: str, documents: list[dict]) -> Result:
     return Result(Query(query, "q"), candidates, [])
 
 
-def prompt(folder: str, style: str, query: str, documents: list[dict], context_size: int = 4096) -> dict:
+def prompt(folder: str, style: str, query: str, documents: list[dict], **options) -> dict:
     """The prompt of one window that holds all the documents, and the tokens of answer the client asks for."""
-    asked = client(folder, style, context_size=context_size)
+    asked = client(folder, style, **options)
     text, _ = asked.create_prompt(result_of(query, documents), 0, len(documents))
     return {"text": text, "num_output_tokens": asked.num_output_tokens(len(documents))}
 
@@ -172,6 +172,24 @@ def has_foreign_template(path: str) -> bool:
     return tokenizer.chat_template != "the model's own"
 
 
+def requests_of(path: str) -> dict:
+    """What the client's command line and its reader make of a file of requests."""
+    from dataclasses import asdict
+
+    from rank_llm.cli.introspection import validate_rerank_batch_file
+    from rank_llm.data import read_requests_from_file
+
+    return {"valid": validate_rerank_batch_file(path), "read": [asdict(one) for one in read_requests_from_file(path)]}
+
+
+def prompt_of_request(folder: str, style: str, path: str, number: int) -> str:
+    """The prompt of all candidates of a request in a file."""
+    from rank_llm.data import read_requests_from_file
+
+    request = read_requests_from_file(path)[number]
+    return client(folder, style).create_prompt(request, 0, len(request.candidates))[0]
+
+
 def parsed(arguments: list[str]) -> dict:
     """Options that the client's command line takes from arguments."""
     from rank_llm.cli.main import build_parser
@@ -182,6 +200,7 @@ def parsed(arguments: list[str]) -> dict:
 
 def main() -> None:
     functions = (prompt, windows, answer, likeliest, rerank, reranker, has_foreign_template, parsed)
+    functions += (requests_of, prompt_of_request)
     kinds = {function.__name__: function for function in functions}
     told, sys.stdout = sys.stdout, sys.stderr  # the client prints
     for line in sys.stdin:

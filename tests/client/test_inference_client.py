@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import shlex
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from support.client_paths import MISREAD_PATHS, PLAIN_PATHS, WHOLE_PATHS
+from support.templates import TEMPLATES
 from support.tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contract, new_model, new_tokenizer, record_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
+from rankllm_composer.errors import RecipeError
 from rankllm_composer.export.model_card import serving_command
 from rankllm_composer.export.serving_check import PASSAGES, QUERY, client_prompt, diff_request
 from rankllm_composer.options import RerankOptions
@@ -20,6 +24,8 @@ from rankllm_composer.prompts.client_names import misread_names
 from rankllm_composer.prompts.clients import CLIENTS, passage_word_limit
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import identifiers, parse_answer, permutation_from_scores
+from rankllm_composer.prompts.prompt_template import TEMPLATE_FILE, Prompt, read_prompt_template
+from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.user_turn import (
     SYSTEM_MESSAGE,
     clean_query,
@@ -30,6 +36,7 @@ from rankllm_composer.prompts.user_turn import (
 from rankllm_composer.prompts.windows import Window, answer_lengths, fit_window, sliding_spans
 from rankllm_composer.ranking.decoding import read_likeliest, score_windows_first_token
 from rankllm_composer.ranking.reranker import Reranker
+from rankllm_composer.sources.requests import write_requests
 
 STYLES = ("letters", "numbers")
 TOKENIZERS = ("mistral_v3", "zephyr_v1", "tiny", "tiny_without_bos")
@@ -120,7 +127,7 @@ def test_prompts_are_the_same_tokens(prompts, tokenizers, version):
         tokenizer = tokenizers[name]
         texts = [document_text(document) for document in case["documents"]]
         context = case.get("context_size", 4096)
-        options = {"style": case["style"], "context_size_tokens": context, "client": version}
+        options = {"prompt": Prompt(case["style"]), "context_size_tokens": context, "client": version}
         window = fit_window("w", case["query"], texts, tokenizer, **options)
         expected = tokenizer(answer["text"])["input_ids"]  # vLLM is given the text
         assert window.input_ids[:-1].tolist() == expected, (name, case["query"], len(texts))
@@ -145,7 +152,7 @@ def test_the_client_that_inspect_shows_is_the_client(ask_client, folders, tokeni
             assert client_prompt(SYSTEM_MESSAGE, user, tokenizers[name]) == answer["text"], (style, name)
             for end in ("", "["):
                 theirs = tokenizers[name](answer["text"] + end)["input_ids"]
-                diff = diff_request(tokenizers[name], style, version, append_bracket=end == "[")
+                diff = diff_request(tokenizers[name], Prompt(style), version, append_bracket=end == "[")
                 shown = [token for mark, token in diff.rows if mark != "-"]
                 assert shown == tokenizers[name].convert_ids_to_tokens(theirs)
 
@@ -166,6 +173,79 @@ def test_a_template_without_system_role_is_served_without_the_system_text(ask_cl
     assert diff_request(tokenizer).num_differences > 10  # `inspect --model` shows it
     with_it = answer["text"].replace("[INST] ", f"[INST] {SYSTEM_MESSAGE}\n ", 1)
     assert window.input_ids[:-1].tolist() == tokenizer(with_it)["input_ids"]
+
+
+# Templates of one's own
+
+
+@pytest.fixture(scope="module")
+def templates(client_folder, tmp_path_factory) -> dict[str, tuple[str, str]]:
+    """Styles and files of our templates and of the client's own that can be trained."""
+    made = tmp_path_factory.mktemp("templates")
+    found = {}
+    for name, (style, text) in TEMPLATES.items():
+        (made / f"{name}.yaml").write_text(text, encoding="utf-8")
+        found[name] = (style, str(made / f"{name}.yaml"))
+    for path in sorted((client_folder / "rank_llm/rerank/prompt_templates").glob("*.yaml")):
+        with suppress(RecipeError):
+            style = "letters" if read_prompt_template(path).unread(2, "letters") is None else "numbers"
+            found[path.stem] = (style, str(path))
+    return found
+
+
+def test_prompts_in_other_templates_are_the_same(ask_client, folders, tokenizers, templates, version, tmp_path):
+    """Ours and the client's, from the file and from its copy in an export; also of the queries and texts above."""
+    assert {*TEMPLATES, "rank_zephyr_template", "rank_zephyr_alpha_template", "qwen_thinking_template"} <= {*templates}
+    cases = []
+    for name, (style, path) in templates.items():
+        template = read_prompt_template(path)
+        (tmp_path / f"{name}.yaml").write_text(template.to_yaml())
+        for query, documents in ((QUERIES[1], DOCUMENTS[:-3]), ("q", DOCUMENTS[-4:]), (QUERIES[4], DOCUMENTS[:1])):
+            for folder in ("tiny", "mistral_v3"):
+                asked = {"folder": folders[folder], "style": style, "query": query, "documents": documents}
+                copied = str(tmp_path / f"{name}.yaml")
+                cases += [(folder, template, asked | {"prompt_template_path": file}) for file in (path, copied)]
+    for (folder, template, asked), answer in zip(
+        cases, ask_client([("prompt", case[2]) for case in cases]), strict=True
+    ):
+        prompt = Prompt(asked["style"], template)
+        texts = [document_text(document) for document in asked["documents"]]
+        limit = passage_word_limit(len(texts), client=version)
+        user = prompt.user_turn(clean_query(asked["query"]), [truncate_passage(text, limit) for text in texts])
+        tokenizer = tokenizers[folder]
+        if folder == "tiny":  # of the others, some cut the passages further
+            assert client_prompt(prompt.system, user, tokenizer) == answer["text"], asked
+        window = fit_window("w", asked["query"], texts, tokenizer, prompt=prompt, client=version)
+        assert window.input_ids[:-1].tolist() == tokenizer(answer["text"])["input_ids"], asked
+        record = Record("r", "s", render_user_turn(asked["query"], ["a", "b"], asked["style"]), "", template=template)
+        trained = record.prompt_turns
+        assert trained == (prompt.system, prompt.user_turn(asked["query"], ["a", "b"]))
+
+
+REFUSED = {  # by the client, for the same reason
+    "no rank": ("[{rank}]", "[]"),
+    "no candidate": ("{candidate}", ""),
+    "no query": ("Question: {query}", "Question"),
+    "a brace": ("Question:", "Question }"),
+    "another key": ("system_message:", "system:"),
+    "no patterns": ("output_extraction_regex:", "# "),
+    "no method": ('method: "singleturn_listwise"', "# "),
+}
+
+
+def test_what_the_client_refuses_is_refused(ask_client, folders, tmp_path):
+    questions = []
+    for name, change in REFUSED.items():
+        path = tmp_path / f"{name}.yaml"
+        text = TEMPLATES["own_words"][1]
+        assert change[0] in text
+        path.write_text(text.replace(*change))
+        with pytest.raises(RecipeError):
+            read_prompt_template(path)
+        asked = {"folder": folders["tiny"], "style": "letters", "query": "q", "documents": DOCUMENTS[:2]}
+        questions.append(("prompt", asked | {"prompt_template_path": str(path)}))
+    for name, answer in zip(REFUSED, ask_client(questions), strict=True):
+        assert "error" in answer, name
 
 
 # Windows
@@ -294,13 +374,16 @@ def test_misread_paths_are_those_that_the_client_misreads(ask_client, version):
 
 
 @pytest.mark.parametrize("version", ["0.26.0"], indirect=True, scope="session")  # 0.25.7 has its script in a checkout
-def test_the_command_that_is_printed_is_understood(ask_client, folders, tokenizers):
+def test_the_command_that_is_printed_is_understood(ask_client, folders, tokenizers, templates):
+    template = read_prompt_template(templates["own_words"][1])
     contract = new_contract(tokenizers["tiny"], "ranking", window_size=9, stride=4, max_passage_words=45)
+    contract = dataclasses.replace(contract, template=template, prompt_template=TEMPLATE_FILE)
     words = shlex.split(serving_command(contract, "my models/a").replace("\\\n", " "))
     (options,) = ask_client([("parsed", {"arguments": words[1:]})])
     assert words[0] == "rank-llm" and options["command"] == "rerank"
     expected = {
         "model_path": "my models/a",
+        "prompt_template_path": "my models/a/prompt_template.yaml",
         "context_size": contract.context_size_tokens,
         "window_size": 9,
         "stride": 4,
@@ -310,6 +393,38 @@ def test_the_command_that_is_printed_is_understood(ask_client, folders, tokenize
         "variable_passages": True,
     }
     assert {name: options[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("version", ["0.26.0"], indirect=True, scope="session")  # the first that reads JSON Lines
+def test_written_requests_are_read_and_prompted_alike(ask_client, folders, tokenizers, tmp_path):
+    docs = [{"docid": f"d{i}", **document} for i, document in enumerate(DOCUMENTS)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(document) + "\n" for document in docs))
+    queries = [{"qid": f"q{i}", "text": query} for i, query in enumerate(QUERIES)]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    run = [f"q{i} Q0 {docs[k]['docid']} 1 {k - 3} bm25\n" for i in range(4) for k in range(i, 14)]
+    (tmp_path / "my_run.trec").write_text("".join(run))
+    path = tmp_path / "my requests_1.jsonl"
+    files = {"queries": tmp_path / "queries.jsonl", "docs": tmp_path / "docs.jsonl"}
+    lines = write_requests(tmp_path / "my_run.trec", path, top_k=9, **files)
+    assert lines[0] == f"{path}: 4 requests with 36 candidates"
+    assert lines[-1] == "1 queries have no candidates in the run, such as q4"
+    (answer,) = ask_client([("requests_of", {"path": str(path)})])
+    assert answer["valid"] == {"valid": True, "record_count": 4, "errors": []}
+    assert [request["query"]["qid"] for request in answer["read"]] == ["q0", "q1", "q2", "q3"]
+    assert [found["docid"] for found in answer["read"][2]["candidates"]] == [f"d{k}" for k in range(13, 4, -1)]
+    assert [found["score"] for found in answer["read"][0]["candidates"]][:2] == [10.0, 9.0]
+    asked = {"folder": folders["tiny"], "style": "letters", "path": str(path)}
+    prompts = ask_client([("prompt_of_request", asked | {"number": number}) for number in range(4)])
+    for query, theirs in zip(QUERIES, prompts):
+        texts = [document_text(DOCUMENTS[k]) for k in range(13, 4, -1)]
+        window = fit_window("w", query.strip(), texts, tokenizers["tiny"])
+        assert window.input_ids[:-1].tolist() == tokenizers["tiny"](theirs)["input_ids"]
+
+    contract = new_contract(tokenizers["tiny"], "ranking")
+    words = shlex.split(serving_command(contract, "my models/a", str(path)).replace("\\\n", " "))
+    (options,) = ask_client([("parsed", {"arguments": words[1:]})])
+    expected = {"requests_file": str(path), "output_trec_file": "reranked.trec", "model_path": "my models/a"}
+    assert {name: options[name] for name in expected} == expected and "dataset" not in options
 
 
 # The whole way

@@ -28,6 +28,7 @@ from support.tiny_rerankers import (
 from rankllm_composer.errors import PromptError, RunError
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
 from rankllm_composer.prompts.permutations import identifiers, parse_answer
+from rankllm_composer.prompts.prompt_template import Prompt
 from rankllm_composer.prompts.windows import Window, answer_lengths, fit_window, record_window, sliding_spans
 from rankllm_composer.ranking.decoding import generate_windows, read_likeliest, score_windows_first_token
 from rankllm_composer.ranking.evaluation import (
@@ -311,14 +312,14 @@ def test_passages_are_cut_until_the_context_holds_them(tokenizer):
 @pytest.mark.parametrize("num, style", [(0, "letters"), (0, "numbers"), (27, "letters"), (100, "numbers")])
 def test_more_candidates_than_identifiers_are_refused(num, style, tokenizer):
     with pytest.raises(PromptError, match=f"number of candidates is {num}; expected 1 to .* with {style}"):
-        fit_window("w", "heat", ["wing"] * num, tokenizer, style=style)
+        fit_window("w", "heat", ["wing"] * num, tokenizer, prompt=Prompt(style))
 
 
 @pytest.mark.parametrize("style, num", [("letters", 26), ("numbers", 99), ("letters", 1)])
 def test_windows_of_empty_passages_are_ranked(style, num, tokenizer):
     """No text, brackets in the query, as many as there are names, or one: every candidate comes back once."""
     model = new_model()
-    window = fit_window("w", "[3] wing [a] {0}", [""] * num, tokenizer, style=style)
+    window = fit_window("w", "[3] wing [a] {0}", [""] * num, tokenizer, prompt=Prompt(style))
     assert window.num_candidates == num
     answers = generate(model, tokenizer, [window])
     answers += generate(model, tokenizer, [window], constrained=True) if style == "letters" else []

@@ -52,6 +52,7 @@ CANDIDATES = [
 RECORD = [("1", "[B] > [A]")]
 NUMBERED = [("0", "[B] > [A]")]
 ONE_LIST = {"run": RUN, "queries": {"1": "sea birds"}, "docs": DOCS}
+PASSAGE_OBJECTS = [{"docid": "d2", "text": "the mole"}, {"docid": "d1", "title": "", "text": "gulls and terns"}]
 PASSAGES = {"pos": ["gulls and terns"], "neg": ["the mole"]}
 
 SAMPLES = (
@@ -60,6 +61,28 @@ SAMPLES = (
         "records.json",
         json.dumps([{"id": "1", "conversations": _turns("system", "human", "gpt")}]),
         {"records": RECORD},
+    ),
+    Sample(
+        "A query with passages and their order: positions from 1, best first",
+        "ranked.jsonl",
+        _lines({"id": "1", "query": "sea birds", "passages": ["the mole", "gulls and terns"], "ranking": [2, 1]}),
+        {"records": RECORD},
+        "presented as they stand",
+    ),
+    Sample(
+        "The same with docids, which a ranking may name, and titles",
+        "ranked_docids.jsonl",
+        _lines({"qid": "1", "query": "sea birds", "passages": PASSAGE_OBJECTS, "ranking": ["d1", "d2"]}),
+        {"records": RECORD},
+    ),
+    Sample(
+        "The same with scores, or with grades from 0; equal ones are tied, and null is not known",
+        "scored.jsonl",
+        _lines(
+            {"query": "sea birds", "passages": ["the mole", "gulls and terns"], "scores": [-1.5, 7]},
+            {"query": "sea birds", "passages": ["the mole", "gulls and terns"], "grades": [0, 1]},
+        ),
+        {"records": [("0", "[B] > [A]"), ("1", {"the mole": 0, "gulls and terns": 1})]},
     ),
     Sample(
         "OpenAI messages; records without an id are numbered",
