@@ -128,18 +128,34 @@ soak: setup  ## kill small runs at KILLS random moments and compare them with un
 
 # Build shards, train, export, and print the command that serves the result. Variables: NPROC (processes, one per GPU),
 # DATA (records to build shards from; DATA2 for the second stage), MODEL (base model), SET (more key=value overrides).
-# Shards that were built from other DATA stop the run; SET=data.train.rebuild=true builds them again.
+# Shards that were built from other DATA stop the run; SET=data.train.rebuild=true builds them again. Each target says
+# what it does, and stops where attention has no fast kernel or a process has no GPU; SLOW=1 trains all the same.
+SLOW ?=
+define announce
+@printf '%s\n' 'This trains yamls/$(1).yaml on $(NPROC) processes, one per GPU.' \
+  '  base model  $(or $(3),$(MODEL),that of the recipe (from the Hugging Face hub or its cache in HF_HOME))' \
+  '  data        $(or $(2),that of the recipe (from the Hugging Face hub or its cache)); shards are built first' \
+  '  writes      runs/$(1): checkpoints, metrics.jsonl, and a model in hf/ after every epoch' \
+  '  hours       rankllm-composer plan $(1) -n $(NPROC) --gpu h100-80gb' \
+  'Ctrl-C stops it with a checkpoint; the same command resumes it.'
+@$(if $(SLOW),echo 'SLOW=1: the GPUs are not checked.',$(BIN)/python -m rankllm_composer.training.devices $(NPROC))
+endef
+
 reproduce-first-mistral: setup  ## train FirstMistral (combined objective, 8 GPUs)
+	$(call announce,first_mistral,$(DATA))
 	$(BIN)/python -m rankllm_composer.launch -n $(NPROC) rankllm_composer/train.py yamls/first_mistral.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
 
 reproduce-zephyr: setup  ## train RankZephyr (generation objective, 8 GPUs; STAGES=2 trains on DATA, then on DATA2)
 ifeq ($(STAGES),2)
+	$(call announce,rank_zephyr_stage1,$(DATA))
 	$(BIN)/python -m rankllm_composer.launch -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr_stage1.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
+	$(call announce,rank_zephyr_stage2,$(DATA2),the export of stage 1)
 	$(BIN)/python -m rankllm_composer.launch -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr_stage2.yaml \
 	  $(if $(DATA2),data.train.source.input=$(DATA2)) $(SET)
 else
+	$(call announce,rank_zephyr,$(DATA))
 	$(BIN)/python -m rankllm_composer.launch -n $(NPROC) rankllm_composer/train.py yamls/rank_zephyr.yaml \
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
 endif

@@ -13,7 +13,7 @@ import typer
 from rankllm_composer import __version__, screen
 from rankllm_composer.cli_options import flag, with_options
 from rankllm_composer.environment import expand_path
-from rankllm_composer.errors import RecipeError, counted
+from rankllm_composer.errors import RecipeError, counted, shell_line
 from rankllm_composer.escaping import in_one_line
 from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.recipe.bundled import find_recipe
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Errors that a user can cause end in readable lines on stderr and exit code 2."""
     given = [_expand(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        app(args=given, prog_name="rankllm-composer")
+        with screen.plain_warnings():
+            app(args=given, prog_name="rankllm-composer")
     except (ValueError, OSError) as error:
         if "--traceback" in given:
             raise
@@ -93,8 +94,9 @@ def sources_look(
 @with_options(num_processes="processes", hashes="hash")
 def shards_build(context: typer.Context, output: Output, source: SourceOptions, options: BuildOptions) -> None:
     """Build shards from training records, or from a first-stage run with judgments or a teacher's run."""
-    from rankllm_composer.shards.build import build_shards
-    from rankllm_composer.sources.records import open_source
+    with screen.loading():
+        from rankllm_composer.shards.build import build_shards, next_steps
+        from rankllm_composer.sources.records import open_source
 
     given = _given(context, FROM_RUN if source.run is None else ("split", "config", "answers"))
     if given and source.run is None and source.input is not None and open_source(source).makes_lists:
@@ -102,6 +104,7 @@ def shards_build(context: typer.Context, output: Output, source: SourceOptions, 
     for name in given:
         screen.report(f"warning: {flag(name)} has no effect with {'--run' if source.run else '--input'}")
     build_shards(output, source, options, screen.report)
+    screen.say(next_steps(output, options))
 
 
 def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
@@ -113,7 +116,8 @@ def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
 @shards_app.command("merge")
 def shards_merge(target: Target) -> None:
     """Merge the parts that `build --part I/N` wrote to one place into one set."""
-    from rankllm_composer.shards.publish import merge_shards
+    with screen.loading():
+        from rankllm_composer.shards.publish import merge_shards
 
     merge_shards(target, report=screen.report)
 
@@ -124,7 +128,8 @@ def shards_verify(
     records: Annotated[bool, typer.Option(help="Also decode and check every record, and count duplicate ids.")] = False,
 ) -> None:
     """Check that every shard exists and matches the index. Exit code 2 if not."""
-    from rankllm_composer.shards.verify import verify_shards
+    with screen.loading():
+        from rankllm_composer.shards.verify import verify_shards
 
     outcome = verify_shards(target, records=records, report=screen.report)
     counts = f"{outcome.num_records:,} records in {outcome.num_shards:,} shards"
@@ -161,9 +166,10 @@ def inspect(
 ) -> None:
     """Print a record as the model will see it, or check an exported folder and compare a request, token by token, with
     the client's. Exit code 2 if something is wrong."""
-    from rankllm_composer.export.serving_check import inspect_folder
-    from rankllm_composer.preflight.inspection import inspect_recipe
-    from rankllm_composer.recipe.load import load_recipe
+    with screen.loading():
+        from rankllm_composer.export.serving_check import inspect_folder
+        from rankllm_composer.preflight.inspection import inspect_recipe
+        from rankllm_composer.recipe.load import load_recipe
 
     if (recipe is None) == (model is None):
         raise ValueError("inspect: pass exactly one of RECIPE and --model")
@@ -189,8 +195,9 @@ def plan(
     ] = None,
 ) -> None:
     """Estimate steps, memory per rank, FLOPs and hours."""
-    from rankllm_composer.preflight.plan import plan_recipe
-    from rankllm_composer.recipe.load import load_recipe
+    with screen.loading():
+        from rankllm_composer.preflight.plan import plan_recipe
+        from rankllm_composer.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     found = plan_recipe(loaded, num_ranks, gpu=gpu, mfu=mfu, num_lists=lists, report=screen.report)
@@ -206,6 +213,10 @@ def train(
         int | None,
         typer.Option("--num-ranks", "-n", min=1, help="Processes on this machine; default: one per GPU, else one."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Do everything up to the first update: train nothing, write no checkpoint."),
+    ] = False,
 ) -> None:
     """Train a recipe and export the model; rerun the same command to resume."""
     from rankllm_composer.launch import main as launch
@@ -218,7 +229,7 @@ def train(
     merged = merge_recipe(path, given)  # an error in one line, before any process starts; each rank warns by itself
     if merged.problems:
         raise RecipeError(str(path), merged.problems)
-    arguments = train_arguments(path, given, num_ranks)
+    arguments = train_arguments(path, ["--dry-run", *given] if dry_run else given, num_ranks)
     if num_ranks is not None and "WORLD_SIZE" not in os.environ:
         check_world(merged.recipe, num_ranks)
     raise typer.Exit(launch(arguments))
@@ -259,9 +270,10 @@ def rerank(
 ) -> None:
     """Rerank a first-stage run with an exported model, or with any other that the options describe; rerun a stopped job
     to resume it."""
-    from rankllm_composer.export.model_card import add_figures
-    from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
-    from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
+    with screen.loading():
+        from rankllm_composer.export.model_card import add_figures
+        from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
+        from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
 
     if qrels is None and (card or name is not None or measure):
         raise ValueError("rerank: --card, --name and --measure need --qrels, as nothing is measured without judgments")
@@ -318,10 +330,12 @@ def export(
     ] = None,
 ) -> None:
     """Export a checkpoint as a Hugging Face folder."""
-    from rankllm_composer.training.export_run import export_run
+    with screen.loading():
+        from rankllm_composer.training.export_run import export_run
 
     name = export_run(run, output, checkpoint, merge_lora)
     screen.say(f"{output}: exported checkpoint {name} of {run}")
+    screen.say(f"check it: {shell_line('rankllm-composer', 'inspect', '--model', output)}")
 
 
 @app.command("report")
@@ -336,16 +350,18 @@ def report(
     ] = None,
 ) -> None:
     """Draw losses, learning rate, throughput, nDCG, gains, lengths and position bias of runs in one HTML page."""
-    from rankllm_composer.preflight.list_lengths import measure_lists
-    from rankllm_composer.ranking.comparison import read_rerank_result
-    from rankllm_composer.recipe.load import load_recipe
-    from rankllm_composer.report.page import write_report
-    from rankllm_composer.report.run_record import read_run, with_reranked
+    with screen.loading():
+        from rankllm_composer.preflight.list_lengths import measure_lists
+        from rankllm_composer.ranking.comparison import read_rerank_result
+        from rankllm_composer.recipe.load import load_recipe
+        from rankllm_composer.report.page import write_report
+        from rankllm_composer.report.run_record import read_run, with_reranked
 
     records = []
     for folder in runs:
         try:
-            lengths = measure_lists(load_recipe(folder / "recipe.yaml"), sample=1000).tokens
+            with screen.doing(f"measuring the lists of {folder}"):
+                lengths = measure_lists(load_recipe(folder / "recipe.yaml"), sample=1000).tokens
         except (ValueError, OSError, RecursionError):  # a recipe, data or a tokenizer that are not here or damaged
             lengths = ()
         records.append(read_run(folder, lengths))
@@ -353,7 +369,8 @@ def report(
             screen.report(f"warning: {folder}: {records[-1].num_damaged:,} damaged lines and values are left out")
     records = with_reranked(records, runs, map(read_rerank_result, reranked or ()))
     target = output or runs[0] / "report.html"
-    drawn = write_report(records, target, png)
+    with screen.doing(f"drawing {target}"):
+        drawn = write_report(records, target, png)
     screen.say(f"{target}: {', '.join(drawn) or 'no charts, as nothing was measured'}")
 
 

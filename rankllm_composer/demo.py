@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import RunError, shell_line
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle, identifiers
 from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE, render_user_turn
-from rankllm_composer.screen import say
+from rankllm_composer.screen import doing, say
 
 if TYPE_CHECKING:
     from rankllm_composer.ranking.comparison import MeasureComparison
@@ -257,8 +257,9 @@ def run_demo(
 
     torch.set_num_threads(NUM_THREADS)
     report(f"1. Build a collection of invented words in {folder / 'collection'}.")
-    files = build_collection(folder / "collection", CollectionOptions(num_train_queries=num_train_queries))
-    build_model_folder(folder / "model", files.words)
+    with doing("writing queries, passages, judgments and a tokenizer"):
+        files = build_collection(folder / "collection", CollectionOptions(num_train_queries=num_train_queries))
+        build_model_folder(folder / "model", files.words)
     paths = {
         "run.folder": folder,
         "model.name_or_path": folder / "model",
@@ -272,7 +273,8 @@ def run_demo(
     recipe = load_recipe(recipe_path, overrides)
 
     report("2. Build shards, train a small Mistral from random weights, and export it as a Hugging Face folder.")
-    untrained = export_untrained(recipe, folder / "untrained")
+    with doing("writing the model before training"):
+        untrained = export_untrained(recipe, folder / "untrained")
     _train(recipe_path, overrides)
     trained = max(Path(str(recipe.export_folder)).iterdir(), key=lambda path: path.stat().st_mtime)
 
@@ -290,6 +292,7 @@ def run_demo(
     lines += [f"    {name:<12} {value:.3f}   {meaning}" for name, (value, meaning) in rows.items()]
     counts = f"{result.wins} queries better, {result.ties} the same, {result.losses} worse"
     report("\n".join([*lines, f"    trained against first stage: {counts}"]))
+    report(f"\nSee its curves: {shell_line('rankllm-composer', 'report', folder)}")
     return {name: value for name, (value, _) in rows.items()}
 
 
@@ -334,4 +337,4 @@ def _rerank(model: Path, files: Collection, output: Path) -> MeasureComparison:
         output=output,
     )
     options = RerankOptions(decoding="first_token")
-    return rerank_files(model, job, options, measures=[MEASURE], progress_bar=False).comparisons[0]
+    return rerank_files(model, job, options, measures=[MEASURE]).comparisons[0]

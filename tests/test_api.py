@@ -13,34 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.fruit_lists import fruit_run
 
 import rankllm_composer as rc
-from rankllm_composer.demo import build_model_folder
-from rankllm_composer.prompts.user_turn import render_user_turn
-
-WORDS = ("apple", "cherry", "mango", "plum")
 
 
 @pytest.fixture
 def overrides(tmp_path) -> list[str]:
-    """Overrides of yamls/demo.yaml that train on lists whose passages are words; the query is the relevant one."""
-    build_model_folder(tmp_path / "model", WORDS)
-    records = []
-    for query in WORDS:
-        for other in (word for word in WORDS if word != query):
-            turns = {"system": "", "human": render_user_turn(query, [other, query]), "gpt": "[B] > [A]"}
-            conversation = [{"from": role, "value": text} for role, text in turns.items()]
-            records.append({"id": f"{query} {other}", "conversations": conversation})
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    return [
-        f"run.folder={tmp_path / 'run'}",
-        "run.max_duration=1ep",
-        "schedule.warmup=0ba",
-        f"model.name_or_path={tmp_path / 'model'}",
-        f"data.train.local={tmp_path / 'shards'}",
-        f"data.train.source={{input: {tmp_path / 'records.json'}}}",
-        "batch.global_lists=4",
-    ]
+    return fruit_run(tmp_path)
 
 
 def load(*overrides: str) -> rc.Recipe:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub.constants
 import pytest
 import tomllib
 from support.launching import ON_CPU, REPOSITORY, succeeded, train
@@ -29,6 +30,7 @@ from rankllm_composer.export.model_card import serving_command
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.prompts.prompt_template import read_prompt_template
+from rankllm_composer.recipe.bundled import recipe_path
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.keys import describe_keys
 from rankllm_composer.recipe.load import load_recipe, merge_recipe, recipe_to_yaml
@@ -134,7 +136,7 @@ def run_here(command: list[str], folder: Path) -> str:
 
 def check_recipe(file: str, overrides: list[str], num_ranks: int | None, folder: Path) -> None:
     """Check a recipe with these overrides on this many ranks."""
-    path = folder / file if (folder / file).exists() else REPOSITORY / file
+    path = next((path for path in (folder / file, REPOSITORY / file) if path.exists()), None) or recipe_path(file)
     merged = merge_recipe(path, overrides)
     assert merged.problems == [] and merged.warnings == []
     if num_ranks is not None:
@@ -190,8 +192,11 @@ def check_docker(command: list[str], folder: Path) -> None:
 
 
 def check_export(command: list[str], folder: Path) -> None:
-    """Check that the variables are those that the Makefile sets and the benchmark measures."""
+    """Check that the variables are those that the Makefile sets and the benchmark measures, or the hub's."""
     del folder
+    if all(word.startswith("HF_") for word in command[1:]):
+        assert {word.partition("=")[0] for word in command[1:]} <= set(vars(huggingface_hub.constants))
+        return
     (line,) = re.findall(r"^ONE_HEAP := (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     tree = ast.parse((REPOSITORY / "benchmarks" / "report.py").read_text())
     measured = next(
@@ -235,7 +240,15 @@ def check_install(command: list[str], folder: Path) -> None:
 
 def check_train(command: list[str], folder: Path) -> None:
     assert command[1] == "train" and command[3] == "-n"
-    check_recipe(command[2], command[5:], int(command[4]), folder)
+    overrides = [word for word in command[5:] if word != "--dry-run"]
+    check_recipe(command[2], overrides, int(command[4]), folder)
+
+
+def check_hub(command: list[str], folder: Path) -> None:
+    """Check that what is downloaded is what a recipe names."""
+    del folder
+    assert command[1] == "download" and command[3] == "--exclude"
+    assert command[2] == load_recipe(REPOSITORY / "yamls" / "first_mistral.yaml").model.name_or_path
 
 
 CHECKS: dict[str, Callable[[list[str], Path], None]] = {
@@ -247,6 +260,7 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "pip": check_install,
     "uv": check_install,
     "docker": check_docker,
+    "hf": check_hub,
     "export": check_export,
     "rank-llm": check_rank_llm,
     "source": check_source,

@@ -73,19 +73,34 @@ def test_output_of_a_killed_launcher_is_removed_by_the_next(monkeypatch, tmp_pat
     assert main() == 0
 
 
-@pytest.mark.parametrize("event", ["interrupt", "nothing"])
-def test_without_sigterm_the_timeout_is_composers(monkeypatch, event):
+def test_an_interrupt_waits_for_a_checkpoint_and_a_second_one_does_not(monkeypatch):
+    def run() -> int:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert launcher.CLEANUP_TIMEOUT == STOP_TIMEOUT
+        signal.raise_signal(signal.SIGINT)
+        assert datetime.timedelta() < launcher.CLEANUP_TIMEOUT < datetime.timedelta(minutes=5)
+        with pytest.raises(KeyboardInterrupt):  # composer then kills the ranks
+            signal.raise_signal(signal.SIGINT)
+        return 130
+
+    monkeypatch.setattr(launcher, "main", run)
+    assert main() == 130
+
+
+def test_without_a_request_the_timeout_is_composers_and_its_last_words_are_left_out(monkeypatch, capsys):
     timeout = launcher.CLEANUP_TIMEOUT
 
     def run() -> int:
-        if event == "interrupt":
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
         assert launcher.CLEANUP_TIMEOUT is timeout
+        launcher._cleanup_processes({})
+        launcher.print("Global rank 1 exited")
         return 0
 
     monkeypatch.setattr(launcher, "main", run)
     assert main() == 0
+    assert capsys.readouterr().out == "Global rank 1 exited\n"
+    assert not hasattr(launcher, "print")
 
 
 # --- rankllm-composer train -------------------------------------------------------------------------------------------

@@ -305,6 +305,25 @@ def choose_attention(name: str, device: str) -> str:
     return name
 
 
+def slower_because(attention: str, device: str, *, precision: str, packing: bool) -> str | None:
+    """Why a run does not compute attention with a kernel for all lists of a pack at once; None if it does.
+
+    Args:
+        attention: what the model was built with, see `choose_attention`.
+        device: "gpu" or "cpu".
+        precision: `parallelism.precision` of the recipe.
+        packing: whether several lists are in one forward pass.
+    """
+    if not packing:
+        return "batch.packing is false, or the model cannot be packed"
+    if attention == PACKED_VARLEN:
+        return "attention is computed in float32 (parallelism.precision)" if precision == "fp32" else None
+    if attention == FLASH_ATTENTION:
+        return None
+    missing = f"the device is {device}, and the kernel needs CUDA" if device != "gpu" else _missing_kernel()
+    return missing or f"model.attention is {attention}"
+
+
 def _missing_kernel() -> str | None:
     """Why the GPU of this machine cannot run torch's kernel; None if it can, or if there is none, as in a plan."""
     if not torch.cuda.is_available():

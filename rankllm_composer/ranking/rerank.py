@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rankllm_composer.ranking.comparison import (
     write_rerank_result,
 )
 from rankllm_composer.ranking.reranker import RerankedQuery, Reranker
+from rankllm_composer.screen import counting, doing
 from rankllm_composer.sources.retrieval_files import (
     Duplicates,
     load_documents,
@@ -101,7 +102,7 @@ def rerank_files(
         options: how to rerank; None for the defaults.
         measures: names of measures as in ir-measures.
         name: name of the set of queries and its first stage, in figures; None: the run's file name without its suffix.
-        progress_bar: whether to show a progress bar on a terminal.
+        progress_bar: whether to show progress.
     Raises:
         ValueError: a file, the model or an option cannot be used.
     """
@@ -125,12 +126,15 @@ def rerank_files(
     if grades is not None:
         compare_runs(chosen, chosen, grades, measures)  # fails now, not after hours, if it cannot be measured
     documents = load_documents(collection, {id for docids in chosen.values() for id in docids[: options.top_k]})
-    reranker = Reranker.from_pretrained(folder, options)
+    with doing(f"loading the model {folder}") if progress_bar else nullcontext():
+        reranker = Reranker.from_pretrained(folder, options)
     start = time.monotonic()
     ranked = rerank_run(reranker, texts, documents, first_stage, files.output, progress_bar=progress_bar)
     seconds = time.monotonic() - start
     lines = [f"{files.output}: {len(ranked)} queries reranked by {reranker.decoding} in {seconds:.1f} s", *notes]
-    lines += _answer_statistics(ranked, reranker.contract.append_bracket)
+    lines += answer_statistics(ranked, reranker)
+    if files.judgments is None:
+        lines.append("nothing is measured without judgments (--qrels)")
     for what, qids in (
         ("queries have no candidates in the run", texts.keys() - first_stage.keys()),
         ("queries of the run have no text", first_stage.keys() - texts.keys()),
@@ -171,8 +175,6 @@ def rerank_run(
             process is writing the same output.
         RunError, PromptError: a window cannot be presented or read.
     """
-    from tqdm import tqdm
-
     output, options = Path(output), reranker.options
     qids = [qid for qid in queries if qid in first_stage]
     if not qids:
@@ -196,19 +198,15 @@ def rerank_run(
         "input": presented.hexdigest(),
     }
     progress = output.with_name(f"{output.name}.progress.jsonl")
-    with (
-        _kept_queries(progress, settings) as (finished, keep),
-        tqdm(
-            total=sum(len(reranker.spans(len(first_stage[qid]))) for qid in qids),
-            initial=sum(query.num_windows for query in finished.values()),
-            unit=" windows",
-            disable=None if progress_bar else True,
-        ) as bar,
-    ):
+    total = sum(len(reranker.spans(len(first_stage[qid]))) for qid in qids)
+    with _kept_queries(progress, settings) as (finished, keep):
+        done = sum(query.num_windows for query in finished.values())
+        shown = counting("reranking", "windows", total, done) if progress_bar else nullcontext(int)
         remaining = {qid: queries[qid] for qid in qids if qid not in finished}
-        for query in reranker.rerank_queries(remaining, documents, first_stage, bar.update):
-            keep(query)
-            finished[query.qid] = query
+        with shown as advance:
+            for query in reranker.rerank_queries(remaining, documents, first_stage, advance):
+                keep(query)
+                finished[query.qid] = query
         ranked = [finished[qid] for qid in qids]
         write_run(output, {query.qid: query.docids for query in ranked})
     return ranked
@@ -241,18 +239,30 @@ def write_run(path: Path, rankings: Mapping[str, Sequence[str]]) -> None:
     write_atomic(path, "".join(lines))
 
 
-def _answer_statistics(queries: Sequence[RerankedQuery], append_bracket: bool) -> Iterator[str]:
+WHY_UNREAD = {
+    "generation": "The model writes no permutation such as [B] > [A]: train it longer, or check that --decoding, "
+    "--identifiers and --client-version are those that it was trained with. --constrained makes it write one.",
+    "first_token": "No identifier is among its likeliest first tokens: train it longer, or check that it was trained "
+    "with a ranking loss, and with these --identifiers.",
+}
+"""Likely reasons why no answer of a decoding can be read."""
+
+
+def answer_statistics(queries: Sequence[RerankedQuery], reranker: Reranker) -> Iterator[str]:
+    """Sentences on the answers of the model that could not be read as requested, and on passages shown empty."""
     num_windows = sum(query.num_windows for query in queries)
+    append_bracket = reranker.contract.append_bracket
     opened = [None if append_bracket else query.num_opened for query in queries]  # an appended bracket is always there
     for counts, what in (
         (opened, "windows have '[' as the model's first token"),
-        ([query.num_malformed for query in queries], "answers deviate from the requested format"),
+        ([query.num_malformed for query in queries], "answers deviate from the requested format and were repaired"),
     ):
         if num_windows and None not in counts:
             num = sum(count or 0 for count in counts)
             yield f"{num} of {num_windows} {what} ({num / num_windows:.1%})"
     if num := sum(query.num_unread for query in queries):
-        yield f"{num} of {num_windows} windows kept the first stage's order, as their answer names no candidate"
+        reason = f"\n{WHY_UNREAD[reranker.decoding]}" if num == num_windows else ""
+        yield f"{num} of {num_windows} windows kept the first stage's order, as their answer names no candidate{reason}"
     if num := sum(query.num_client_empties for query in queries):
         yield (
             f"{num} of {num_windows} windows hold passages without spaces that are too long, cut here between "

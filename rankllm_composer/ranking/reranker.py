@@ -170,7 +170,7 @@ class Reranker:
             queries: JSONL file, BEIR folder or irds:ID, or texts by query id.
             documents: the same, or texts by document id, including their titles.
             output: path of the TREC run to write; replaced if it exists.
-            progress_bar: whether to show a progress bar on a terminal.
+            progress_bar: whether to show progress.
         Returns:
             The queries that have both a text and candidates, in the order of `queries`.
         Raises:

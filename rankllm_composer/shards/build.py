@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rankllm_composer.errors import RecordError, ShardError
+from rankllm_composer.errors import RecordError, ShardError, shell_line
 from rankllm_composer.options import BuildOptions, SourceOptions
-from rankllm_composer.screen import say
+from rankllm_composer.screen import counting, doing, say
 from rankllm_composer.shards.blocks import BlockWriter, count_duplicates, cut_blocks, quarantine_line, write_blocks
 from rankllm_composer.shards.index import INDEX_NAME, Shard, dump_index, index_digest, parse_index
 from rankllm_composer.shards.manifest import IDS_NAME, MANIFEST_NAME, QUARANTINE_NAME, BuildReport, BuildStats, Manifest
@@ -30,10 +30,9 @@ from rankllm_composer.shards.publish import (
 )
 from rankllm_composer.sources.hold_out import HeldOut
 from rankllm_composer.sources.records import RecordSource, open_source
-from rankllm_composer.storage.object_store import LocalFolder, open_folder
+from rankllm_composer.storage.object_store import LocalFolder, is_remote, open_folder
 
 DEFAULTS = BuildOptions()
-_PROGRESS_SECONDS = 5.0
 
 # Worker processes take seconds to import streaming; in that time one process writes about this many blocks.
 _NUM_BLOCKS_ALONE = 8
@@ -71,6 +70,17 @@ def held_out(output: str | Path) -> str:
     return f"{str(output).rstrip('/')}-held-out"
 
 
+def next_steps(output: str | Path, options: BuildOptions = DEFAULTS) -> str:
+    """What to do with the sets that `build_shards` wrote: commands to paste, and keys of a recipe."""
+    if options.part is not None:
+        return f"once all parts are built: {shell_line('rankllm-composer', 'shards', 'merge', output)}"
+    sets = {"train": str(output), **({"eval": held_out(output)} if options.hold_out else {})}
+    place = "remote" if is_remote(output) else "local"
+    lines = [f"check it: {shell_line('rankllm-composer', 'shards', 'verify', name)}" for name in sets.values()]
+    keys = " and ".join(f"data.{split}.{place}={name}" for split, name in sets.items())
+    return "\n".join([*lines, f"train on it: set {keys} in a recipe (rankllm-composer recipes list)"])
+
+
 def build_from(
     source: RecordSource,
     output: str | Path,
@@ -94,7 +104,8 @@ def build_from(
         "compression": options.compression,
         "hashes": sorted(options.hashes),
     }
-    planned = Manifest(source.describe(), written, options.part)
+    with doing("reading the source", is_short=True):
+        planned = Manifest(source.describe(), written, options.part)
     folder = open_folder(output) if options.part is None else open_folder(output, part_folder(index, num_parts))
     existing = find_set(folder, planned, options.overwrite)
     if existing is not None:
@@ -105,7 +116,9 @@ def build_from(
     def build(target: LocalFolder) -> tuple[tuple[Shard, ...], BuildStats]:
         with work_folder(target.path) as work:
             hashes = tuple(sorted(options.hashes))
-            writer = BlockWriter(source.prepare(work), work, options.compression, hashes, on_error == "stop")
+            with doing("reading the source", is_short=True):
+                prepared = source.prepare(work)
+            writer = BlockWriter(prepared, work, options.compression, hashes, on_error == "stop")
             names, shards, stats = _write_set(writer, planned, (index, num_parts), options.num_processes, report)
             publish(work, names, target, report)
         return shards, stats
@@ -117,7 +130,8 @@ def build_from(
             with staging_folder(options.staging, folder.name) as stage:
                 local = LocalFolder(stage / "set")
                 shards, stats = find_set(local, planned, overwrite=True) or build(local)
-                publish(local.path, list(local.files()), folder, report)
+                with doing(f"uploading to {folder.name}"):
+                    publish(local.path, list(local.files()), folder, report)
     except OSError as error:
         raise ShardError(f"{folder.name}: cannot be written: {error}. Free space or choose another output.") from error
     return BuildReport.of(folder.name, shards, stats, time.monotonic() - started)
@@ -131,12 +145,15 @@ def _write_set(
     report: Callable[[str], None],
 ) -> tuple[list[str], tuple[Shard, ...], BuildStats]:
     """Write all files of a set to the writer's folder, the index under its working name; return their names."""
-    started = reported = time.monotonic()
+    started = time.monotonic()
     stats, id_hashes = BuildStats(), array("Q")
     entries: list[dict[str, Any]] = []
     folder, name = writer.folder, writer.source.name
     blocks = cut_blocks(writer.source.items(), part=part, block_bytes=planned.options["shard_bytes"])
-    with (folder / QUARANTINE_NAME).open("w", encoding="utf-8") as quarantine:
+    with (
+        (folder / QUARANTINE_NAME).open("w", encoding="utf-8") as quarantine,
+        counting(f"building from {name}", "records") as advance,
+    ):
         count, num_alone = num_processes or len(os.sched_getaffinity(0)), 1 if num_processes else _NUM_BLOCKS_ALONE
         for written in write_blocks(blocks, writer, count, num_alone):
             if written.refused and writer.stop_at_bad:
@@ -148,10 +165,7 @@ def _write_set(
                 entries.append(written.entry)
             stats.add(written.stats)
             id_hashes.extend(written.id_hashes)
-            if time.monotonic() - reported >= _PROGRESS_SECONDS:
-                reported = time.monotonic()
-                speed = stats.num_records / (reported - started)
-                report(f"{name}: {stats.num_records:,} records, {len(entries):,} shards, {speed:,.0f} records/s")
+            advance(written.stats.num_records)
     stats.num_duplicates = count_duplicates(id_hashes)
     if not entries and planned.part is None:
         counts = {"bad": stats.num_quarantined, **stats.dropped}

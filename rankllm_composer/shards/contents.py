@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rankllm_composer.errors import ShardError
 from rankllm_composer.prompts.clients import (
@@ -34,11 +34,13 @@ class SetContents:
         lists: number of lists by the style of their identifiers and their number of candidates.
         sources: names of the files or data sets that they were built from; of the set itself where it does not say.
         windows: (window, stride, most words of a passage in it) of the builds from a first-stage run.
+        left_out: what the builds left out, by reason.
     """
 
     lists: Mapping[ListKind, int]
     sources: tuple[str, ...] = ()
     windows: tuple[tuple[int, int, int], ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def strides(self) -> set[int]:
@@ -84,6 +86,7 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
     lists: Counter[ListKind] = Counter()
     sources: list[str] = []
     windows: list[tuple[int, int, int]] = []
+    left_out: Counter[str] = Counter()
     for local, remote in sets:
         folder = open_folder(remote or local)
         _, manifest = read_set(folder)
@@ -96,6 +99,7 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
             sources.append(folder.name)
             continue
         sources += source_names(manifest.source)
+        left_out += manifest.stats.dropped + Counter({"bad records": manifest.stats.num_quarantined})
         options = manifest.source.get("options")
         if isinstance(options, Mapping) and {"window", "stride"} <= options.keys():
             client = options.get("client_version", UNNAMED_CLIENT)
@@ -108,7 +112,7 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
             windows.append((options["window"], options["stride"], words))
     if not lists:
         raise ShardError(f"{', '.join(remote or local for local, remote in sets)}: no lists. Build the set again.")
-    return SetContents(lists, tuple(dict.fromkeys(sources)), tuple(windows))
+    return SetContents(lists, tuple(dict.fromkeys(sources)), tuple(windows), left_out)
 
 
 def _counted(manifest: Manifest) -> Counter[ListKind] | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from rankllm_composer.errors import RecordError, ShardError
 from rankllm_composer.prompts.record import id_digest, validate_record
-from rankllm_composer.screen import say
+from rankllm_composer.screen import counting, say
 from rankllm_composer.shards.index import (
     COLUMNS,
     INDEX_NAME,
@@ -123,16 +123,17 @@ def verify_shards(target: str | Path, *, records: bool = False, report: Callable
 
     _check_manifest(folder, shards, index_text, problem)
     seen: set[bytes] = set()
-    for shard in shards:
-        outcome.num_shards += 1
-        with scratch_folder() as scratch:
-            raw = _unpack(folder, shard, scratch, problem)
-        if raw is None:
-            continue
-        samples = _samples(raw, shard, problem)
-        outcome.num_records += len(samples)
-        if records:
-            _check_records(samples, shard, problem, seen, outcome)
+    with counting(f"checking {folder.name}", "shards", total=len(shards)) as advance:
+        for shard in shards:
+            outcome.num_shards += 1
+            with scratch_folder() as scratch:
+                raw = _unpack(folder, shard, scratch, problem)
+            if raw is not None:
+                samples = _samples(raw, shard, problem)
+                outcome.num_records += len(samples)
+                if records:
+                    _check_records(samples, shard, problem, seen, outcome)
+            advance(1)
     return outcome
 
 

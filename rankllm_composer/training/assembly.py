@@ -44,7 +44,7 @@ from rankllm_composer.training.export_callback import ExportFolder
 from rankllm_composer.training.guards import EpochGuard, LossGuard
 from rankllm_composer.training.loggers import CALLBACKS, build_named
 from rankllm_composer.training.run import announce_stop
-from rankllm_composer.training.stopping import Preemption
+from rankllm_composer.training.stopping import Preemption, describe_saved
 from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation, measurable
 
 log = get_logger(__name__)
@@ -280,7 +280,8 @@ def build_callbacks(
     named = [
         build_named("callbacks", name, CALLBACKS[name], options) for name, options in recipe.logging.callbacks.items()
     ]
-    stop = Preemption(checkpoints.save_to_stop, partial(announce_stop, recipe.run_folder))
+    announce = partial(announce_stop, recipe.run_folder)
+    stop = Preemption(checkpoints.save_to_stop, announce, lambda number: describe_saved(folder, lambda: number))
     return [*ours, *named, *exports, checkpoints, stop, DryRun(checkpoints, *exports)]
 
 

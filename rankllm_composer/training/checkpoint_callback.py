@@ -41,7 +41,7 @@ from rankllm_composer.checkpoints.store import CheckpointStore
 from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import CheckpointError
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
-from rankllm_composer.screen import get_logger
+from rankllm_composer.screen import doing, get_logger
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.content import sha256_of
 from rankllm_composer.storage.patience import PATIENCE_SECONDS
@@ -110,12 +110,12 @@ class CheckpointFolder(Callback):
     def before_load(self, state: State, logger: Logger) -> None:
         run_on_rank_zero(self._keep_recipe, "recipe beside the checkpoints")
         if self.store is not None:
-            run_on_rank_zero(self._fetch_newer, "fetch of the newest checkpoint")
+            with doing("fetching the newest checkpoint, if the object store has a newer one"):
+                run_on_rank_zero(self._fetch_newer, "fetch of the newest checkpoint")
         newest = _on_every_rank(lambda: self._newest(state))
         if newest is None:
             return
         path, manifest = newest
-        _check_content(path, manifest)
         run_name = state.run_name
         # Under PEFT a checkpoint contains only the adapters; torch would report the base weights as missing.
         are_adapters = bool(getattr(state.model, "using_peft", False))
@@ -132,7 +132,8 @@ class CheckpointFolder(Callback):
                 del callbacks[name]
 
         try:
-            with safe_loading():
+            with safe_loading(), doing(f"checking and loading the checkpoint {path.name}"):
+                _check_content(path, manifest)
                 self._random_states = load_checkpoint(
                     str(path if manifest.is_sharded else path / UNSHARDED_FILE),
                     state,
@@ -167,10 +168,9 @@ class CheckpointFolder(Callback):
             self._random_states = None
 
     def _keep_recipe(self) -> None:
-        if self.recipe_yaml is None:
+        path, text = self.folder / RECIPE_NAME, self.recipe_yaml
+        if text is None:
             return
-        path = self.folder / RECIPE_NAME
-        text = self.recipe_yaml
         if path.exists():
             existing = path.read_text(errors="replace")
             text = check_same_recipe(existing, text, f"checkpoint.folder: {self.folder}", self._batches_trained)
@@ -192,10 +192,9 @@ class CheckpointFolder(Callback):
     def _batches_trained(self, recipe: Mapping[str, Any]) -> int | None:
         """Batches of the newest checkpoint, here or in the store; None if there is none."""
         del recipe
-        manifests = [manifest for _, manifest in complete_checkpoints(self.folder)[-1:]]
-        if self.store is not None and (newest := self.store.newest()) is not None:
-            manifests.append(newest)
-        return max((manifest.batch for manifest in manifests), default=None)
+        local = [manifest for _, manifest in complete_checkpoints(self.folder)[-1:]]
+        found = [*local, None if self.store is None else self.store.newest()]
+        return max((manifest.batch for manifest in found if manifest is not None), default=None)
 
     def _fetch_newer(self) -> None:
         assert self.store is not None
@@ -250,7 +249,8 @@ class CheckpointFolder(Callback):
         if state.timestamp.batch.value == self._last_batch:
             return
         name = f"ep{state.timestamp.epoch.value}-ba{state.timestamp.batch.value}"
-        files = self._write(state, name)
+        with doing(f"writing the checkpoint {name}"):
+            files = self._write(state, name)
         manifest = Manifest(
             batch=state.timestamp.batch.value,
             epoch=state.timestamp.epoch.value,
@@ -348,7 +348,8 @@ class CheckpointFolder(Callback):
     def finish(self) -> None:
         """Wait until the copies in the object store are whole, if there is one. A collective."""
         if self.store is not None:
-            run_on_rank_zero(self.store.finish, "upload of the newest checkpoint")
+            with doing("uploading the newest checkpoint"):
+                run_on_rank_zero(self.store.finish, "upload of the newest checkpoint")
 
     def summary(self) -> str:
         """Name the newest checkpoint and the places that have it; empty without one."""
@@ -375,10 +376,9 @@ def _on_every_rank(task: Callable[[], Any]) -> Any:
         except (CheckpointError, OSError) as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
-    result, failure = outcome
-    if failure is not None:
-        raise CheckpointError(failure)
-    return result
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return outcome[0]
 
 
 def _check_content(path: Path, manifest: Manifest) -> None:

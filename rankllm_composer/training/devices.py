@@ -1,8 +1,12 @@
-"""What CUDA reads once and for all: how it allocates memory, and which GPUs it sees. Imports no library at the top."""
+"""What CUDA reads once and for all: how it allocates memory, and which GPUs it sees. Imports no library at the top.
+
+python -m rankllm_composer.training.devices 8    # exit code 2 unless 8 GPUs have the fast attention kernel
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 
@@ -49,3 +53,41 @@ def hide_gpus() -> None:
             "parallelism.device is cpu, but this process has looked for GPUs before, and Composer would train on one. "
             f"Start Python with {VISIBLE_GPUS} set to nothing, or set parallelism.device=gpu."
         )
+
+
+def check_fast_training(num_ranks: int) -> None:
+    """Raise RunError unless this machine has a GPU per rank, each with torch's attention kernel for packs."""
+    import torch
+
+    from rankllm_composer.errors import RunError, counted
+    from rankllm_composer.model.attention import choose_attention, slower_because
+
+    device, found = ("gpu" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
+    problem = slower_because(choose_attention("auto", device), device, precision="amp_bf16", packing=True)
+    if problem is not None:
+        raise RunError(
+            f"attention would be computed list by list, as {problem}; expected {counted(num_ranks, 'GPU')} of compute "
+            "capability 8.0 or more. Train there, or set SLOW=1 to train here all the same."
+        )
+    if found < num_ranks:
+        raise RunError(
+            f"NPROC is {num_ranks}, but this machine has {counted(found, 'GPU')}; expected one per process. Set "
+            f"NPROC={found}, or SLOW=1 to train all the same."
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """Check the GPUs for a number of ranks; return the exit code."""
+    from rankllm_composer.errors import RunError
+    from rankllm_composer.screen import report
+
+    try:
+        check_fast_training(int(arguments[0]))
+    except RunError as error:
+        report(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,15 @@
-"""A dry run of what a run writes, before its first batch: what would fail after hours fails at once."""
+"""A dry run of what a run writes, before its first batch: what would fail after hours fails at once. And of a run."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 
@@ -15,8 +17,10 @@ from rankllm_composer.checkpoints.folder import complete_checkpoints
 from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.errors import StoreError
 from rankllm_composer.export.weights import hf_module
+from rankllm_composer.screen import doing
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.export_callback import ExportFolder
+from rankllm_composer.training.stopping import Preempted
 
 ADAMW_BYTES = 8
 """Two float32 averages per trained number; 8-bit AdamW keeps them in a byte each."""
@@ -49,9 +53,10 @@ class DryRun(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         sizes = [checkpoint_bytes(state), *(exports.num_bytes(state) for exports in self.exports)]
         run_on_rank_zero(lambda: check_space(self._written(state, sizes)), "check of the disk space")
-        self.checkpoints.try_out(state)
-        for exports in self.exports:
-            exports.try_out(state)
+        with doing("trying out a checkpoint and an export"):
+            self.checkpoints.try_out(state)
+            for exports in self.exports:
+                exports.try_out(state)
 
     def _written(self, state: State, sizes: list[int]) -> dict[Path, Written]:
         """Count what is added to each folder; a new one is complete before an old one is removed."""
@@ -63,6 +68,24 @@ class DryRun(Callback):
             count = most_added(times_left(state, exports.interval), len(exports.own()), exports.keep, spare)
             written[exports.folder] = Written("export", count, num_bytes)
         return written
+
+
+class StopBeforeUpdate(Callback):
+    """Stop a run after the loss and the gradient of its first batch, before the weights change. Place it last.
+
+    Raises:
+        Preempted: on every rank.
+    """
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        losses = state.loss if isinstance(state.loss, Mapping) else {"total": state.loss}
+        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+        if state.device.name == "gpu":
+            shown += f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of this GPU, without the optimizer's state"
+        raise Preempted(
+            f"dry run: everything up to the first update worked (losses of a microbatch: {shown}). Nothing was trained "
+            "and no checkpoint written. Leave out --dry-run to train."
+        )
 
 
 def times_left(state: State, interval: str) -> int:

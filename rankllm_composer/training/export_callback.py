@@ -34,7 +34,7 @@ from rankllm_composer.export.weights import Weights, causal_lm_class, gather_ful
 from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.recipe.resume import read_changes
 from rankllm_composer.recipe.sections import Export
-from rankllm_composer.screen import get_logger, warn
+from rankllm_composer.screen import doing, get_logger, warn
 from rankllm_composer.training.guards import EpochGuard
 from rankllm_composer.training.progress import ends_epoch
 
@@ -172,10 +172,11 @@ class ExportFolder(Callback):
         return exported_bytes(meta_state_dict(state.model, merge_lora=self.merge_lora), self.model.dtype)
 
     def _export(self, state: State, name: str) -> None:
-        weights = gather_full_state_dict(state.model, merge_lora=self.merge_lora, dtype=DTYPES[self.model.dtype])
         target = self.folder / name
-        run_on_rank_zero(lambda: self._write(state, target, weights), f"export of {target}")
-        run_on_rank_zero(self._tidy, f"exports in {self.folder}")
+        with doing(f"exporting {target}"):
+            weights = gather_full_state_dict(state.model, merge_lora=self.merge_lora, dtype=DTYPES[self.model.dtype])
+            run_on_rank_zero(lambda: self._write(state, target, weights), f"export of {target}")
+            run_on_rank_zero(self._tidy, f"exports in {self.folder}")
         self._last_batch = state.timestamp.batch.value
         log.info("exported %s", target)
 

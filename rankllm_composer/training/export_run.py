@@ -8,7 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankllm_composer.environment import as_written
 from rankllm_composer.errors import CheckpointError, RankLLMComposerError, RunError
+from rankllm_composer.screen import doing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,20 +53,23 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     if checkpoints is None or is_remote(checkpoints):
         checkpoints = str(run / "checkpoints")
     checkpoint, manifest = _choose(Path(checkpoints), name)
-    damage = damage_in(checkpoint, manifest)
+    with doing(f"checking the checkpoint {checkpoint.name}"):
+        damage = damage_in(checkpoint, manifest)
     if damage is not None:
         raise CheckpointError(damage)
     if merge_lora is None:
         merge_lora = recipe.checkpoint.export is None or recipe.checkpoint.export.merge_lora
-    tokenizer = assembly.build_tokenizer(recipe)
-    contract, data, num_lists = _contract(recipe, tokenizer)
+    with doing("loading the tokenizer and counting the lists"):
+        tokenizer = assembly.build_tokenizer(recipe)
+        contract, data, num_lists = _contract(recipe, tokenizer)
     base: Any = None
-    if keys.lora is not None and merge_lora:
-        on_cpu = replace(recipe, model=replace(keys, attention="auto"))  # flash-attn does not run on a CPU
-        base = assembly.build_model(on_cpu, tokenizer, "cpu").model
-        causal_lm = base.get_base_model()
-    else:
-        causal_lm = load_causal_lm(keys, on_meta=True)
+    with doing(f"loading {as_written(keys.name_or_path)}"):
+        if keys.lora is not None and merge_lora:
+            on_cpu = replace(recipe, model=replace(keys, attention="auto"))  # flash-attn does not run on a CPU
+            base = assembly.build_model(on_cpu, tokenizer, "cpu").model
+            causal_lm = base.get_base_model()
+        else:
+            causal_lm = load_causal_lm(keys, on_meta=True)
     adapter_config = None if merge_lora else assembly.build_peft_config(recipe)
     if adapter_config is not None:
         adapter_config.base_model_name_or_path = causal_lm.name_or_path
@@ -85,7 +90,8 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         changes=read_changes(checkpoint.parent),
     )
     source = checkpoint if manifest.is_sharded else checkpoint / UNSHARDED_FILE
-    export_checkpoint(source, output, served, render_card(facts), batch=manifest.batch, base=base)
+    with doing(f"reading {checkpoint.name} and writing {output}"):
+        export_checkpoint(source, output, served, render_card(facts), batch=manifest.batch, base=base)
     return checkpoint.name
 
 

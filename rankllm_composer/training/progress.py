@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from composer.core import State, TimeUnit
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from rankllm_composer.errors import RunError
-from rankllm_composer.escaping import for_screen
-from rankllm_composer.screen import get_logger
+from rankllm_composer.screen import StatusLine, get_logger, in_hours, so_far, status
 from rankllm_composer.storage.atomic import write_atomic
 
 log = get_logger(__name__)
@@ -110,34 +105,25 @@ class MetricsFile(LoggerDestination):
 
 
 class ProgressLine(LoggerDestination):
-    """Print epoch, batch, losses, speed and ETA in one line, on rank 0.
+    """Show epoch, batch, ETA, speed, nDCG and losses in one line of 80 columns, on rank 0.
 
     On a terminal the line is redrawn in place. Elsewhere a plain line is printed for the first and the last batch, for
-    the last batch of every epoch, and every `interval_seconds` in between.
+    the last batch of every epoch, and every 30 s in between.
 
     Args:
-        stream: output; None = standard error.
+        line: where it is shown; None = the line of this process.
     """
 
-    def __init__(
-        self,
-        stream: TextIO | None = None,
-        *,
-        interval_seconds: float = 30.0,
-        redraw_seconds: float = 0.2,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._stream = stream
-        self._interval_seconds = interval_seconds
-        self._redraw_seconds = redraw_seconds
-        self._clock = clock
+    def __init__(self, line: StatusLine | None = None) -> None:
+        self._line = line or status
         self._losses: dict[str, float] = {}
         self._quality: dict[str, float] = {}
         self._lr: float | None = None
         self._speeds: deque[tuple[int, float]] = deque(maxlen=20)  # (tokens, seconds) of the last batches
-        self._start = (0.0, 0.0)  # clock and fraction done when this process started
-        self._last_shown: float | None = None
-        self._line_open = False
+        self._start: tuple[float, float] | None = None  # clock and fraction done before the first batch
+        self._first = "reading and training the first batch"
+        self._parts: tuple[list[str], list[str]] | None = None  # before and after the ETA
+        self._end: float | None = None  # clock when the run will end
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         for name, value in metrics.items():
@@ -147,11 +133,15 @@ class ProgressLine(LoggerDestination):
             if name.startswith(LOSS_PREFIX):
                 self._losses[name.removeprefix(LOSS_PREFIX)] = number
             elif name.endswith(("first_token/ndcg@10", "generation/ndcg@10")):
-                self._quality[" ".join(name.split("/")[-2:])] = number
+                self._quality[name.split("/")[-2]] = number
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        self._start = (self._clock(), fraction_done(state))
-        self._last_shown = None
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        if self._start is None:
+            compiled = getattr(getattr(state.model, "module", state.model), "_is_compiled", False)
+            self._first = "compiling the layers, and training the first batch" if compiled else self._first
+            self._start = (self._line.clock(), fraction_done(state))
+            if dist.get_global_rank() == 0:
+                self._line.begin(self._text)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._lr = _learning_rate(state)
@@ -161,65 +151,43 @@ class ProgressLine(LoggerDestination):
         assert before is not None
         tokens = state.timestamp.token.value - before.token.value
         self._speeds.append((tokens, state.timestamp.batch_wct.total_seconds()))
-        now = self._clock()
-        pause = self._redraw_seconds if self._output.isatty() else self._interval_seconds
-        ends = fraction_done(state) >= 1.0 or ends_epoch(state)
-        if ends or self._last_shown is None or now - self._last_shown >= pause:
-            self._last_shown = now
-            self._show(self._text(state, now))
+        is_first, is_last = self._parts is None, fraction_done(state) >= 1.0 or ends_epoch(state)
+        self._parts, self._end = self._described(state), self._expected_end(state)
+        self._line.update(is_due=is_first or is_last)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.close(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        if self._line_open:
-            self._output.write("\n")
-            self._line_open = False
+        self._line.end(self._text, keep=self._parts is not None)
 
-    def _text(self, state: State, now: float) -> str:
+    def _text(self) -> str:
+        if self._parts is None:
+            seconds = 0.0 if self._start is None else self._line.clock() - self._start[0]
+            return so_far(self._first, seconds)
+        eta = "?" if self._end is None else in_hours(self._end - self._line.clock())
+        return self._line.fitted([*self._parts[0], f"ETA {eta}", *self._parts[1]])
+
+    def _described(self, state: State) -> tuple[list[str], list[str]]:
         epochs, batches = _totals(state)
-        parts = [f"epoch {state.timestamp.epoch.value + 1}" + (f"/{epochs}" if epochs is not None else "")]
-        parts.append(f"batch {state.timestamp.batch.value}" + (f"/{batches}" if batches is not None else ""))
-        if self._losses:
-            total = self._losses.get("total")
-            rest = [f"{name} {value:.4g}" for name, value in self._losses.items() if name != "total"]
-            if total is None:
-                parts.append("loss " + ", ".join(rest))
-            else:
-                parts.append(f"loss {total:.4g}" + (f" ({', '.join(rest)})" if rest else ""))
-        if self._lr is not None:
-            parts.append(f"lr {self._lr:.3g}")
-        parts += [f"{name} {value:.4f}" for name, value in self._quality.items()]
+        place = [f"epoch {state.timestamp.epoch.value + 1}" + (f"/{epochs}" if epochs is not None else "")]
+        place.append(f"batch {state.timestamp.batch.value}" + (f"/{batches}" if batches is not None else ""))
+        parts = []
         seconds = sum(duration for _, duration in self._speeds)
         if seconds > 0:
             parts.append(f"{_short(sum(tokens for tokens, _ in self._speeds) / seconds)} tokens/s")
-        parts.append(f"ETA {self._eta(state, now)}")
-        return "  ".join(parts)
+        if self._quality:  # the decoding that was trained for is named where there are two
+            shown = [f"{value:.3f}" + f" {name}" * (len(self._quality) > 1) for name, value in self._quality.items()]
+            parts.append(f"nDCG@10 {', '.join(shown)}")
+        if (total := self._losses.get("total")) is not None:
+            parts.append(f"loss {total:.4g}")
+        parts += [f"{name} {value:.3g}" for name, value in self._losses.items() if name != "total"]
+        return place, parts if self._lr is None else [*parts, f"lr {self._lr:.3g}"]
 
-    def _eta(self, state: State, now: float) -> str:
-        start, before = self._start
-        done = fraction_done(state)
-        if done <= before:
-            return "?"
-        seconds = round((now - start) * (1.0 - done) / (done - before))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-    def _show(self, text: str) -> None:
-        if dist.get_global_rank() != 0:
-            return
-        shown = for_screen(text, one_line=True)
-        with suppress(OSError):  # a terminal or a pipe that was closed does not end the run
-            if self._output.isatty():
-                width = shutil.get_terminal_size().columns
-                self._output.write(f"\r\x1b[K{shown[: width - 1]}")
-                self._line_open = True
-            else:
-                self._output.write(shown + "\n")
-            self._output.flush()
-
-    @property
-    def _output(self) -> TextIO:
-        return self._stream or sys.stderr
+    def _expected_end(self, state: State) -> float | None:
+        assert self._start is not None
+        (start, before), now, done = self._start, self._line.clock(), fraction_done(state)
+        return None if done <= before else now + (now - start) * (1.0 - done) / (done - before)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

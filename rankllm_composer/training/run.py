@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rankllm_composer.errors import RunError, shell_line
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
-from rankllm_composer.screen import report, say
+from rankllm_composer.screen import doing, report, say
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import FileLock, try_lock
 
@@ -141,9 +140,11 @@ def train(recipe: Recipe) -> TrainedRun:
     return TrainedRun.of_recipe(recipe)
 
 
-def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
+def run_recipe(recipe: Recipe, watch: PeerWatch, *, dry_run: bool = False) -> None:
     """Train a recipe as `_run_recipe` does; known errors of libraries become errors that say what to do.
 
+    Args:
+        dry_run: stop before the first update.
     Raises:
         RankLLMComposerError: anything that a user can correct.
         Preempted: the run stopped on request.
@@ -151,10 +152,10 @@ def run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     from rankllm_composer.training.failures import explained_failures
 
     with explained_failures():
-        _run_recipe(recipe, watch)
+        _run_recipe(recipe, watch, dry_run)
 
 
-def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
+def _run_recipe(recipe: Recipe, watch: PeerWatch, dry_run: bool) -> None:
     """Train a recipe, from its newest checkpoint if there is one, and export the model. A collective."""
     import torch
     from composer.utils import dist
@@ -163,11 +164,12 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     from rankllm_composer.distributed import run_on_rank_zero
     from rankllm_composer.recipe.checks import check_world
     from rankllm_composer.recipe.load import recipe_to_yaml
+    from rankllm_composer.training.announcements import describe_outputs
     from rankllm_composer.training.assembly import choose_device
     from rankllm_composer.training.checkpoint_callback import CheckpointFolder
     from rankllm_composer.training.devices import hide_gpus
     from rankllm_composer.training.rendezvous import meet
-    from rankllm_composer.training.stopping import Preempted, on_stop_signals, raise_preempted
+    from rankllm_composer.training.stopping import Preempted, describe_saved, on_stop_signals, raise_preempted
     from rankllm_composer.training.stragglers import STATUS_FOLDER, find_hindmost, find_stragglers
     from rankllm_composer.training.trainer import build_trainer
 
@@ -179,9 +181,10 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     on_stop_signals(raise_preempted)
     watch.watch_launcher()
-    store = meet(recipe.parallelism.dist_timeout_seconds)
-    dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
-    del store
+    with doing("waiting for all ranks"):
+        store = meet(recipe.parallelism.dist_timeout_seconds)
+        dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
+        del store
     watch.start(recipe.parallelism.dist_timeout_seconds)
     check_world(recipe, dist.get_world_size())
     folder = Path(recipe.run_folder)
@@ -190,13 +193,16 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
         if device == "gpu":  # Composer allows TF32, which "fp32" does not promise
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         claim = claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)
-        run_on_rank_zero(lambda: stack.enter_context(claim), f"claim of {folder}")
+        with doing(f"locking {folder}"):
+            run_on_rank_zero(lambda: stack.enter_context(claim), f"claim of {folder}")
         watch.find_stragglers = partial(find_stragglers, folder / STATUS_FOLDER, rank, num_ranks)
         watch.find_hindmost = partial(find_hindmost, folder / STATUS_FOLDER, num_ranks)
         prepare_shards(recipe.data.train, "data.train", recipe.data.client_version)
         if recipe.data.eval is not None and recipe.evaluation is not None:
             prepare_shards(recipe.data.eval, "data.eval", recipe.data.client_version)
-        trainer = build_trainer(recipe, folder, device)
+        trainer = build_trainer(recipe, folder, device, dry_run)
+        checkpoints = next(found for found in trainer.state.callbacks if isinstance(found, CheckpointFolder))
+        watch.saved = partial(describe_saved, checkpoints.folder, lambda: trainer.state.timestamp.batch.value)
         if device == "gpu" and recipe.parallelism.precision == "fp32":
             torch.set_float32_matmul_precision("highest")
         stopped: Preempted | None = None
@@ -213,10 +219,9 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
                 raise known from error
         elif rank == 0:
             say(
-                f"nothing to train: {folder} is at batch {trainer.state.timestamp.batch.value}, where "
+                f"nothing to train: {folder} is complete, at batch {trainer.state.timestamp.batch.value}, where "
                 f"run.max_duration={recipe.run.max_duration} is reached; raise run.max_duration to train longer"
             )
-        checkpoints = next(found for found in trainer.state.callbacks if isinstance(found, CheckpointFolder))
         if stopped is None:
             checkpoints.finish()
         watch.stop()
@@ -224,32 +229,10 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch) -> None:
         if stopped is not None:
             raise stopped
         if rank == 0:
-            say(checkpoints.summary())
-            if recipe.export_folder is not None:
-                say(exports_summary(TrainedRun.of_recipe(recipe)))
+            say(f"complete: {checkpoints.summary()}")
+            outputs = TrainedRun.of_recipe(recipe)
+            say(describe_outputs(recipe, outputs.exports, outputs.best))
         dist.barrier()
-
-
-def exports_summary(run: TrainedRun) -> str:
-    """List the exports of a run, with the command that uses the best one, or the newest if none is marked best."""
-    from rankllm_composer.export.model_card import serving_command
-    from rankllm_composer.model.lora import is_adapter
-    from rankllm_composer.prompts.client_names import describe_misread
-    from rankllm_composer.prompts.contract import read_contract
-
-    assert run.best is not None
-    text = "\n".join(["exported:", *(f"    {folder}" for folder in run.exports)])
-    if run.best.is_symlink():
-        text += f"\n    {run.best} is {run.best.readlink()}"
-    if is_adapter(run.best):
-        command = shell_line("rankllm-composer", "export", run.folder, "--output", "FOLDER", "--merge-lora")
-        return f"{text}\nmerge the adapter to serve it: {command}"
-    contract = read_contract(run.best)
-    if contract.served_decoding() is None:
-        return text + f"\nrank with it: {shell_line('rankllm-composer', 'rerank', '--model', run.best)} …"
-    text += f"\nserve it with rank_llm:\n{textwrap.indent(serving_command(contract, str(run.best)), '    ')}"
-    misread = describe_misread(run.best, contract.client_version)
-    return text if misread is None else f"{text}\n{misread}"
 
 
 def announce_stop(folder: str | Path) -> None:

@@ -8,6 +8,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from rankllm_composer.checkpoints.folder import complete_checkpoints
 from rankllm_composer.distributed import seconds_without_progress
 from rankllm_composer.processes import (
     drop_closed_outputs,
@@ -24,7 +27,7 @@ from rankllm_composer.processes import (
     machine,
     start_of,
 )
-from rankllm_composer.screen import report
+from rankllm_composer.screen import report, status
 from rankllm_composer.training.progress import ends_epoch
 
 POLL_SECONDS = 0.5
@@ -40,10 +43,35 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 STOP_REQUESTED = "stop requested (SIGTERM, SIGHUP, or the launcher is gone)"
 
 RESUME = "checkpoints are intact; rerun the same command to resume"
+NOTHING_SAVED = "no checkpoint was written yet"
+
+
+def describe_saved(checkpoints: Path, num_trained: Callable[[], int]) -> str:
+    """Say what is lost if a run ends now, and what to do.
+
+    Args:
+        checkpoints: folder of the run's checkpoints on this machine.
+        num_trained: returns the number of batches trained.
+    """
+    saved, trained = complete_checkpoints(checkpoints), num_trained()
+    if not saved:
+        lost = f", so the batches trained are lost ({trained})" if trained else ", and no batch was trained"
+        return f"{NOTHING_SAVED}{lost}; rerun the same command to start again"
+    path, manifest = saved[-1]
+    again = f", from {path.name}: batches after it are trained again ({trained - manifest.batch})"
+    return RESUME + (again if trained > manifest.batch else "")
 
 
 class Preempted(Exception):
-    """The run stopped on request, after it wrote a checkpoint if there was anything to save."""
+    """The run stopped on request, after it wrote a checkpoint if there was anything to save.
+
+    Args:
+        code: exit code; 130 after an interrupt, so that a shell does not go on.
+    """
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class Peer(NamedTuple):
@@ -68,6 +96,7 @@ class PeerWatch:
     Attributes:
         find_stragglers: called after a collective timed out; returns which ranks it waited for, or "".
         find_hindmost: called before that; returns which ranks are furthest behind, or "".
+        saved: returns what is lost if the run ends now, and what to do.
     """
 
     def __init__(self, end: Callable[[int], object] = os._exit) -> None:
@@ -75,6 +104,7 @@ class PeerWatch:
         self.peers: list[Peer] = []
         self.find_stragglers: Callable[[], str] = str
         self.find_hindmost: Callable[[], str] = str
+        self.saved: Callable[[], str] = lambda: RESUME
         self._end = end
         self._started, self._stopped = threading.Event(), threading.Event()
 
@@ -129,34 +159,39 @@ class PeerWatch:
         """
         self.stop()
         drop_closed_outputs()
-        if self.peers:
+        status.stop()
+        is_interrupt = isinstance(failure, KeyboardInterrupt)
+        if self.peers or is_interrupt:
             on_stop_signals(signal.SIG_IGN)  # the launcher sends one to the remaining ranks
-        code = 130 if isinstance(failure, KeyboardInterrupt) else 2 if isinstance(failure, ValueError) else 1
+        code = 130 if is_interrupt else 2 if isinstance(failure, ValueError) else 1
         patience = GRACE_SECONDS if self.rank else GRACE_SECONDS / 4  # rank 0 reports first, then exits
         gone = self.lost(patience) if code == 1 or (code == 2 and self.rank) else []
         if code == 130:
             if self.rank == 0:
-                report(f"error: interrupted; {RESUME}")
+                report(f"error: interrupted; {self.saved()}")
         elif any(peer.rank == 0 for peer in gone) or (self.rank and str(failure).startswith("rank 0, ")):
             report(f"rank {self.rank}: stopped because rank 0 failed")
         elif code == 1 and gone:
-            report(lost_ranks_message(self.rank, gone))
+            report(lost_ranks_message(self.rank, gone, self.saved()))
         elif code == 2:
             report(f"error: rank {self.rank}: {failure}" if self.rank else f"error: {failure}")
+            if (saved := self.saved()).startswith(f"{NOTHING_SAVED}, so"):
+                report(saved)
         else:
             report("".join(traceback.format_exception(failure)).rstrip())
             stragglers = self.find_stragglers() if "timed out" in str(failure).lower() else ""
             waited = f"; it waited for {stragglers}" if stragglers else ""
-            report(f"error: rank {self.rank}: {type(failure).__name__}: {failure}{waited}; {RESUME}")
+            report(f"error: rank {self.rank}: {type(failure).__name__}: {failure}{waited}; {self.saved()}")
         return self._end_soon(code)
 
     def exit_preempted(self, request: Preempted) -> int:
-        """Report a stop on request, on rank 0, and end this process within `GRACE_SECONDS`. Returns exit code 0."""
+        """Report a stop on request, on rank 0, and end this process within `GRACE_SECONDS`. Returns its exit code."""
         self.stop()
         drop_closed_outputs()
+        status.stop()
         if self.rank == 0:
             report(str(request))
-        return self._end_soon(0)
+        return self._end_soon(request.code)
 
     def _end_soon(self, code: int) -> int:
         """End this process after `GRACE_SECONDS`, if it has peers and still runs. Returns the exit code."""
@@ -189,7 +224,7 @@ class PeerWatch:
                 report(
                     f"rank {self.rank}: no progress for {seconds:.0f} s; if it waits for another rank, "
                     f"parallelism.dist_timeout_seconds={timeout_seconds:g} ends the run. Furthest behind: "
-                    f"{hindmost or 'unknown before the first batch'}; {RESUME}"
+                    f"{hindmost or 'unknown before the first batch'}; {self.saved()}"
                 )
             is_reported = seconds >= limit
 
@@ -197,17 +232,17 @@ class PeerWatch:
         while not self._stopped.wait(POLL_SECONDS):
             gone = self.lost()
             if gone and not self._stopped.wait(GRACE_SECONDS):
-                report(lost_ranks_message(self.rank, gone))
+                report(lost_ranks_message(self.rank, gone, self.saved()))
                 self._end(1)
                 return
 
 
-def lost_ranks_message(rank: int, gone: list[Peer]) -> str:
-    """Explain that a rank stops because others died."""
+def lost_ranks_message(rank: int, gone: list[Peer], saved: str) -> str:
+    """Explain that a rank stops because others died; `saved` says what is lost."""
     ranks = " and ".join(f"rank {peer.rank} (process {peer.process})" for peer in gone)
     return (
         f"error: rank {rank}: {ranks} died. Its own error, if any, is printed above; otherwise it was killed, possibly "
-        f"by the OOM killer; {RESUME}"
+        f"by the OOM killer; {saved}"
     )
 
 
@@ -221,7 +256,9 @@ def on_stop_signals(handler: Any) -> dict[int, Any]:
 
 
 class Preemption(Callback):
-    """Stop all ranks at the next batch boundary after any of them got one of `STOP_SIGNALS`.
+    """Stop all ranks at the next batch boundary after any of them got one of `STOP_SIGNALS`, or an interrupt (Ctrl-C).
+
+    A second interrupt raises KeyboardInterrupt at once.
 
     Place it after the callbacks that write files. After the last batch of an epoch it stops once the callbacks of the
     end of the epoch have run.
@@ -229,23 +266,35 @@ class Preemption(Callback):
     Args:
         save: collective that writes a checkpoint of a state unless there is one.
         announce: called on rank 0 once a stop is requested.
+        saved: returns what is lost if the run ends now.
     Raises:
         Preempted: on every rank, after the checkpoint.
     """
 
-    def __init__(self, save: Callable[[State], None], announce: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        save: Callable[[State], None],
+        announce: Callable[[], None] = lambda: None,
+        saved: Callable[[int], str] = str,
+    ) -> None:
         self.save = save
         self.announce = announce
-        self._is_requested = self._is_agreed = False
+        self.saved = saved
+        self._num_trained = 0
+        self._is_requested = self._is_interrupted = self._is_agreed = False
         self._handlers_before: dict[int, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._handlers_before = on_stop_signals(self._request)
+        self._handlers_before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        self._num_trained = state.timestamp.batch.value
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        requested = state.device.tensor_to_device(torch.tensor([self._is_requested], dtype=torch.int32))
+        self._num_trained = state.timestamp.batch.value
+        ours = 2 if self._is_interrupted else int(self._is_requested)
+        requested = state.device.tensor_to_device(torch.tensor([ours], dtype=torch.int32))
         dist.all_reduce(requested, reduce_operation="MAX")
-        self._is_agreed = bool(requested.item())
+        self._is_agreed, self._is_interrupted = bool(requested.item()), requested.item() == 2
         if self._is_agreed and not ends_epoch(state):
             self._stop(state)
 
@@ -263,11 +312,24 @@ class Preemption(Callback):
         if dist.get_global_rank() == 0:
             self.announce()
 
+    def _interrupt(self, number: int, frame: object) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+        self._is_interrupted = True
+        self._request(number, frame)
+        if dist.get_global_rank() == 0:
+            with suppress(RuntimeError):  # it came in the middle of printing
+                report(
+                    "interrupted: stopping after this batch, with a checkpoint. Press Ctrl-C again to stop at once: "
+                    f"{self.saved(self._num_trained)}"
+                )
+
     def _stop(self, state: State) -> None:
         self.save(state)
+        why, code = ("interrupted (Ctrl-C)", 130) if self._is_interrupted else (STOP_REQUESTED, 0)
         raise Preempted(
-            f"{STOP_REQUESTED}: wrote a checkpoint after batch {state.timestamp.batch.value}; "
-            "rerun the same command to resume"
+            f"{why}: wrote a checkpoint after batch {state.timestamp.batch.value}; rerun the same command to resume",
+            code,
         )
 
 
@@ -281,5 +343,5 @@ def start_worker(worker: int) -> None:
     """Initialize a loader worker: it ends with its rank, and leaves requests to stop to the rank."""
     del worker
     end_with_parent()
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -30,6 +30,7 @@ from rankllm_composer.ranking.evaluation import (
     summarize,
     window_ndcg,
 )
+from rankllm_composer.screen import doing
 from rankllm_composer.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -128,13 +129,15 @@ class Validation(Callback):
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
-            self._try_out(state)
+            with doing("ranking a first held-out window"):
+                self._try_out(state)
         batch = state.timestamp.batch.value
         # At the end of training, both the batch and the epoch are due.
         if event in (Event.BATCH_END, Event.EPOCH_END) and self._is_due(state, event) and batch != self._last_batch:
             self._last_batch = batch
-            results = self._rank(state, self._records, self._options)
-            results = [result for part in dist.all_gather_object(results) for result in part]
+            with doing(f"ranking the held-out windows after batch {batch}"):
+                results = self._rank(state, self._records, self._options)
+                results = [result for part in dist.all_gather_object(results) for result in part]
             self.figures = {PREFIX + name: value for name, value in summarize(results).items()}
             logger.log_metrics(self.figures)
             if self._details is not None and dist.get_global_rank() == 0:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 import shutil
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import ir_measures
@@ -33,8 +36,8 @@ from rankllm_composer.ranking.comparison import (
 )
 from rankllm_composer.ranking.decoding import generate_windows, score_windows_first_token
 from rankllm_composer.ranking.metrics import ndcg
-from rankllm_composer.ranking.rerank import RerankFiles, rerank_files, write_run
-from rankllm_composer.ranking.reranker import Reranker
+from rankllm_composer.ranking.rerank import RerankFiles, answer_statistics, rerank_files, write_run
+from rankllm_composer.ranking.reranker import RerankedQuery, Reranker
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
 DECODINGS = ("first_token", "generation")
@@ -228,32 +231,28 @@ def test_a_job_stopped_anywhere_resumes(tmp_path):
     assert resumed > total / 2
 
 
-def test_the_progress_bar_counts_windows_and_resumes(tmp_path, monkeypatch):
-    bars = []
-
-    class Bar:
-        def __init__(self, *, total, initial, unit, disable):
-            self.total, self.initial, self.told = total, initial, 0
-            assert (unit, disable) == (" windows", None)  # None = on a terminal
-            bars.append(self)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def update(self, num):
-            self.told += num
-
-    monkeypatch.setattr("tqdm.tqdm", Bar)
+def test_progress_counts_windows_and_resumes(tmp_path, capsys):
     with pytest.raises(Killed):
         run_job(tmp_path, DyingReranker(8), progress_bar=True)
     ranked = run_job(tmp_path, KnownReranker(), progress_bar=True)
-    stopped, resumed = bars
-    assert stopped.total == resumed.total == sum(query.num_windows for query in ranked)
-    assert stopped.initial == 0 < resumed.initial < resumed.total
-    assert resumed.initial + resumed.told == resumed.total
+    found = re.findall(r"reranking  (\d+)/(\d+) windows$", capsys.readouterr().err, re.MULTILINE)
+    (stopped, total), (resumed, same) = [tuple(map(int, numbers)) for numbers in found]
+    assert total == same == sum(query.num_windows for query in ranked)
+    assert stopped == 0 < resumed < total
+
+
+@pytest.mark.parametrize("decoding, remedy", [("generation", "--constrained"), ("first_token", "a ranking loss")])
+def test_answers_that_cannot_be_read_are_counted_and_explained(decoding, remedy):
+    """A job whose model answers nothing readable says that it changed nothing, and why."""
+    malformed = 27 if decoding == "generation" else None
+    reranker = SimpleNamespace(decoding=decoding, contract=SimpleNamespace(append_bracket=True))
+    query = RerankedQuery("q", ("d",), 27, None, malformed, num_unread=27)
+    text = "\n".join(answer_statistics([query], reranker))
+    assert "27 of 27 windows kept the first stage's order, as their answer names no candidate" in text
+    assert remedy in text and "train it longer" in text
+    text = "\n".join(answer_statistics([query, replace(query, num_unread=0)], reranker))
+    assert "27 of 54 windows kept the first stage's order" in text and "train it longer" not in text
+    assert ("54 of 54 answers deviate from the requested format" in text) == (decoding == "generation")
 
 
 def test_a_line_cut_off_by_a_kill_is_redone(tmp_path):

@@ -80,7 +80,7 @@ def test_the_batch_script_is_valid_and_forwards_its_arguments(tmp_path):
     tools.mkdir()
     (tools / "scontrol").write_text("#!/bin/bash\necho machine-7\necho machine-8\n")
     (tools / "srun").write_text('#!/bin/bash\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n')
-    (tools / "python").write_text('#!/bin/bash\necho "python $*"\n')
+    (tools / "python").write_text('#!/bin/bash\necho "python $*"\necho "$SRUN_CPUS_PER_TASK cores" >&2\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     environment = {
@@ -88,17 +88,20 @@ def test_the_batch_script_is_valid_and_forwards_its_arguments(tmp_path):
         "SLURM_JOB_ID": "123",
         "SLURM_JOB_NODELIST": "machine-[7-8]",
         "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "48",
         "GPUS_PER_NODE": "8",
         "VENV": str(tmp_path / "absent"),
     }
-    said = subprocess.run(
+    done = subprocess.run(
         ["bash", str(script), "yamls/first_mistral.yaml", "optimizer.lr=1e-5"],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
         text=True,
         check=True,
-    ).stdout.splitlines()
+    )
+    said = done.stdout.splitlines()
+    assert done.stderr.splitlines() == ["48 cores"] * 2
     for machine, line in enumerate(said):
         assert line.startswith("python -m rankllm_composer.launch -n 8 --world_size 16 ")
         assert f"--node_rank {machine} --base_rank {8 * machine} --master_addr machine-7 --master_port " in line

@@ -56,7 +56,15 @@ def test_stage_2_starts_from_the_export_of_stage_1(tmp_path, golden, zephyr_v1_t
         named = [dict(record, id=f"{name}-{record['id']}") for record in records]
         (tmp_path / f"{name}.json").write_text(json.dumps(named[::-1] if name == "small" else named))
     job = ["make", "-o", "setup", "-o", ".venv/.installed", f"BIN={Path(sys.executable).parent}", "reproduce-zephyr"]
-    variables = ["STAGES=2", "NPROC=2", "MODEL=base", "DATA=large.json", "DATA2=small.json", f"SET={' '.join(SET)}"]
+    variables = [
+        "STAGES=2",
+        "NPROC=2",
+        "SLOW=1",
+        "MODEL=base",
+        "DATA=large.json",
+        "DATA2=small.json",
+        f"SET={' '.join(SET)}",
+    ]
     subprocess.run([*job, *variables], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     first, second = (metrics(tmp_path / "runs" / f"rank_zephyr_stage{stage}" / "metrics.jsonl") for stage in (1, 2))
     assert len(first) == len(second) == 3  # one update per epoch

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rankllm_composer.data.packing import split_batch
 from rankllm_composer.model.losses import LOSSES
 from rankllm_composer.model.objective import Objective
+from rankllm_composer.training import devices
 from rankllm_composer.training.devices import allocator_settings
 
 
@@ -65,3 +66,35 @@ def test_ranks_start_without_a_script_beside_the_interpreter(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / rank).read_text() for rank in "01"] == [str(interpreter)] * 2
+
+
+@pytest.mark.parametrize(
+    "gpus, capability, problem",
+    [
+        (0, None, "as the device is cpu, and the kernel needs CUDA; expected 8 GPUs of"),
+        (8, (7, 5), "as the GPU has compute capability 7.5, below 8.0; expected 8 GPUs of"),
+        (2, (9, 0), "NPROC is 8, but this machine has 2 GPUs; expected one per process. Set NPROC=2, or SLOW=1"),
+        (8, (9, 0), None),
+    ],
+)
+def test_a_reproduction_needs_fast_gpus(monkeypatch, capsys, gpus, capability, problem):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert devices.main(["8"]) == (0 if problem is None else 2)
+    error = capsys.readouterr().err
+    assert error == "" if problem is None else problem in error and "SLOW=1" in error
+
+
+@pytest.mark.parametrize("target", ["reproduce-first-mistral", "reproduce-zephyr"])
+def test_a_reproduction_says_what_it_does_and_checks_the_gpus_first(target):
+    def lines(*variables: str) -> list[str]:
+        command = ["make", "-n", "-o", "setup", target, "NPROC=4", "MODEL=/models/base", *variables]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    said, checked, started, *_ = lines()
+    assert "on 4 processes" in said and "'  base model  /models/base'" in said and "'  writes      runs/" in said
+    assert checked.endswith("-m rankllm_composer.training.devices 4") and "train.py" in started
+    assert not any("training.devices" in line for line in lines("SLOW=1"))

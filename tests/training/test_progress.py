@@ -17,6 +17,7 @@ from composer.optim import LinearScheduler
 from support.tiny_training import new_hf_model, new_loader, new_tokenizer, new_trainer
 from torchmetrics import MeanMetric
 
+from rankllm_composer.screen import StatusLine
 from rankllm_composer.training.progress import MetricsFile, ProgressLine, read_metrics
 
 
@@ -174,7 +175,8 @@ def test_a_new_run_replaces_the_file(tmp_path):
 def test_only_rank_0_writes_and_prints(tmp_path, monkeypatch):
     monkeypatch.setattr("rankllm_composer.training.progress.dist", SimpleNamespace(get_global_rank=lambda: 1))
     stream = Terminal()
-    finish(new_run(tmp_path, "1ep", loggers=[MetricsFile(tmp_path / "m" / "metrics.jsonl"), ProgressLine(stream)]))
+    loggers = [MetricsFile(tmp_path / "m" / "metrics.jsonl"), ProgressLine(StatusLine(stream, tick_seconds=None))]
+    finish(new_run(tmp_path, "1ep", loggers=loggers))
     assert not (tmp_path / "m").exists()
     assert stream.getvalue() == ""
 
@@ -184,37 +186,43 @@ class Terminal(io.StringIO):
         return True
 
 
-class Clock:
-    """A clock that advances ten seconds per reading."""
+class Clock(Callback):
+    """A clock that advances ten seconds per batch."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
-        self.now += 10.0
         return self.now
 
+    def after_dataloader(self, state, logger) -> None:
+        self.now += 10.0
 
-def shown(tmp_path, stream, duration: str = "2ep", **options) -> str:
-    line = {name: options.pop(name) for name in list(options) if name in ("interval_seconds", "redraw_seconds")}
-    finish(new_run(tmp_path, duration, loggers=[ProgressLine(stream, clock=Clock(), **line)], **options))
+
+FIRST = "reading and training the first batch …"
+
+
+def shown(tmp_path, stream, duration: str = "2ep", callbacks=(), **options) -> str:
+    clock = Clock()
+    rule = {name: options.pop(name) for name in list(options) if name in ("plain_seconds", "redraw_seconds")}
+    line = ProgressLine(StatusLine(stream, clock=clock, tick_seconds=None, **rule))
+    finish(new_run(tmp_path, duration, loggers=[line], callbacks=[clock, *callbacks], **options))
     return stream.getvalue()
 
 
 def test_plain_lines_show_progress(tmp_path):
-    lines = shown(tmp_path, io.StringIO(), interval_seconds=0).splitlines()
-    assert len(lines) == 8
-    pattern = (
-        r"epoch 1/2  batch 2/8  loss [\d.]+ \(ranknet [\d.]+, lm [\d.]+\)  lr 0.01  [\d.]+k? tokens/s  ETA 0:01:00"
-    )
+    first, *lines = shown(tmp_path, io.StringIO(), plain_seconds=0).splitlines()
+    assert first == FIRST and len(lines) == 8
     # Two of eight batches took 20 s, so 60 s remain.
+    pattern = r"epoch 1/2  batch 2/8  ETA 0:01:00  [\d.]+k? tokens/s  loss [\d.]+  ranknet [\d.]+( .*)?"
     assert re.fullmatch(pattern, lines[1])
-    assert re.search(r"epoch 2/2  batch 8/8 .* ETA 0:00:00", lines[-1])
+    assert re.search(r"epoch 2/2  batch 8/8  ETA 0:00:00 ", lines[-1])
+    assert max(map(len, lines)) <= 80
 
 
 def test_plain_lines_come_at_intervals_and_at_the_ends_of_epochs(tmp_path):
     # The clock advances 10 s per batch: lines for the first batch, after 25 s or more, and for the last of each epoch.
-    lines = shown(tmp_path, io.StringIO(), interval_seconds=25).splitlines()
+    lines = shown(tmp_path, io.StringIO(), plain_seconds=25).splitlines()[1:]
     assert [int(re.search(r"batch (\d+)", line)[1]) for line in lines] == [1, 4, 7, 8]
 
 
@@ -223,14 +231,15 @@ def test_a_terminal_has_one_line_redrawn(tmp_path):
     assert Counter(text)["\n"] == 1
     assert text.endswith("\n")
     drawn = text.rstrip("\n").split("\r\x1b[K")[1:]
-    assert len(drawn) == 8
+    assert len(drawn) == 9 and drawn[0] == FIRST
     assert all(len(line) < 80 for line in drawn)
 
 
 def test_lines_fit_narrow_terminals(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")
-    drawn = shown(tmp_path, Terminal(), "1ba").rstrip("\n").split("\r\x1b[K")[1:]
-    assert [len(line) for line in drawn] == [29]
+    """Whole parts are left out, from the end."""
+    monkeypatch.setenv("COLUMNS", "37")
+    drawn = shown(tmp_path, Terminal(), "1ba", redraw_seconds=0).rstrip("\n").split("\r\x1b[K")[1:]
+    assert drawn == ["reading and training the first batch", "epoch 1  batch 1/1  ETA 0:00:00"]
 
 
 def test_ranking_quality_is_shown_once_measured(tmp_path):
@@ -238,10 +247,13 @@ def test_ranking_quality_is_shown_once_measured(tmp_path):
         def batch_end(self, state, logger) -> None:
             if state.timestamp.batch == 2:
                 logger.log_metrics({"eval/first_token/ndcg@10": torch.tensor(0.5), "eval/chance/ndcg@10": 0.1})
+            if state.timestamp.batch == 3:
+                logger.log_metrics({"eval/generation/ndcg@10": torch.tensor(0.25)})
 
-    lines = shown(tmp_path, io.StringIO(), "1ep", interval_seconds=0, callbacks=[Measure()]).splitlines()
-    assert [line.count("first_token ndcg@10 0.5000") for line in lines] == [0, 1, 1, 1]
-    assert "0.1000" not in lines[-1]
+    lines = shown(tmp_path, io.StringIO(), "1ep", plain_seconds=0, callbacks=[Measure()]).splitlines()[1:]
+    found = [re.search(r"tokens/s  (nDCG@10 .*?)?  loss", line) for line in lines]
+    expected = [None, "nDCG@10 0.500", "nDCG@10 0.500 first_token, 0.250 generation"]
+    assert [match and match[1] for match in found] == [*expected, expected[-1]]
 
 
 @pytest.mark.parametrize(
@@ -254,14 +266,14 @@ def test_ranking_quality_is_shown_once_measured(tmp_path):
 )
 def test_the_eta_works_for_every_unit_of_duration(tmp_path, duration, expected):
     # One reading, 10 s after the start, when one of six, four or four batches is done.
-    first = shown(tmp_path, io.StringIO(), duration).splitlines()[0]
+    first = shown(tmp_path, io.StringIO(), duration).splitlines()[1]
     assert all(part in first for part in expected)
 
 
 def test_the_eta_of_a_resumed_run_counts_from_its_start(tmp_path):
     finish(new_run(tmp_path, "4ba", save_folder=str(tmp_path / "c"), save_interval="4ba"))
     (checkpoint,) = (tmp_path / "c").glob("ep*-ba4-*")
-    first = shown(tmp_path, io.StringIO(), "2ep", load_path=str(checkpoint)).splitlines()[0]
+    first = shown(tmp_path, io.StringIO(), "2ep", load_path=str(checkpoint)).splitlines()[1]
     # One of the four batches left took 10 s.
     assert "batch 5/8" in first
     assert "ETA 0:00:30" in first

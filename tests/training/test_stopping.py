@@ -9,14 +9,29 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
+from composer import Callback
+from support.resumable_runs import names
+from support.tiny_training import new_hf_model, new_trainer
 
+from rankllm_composer.checkpoints.folder import MANIFEST, Manifest
 from rankllm_composer.errors import RunError
 from rankllm_composer.processes import start_of
 from rankllm_composer.training import stopping
+from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.run import announce_stop, claim_run_folder
-from rankllm_composer.training.stopping import Peer, PeerWatch, Preempted, on_stop_signals, raise_preempted
+from rankllm_composer.training.stopping import (
+    Peer,
+    PeerWatch,
+    Preempted,
+    Preemption,
+    describe_saved,
+    on_stop_signals,
+    raise_preempted,
+)
 
 RECIPE_TEXT = "run: {seed: 1}"
 
@@ -139,6 +154,64 @@ def test_a_run_stopped_on_request_exits_with_0(process, capsys, rank, message):
     assert watch.exit_preempted(Preempted("stop requested")) == 0
     assert capsys.readouterr().err == message
     assert ended.wait(30) and codes == [0]  # the process ends even if its exit would block
+
+
+def test_what_is_lost_is_said(tmp_path, capsys):
+    """Without a checkpoint nothing is intact, whatever ends the run."""
+    watch = PeerWatch()
+    watch.saved = partial(describe_saved, tmp_path, lambda: 0)
+    watch.exit_code(KeyboardInterrupt())
+    nothing = "error: interrupted; no checkpoint was written yet, and no batch was trained; rerun the same command"
+    assert nothing in capsys.readouterr().err
+    watch.saved = partial(describe_saved, tmp_path, lambda: 7)
+    watch.exit_code(ValueError("a disk is full"))
+    lost = "no checkpoint was written yet, so the batches trained are lost (7); rerun the same command to start again\n"
+    assert capsys.readouterr().err == f"error: a disk is full\n{lost}"
+    write_checkpoint(tmp_path / "ep0-ba4", 4)
+    watch.exit_code(RuntimeError("a bug"))
+    message = capsys.readouterr().err
+    again = ", from ep0-ba4: batches after it are trained again (3)"
+    assert f"a bug; checkpoints are intact; rerun the same command to resume{again}" in message
+    assert describe_saved(tmp_path, lambda: 4) == "checkpoints are intact; rerun the same command to resume"
+
+
+def write_checkpoint(folder: Path, batch: int) -> None:
+    """A complete checkpoint without files."""
+    folder.mkdir(parents=True)
+    manifest = Manifest(
+        batch=batch, epoch=0, num_ranks=1, is_sharded=False, weights={}, callbacks=[], files={}, sha256={}
+    )
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+class Interrupts(Callback):
+    """Ctrl-C in a batch, as often as given."""
+
+    def __init__(self, batch: int, number: int) -> None:
+        self.batch, self.number = batch, number
+
+    def after_forward(self, state, logger) -> None:
+        if state.timestamp.batch == self.batch:
+            for _ in range(self.number):
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number, error, kept", [(1, Preempted, ["ep0-ba3"]), (2, KeyboardInterrupt, [])])
+def test_an_interrupt_writes_a_checkpoint_and_a_second_one_does_not(tmp_path, capsys, number, error, kept):
+    checkpoints = CheckpointFolder(tmp_path, interval="1ep")
+    saved = lambda trained: describe_saved(tmp_path, lambda: trained)  # noqa: E731
+    callbacks = [Interrupts(2, number), checkpoints, Preemption(checkpoints.save_to_stop, saved=saved)]
+    trainer = new_trainer(new_hf_model(), "2ep", callbacks=callbacks)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(error) as stop:
+        trainer.fit()
+    signal.signal(signal.SIGINT, before)
+    assert names(tmp_path) == kept
+    lost = "no checkpoint was written yet, so the batches trained are lost (2); rerun the same command to start again"
+    assert capsys.readouterr().err.count(f"Press Ctrl-C again to stop at once: {lost}") == 1
+    if number == 1:
+        assert stop.value.code == 130
+        assert str(stop.value).startswith("interrupted (Ctrl-C): wrote a checkpoint after batch 3; rerun")
 
 
 def test_a_single_process_exits_at_once(capsys):
