@@ -212,7 +212,12 @@ class StatusLine:
 status = StatusLine()
 """The line of this process."""
 
-os.register_at_fork(after_in_child=status.forget)
+# No process is forked while the thread prints: the child could not print then.
+os.register_at_fork(
+    before=lambda: status._lock.acquire(),
+    after_in_parent=lambda: status._lock.release(),
+    after_in_child=lambda: status.forget(),
+)
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class MetricsFile(LoggerDestination):
                 data = data[os.write(self._descriptor, data) :]
         except OSError as error:
             raise RunError(
-                f"{self.path}: batch {state.timestamp.batch.value} could not be written ({error.strerror}); "
+                f"{self.path}: batch {state.timestamp.batch.value} could not be written ({error.strerror}); earlier "
                 "checkpoints are intact. Free space or correct the permissions, then rerun the same command to resume."
             ) from error
 

@@ -181,7 +181,7 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch, dry_run: bool) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     on_stop_signals(raise_preempted)
     watch.watch_launcher()
-    with doing("waiting for all ranks"):
+    with doing("waiting for all ranks", is_short=True):
         store = meet(recipe.parallelism.dist_timeout_seconds)
         dist.initialize_dist(device, recipe.parallelism.dist_timeout_seconds)
         del store
@@ -193,7 +193,7 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch, dry_run: bool) -> None:
         if device == "gpu":  # Composer allows TF32, which "fp32" does not promise
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         claim = claim_run_folder(folder, recipe_to_yaml(recipe), CLAIM_WAIT_SECONDS)
-        with doing(f"locking {folder}"):
+        with doing(f"locking {folder}", is_short=True):
             run_on_rank_zero(lambda: stack.enter_context(claim), f"claim of {folder}")
         watch.find_stragglers = partial(find_stragglers, folder / STATUS_FOLDER, rank, num_ranks)
         watch.find_hindmost = partial(find_hindmost, folder / STATUS_FOLDER, num_ranks)

@@ -186,8 +186,8 @@ def _add_line(path: Path, line: str, batch: int) -> None:
         write_atomic(path, content + line.encode() + b"\n")
     except OSError as error:
         raise RunError(
-            f"{path}: the evaluation after batch {batch} could not be written ({error.strerror}); checkpoints are "
-            "intact. Free space or correct the permissions, then rerun the same command to resume."
+            f"{path}: the evaluation after batch {batch} could not be written ({error.strerror}); earlier checkpoints "
+            "are intact. Free space or correct the permissions, then rerun the same command to resume."
         ) from error
 
 

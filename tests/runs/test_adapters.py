@@ -16,7 +16,8 @@ from rankllm_composer.errors import ModelError
 from rankllm_composer.model.loading import load_causal_lm
 from rankllm_composer.options import ModelOptions
 from rankllm_composer.recipe.load import load_recipe
-from rankllm_composer.training.run import exports_summary, train
+from rankllm_composer.training.announcements import describe_outputs
+from rankllm_composer.training.run import train
 
 LORA = "model.lora={target_modules: [q_proj, gate_proj], rank: 2, dropout: 0, rslora: true"
 
@@ -34,7 +35,8 @@ def test_an_adapter_is_trained_in_two_stages_and_merged(tmp_path, mistral_v3_fol
     overrides += ["run.max_duration=1ba", "schedule.warmup=0ba", "checkpoint.export={merge_lora: false}"]
     first = train(load_recipe(RECIPE, [*overrides, "run.folder=first", LORA + "}"]))
     further = ["run.folder=second", f"{LORA}, start_from: {first.best}}}", "optimizer.lr=1e-9"]
-    second = train(load_recipe(RECIPE, [*overrides, *further]))
+    recipe = load_recipe(RECIPE, [*overrides, *further])
+    second = train(recipe)
     before, after = (load_file(run.best / "adapter_model.safetensors") for run in (first, second))
     assert before.keys() == after.keys() and len(before) == 8
     assert any(tensor.abs().max() > 1e-4 for name, tensor in before.items() if "lora_B" in name)  # they start at 0
@@ -46,15 +48,16 @@ def test_an_adapter_is_trained_in_two_stages_and_merged(tmp_path, mistral_v3_fol
     assert "<s>" in capsys.readouterr().out
     with pytest.raises(ModelError, match=r"is a LoRA adapter without the model .*--merge-lora.*start_from"):
         load_causal_lm(ModelOptions(name_or_path=str(second.best)))
-    summary = exports_summary(second)
+    summary = describe_outputs(recipe, second.exports, second.best)
     assert (
         "serve it with rank_llm" not in summary
         and "cannot be served as it is" in (second.best / "README.md").read_text()
     )
-    command = shlex.split(summary.splitlines()[-1].partition(": ")[2].replace("FOLDER", "merged"))
-    assert command[0] == "rankllm-composer"
-    succeed(*command[1:])
-    merged = load_causal_lm(ModelOptions(name_or_path="merged"))
+    lines = [shlex.split(line) for line in summary.splitlines() if line.startswith("    rankllm-composer ")]
+    assert [command for _, command, *_ in lines] == ["report", "export", "rerank"]
+    for _, *command in lines[1:]:
+        succeed(*command)
+    merged = load_causal_lm(ModelOptions(name_or_path="second/merged"))
     base = load_causal_lm(ModelOptions(name_or_path=str(tmp_path / "base")))
     name = "model.layers.0.self_attn.q_proj"
     adapter = {key.rpartition(f"{name}.")[2]: tensor for key, tensor in after.items() if name in key}
