@@ -20,6 +20,7 @@ from rankllm_composer.export.weights import hf_module
 from rankllm_composer.model.attention import slower_because
 from rankllm_composer.model.lora import is_adapter
 from rankllm_composer.prompts.client_names import describe_misread
+from rankllm_composer.prompts.clients import CURRENT_CLIENT
 from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.recipe.sections import Recipe, Split
 from rankllm_composer.screen import report
@@ -117,11 +118,15 @@ def describe_outputs(recipe: Recipe, exports: tuple[Path, ...], best: Path | Non
     if is_adapter(best):
         merged = f"{folder}/merged"
         command = shell_line("rankllm-composer", "export", folder, "--output", merged, "--merge-lora")
-        return _as_text(listed, [*steps, ("merge the adapter to serve it", command), _reranking(recipe, merged)])
-    steps.append(_reranking(recipe, str(best)))
+        return _as_text(listed, [*steps, ("merge the adapter to serve it", command), _ranking_steps(recipe, merged)[0]])
+    reranking, requests = _ranking_steps(recipe, str(best))
     contract = read_contract(best)
-    if contract.served_decoding() is not None:
+    steps.append(reranking)
+    if contract.served_decoding() is not None and contract.client_version != CURRENT_CLIENT:
         steps.append(("serve it with rank_llm", serving_command(contract, str(best))))
+    elif contract.served_decoding() is not None:
+        command = serving_command(contract, str(best), f"{folder}/{REQUESTS_FILE}")
+        steps.append(("serve it with rank_llm", f"{requests}\n{command}".strip()))
     misread = describe_misread(best, contract.client_version)
     return _as_text(listed, steps) + (f"\n{misread}" if misread is not None else "")
 
@@ -130,26 +135,34 @@ def _as_text(listed: list[str], steps: list[tuple[str, str]]) -> str:
     return "\n".join([*listed, *(f"{what}:\n{textwrap.indent(command, '    ')}" for what, command in steps)])
 
 
-def _reranking(recipe: Recipe, model: str) -> tuple[str, str]:
-    """What can be reranked with the recipe's files, and the command: the first stage behind its lists, or the lists."""
+def _ranking_steps(recipe: Recipe, model: str) -> tuple[tuple[str, str], str]:
+    """What can be reranked with the recipe's files, with the command, and the one that writes them as requests.
+
+    Without a first-stage run, these are the first lists, written as requests; the second command is then empty.
+    """
     split, what = recipe.data.train, "queries that it was trained on"
     if recipe.data.eval is not None and recipe.evaluation is not None:
         split, what = recipe.data.eval, "held-out queries"
-    source, given = split.source, {"model": model}
-    if source is not None and source.run is not None:
-        names = {"queries": "queries", "docs": "docs", "judgments": "qrels"}
-        files = {flag: getattr(source, name) for name, flag in names.items() if getattr(source, name) is not None}
-        given |= {"run": source.run, **files}
-        if source.duplicates != "stop":
-            given["duplicates"] = source.duplicates
+    source, path = split.source, f"{recipe.run_folder}/{REQUESTS_FILE}"
+    given, judged, writing = {"run": path}, {}, ""
+    if source is None or source.run is None:
+        write_lists(split, Path(path))
     else:
-        given["run"] = str(write_requests(split, Path(recipe.run_folder, REQUESTS_FILE)))
-    given["output"] = f"{recipe.run_folder}/reranked.trec"
-    words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    return f"rank with it, here {what}", shell_line("rankllm-composer", "rerank", *words)
+        named = {"run": source.run, "queries": source.queries, "docs": source.docs}
+        given = {name: value for name, value in named.items() if value is not None}
+        given |= {"duplicates": source.duplicates} if source.duplicates != "stop" else {}
+        judged = {} if source.judgments is None else {"qrels": source.judgments}
+        writing = _command("requests", {**given, "output": path})
+    files = {"model": model, **given, **judged, "output": f"{recipe.run_folder}/reranked.trec"}
+    return (f"rank with it, here {what}", _command("rerank", files)), writing
 
 
-def write_requests(split: Split, path: Path) -> Path:
+def _command(name: str, options: dict[str, str]) -> str:
+    words = [word for option, value in options.items() for word in (f"--{option}", value)]
+    return shell_line("rankllm-composer", name, *words)
+
+
+def write_lists(split: Split, path: Path) -> None:
     """Write the first lists of a split as requests that `rerank` and rank_llm read, if the split can be read here."""
     try:
         lines = []
@@ -157,11 +170,10 @@ def write_requests(split: Split, path: Path) -> Path:
             texts = record.turn.passages
             docids = record.docids or tuple(f"{record.id}-{number}" for number in range(1, len(texts) + 1))
             candidates = [
-                {"docid": docid, "score": len(texts) - place, "doc": {"contents": text}}
+                {"docid": docid, "score": len(texts) - place, "doc": {"text": text}}
                 for place, (docid, text) in enumerate(zip(docids, texts))
             ]
             lines.append(json.dumps({"query": {"text": record.turn.query, "qid": record.id}, "candidates": candidates}))
         write_atomic(path, "\n".join(lines) + "\n")
     except (RankLLMComposerError, OSError) as error:
         report(f"warning: {path} is not written: {error}")
-    return path

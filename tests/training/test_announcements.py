@@ -13,6 +13,7 @@ import torch
 from support.fruit_lists import fruit_run
 from support.killing import Run
 from support.launching import REPOSITORY, run_python
+from support.tiny_rerankers import new_contract, new_tokenizer
 from support.tiny_training import new_hf_model
 
 from rankllm_composer.cli import main
@@ -29,6 +30,12 @@ def pasted(text: str) -> list[list[str]]:
     """The commands of this package in a text, as words."""
     lines = [line.strip() for line in text.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("rankllm-composer ")]
+
+
+def options(words: list[str], command: str) -> dict[str, str]:
+    """The options of a command line of this package."""
+    assert words[:2] == ["rankllm-composer", command]
+    return {flag.removeprefix("--"): value for flag, value in zip(words[2::2], words[3::2], strict=True)}
 
 
 def succeed(*arguments: str) -> None:
@@ -56,6 +63,8 @@ def test_a_run_announces_itself_and_the_commands_that_come_next(tmp_path, monkey
     assert "epoch 1  batch 1/1  ETA 0:00:00" in after and "writing the checkpoint ep0-ba1" in after
     commands = pasted(output.out)
     assert [words[1] for words in commands] == ["report", "rerank"]
+    served = shlex.split(output.out.partition("serve it with rank_llm:")[2].replace("\\\n", " "))
+    assert served[:2] == ["rank-llm", "rerank"] and "--requests-file=run/requests.jsonl" in served
     for _, *arguments in commands:
         succeed(*arguments)
     assert Path("run/report.html").exists() and len(Path("run/reranked.trec").read_text().splitlines()) == 24
@@ -123,16 +132,17 @@ def test_reranking_is_proposed_with_the_first_stage_of_the_recipe(split, tmp_pat
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
     text = describe_outputs(recipe, (adapter,), adapter)
-    given = {
-        "model": f"{tmp_path}/merged",
-        "run": "a b.trec",
-        "queries": "q.jsonl",
-        "docs": "d.jsonl",
-        "qrels": "q.trec",
-    }
-    given |= {"duplicates": "first", "output": f"{tmp_path}/reranked.trec"}
-    assert pasted(text)[-1] == ["rankllm-composer", "rerank", *(w for k, v in given.items() for w in (f"--{k}", v))]
+    files = {"run": "a b.trec", "queries": "q.jsonl", "docs": "d.jsonl", "duplicates": "first"}
+    ranked = {"qrels": "q.trec", "output": f"{tmp_path}/reranked.trec"}
+    assert options(pasted(text)[-1], "rerank") == {"model": f"{tmp_path}/merged", **files, **ranked}
     assert ("held-out queries" in text) == (split == "eval")
+    whole = tmp_path / "hf" / "epoch_1"
+    whole.mkdir()
+    (whole / "reranker.json").write_text(new_contract(new_tokenizer(), window_size=6, stride=3).to_json())
+    text = describe_outputs(recipe, (whole,), whole)
+    assert options(pasted(text)[-2], "rerank") == {"model": str(whole), **files, **ranked}
+    assert options(pasted(text)[-1], "requests") == {**files, "output": f"{tmp_path}/requests.jsonl"}
+    assert f"--requests-file={tmp_path}/requests.jsonl" in text
 
 
 @pytest.mark.slow
