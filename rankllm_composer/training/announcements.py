@@ -166,14 +166,14 @@ def write_lists(split: Split, path: Path) -> None:
     """Write the first lists of a split as requests that `rerank` and rank_llm read, if the split can be read here."""
     try:
         lines = []
-        for record in islice(SplitRecords(sets_of(split)), NUM_REQUESTS):
-            texts = record.turn.passages
-            docids = record.docids or tuple(f"{record.id}-{number}" for number in range(1, len(texts) + 1))
+        for number, record in enumerate(islice(SplitRecords(sets_of(split)), NUM_REQUESTS), start=1):
+            texts = record.turn.passages  # numbered, as ids of records may repeat or hold white space
             candidates = [
-                {"docid": docid, "score": len(texts) - place, "doc": {"text": text}}
-                for place, (docid, text) in enumerate(zip(docids, texts))
+                {"docid": f"{number}-{place}", "score": len(texts) - place, "doc": {"text": text}}
+                for place, text in enumerate(texts)
             ]
-            lines.append(json.dumps({"query": {"text": record.turn.query, "qid": record.id}, "candidates": candidates}))
+            query = {"text": record.turn.query, "qid": str(number)}
+            lines.append(json.dumps({"query": query, "candidates": candidates}))
         write_atomic(path, "\n".join(lines) + "\n")
     except (RankLLMComposerError, OSError) as error:
         report(f"warning: {path} is not written: {error}")
