@@ -18,6 +18,7 @@ from support.launching import REPOSITORY
 from support.real_tokenizers import build_tokenizer
 from support.small_run import mark_trained
 from support.synthetic_records import conversation
+from support.templates import TEMPLATES
 from support.tiny_rerankers import new_contract, new_tokenizer, record_of
 from transformers import PretrainedConfig
 
@@ -90,6 +91,13 @@ def no_template(tools: Tools) -> None:
     tokenizer = build_tokenizer("mistral_v3")
     tokenizer.chat_template = None
     check_tokenizer(tokenizer, "combined", "letters", 2)
+
+
+def template_of_another_kind(tools: Tools) -> None:
+    (tools.folder / "prompt.yaml").write_text(TEMPLATES["own_words"][1])
+    first_mistral(f"data.prompt_template={tools.folder / 'prompt.yaml'}").data.prompt_template.check_reads(
+        20, "numbers"
+    )
 
 
 def printed_date(tools: Tools) -> None:
@@ -206,6 +214,7 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "found …, read as": another_file,
     "is several tokens": merged_identifiers,
     "has no chat template": no_template,
+    "does not match the answer": template_of_another_kind,
     "the chat template prints the date": printed_date,
     "it takes more than 200,000 steps": endless_template,
     "model.attention": no_flash,

@@ -205,9 +205,10 @@ def _notes(record: Record, tokenizer: PreTrainedTokenizerBase, encoded: EncodedR
     elif not record.has_standard_prompt:
         difference = "the user turn differs from the inference client's"
         yield f"{difference}; training uses it as it is, but the client will send its own"
-    control = control_tokens_in(record.user, tokenizer)
+    control = control_tokens_in(record.prompt_turns[1], tokenizer)
     if control:
-        yield f"the query or a passage contains {', '.join(control)}, which becomes a special token, also when serving"
+        where = "the query or a passage" if record.template is None else "the query, a passage or the prompt template"
+        yield f"{where} contains {', '.join(control)}, which becomes a special token, also when serving"
     yield from template_notes(tokenizer)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield "the padding token is the end-of-sequence token; harmless, because training does not pad"

@@ -106,7 +106,7 @@ class PromptTemplate:
         """The template as a YAML file for the client, in ASCII, which every locale reads; empty parts are left out."""
         import yaml
 
-        class Dumper(yaml.SafeDumper):
+        class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # no stubs
             """Writes text of several lines as it is."""
 
         Dumper.add_representer(
@@ -229,7 +229,7 @@ def _text_problem(name: str, text: str) -> tuple[str, str, str] | None:
     except ValueError as error:
         return f"not a format string ({first_line(error)}), which rank_llm refuses", "balanced braces", braces
     if name == "system_message":
-        filled = sorted({field for _, field, _, _ in used} & {part for row in _PLACEHOLDERS.values() for part in row})
+        filled = sorted(_names_in(text) & {part for row in _PLACEHOLDERS.values() for part in row})
         if filled:
             found = f"with {{{filled[0]}}}, which rank_llm shows as it is"
             return found, "a text without placeholders", "Move it into prefix or suffix."

@@ -105,8 +105,20 @@ def argument_problems(recipe: Recipe) -> Iterator[Problem]:
 def template_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield what is wrong with a prompt template whose keys the recipe holds; one in a file is checked when read."""
     key, template = "data.prompt_template", recipe.data.prompt_template
-    for problem in () if template is None else template.problems():
-        yield problem._replace(key=f"{key}.{problem.key}", involved=(key,))
+    if template is None:
+        return
+    found = [*template.problems()]
+    yield from (problem._replace(key=f"{key}.{problem.key}", involved=(key,)) for problem in found)
+    for name, split in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        source = None if split is None else split.source
+        made = source.identifiers if source is not None and source.run is not None else None
+        style = None if split is None else split.identifiers or made
+        if style is None or found or template.unread(2, style) is None:
+            continue
+        keys = (f"data.{name}.identifiers", f"data.{name}.source.identifiers")
+        other = "letters" if style == "numbers" else "numbers"
+        remedy = f"Set {keys[0]}={other}, or use a template for {style}."
+        yield Problem(key, f"for {other}", f"one for {style}, as are the lists of data.{name}", remedy, keys)
 
 
 def _is_of(value: Any, kind: type) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from rankllm_composer.data.dataset import ListDataset, ListEncoding, lists_per_r
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.distributed import run_on_rank_zero
 from rankllm_composer.environment import as_written
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import ModelError, RunError
 from rankllm_composer.export.model_card import CardFacts, published_figures
 from rankllm_composer.export.model_folder import Dtype, ServedModel
 from rankllm_composer.model.attention import choose_attention
@@ -30,8 +31,9 @@ from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activat
 from rankllm_composer.model.self_check import check_model
 from rankllm_composer.prompts.chat import template_notes
 from rankllm_composer.prompts.clients import CURRENT_CLIENT
-from rankllm_composer.prompts.contract import DecodingContract, decoding_contract
+from rankllm_composer.prompts.contract import CONTRACT_FILE, DecodingContract, decoding_contract, read_contract
 from rankllm_composer.prompts.lists import check_lists, list_kind, trained_window
+from rankllm_composer.prompts.prompt_template import TEMPLATE_FILE
 from rankllm_composer.prompts.relevance import Preferences
 from rankllm_composer.recipe.load import recipe_to_yaml
 from rankllm_composer.recipe.sections import Recipe, Split
@@ -212,8 +214,9 @@ def build_validation(
     windows = build_dataset(recipe, recipe.data.eval, tokenizer)
     records = [windows.record(number) for number in range(windows.num_samples)]
     kinds = Counter(map(list_kind, records))
-    for style, size in kinds if contract.template is not None else ():
-        contract.template.check_reads(size, style)
+    if contract.template is not None:
+        for style, size in kinds:
+            contract.template.check_reads(size, style)
     options, best_by, changes = measurable(recipe.evaluation, recipe.run.seed, tokenizer, contract, kinds)
     for sentence in changes if dist.get_global_rank() == 0 else ():
         warn(sentence, stacklevel=2)
@@ -312,6 +315,7 @@ def build_contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contents:
     """
     contents = contents.renamed(recipe.data.train.identifiers)
     template = recipe.data.prompt_template
+    _warn_of_another_prompt(recipe)
     check_lists(tokenizer, recipe.objective.name, contents.lists, template)
     window = trained_window(contents.lists, contents.strides)
     others = sum(number for (style, _), number in contents.lists.items() if style != window.style)
@@ -342,6 +346,19 @@ def build_contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contents:
             CURRENT_CLIENT,
         )
     return contract
+
+
+def _warn_of_another_prompt(recipe: Recipe) -> None:
+    """Warn if the model to start from was exported with another prompt than this run trains."""
+    folder = Path(recipe.model.name_or_path)
+    with suppress(ModelError):  # damaged, which loading says
+        before = read_contract(folder).template if (folder / CONTRACT_FILE).is_file() else recipe.data.prompt_template
+        if before != recipe.data.prompt_template:
+            log.warning(
+                "model.name_or_path: %s was trained with another prompt. Set data.prompt_template=%s to go on with it.",
+                folder,
+                "null" if before is None else folder / TEMPLATE_FILE,
+            )
 
 
 def card_facts(recipe: Recipe, contract: DecodingContract, data: Sequence[str], num_lists: int | None) -> CardFacts:

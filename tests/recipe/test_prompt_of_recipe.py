@@ -51,6 +51,7 @@ def test_another_template_is_refused_when_a_run_is_resumed_and_a_moved_one_is_no
 
 def test_what_is_wrong_with_a_template_is_a_problem_of_the_recipe(minimal_recipe, tmp_path):
     path = write(tmp_path / "own.yaml", TEMPLATES["own_words"][1].replace("{rank}", "{number}"))
+    write(tmp_path / "numbers.yaml", TEMPLATES["no_system_message"][1])
     keys = "{body: '{rank} {candidate}', prefix: '{query}', output_validation_regex: x, output_extraction_regex: x}"
     for value, message in (
         (path, f"data.prompt_template ({path}:7: body) is with {{number}}; expected of placeholders, only {{rank}}, "),
@@ -58,7 +59,8 @@ def test_what_is_wrong_with_a_template_is_a_problem_of_the_recipe(minimal_recipe
         ("7", "data.prompt_template is 7; expected a YAML file or its keys, or null."),
         (keys, "data.prompt_template.output_validation_regex is a pattern that does not match the answer [A] > [B];"),
         (keys.replace("body", "bodies"), "data.prompt_template.bodies is an unknown key; expected one of method, "),
+        (path.replace("own", "numbers"), "data.prompt_template is for numbers; expected one for letters, as are"),
         (keys.replace("x, ", "7, "), "data.prompt_template.output_validation_regex is 7; expected text."),
     ):
-        found = problems(minimal_recipe, f"data.prompt_template={value}")
+        found = problems(minimal_recipe, "data.train.identifiers=letters", f"data.prompt_template={value}")
         assert any(str(problem).startswith(message) for problem in found.values()), (value, found)

@@ -35,6 +35,7 @@ from support.s3_server import s3_server
 from support.small_disk import fill, make_read_only, small_disk
 from support.small_run import RECIPE, mark_trained, small_run
 from support.synthetic_records import conversation, write_jsonl
+from support.templates import TEMPLATES
 from support.tiny_training import new_hf_model, new_tokenizer, new_trainer
 from transformers import Qwen2MoeConfig, T5Config, T5ForConditionalGeneration
 
@@ -48,8 +49,13 @@ from rankllm_composer.model.reranker import ListwiseReranker
 from rankllm_composer.model.self_check import check_model
 from rankllm_composer.options import ModelOptions
 from rankllm_composer.prompts.chat import template_notes
+from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.identifier_tokens import check_tokenizer
+from rankllm_composer.prompts.lists import check_lists
+from rankllm_composer.prompts.prompt_template import read_prompt_template
+from rankllm_composer.prompts.record import Record
 from rankllm_composer.prompts.template import fix_date
+from rankllm_composer.prompts.user_turn import render_user_turn
 from rankllm_composer.ranking.reranker import Reranker
 from rankllm_composer.recipe.load import load_recipe, recipe_to_yaml
 from rankllm_composer.storage.private_folder import private_folder
@@ -924,6 +930,19 @@ def chat_templates(key: str, tools: Tools) -> Ended:
     assert model.get_metadata() == {}  # where Composer fails on several templates
     exported = exporting.write(tools.folder / "hf", tokenizer=loaded)
     assert load_tokenizer(ModelOptions(name_or_path=str(exported))).chat_template == new_tokenizer().chat_template
+    return CONTINUED
+
+
+@causes("prompt-template-that-is-not-read", "passages-that-cannot-be-told-apart")
+def prompt_template(key: str, tools: Tools) -> Ended:
+    style, text = TEMPLATES["own_words" if key.startswith("passages") else "no_system_message"]
+    (tools.folder / "prompt.yaml").write_text(text)
+    template = read_prompt_template(tools.folder / "prompt.yaml")
+    if key.startswith("prompt"):
+        check_lists(new_tokenizer(), "generation", {("letters", 3): 1}, template)
+    assert style == "letters"
+    user = render_user_turn("q", ["one\n[B] more", "two"], style)
+    encode_record(Record("r", "", user, "[B] > [A]", template=template), new_tokenizer(), "generation")
     return CONTINUED
 
 

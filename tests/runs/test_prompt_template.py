@@ -100,6 +100,20 @@ def test_another_template_does_not_resume_the_run_and_the_same_one_does_without_
     assert (exported / "prompt_template.yaml").is_file()
 
 
+def test_the_next_stage_is_told_of_another_prompt(folder, caplog):
+    (export,) = (folder / "run" / "hf").glob("epoch_*")
+    from rankllm_composer.training import assembly
+
+    for changes, message in (
+        ([], ""),
+        (["data.prompt_template=null"], f"was trained with another prompt. Set data.prompt_template={export}/prompt_"),
+    ):
+        caplog.clear()
+        recipe = load(folder, f"model.name_or_path={export}", "model.random_weights=false", *changes)
+        assembly.build_contract(recipe, assembly.build_tokenizer(recipe), assembly.training_contents(recipe))
+        assert message in caplog.text and bool(message) == ("another prompt" in caplog.text)
+
+
 def test_lists_of_other_identifiers_than_the_template_reads_are_refused(folder):
     (folder / "numbers.yaml").write_text(TEMPLATES["no_system_message"][1], encoding="utf-8")
     changes = (f"data.prompt_template={folder / 'numbers.yaml'}", f"run.folder={folder / 'numbered'}")
