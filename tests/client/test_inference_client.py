@@ -200,8 +200,9 @@ def test_prompts_in_other_templates_are_the_same(ask_client, folders, tokenizers
     for name, (style, path) in templates.items():
         template = read_prompt_template(path)
         (tmp_path / f"{name}.yaml").write_text(template.to_yaml())
-        for query, documents in ((QUERIES[1], DOCUMENTS[:-3]), ("q", DOCUMENTS[-4:]), (QUERIES[4], DOCUMENTS[:1])):
-            for folder in ("tiny", "mistral_v3"):
+        asked = [(QUERIES[1], DOCUMENTS[:-3]), ("long", DOCUMENTS[-4:]), (QUERIES[4], DOCUMENTS[:1])]
+        for query, documents in asked if name in TEMPLATES else asked[:1]:
+            for folder in ("tiny", "mistral_v3") if name in TEMPLATES else ("tiny",):
                 asked = {"folder": folders[folder], "style": style, "query": query, "documents": documents}
                 copied = str(tmp_path / f"{name}.yaml")
                 cases += [(folder, template, asked | {"prompt_template_path": file}) for file in (path, copied)]
@@ -213,7 +214,7 @@ def test_prompts_in_other_templates_are_the_same(ask_client, folders, tokenizers
         limit = passage_word_limit(len(texts), client=version)
         user = prompt.user_turn(clean_query(asked["query"]), [truncate_passage(text, limit) for text in texts])
         tokenizer = tokenizers[folder]
-        if folder == "tiny":  # of the others, some cut the passages further
+        if asked["query"] != "long":  # whose passages are cut further
             assert client_prompt(prompt.system, user, tokenizer) == answer["text"], asked
         window = fit_window("w", asked["query"], texts, tokenizer, prompt=prompt, client=version)
         assert window.input_ids[:-1].tolist() == tokenizer(answer["text"])["input_ids"], asked
