@@ -214,8 +214,10 @@ def inspect_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Fo
 
     if contract.template is not None:
         try:
-            served = read_prompt_template(Path(folder, TEMPLATE_FILE))
-            compare("template", contract.template, served, f"Restore {TEMPLATE_FILE}, or export the model again.")
+            served = asdict(read_prompt_template(Path(folder, TEMPLATE_FILE)))
+            for name, text in asdict(contract.template).items():
+                again = f"Restore {TEMPLATE_FILE}, or export the model again."
+                compare(f"template.{name}", repr(text), repr(served[name]), again)
         except RecipeError as error:
             problems.append(str(error))
     if tokenizer.chat_template:
