@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 import rankllm_composer as rc
 from rankllm_composer.cli import app
 from rankllm_composer.demo import build_model_folder
+from rankllm_composer.preflight.inspection import inspect_recipe
 from rankllm_composer.prompts.prompt_template import read_prompt_template
 from rankllm_composer.prompts.user_turn import render_user_turn
+from rankllm_composer.training import assembly
 
 WORDS = ("apple", "cherry", "mango", "plum")
 
@@ -81,8 +83,6 @@ def test_the_export_holds_the_template_and_is_prompted_by_it(folder):
 
 def test_training_and_inspection_present_the_template(folder):
     recipe = load(folder)
-    from rankllm_composer.preflight.inspection import inspect_recipe
-
     found = inspect_recipe(recipe, 0, loss=False)
     assert found.problems == [] and any("that of data.prompt_template" in note for note in found.notes)
     assert "texts" in "".join(found.tokens) and "passages" not in "".join(found.tokens)
@@ -102,20 +102,24 @@ def test_another_template_does_not_resume_the_run_and_the_same_one_does_without_
 
 def test_the_next_stage_is_told_of_another_prompt(folder, caplog):
     (export,) = (folder / "run" / "hf").glob("epoch_*")
-    from rankllm_composer.training import assembly
-
     for changes, message in (
         ([], ""),
         (["data.prompt_template=null"], f"was trained with another prompt. Set data.prompt_template={export}/prompt_"),
     ):
         caplog.clear()
         recipe = load(folder, f"model.name_or_path={export}", "model.random_weights=false", *changes)
-        assembly.build_contract(recipe, assembly.build_tokenizer(recipe), assembly.training_contents(recipe))
+        contract_of(recipe)
         assert message in caplog.text and bool(message) == ("another prompt" in caplog.text)
 
 
-def test_lists_of_other_identifiers_than_the_template_reads_are_refused(folder):
+def contract_of(recipe: rc.Recipe):
+    return assembly.build_contract(recipe, assembly.build_tokenizer(recipe), assembly.training_contents(recipe))
+
+
+def test_lists_of_other_identifiers_than_the_template_reads_are_refused_and_renamed(folder):
     (folder / "numbers.yaml").write_text(TEMPLATES["no_system_message"][1], encoding="utf-8")
-    changes = (f"data.prompt_template={folder / 'numbers.yaml'}", f"run.folder={folder / 'numbered'}")
+    template = f"data.prompt_template={folder / 'numbers.yaml'}"
     with pytest.raises(rc.RankLLMComposerError, match=r"of 3 candidates named by letters.*identifiers=numbers"):
-        rc.train(load(folder, *changes))
+        contract_of(load(folder, template))
+    renamed = contract_of(load(folder, template, "data.train.identifiers=numbers"))
+    assert (renamed.identifier_style, renamed.prompt_template) == ("numbers", "prompt_template.yaml")
