@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 from functools import partial
@@ -78,11 +79,52 @@ def test_listmle_and_adr_mse_by_hand():
     assert adr_mse_loss(torch.tensor([[1.0, 1.0]]), torch.tensor([[0, 0]])).item() == 0
 
 
-@pytest.mark.parametrize("name", ["ranknet", "lambdarank", "listmle", "listnet"])
-def test_a_list_that_is_all_tied_teaches_nothing(name):
-    args, known = arguments(LOSSES[name], [0.0, 0.0, 0.0])
-    value, gradient = gradient_of(LOSSES[name], [[0.3, -1.0, 2.0]], *args, **known)
-    assert value.item() == 0 and gradient.tolist() == [[0, 0, 0]]
+HAVE_TARGETS = {"listnet", "approx_ndcg", "adr_mse", "kl_divergence", "margin_mse"}
+"""Losses with a target for each candidate, which tied candidates share; all others only compare."""
+
+
+def relevant(name, grades):
+    """Arguments of a loss of the table for a list with these grades, which are the teacher's scores, too."""
+    values = torch.tensor([grades], dtype=torch.float64)
+    parameters = inspect.signature(LOSSES[name]).parameters
+    known = {what: values for what in ("grades", "teacher_scores") if what in parameters}
+    return (ranks_of(grades),), known
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_list_that_is_all_tied_teaches_no_order(name):
+    for grades in ([0.0] * 3, [2.0] * 3):
+        args, known = relevant(name, grades)
+        scores = [[0.7, 0.7, 0.7]] if name in HAVE_TARGETS else [[0.3, -1.0, 2.0]]
+        value, gradient = gradient_of(LOSSES[name], scores, *args, **known)
+        assert gradient[0].tolist() == pytest.approx([0, 0, 0], abs=1e-12)
+        assert value.item() == 0 or name in HAVE_TARGETS
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_prefers_one_of_two_tied_candidates(name):
+    args, known = relevant(name, [2.0, 1.0, 1.0, 0.0, 0.0])
+    one, other = [[0.4, 0.9, -0.3, 0.1, 1.2]], [[0.4, -0.3, 0.9, 1.2, 0.1]]  # the scores of both ties are exchanged
+    values = [gradient_of(LOSSES[name], scores, *args, **known) for scores in (one, other)]
+    assert values[0][0].item() == pytest.approx(values[1][0].item(), rel=1e-12)
+    torch.testing.assert_close(values[0][1][:, [0, 2, 1, 4, 3]], values[1][1])
+
+
+ORDERED = list(itertools.combinations(range(4), 2))
+
+
+@pytest.mark.parametrize("grades", [[3.0, 1.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]], ids=["ties", "strict"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_order_of_the_grades_is_the_best_of_all_orders(name, grades):
+    (ranks,), known = relevant(name, grades)
+    orders = list(itertools.permutations([1.5, 0.5, 0.0, -1.0]))
+    scores = torch.tensor(orders, dtype=torch.float64)
+    known = {what: values.expand(len(orders), -1) for what, values in known.items()}
+    values = LOSSES[name](scores, ranks.expand(len(orders), -1), reduction="none", **known)
+    best = {order for order, value in zip(orders, values.tolist()) if value == pytest.approx(values.min().item())}
+    agree = {order for order in orders if all(order[i] > order[j] for i, j in ORDERED if grades[i] > grades[j])}
+    # InfoNCE orders only the best before the rest.
+    assert best == ({order for order in orders if order[0] == 1.5} if name == "info_nce" else agree)
 
 
 @pytest.mark.parametrize("name", ["ranknet", "listmle"])

@@ -11,13 +11,19 @@ from support.killing import Run, checkpoint_content, comparable_metrics, differe
 from support.small_run import BATCHES_PER_EPOCH, RECIPE, small_run
 
 from rankllm_composer.checkpoints.folder import complete_checkpoints
+from rankllm_composer.prompts.relevance import tied_share
+from rankllm_composer.shards.read import SplitRecords
 
 LORA = "model.lora={rank: 4, dropout: 0.3, target_modules: [q_proj, v_proj]}"
 
 
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory, mistral_v3_folder) -> list[str]:
-    return small_run(tmp_path_factory.mktemp("resume"), mistral_v3_folder)
+    """A run whose lists are mostly tied, so that each epoch's answers are drawn anew."""
+    overlay = small_run(tmp_path_factory.mktemp("resume"), mistral_v3_folder, tied=True)
+    (shards,) = (setting.partition("=")[2] for setting in overlay if setting.startswith("data.train.local="))
+    assert sum(tied_share(record) > 0.3 for record in SplitRecords([(shards, None)])) == 20  # not in lists of two
+    return overlay
 
 
 @pytest.fixture(scope="module")
