@@ -262,6 +262,9 @@ def rerank(
     duplicates: Annotated[
         str, typer.Option(help="Document that a query has twice in --run: stop, or keep the first by score.")
     ] = "stop",
+    held_out: Annotated[
+        str | None, typer.Option(help="Set of `shards build --hold-out`: rerank only the queries it kept apart.")
+    ] = None,
     measure: Annotated[list[str] | None, typer.Option(help="Name from ir-measures; repeatable.")] = None,
     name: Annotated[
         str | None, typer.Option(help="With --qrels: name of the results, such as dl20-bm25; default: that of --run.")
@@ -282,6 +285,10 @@ def rerank(
         raise ValueError(f"{page}: no model card that can be written. Rerank an exported folder, or leave out --card.")
     inputs: dict[str, Any] = {"queries": queries, "documents": docs, "judgments": qrels}
     inputs["duplicates"] = _checked_duplicates(duplicates)
+    if held_out is not None:
+        from rankllm_composer.shards.contents import held_out_share
+
+        inputs["hold_out"] = held_out_share(held_out)
     files = RerankFiles(first_stage=run, output=output, **inputs)
     report = rerank_files(model, files, options, measures=measure or DEFAULT_MEASURES, name=name)
     screen.say(report.text)

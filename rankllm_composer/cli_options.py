@@ -72,7 +72,8 @@ def _parameter(key: Key, kind: Any, flags: Mapping[str, str]) -> inspect.Paramet
         for rule in ("ge", "le", "lt")
         if hasattr(part, rule)
     }
-    highest = bounds.get("le", bounds["lt"] - 1 if "lt" in bounds else None)
+    is_below = "lt" in bounds and key.annotation is int  # the bound of a fraction is checked by its class
+    highest = bounds.get("le", bounds["lt"] - 1 if is_below else None)
     settings = typer.Option(help=meaning, min=bounds.get("ge"), max=highest)
     annotation, default = key.annotation, key.default
     if key.element is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,16 @@ DEFAULT_NUM_TARGETS = 81
 
 @dataclass(frozen=True)
 class ListLengths:
-    """Tokens and response tokens of each list of a sample (none if no list can be read), and lists in the split."""
+    """Tokens and response tokens of each list of a sample (none if no list can be read), and lists in the split.
+
+    `pairs` counts the pairs of candidates of the sample, see `count_pairs`.
+    """
 
     tokens: tuple[int, ...]
     num_targets: tuple[int, ...]
     num_lists: int | None
     description: str
+    pairs: Mapping[str, int] = field(default_factory=Counter)
 
     def pairs_to_train(self, max_length: int) -> list[tuple[int, int]]:
         """(tokens, response tokens) of each list that is not too long, or of one list of the maximum length."""
@@ -38,6 +44,7 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.chat import control_tokens_in
     from rankllm_composer.prompts.encoding import encode_record
+    from rankllm_composer.prompts.relevance import count_pairs
     from rankllm_composer.shards.read import find_split
 
     split = recipe.data.train
@@ -50,13 +57,13 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     count = len(records)
     if any(stream.proportion is not None for stream in split.streams):
         count = sum(round((stream.proportion or 0) * count) for stream in split.streams)
+    template = recipe.data.prompt_template
+    sampled = [replace(record, template=template) for record in islice(records, 0, None, max(1, count // sample))]
+    pairs = sum(map(count_pairs, sampled), Counter())
     try:
         tokenizer = load_tokenizer(recipe.model)
     except ModelError:
-        return ListLengths((), (), count, f"{count:,} in {records.place}; no tokenizer here, so {assumed}")
-    step = max(1, count // sample)
-    template = recipe.data.prompt_template
-    sampled = [replace(record, template=template) for record in islice(records, 0, None, step)]
+        return ListLengths((), (), count, f"{count:,} in {records.place}; no tokenizer here, so {assumed}", pairs)
     num_control = sum(bool(control_tokens_in(record.user, tokenizer)) for record in sampled)
     control = f", of which {num_control:,} contain control tokens of the tokenizer" if num_control else ""
     encoded = [encode_record(record, tokenizer, recipe.objective.name) for record in sampled]
@@ -65,4 +72,5 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
         tuple(max(1, len(item.input_ids) - item.response_start) for item in encoded),
         count,
         f"{count:,} in {records.place}; lengths of {len(encoded):,} of them{control}",
+        pairs,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import forward_flops, training_flops
 from rankllm_composer.preflight.list_lengths import ListLengths, measure_lists
+from rankllm_composer.recipe.advice import data_advice
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.times import explain_warmup, updates_in
 from rankllm_composer.screen import say
@@ -115,6 +116,7 @@ class Plan:
             yield f"              LoRA trains {self.memory.num_trained:,} of them"
         yield f"lists         {self.lengths.description}"
         yield from self._histogram()
+        yield from (f"  advice: {sentence}" for sentence in data_advice(recipe, self.lengths.pairs))
         per_rank = batch.global_lists // self.num_ranks
         max_lists, max_tokens = batch.limits
         limit = f"{max_tokens:,} tokens" if max_tokens else f"{max_lists} lists"

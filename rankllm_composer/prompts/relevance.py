@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +72,20 @@ def tied_share(record: Record) -> float:
         return 0.0
     sizes = [values.count(value) for value in set(values)]
     return sum(size * (size - 1) for size in sizes) / (len(values) * (len(values) - 1))
+
+
+def count_pairs(record: Record) -> Counter[str]:
+    """Pairs of candidates of a list: "tied", "as_presented" with the better one first, and "reversed"."""
+    num = len(record.turn.passages)
+    places = parse_permutation(record.response, num, identifier_style(record.response))
+    values = order_values(record)
+    found: Counter[str] = Counter()
+    for better, worse in combinations(places, 2):
+        if values is not None and values[better] == values[worse]:
+            found["tied"] += 1
+        else:
+            found["as_presented" if better < worse else "reversed"] += 1
+    return found
 
 
 def draw_ties(record: Record, *, seed: int, epoch: int) -> Record:

@@ -12,14 +12,15 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.escaping import in_one_line
 from rankllm_composer.options import RerankOptions
+from rankllm_composer.prompts.user_turn import clean_query
 from rankllm_composer.ranking.comparison import (
     DEFAULT_MEASURES,
     MeasureComparison,
@@ -31,6 +32,7 @@ from rankllm_composer.ranking.comparison import (
 )
 from rankllm_composer.ranking.reranker import RerankedQuery, Reranker
 from rankllm_composer.screen import counting, doing
+from rankllm_composer.sources.hold_out import is_held_out
 from rankllm_composer.sources.retrieval_files import (
     Duplicates,
     load_documents,
@@ -42,6 +44,8 @@ from rankllm_composer.sources.retrieval_files import (
 )
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import try_lock
+
+Value = TypeVar("Value")
 
 TAG = "rankllm-composer"
 """Last column of the runs written."""
@@ -59,6 +63,7 @@ class RerankFiles:
         queries, documents: files, BEIR folders or irds:ID; None for those that the first stage's layout holds.
         judgments: the same; with them the reranked run is compared with the first stage.
         duplicates: at a document that a query has twice in the run: stop, or keep the one with the highest score.
+        hold_out: rerank only the queries that `shards build` keeps apart for this share; None = all.
     """
 
     first_stage: str | Path
@@ -67,6 +72,7 @@ class RerankFiles:
     documents: str | Path | None = None
     judgments: str | Path | None = None
     duplicates: Duplicates = "stop"
+    hold_out: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,6 +128,11 @@ def rerank_files(
         require_shared(
             "document", (judgments, (docid for known in grades.values() for docid in known)), (run, candidates)
         )
+    if files.hold_out is not None:
+        trained = {qid for qid, text in texts.items() if not is_held_out(clean_query(text), files.hold_out)}
+        notes.append(f"{len(texts) - len(trained)} of {len(texts)} queries were held out")
+        texts, first_stage = _without(texts, trained), _without(first_stage, trained)
+        grades = None if grades is None else _without(grades, trained)
     chosen = {qid: first_stage[qid] for qid in texts if qid in first_stage}
     if grades is not None:
         compare_runs(chosen, chosen, grades, measures)  # fails now, not after hours, if it cannot be measured
@@ -237,6 +248,10 @@ def write_run(path: Path, rankings: Mapping[str, Sequence[str]]) -> None:
         for rank, docid in enumerate(docids, start=1)
     )
     write_atomic(path, "".join(lines))
+
+
+def _without(known: Mapping[str, Value], qids: Collection[str]) -> dict[str, Value]:
+    return {qid: value for qid, value in known.items() if qid not in qids}
 
 
 WHY_UNREAD = {

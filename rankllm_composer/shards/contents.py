@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from rankllm_composer.errors import ShardError
 from rankllm_composer.prompts.clients import (
@@ -35,12 +36,14 @@ class SetContents:
         sources: names of the files or data sets that they were built from; of the set itself where it does not say.
         windows: (window, stride, most words of a passage in it) of the builds from a first-stage run.
         left_out: what the builds left out, by reason.
+        pairs: pairs of candidates, see `count_pairs`, of the sets whose builds counted them.
     """
 
     lists: Mapping[ListKind, int]
     sources: tuple[str, ...] = ()
     windows: tuple[tuple[int, int, int], ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
+    pairs: Mapping[str, int] = field(default_factory=Counter)
 
     @property
     def strides(self) -> set[int]:
@@ -87,6 +90,7 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
     sources: list[str] = []
     windows: list[tuple[int, int, int]] = []
     left_out: Counter[str] = Counter()
+    pairs: Counter[str] = Counter()
     for local, remote in sets:
         folder = open_folder(remote or local)
         _, manifest = read_set(folder)
@@ -98,6 +102,7 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
         if manifest is None:
             sources.append(folder.name)
             continue
+        pairs += manifest.stats.pairs
         sources += source_names(manifest.source)
         left_out += manifest.stats.dropped + Counter({"bad records": manifest.stats.num_quarantined})
         options = manifest.source.get("options")
@@ -112,7 +117,25 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
             windows.append((options["window"], options["stride"], words))
     if not lists:
         raise ShardError(f"{', '.join(remote or local for local, remote in sets)}: no lists. Build the set again.")
-    return SetContents(lists, tuple(dict.fromkeys(sources)), tuple(windows), left_out)
+    return SetContents(lists, tuple(dict.fromkeys(sources)), tuple(windows), left_out, pairs)
+
+
+def held_out_share(target: str | Path) -> float:
+    """Share of the queries that the build of a set kept apart; both of its sets know it.
+
+    Raises:
+        ShardError: the set is missing or damaged, or its build kept no queries apart.
+        StoreError: an object store cannot be reached.
+    """
+    folder = open_folder(target)
+    _, manifest = read_set(folder)
+    share = None if manifest is None else manifest.source.get("hold_out")
+    if not isinstance(share, float):
+        raise ShardError(
+            f"{folder.name}: its build held out no queries; expected a set of `shards build --hold-out`. Name one, or "
+            "pass the queries that the model was not trained on as --queries."
+        )
+    return share
 
 
 def _counted(manifest: Manifest) -> Counter[ListKind] | None:

@@ -11,6 +11,7 @@ from rankllm_composer import __version__
 from rankllm_composer.errors import ShardError, StoreError
 from rankllm_composer.prompts.permutations import identifier_style
 from rankllm_composer.prompts.record import Record
+from rankllm_composer.prompts.relevance import count_pairs
 from rankllm_composer.screen import get_logger
 from rankllm_composer.shards.index import (
     INDEX_NAME,
@@ -46,7 +47,8 @@ class BuildStats:
     `dropped` counts lists and queries by the reason why the source leaves them out, `noted` those that are kept by what
     there is to know about them, `candidates` lists by their number of candidates, `numbered` those of them whose
     identifiers are numbers (None in sets of versions that did not count them), `prompt_chars` lists by the length of
-    their user turn, rounded up to 1,000 characters.
+    their user turn, rounded up to 1,000 characters, and `pairs` their pairs of candidates, see `count_pairs` (none in
+    sets of versions that did not count them).
     """
 
     num_records: int = 0
@@ -58,6 +60,7 @@ class BuildStats:
     candidates: Counter[int] = field(default_factory=Counter)
     numbered: Counter[int] | None = field(default_factory=Counter)
     prompt_chars: Counter[int] = field(default_factory=Counter)
+    pairs: Counter[str] = field(default_factory=Counter)
 
     def count_record(self, record: Record) -> None:
         """Count one list."""
@@ -67,6 +70,7 @@ class BuildStats:
         if self.numbered is not None and identifier_style(record.response) == "numbers":
             self.numbered[len(record.turn.passages)] += 1
         self.prompt_chars[-(-len(record.user) // _BUCKET_CHARS) * _BUCKET_CHARS] += 1
+        self.pairs += count_pairs(record)
 
     def add(self, other: BuildStats) -> None:
         """Add the counts of another piece."""
@@ -77,7 +81,7 @@ class BuildStats:
     def to_json(self) -> dict[str, Any]:
         """The counts as `build.json` contains them."""
         counts: dict[str, Any] = {key: getattr(self, name) for name, key in _KEYS.items()}
-        for name in ("dropped", "noted", "candidates", "numbered", "prompt_chars"):
+        for name in ("dropped", "noted", "candidates", "numbered", "prompt_chars", "pairs"):
             if getattr(self, name) is not None:
                 counts[name] = {str(key): number for key, number in sorted(getattr(self, name).items())}
         return counts
@@ -85,7 +89,7 @@ class BuildStats:
     @classmethod
     def from_json(cls, counts: Any, where: str) -> BuildStats:
         """Inverse of `to_json`; raise ShardError if a count is missing or not a number."""
-        counts = {"other_wordings": 0, "numbered": None, "noted": {}, **counts}  # older sets lack them
+        counts = {"other_wordings": 0, "numbered": None, "noted": {}, "pairs": {}, **counts}  # older sets lack them
 
         def by_size(key: str) -> Counter[int]:
             return Counter({int(size): int(number) for size, number in counts[key].items()})
@@ -98,6 +102,7 @@ class BuildStats:
                 candidates=by_size("candidates"),
                 numbered=None if counts["numbered"] is None else by_size("numbered"),
                 prompt_chars=by_size("prompt_chars"),
+                pairs=Counter({str(kind): int(number) for kind, number in counts["pairs"].items()}),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardError(f"{where}: damaged, its counts cannot be read ({error!r}). {REMEDY}") from error

@@ -82,6 +82,12 @@ class ShardsInfo:
         nonstandard = f"{stats.num_nonstandard_prompts:,} nonstandard"
         yield f"prompts       {nonstandard}; the inference client would write them differently"
         yield "candidates    " + ", ".join(f"{size}: {stats.candidates[size]:,}" for size in sorted(stats.candidates))
+        if total := stats.pairs.total():
+            shares = {kind: f"{stats.pairs[kind] / total:.0%}" for kind in ("tied", "as_presented", "reversed")}
+            yield (
+                f"pairs         {shares['tied']} tied, {shares['as_presented']} presented with the better candidate "
+                f"first, {shares['reversed']} last"
+            )
         yield "prompt chars  " + ", ".join(f"{share:.0%} ≤ {size:,}" for share, size in _quantiles(stats.prompt_chars))
 
 

@@ -52,5 +52,9 @@ class HeldOut:
         return [(place, made) for place, made in found if not isinstance(made, Record) or self._has(made)]
 
     def _has(self, record: Record) -> bool:
-        query = " ".join(record.turn.query.casefold().split())
-        return (record_key(query) / 2**63 < self.share) == self.is_held_out
+        return is_held_out(record.turn.query, self.share) == self.is_held_out
+
+
+def is_held_out(query: str, share: float) -> bool:
+    """Whether a share of the queries that is held out contains this one, by its text in a prompt."""
+    return record_key(" ".join(query.casefold().split())) / 2**63 < share

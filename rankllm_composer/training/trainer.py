@@ -14,6 +14,7 @@ from rankllm_composer.data.dataset import build_train_data_spec, lists_per_rank
 from rankllm_composer.distributed import average_sharded_gradients
 from rankllm_composer.environment import as_written
 from rankllm_composer.model.neftune import NEFTune
+from rankllm_composer.recipe.advice import data_advice
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.recipe.times import explain_warmup
 from rankllm_composer.screen import doing, warn
@@ -38,6 +39,8 @@ def build_trainer(recipe: Recipe, folder: Path, device: str, dry_run: bool = Fal
         contents = assembly.training_contents(recipe)
         contract = assembly.build_contract(recipe, tokenizer, contents)
         validation = assembly.build_validation(recipe, contract, tokenizer)
+    for sentence in data_advice(recipe, contents.pairs) if dist.get_global_rank() == 0 else ():
+        warn(sentence, stacklevel=2)
     precision = recipe.parallelism.precision
     # Composer supports amp_bf16 on GPUs only; on a CPU the model casts by itself.
     with doing(f"loading the weights of {as_written(recipe.model.name_or_path)}"):

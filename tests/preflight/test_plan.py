@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.launching import REPOSITORY
+from support.list_shards import build_from_file
 from support.synthetic_records import conversation, write_jsonl
 from support.toy_recipe import MISTRAL_7B, TOY
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -23,7 +24,9 @@ from rankllm_composer.preflight.memory import Memory, Workload, placeholder_list
 from rankllm_composer.preflight.plan import GPUS, Gpu, plan_recipe
 from rankllm_composer.preflight.suggestions import suggest
 from rankllm_composer.preflight.tracking import ReplicaTracker
+from rankllm_composer.recipe.advice import data_advice
 from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.shards.verify import shards_info
 
 FIRST_MISTRAL = REPOSITORY / "yamls" / "first_mistral.yaml"
 pytestmark = [
@@ -228,7 +231,33 @@ def test_local_lists_are_counted_and_measured(toy_folder, tmp_path, mistral_v3_f
     assert sum(found.work.lengths) == 512 and found.work.lengths[0] == mean
     text = "\n".join(found.lines())
     assert f"longest {max(found.lengths.tokens)}; 0 above the limit of 512" in text and "#####" in text
-    assert "40% (the default, not measured)" in text
+    assert "40% (the default, not measured)" in text and "advice: " not in text
+
+
+def test_advice_follows_the_ties_and_the_order_of_the_lists(toy_folder, tmp_path):
+    layouts = [conversation(index, num_candidates=6, gpt="[B] > [A] > [C] > [D] > [E] > [F]") for index in range(80)]
+    graded = {"grades": [1, 2, 0, 0, 0, 0], "ordered_by": "grades"}  # 6 of 15 pairs are tied, 8 of 9 in a good order
+    source = write_jsonl(tmp_path / "records.jsonl", (layout | graded for layout in layouts))
+    build_from_file(tmp_path / "shards", source)
+    assert "pairs         40% tied, 53% presented with the better candidate first, 7% last" in "\n".join(
+        shards_info(tmp_path / "shards").lines()
+    )
+    recipe = ["data.train.source=null", f"data.train.local={tmp_path / 'shards'}"]
+
+    def advice(*overrides):
+        found = plan_recipe(toy_recipe(toy_folder, *recipe, *overrides), 1, report=quiet)
+        return [line.removeprefix("  advice: ") for line in found.lines() if line.startswith("  advice: ")]
+
+    (shuffle,) = advice()
+    assert "presents 89% of the pairs that are not tied" in shuffle and "data.train.shuffle_passages=true." in shuffle
+    assert advice("data.train.shuffle_passages=true") == []
+    (ordered,) = advice("data.train.shuffle_passages=true", "objective.ties=ordered")
+    assert ordered.startswith("40% of the pairs") and ordered.endswith("Set objective.ties=tied.")
+    pairs = {"tied": 600, "as_presented": 200, "reversed": 200}
+    generation = toy_recipe(toy_folder, "objective.name=generation")
+    (combined,) = data_advice(generation, pairs)
+    assert combined.startswith("60% of the pairs") and "Set objective.name=combined" in combined
+    assert list(data_advice(generation, {kind: number // 2 for kind, number in pairs.items()})) == []  # too few
 
 
 def test_suggestions_make_a_run_fit(toy_folder, monkeypatch):

@@ -12,7 +12,7 @@ from support.list_shards import new_record
 from rankllm_composer.errors import RecordError
 from rankllm_composer.prompts.permutations import parse_permutation
 from rankllm_composer.prompts.record import Record, augment_record, validate_record
-from rankllm_composer.prompts.relevance import LEFT_OUT, Preferences, draw_ties, relevance_of, tied_share
+from rankllm_composer.prompts.relevance import LEFT_OUT, Preferences, count_pairs, draw_ties, relevance_of, tied_share
 
 
 def tied_record(index=0, **known) -> Record:
@@ -99,3 +99,9 @@ def test_an_order_that_its_grades_or_scores_contradict_is_refused(known, message
         validate_record(tied_record(**known))
     validate_record(tied_record())
     validate_record(tied_record(**SCORED))
+
+
+def test_pairs_are_counted_by_what_a_model_could_copy():
+    # Presented A to E; the answer is B, E, and A, C and D tied.
+    assert count_pairs(tied_record()) == {"tied": 3, "as_presented": 3, "reversed": 4}
+    assert count_pairs(tied_record(ordered_by="answer")) == {"as_presented": 6, "reversed": 4}

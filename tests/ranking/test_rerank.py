@@ -21,9 +21,9 @@ import torch
 from support.tiny_rerankers import KnownReranker, new_contract, new_model, new_tokenizer
 
 from rankllm_composer.cli import main
-from rankllm_composer.errors import ModelError, RunError, SourceError
+from rankllm_composer.errors import ModelError, RunError, ShardError, SourceError
 from rankllm_composer.export.model_card import CardFacts, published_figures, render_card
-from rankllm_composer.options import RerankOptions
+from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.prompts.windows import fit_window
 from rankllm_composer.ranking.comparison import (
@@ -38,6 +38,9 @@ from rankllm_composer.ranking.decoding import generate_windows, score_windows_fi
 from rankllm_composer.ranking.metrics import ndcg
 from rankllm_composer.ranking.rerank import RerankFiles, answer_statistics, rerank_files, write_run
 from rankllm_composer.ranking.reranker import RerankedQuery, Reranker
+from rankllm_composer.shards.build import build_shards
+from rankllm_composer.shards.contents import held_out_share
+from rankllm_composer.shards.read import SplitRecords
 from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
 
 DECODINGS = ("first_token", "generation")
@@ -349,6 +352,25 @@ def write_files(folder: Path, sizes=SIZES) -> dict[str, Path]:
         "first_stage": folder / "run.trec",
         "judgments": folder / "qrels.trec",
     }
+
+
+def test_only_queries_that_a_build_held_out_are_reranked(exported, tmp_path):
+    files = write_files(tmp_path)
+    texts = ("Heat", "flow", "wing", " heat  flow", "heat wing", "flow wing", "wing flow")
+    write_json_lines(files["queries"], [{"qid": qid, "text": text} for qid, text in zip(SIZES, texts)])
+    source = {"run": files["first_stage"], "queries": files["queries"], "docs": files["documents"]}
+    for output, share in (("lists", 0.5), ("all", 0.0)):
+        options = SourceOptions(**source, judgments=files["judgments"], window=2)
+        build_shards(tmp_path / output, options, BuildOptions(hold_out=share, num_processes=1))
+    qids = [{record.qid for record in SplitRecords([(tmp_path / name, None)])} for name in ("lists", "lists-held-out")]
+    job = RerankFiles(**files, output=tmp_path / "out.trec", hold_out=held_out_share(tmp_path / "lists"))
+    report = rerank_files(exported, job, progress_bar=False)
+    reranked = {query.qid for query in report.queries}
+    assert qids[1] <= reranked and reranked.isdisjoint(qids[0]) and 0 < len(reranked) < len(SIZES)
+    assert f"{len(reranked)} of 7 queries were held out" in report.text and "not reranked" not in report.text
+    assert held_out_share(tmp_path / "lists-held-out") == 0.5
+    with pytest.raises(ShardError, match=r"all: its build held out no queries; expected a set of .*hold-out`\. Name"):
+        held_out_share(tmp_path / "all")
 
 
 def test_files_and_a_beir_folder_contain_the_same(tmp_path):

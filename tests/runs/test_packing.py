@@ -22,7 +22,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 @pytest.mark.filterwarnings("ignore::rankllm_composer.recipe.load.RecipeWarning")
 def test_one_list_per_forward_pass(tmp_path, mistral_v3_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    overrides = small_run(tmp_path, mistral_v3_folder)
+    overrides = small_run(tmp_path, mistral_v3_folder, tied=True)
     torch.manual_seed(0)
     config = Qwen2MoeConfig(vocab_size=32768, num_key_value_heads=1, initializer_range=0.1, **SIZES, **EXPERTS)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
@@ -37,7 +37,9 @@ def test_one_list_per_forward_pass(tmp_path, mistral_v3_folder, monkeypatch):
         train(load_recipe(RECIPE, overrides))
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
-    run = train(load_recipe(RECIPE, [*overrides, "batch.packing=false"]))
+    # The start says what the recipe makes of these lists: all but the first of 2 to 20 candidates are tied.
+    with pytest.warns(UserWarning, match=r"^8\d% of the pairs .* are tied by .*Set objective\.ties=tied\."):
+        run = train(load_recipe(RECIPE, [*overrides, "batch.packing=false", "objective.ties=ordered"]))
     (line,) = [line for line in read_metrics(run.folder / "metrics.jsonl") if line["event"] == "batch"]
     assert 0 < line["loss/train/total"] < 1e3
     assert run.best is not None

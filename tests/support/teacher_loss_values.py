@@ -1,7 +1,7 @@
 """Values of ranking losses on strict orders and teacher's scores, by other libraries: writes library_losses.json.
 
-    python -m venv other && other/bin/pip install sentence-transformers==6.2.0 lightning-ir==0.0.6 torch==2.11.0
-    other/bin/python tests/support/teacher_loss_values.py > tests/golden/library_losses.json
+python -m venv other && other/bin/pip install sentence-transformers==6.2.0 lightning-ir==0.0.6 torch==2.11.0
+other/bin/python tests/support/teacher_loss_values.py > tests/golden/library_losses.json
 """
 
 from __future__ import annotations
