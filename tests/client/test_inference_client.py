@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shlex
 from contextlib import suppress
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.client_paths import MISREAD_PATHS, PLAIN_PATHS, WHOLE_PATHS
+from support.launching import REPOSITORY
 from support.templates import TEMPLATES
 from support.tiny_rerankers import NO_SYSTEM_TEMPLATE, SIZES, WORDS, new_contract, new_model, new_tokenizer, record_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
@@ -426,6 +428,16 @@ def test_written_requests_are_read_and_prompted_alike(ask_client, folders, token
     (options,) = ask_client([("parsed", {"arguments": words[1:]})])
     expected = {"requests_file": str(path), "output_trec_file": "reranked.trec", "model_path": "my models/a"}
     assert {name: options[name] for name in expected} == expected and "dataset" not in options
+
+
+@pytest.mark.parametrize("version", ["0.26.0"], indirect=True, scope="session")
+def test_the_teachers_command_on_the_page_is_understood(ask_client):
+    page = (REPOSITORY / "docs" / "own-data.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^rank-llm (.*)$", page, re.MULTILINE)
+    (options,) = ask_client([("parsed", {"arguments": shlex.split(command)})])
+    files = ("requests_file", "output_trec_file", "output_jsonl_file", "invocations_history_file")
+    assert [options[name] for name in files] == ["requests.jsonl", "teacher.trec", "teacher.jsonl", "history.json"]
+    assert options["populate_invocations_history"] and not options["use_alpha"] and options["num_passes"] == 1
 
 
 # The whole way
