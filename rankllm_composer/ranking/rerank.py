@@ -130,6 +130,8 @@ def rerank_files(
         )
     if files.hold_out is not None:
         trained = {qid for qid, text in texts.items() if not is_held_out(clean_query(text), files.hold_out)}
+        if len(trained) == len(texts):
+            raise RunError(f"{run}: none of {len(texts)} queries was held out. Build lists with a larger --hold-out.")
         notes.append(f"{len(texts) - len(trained)} of {len(texts)} queries were held out")
         texts, first_stage = _without(texts, trained), _without(first_stage, trained)
         grades = None if grades is None else _without(grades, trained)

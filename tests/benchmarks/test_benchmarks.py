@@ -366,6 +366,22 @@ def test_every_section_of_the_results_has_its_question_and_command(benchmark):
         assert "cores" in text and "Failed" not in text
 
 
+def test_the_collection_of_own_data_is_graded_by_its_words_and_the_page_goes_all_the_way(benchmark, tmp_path):
+    own_data = benchmark("own_data")
+    own_data.write_files(tmp_path, 1)
+    queries, run = load_queries(tmp_path / "queries.jsonl"), load_run(tmp_path / "bm25.trec")
+    grades, docs = load_judgments(tmp_path / "qrels.trec"), (tmp_path / "docs.jsonl").read_text().splitlines()
+    texts = {doc["docid"]: doc["text"].split() for doc in map(json.loads, docs)}
+    assert len(queries) == 16 * 15 == len(set(queries.values()))
+    for qid, docids in run.items():
+        found = [sum(word in queries[qid].split() for word in texts[docid]) for docid in docids]
+        assert found == [grades[qid].get(docid, 0) for docid in docids] and sorted(found) == [0, 0, 0, 0, 1, 1, 2, 3]
+    assert (tmp_path / "base" / "config.json").exists()
+    words = [" ".join(command.split()[1:3]) for command in own_data.commands()]
+    assert words[:2] == ["sources look", "shards build"] and words[-3:-1] == ["train mine.yaml", "rerank --model"]
+    load_recipe(FOLDER.parent / "yamls" / "small_data.yaml", own_data.CHANGES)
+
+
 def test_default_weights_make_each_loss_as_large_as_weighted_ranknet(benchmark):
     scales = benchmark("loss_scales")
     given = scales.lists()

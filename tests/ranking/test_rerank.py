@@ -369,6 +369,8 @@ def test_only_queries_that_a_build_held_out_are_reranked(exported, tmp_path):
     assert qids[1] <= reranked and reranked.isdisjoint(qids[0]) and 0 < len(reranked) < len(SIZES)
     assert f"{len(reranked)} of 7 queries were held out" in report.text and "not reranked" not in report.text
     assert held_out_share(tmp_path / "lists-held-out") == 0.5
+    with pytest.raises(RunError, match=r"run\.trec: none of 7 queries was held out\. Build lists with a larger"):
+        rerank_files(exported, RerankFiles(**files, output=tmp_path / "none.trec", hold_out=1e-9))
     with pytest.raises(ShardError, match=r"all: its build held out no queries; expected a set of .*hold-out`\. Name"):
         held_out_share(tmp_path / "all")
 
