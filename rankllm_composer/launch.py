@@ -87,7 +87,8 @@ def _launch() -> int:
             print_exit_status(global_rank, process)
         elif process.stderr is not None:
             process.stderr.seek(0)
-            report("".join(line for line in process.stderr if line.startswith("error: ")).rstrip())
+            if errors := [line.rstrip() for line in process.stderr if line.startswith("error: ")]:
+                report("\n".join(errors))
 
     launcher._print_process_exit_status = print_once
     with _only_news_from(launcher):

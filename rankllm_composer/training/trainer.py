@@ -22,6 +22,7 @@ from rankllm_composer.training import assembly
 from rankllm_composer.training.announcements import Banner
 from rankllm_composer.training.dry_run import StopBeforeUpdate
 from rankllm_composer.training.loggers import build_loggers
+from rankllm_composer.training.progress import ProgressLine
 from rankllm_composer.training.schedule import apply_schedule, build_schedule
 from rankllm_composer.training.stopping import start_worker
 from rankllm_composer.training.stragglers import STATUS_FOLDER, StatusNotes
@@ -97,7 +98,7 @@ def build_trainer(recipe: Recipe, folder: Path, device: str, dry_run: bool = Fal
             step_schedulers_every_batch=True,
             algorithms=algorithms,
             callbacks=[*callbacks, StopBeforeUpdate()] if dry_run else callbacks,
-            loggers=[] if dry_run else loggers,
+            loggers=[logger for logger in loggers if not dry_run or isinstance(logger, ProgressLine)],
             run_name=recipe.run.name,
             progress_bar=False,
             parallelism_config={"fsdp": sharding} if recipe.parallelism.fsdp else None,
