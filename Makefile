@@ -1,5 +1,6 @@
 # `make help` lists the targets. All of them run in .venv, which `make setup` creates from pyproject.toml and
-# constraints.txt. With STACK=current they run in .venv-current, made from constraints-current.txt; README.md compares them.
+# constraints.txt. With STACK=current they run in .venv-current, made from constraints-current.txt;
+# docs/installation.md compares them.
 SHELL := /bin/bash
 STACK ?= pinned
 ifeq ($(STACK),pinned)
@@ -7,16 +8,31 @@ VENV := .venv
 OTHER := current
 PYTHONS := python3.11 python3
 CONSTRAINTS := constraints.txt
-INSTALL := --constraint constraints.txt --editable '.[dev]'
+INSTALL = --constraint $(VERSIONS) --editable '.[dev]'
 else ifeq ($(STACK),current)
 VENV := .venv-current
 OTHER := pinned
 PYTHONS := python3.12 python3.11 python3
 CONSTRAINTS := constraints-current.txt
 # Without dependencies, as Composer and streaming forbid these versions of them. The file lists all.
-INSTALL := --no-deps --requirement constraints-current.txt --editable .
+INSTALL = --no-deps --requirement $(VERSIONS) --editable .
 else
 $(error STACK is $(STACK); expected pinned or current)
+endif
+# The CPU build of torch needs none of the CUDA packages. It is not on PyPI but on the index of PyTorch, which uv names
+# by itself. An environment keeps its build, which .installed names: later targets need no TORCH=cpu.
+CPU_VERSIONS := $(VENV)/cpu-constraints.txt
+TORCH ?= $(or $(shell cat $(VENV)/.installed 2>/dev/null),cuda)
+ifeq ($(TORCH),cpu)
+VERSIONS := $(CPU_VERSIONS)
+UV_INDEX_OPTION := --torch-backend cpu
+PIP_INDEX_OPTION := --extra-index-url https://download.pytorch.org/whl/cpu
+CPU_HINT = || { echo 'No CPU build of torch was installed; it needs the index of PyTorch or a mirror that pip.conf names.' \
+  'Run make setup without TORCH=cpu: the CUDA build also runs on CPU.' >&2; exit 1; }
+else ifeq ($(TORCH),cuda)
+VERSIONS := $(CONSTRAINTS)
+else
+$(error TORCH is $(TORCH); expected cuda or cpu)
 endif
 # The first that starts: pyenv has commands for versions that are not selected.
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '' 2>/dev/null && echo $$python && break; done)
@@ -44,13 +60,20 @@ help:  ## list the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
 
 # uv takes a fraction of pip's time, but does not read pip.conf, where a mirror or a certificate may be set.
-setup: $(VENV)/.installed  ## create .venv (STACK=current: .venv-current) with everything the targets need
+setup: $(VENV)/.installed  ## create .venv (STACK=current: .venv-current) with everything the targets need; TORCH=cpu: without CUDA
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) || $(BIN)/python -m pip install --quiet $(INSTALL)
-	touch $@
+$(VENV)/.installed: pyproject.toml $(VERSIONS)
+	@echo 'Installing into $(VENV), which takes minutes: $(if $(filter cpu,$(TORCH)),the CPU build of torch,3 to 4 GB to download)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_INDEX_OPTION) $(INSTALL) || \
+	  $(BIN)/python -m pip install --quiet $(PIP_INDEX_OPTION) $(INSTALL) $(CPU_HINT)
+	@echo $(TORCH) > $@
+	@echo 'Done. To use its commands in this shell: source $(BIN)/activate'
+
+$(CPU_VERSIONS): $(CONSTRAINTS)
+	@mkdir -p $(VENV)
+	@sed -E '/^(cuda|nvidia|triton)\b/d; s/^(torch|torchvision)==.*/&+cpu/' $< > $@
 
 demo: setup  ## train a small reranker from scratch on CPU and show what it learned
 	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(RUNS)/demo

@@ -386,9 +386,13 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Folder for the collection, the shards, the run and the model.")] = Path(
         "runs/demo"
     ),
+    train_queries: Annotated[
+        int, typer.Option(min=1, help="Lists to train on; fewer than a few thousand teach it little.")
+    ] = 20000,
     overrides: Overrides = None,
 ) -> None:
     """Create a small collection, train a small reranker on it from scratch, and measure it."""
     from rankllm_composer.demo import run_demo
 
-    run_demo(folder, find_recipe("demo"), overrides or [], report=screen.say)
+    recipe = find_recipe("demo")
+    run_demo(folder, recipe, overrides or [], num_train_queries=train_queries, report=screen.say)
