@@ -54,7 +54,7 @@ PART := tests/runs/test_rehearse.py::test_rehearsal[first_mistral] \
   tests/model/test_reranker.py tests/data/test_packing.py \
   tests/preflight/test_plan.py tests/export/test_model_folder.py tests/export/test_tokenizers.py
 
-.PHONY: help setup demo browser test test-all test-part serve-check audit check docs site rehearse bench gpu-check gpu-wheels soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
+.PHONY: help setup demo notebook browser test test-all test-part serve-check audit check docs site rehearse bench gpu-check gpu-wheels soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -77,6 +77,9 @@ $(CPU_VERSIONS): $(CONSTRAINTS)
 
 demo: setup  ## train a small reranker from scratch on CPU and show what it learned
 	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(RUNS)/demo
+
+notebook: setup  ## execute examples/demo.py (ten minutes) and store it, with its output, as examples/demo.ipynb
+	$(ONE_HEAP) $(BIN)/python docs/notebook.py
 
 test:  ## run all tests on one stack, and before that a part of them on the other
 	@status=0; \
@@ -107,8 +110,8 @@ serve-check: setup .venv-vllm/.installed  ## compare our rankings with those of 
 	touch $@
 
 check: setup  ## run the linter, the formatter and the type checker
-	$(BIN)/ruff check rankllm_composer tests benchmarks
-	$(BIN)/ruff format --check rankllm_composer tests benchmarks
+	$(BIN)/ruff check rankllm_composer tests benchmarks examples docs
+	$(BIN)/ruff format --check rankllm_composer tests benchmarks examples docs
 	$(BIN)/mypy
 
 audit:  ## compare the exact versions of constraints.txt with public advisories (needs the network)

@@ -229,6 +229,12 @@ def check_python(command: list[str], folder: Path) -> None:
 TEACHER = "castorini/rank_zephyr_7b_v1_full"
 
 
+def check_example(command: list[str], folder: Path) -> None:
+    """Check the path; tests/test_examples.py runs it."""
+    del folder
+    assert command[1].startswith("examples/") and (REPOSITORY / command[1]).exists()
+
+
 def check_rank_llm(command: list[str], folder: Path) -> None:
     """Check the arguments of the inference client."""
     path = next(word.partition("=")[2] for word in command if word.startswith("--model-path="))
@@ -276,6 +282,7 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "rank-llm": check_rank_llm,
     "source": check_source,
     ".venv/bin/python": check_python,
+    "python": check_example,
 }
 
 

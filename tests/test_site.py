@@ -30,7 +30,9 @@ def site(tmp_path_factory) -> Path:
 
 def test_every_page_is_in_the_site_and_in_its_index(site):
     pages = {path.stem for path in (REPOSITORY / "docs").glob("*.md")}
-    assert pages == {path.stem for path in site.glob("*.html")} - {"404"}
+    assert pages == {path.stem for path in site.glob("*.html")} - {"404", "demo"}
+    examples = {path.name for path in (REPOSITORY / "examples").iterdir() if path.is_file()}
+    assert examples == {path.name for path in (site / "examples").iterdir()}
     index = (REPOSITORY / "docs" / "index.md").read_text()
     assert set(re.findall(r"\]\(([\w-]+)\.md\)", index)) == pages - {"index"}
 

@@ -48,11 +48,8 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     (packages,) = folder.glob("lib/python3.*/site-packages")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", packages, wheel],
-        capture_output=True,
-        check=True,
-    )
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", wheel], capture_output=True, check=True)
     # A .pth file adds the packages of a folder, but does not process that folder's .pth files, such as the one that
     # an editable install of this source tree leaves.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
@@ -75,7 +72,27 @@ def test_an_installed_wheel_trains_and_exports(installed, mistral_v3_folder, tmp
     assert all(path.stem in listed for path in (REPOSITORY / "yamls").glob("*.yaml"))
     assert (train.parent / "yamls" / "first_mistral.yaml").exists()
     overrides = [*small_run(tmp_path, mistral_v3_folder), "run.max_duration=1ep", "checkpoint.export={interval: 1ep}"]
-    run("-m", "rankllm_composer", "train", "first_mistral", "-n", "1", *overrides)
+    run(installed / "rankllm-composer", "train", "first_mistral", "-n", "1", *overrides)
     (contract,) = tmp_path.glob("runs/*/hf/epoch_0/reranker.json")
     assert json.loads(contract.read_text())["objective"] == "combined"
     assert (contract.parent / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_the_demo_and_reports_it(installed, tmp_path):
+    """The commands of README, by the name that pip installs, in an empty folder."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*arguments: str) -> str:
+        command = [installed / "rankllm-composer", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Warning" not in done.stderr and "deprecated" not in done.stderr
+        return done.stdout
+
+    shown = run("demo", "--train-queries", "64", "run.max_duration=1ba", "schedule.warmup=0ba")
+    assert "nDCG@10 on 200 held-out queries" in shown
+    run("recipes", "copy", "demo", "mine.yaml")
+    assert "mine.yaml" in run("recipes", "check", "mine.yaml", "-n", "1")
+    run("report", "runs/demo", "--output", "report.html")
+    assert (tmp_path / "report.html").read_text().rstrip().endswith("</html>")
