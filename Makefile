@@ -54,7 +54,7 @@ PART := tests/runs/test_rehearse.py::test_rehearsal[first_mistral] \
   tests/model/test_reranker.py tests/data/test_packing.py \
   tests/preflight/test_plan.py tests/export/test_model_folder.py tests/export/test_tokenizers.py
 
-.PHONY: help setup demo notebook browser test test-all test-part serve-check audit check docs site rehearse bench gpu-check gpu-wheels soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
+.PHONY: help setup demo notebook picture browser test test-all test-part serve-check audit check docs site rehearse bench gpu-check gpu-wheels soak reproduce-first-mistral reproduce-zephyr train-smollm2 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -80,6 +80,18 @@ demo: setup  ## train a small reranker from scratch on CPU and show what it lear
 
 notebook: setup  ## execute examples/demo.py (ten minutes) and store it, with its output, as examples/demo.ipynb
 	$(ONE_HEAP) $(BIN)/python docs/notebook.py
+
+# The demo, evaluated while it trains, as its report shows it.
+PICTURE := $(RUNS)/picture
+EVAL := run: $(PICTURE)/collection/test_run.trec, judgments: $(PICTURE)/collection/qrels.trec
+EVAL := $(EVAL), queries: $(PICTURE)/collection/test_queries.jsonl, docs: $(PICTURE)/collection/docs.jsonl
+EVAL := 'data.eval={local: $(PICTURE)/windows, source: {$(EVAL), window: 4, stride: 4}}' 'evaluation={interval: 75ba}'
+
+picture: setup browser  ## draw docs/report.png: run the demo, and photograph its report in Chromium
+	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(PICTURE) $(EVAL) $(SET)
+	$(BIN)/rankllm-composer report $(PICTURE)
+	$$(command -v chromium || command -v chromium-browser) --headless --no-sandbox --disable-gpu --hide-scrollbars \
+	  --window-size=1000,1060 --screenshot=docs/report.png file://$(abspath $(PICTURE))/report.html
 
 test:  ## run all tests on one stack, and before that a part of them on the other
 	@status=0; \

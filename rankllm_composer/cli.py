@@ -293,7 +293,7 @@ def rerank(
     report = rerank_files(model, files, options, measures=measure or DEFAULT_MEASURES, name=name)
     screen.say(report.text)
     if card and report.result is not None:
-        add_figures(page, report.result.figures())
+        add_figures(page, report.result.figures(), report.result.first_stage())
         screen.say(f"{page}: results of {report.result.name} added")
 
 
@@ -324,25 +324,53 @@ def requests(
 
 @app.command("export")
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, with recipe.yaml and checkpoints/.")],
-    output: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run, with recipe.yaml and checkpoints/; or, to push, an export.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; an earlier export there is replaced. Optional with --push.")
+    ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Name such as ep1-ba200; default: the newest complete checkpoint.")
     ] = None,
+    average: Annotated[
+        int, typer.Option(min=1, help="Average the weights of this many checkpoints, up to that one.")
+    ] = 1,
     merge_lora: Annotated[
         bool | None,
         typer.Option(
             "--merge-lora/--adapter-only", help="Merge a LoRA adapter into the model or not; default: the recipe's."
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Push to this repository of the Hugging Face hub: --output, else the run's best export."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: everyone may read the repository; default: private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --push: print what would be pushed, and change nothing there.")
+    ] = False,
 ) -> None:
-    """Export a checkpoint as a Hugging Face folder."""
+    """Export a checkpoint as a Hugging Face folder, and push it or an export of the run to the hub."""
+    if output is None and (push is None or checkpoint is not None or merge_lora is not None or average > 1):
+        raise ValueError("export: pass --output FOLDER, which a checkpoint is exported to, or --push REPO, or both")
+    if push is None and (public or dry_run):
+        raise ValueError("export: --public and --dry-run need --push")
     with screen.loading():
-        from rankllm_composer.training.export_run import export_run
+        from rankllm_composer.export.hub import push_export
+        from rankllm_composer.training.export_run import export_run, finished_export
 
-    name = export_run(run, output, checkpoint, merge_lora)
-    screen.say(f"{output}: exported checkpoint {name} of {run}")
-    screen.say(f"check it: {shell_line('rankllm-composer', 'inspect', '--model', output)}")
+    if output is not None:
+        screen.say(f"{output}: exported {export_run(run, output, checkpoint, merge_lora, average=average)} of {run}")
+        screen.say(f"check it: {shell_line('rankllm-composer', 'inspect', '--model', output)}")
+    if push is not None:
+        folder = finished_export(run) if output is None else output
+        done = push_export(folder, push, public=public, dry_run=dry_run)
+        screen.say(f"{folder}: {'dry run, nothing was pushed; would be' if dry_run else 'pushed'} to")
+        for line in done.lines():
+            screen.say(line)
 
 
 @app.command("report")
@@ -351,34 +379,28 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="HTML file; default: report.html in the first run's folder.")
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Folder for the same charts as PNG files.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for the same pictures as PNG files.")] = None,
     reranked: Annotated[
-        list[Path] | None, typer.Option(help="OUTPUT.figures.json of `rerank --qrels`; repeatable.")
+        list[Path] | None, typer.Option(help="OUTPUT.figures.json of `rerank --qrels` elsewhere; repeatable.")
     ] = None,
 ) -> None:
-    """Draw losses, learning rate, throughput, nDCG, gains, lengths and position bias of runs in one HTML page."""
+    """Show what runs gained and how they trained, with what `rerank` left in their folders, in one HTML page."""
     with screen.loading():
-        from rankllm_composer.preflight.list_lengths import measure_lists
         from rankllm_composer.ranking.comparison import read_rerank_result
-        from rankllm_composer.recipe.load import load_recipe
         from rankllm_composer.report.page import write_report
         from rankllm_composer.report.run_record import read_run, with_reranked
 
     records = []
     for folder in runs:
-        try:
-            with screen.doing(f"measuring the lists of {folder}"):
-                lengths = measure_lists(load_recipe(folder / "recipe.yaml"), sample=1000).tokens
-        except (ValueError, OSError, RecursionError):  # a recipe, data or a tokenizer that are not here or damaged
-            lengths = ()
-        records.append(read_run(folder, lengths))
+        with screen.doing(f"reading {folder}"):
+            records.append(read_run(folder))
         if records[-1].num_damaged:
             screen.report(f"warning: {folder}: {records[-1].num_damaged:,} damaged lines and values are left out")
     records = with_reranked(records, runs, map(read_rerank_result, reranked or ()))
     target = output or runs[0] / "report.html"
     with screen.doing(f"drawing {target}"):
         drawn = write_report(records, target, png)
-    screen.say(f"{target}: {', '.join(drawn) or 'no charts, as nothing was measured'}")
+    screen.say(f"{target}: {', '.join(drawn) or 'no pictures, as nothing was measured'}")
 
 
 @app.command("demo")

@@ -18,6 +18,7 @@ from rankllm_composer import __version__
 from rankllm_composer.cli import app, main, rerank, shards_build
 from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.recipe.bundled import find_recipe
+from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.shards import build as shards
 
 ROOT = Path(__file__).parent.parent
@@ -308,7 +309,14 @@ def test_recipes_copy(run: Run, tmp_path: Path) -> None:
     assert_readable_error(refused, f"destination is {mine}; expected a file that does not exist", "--force")
     assert mine.read_text() == "mine"
     assert run("recipes", "copy", "rank_zephyr", mine, "--force").code == 0
-    assert mine.read_text(encoding="utf-8").splitlines()[1:] == original[1:]
+    copied = mine.read_text(encoding="utf-8").splitlines()
+    changed = {old: new for old, new in zip(original[1:], copied[1:], strict=True) if old != new}
+    assert next(line.split("#")[0].split() for line in changed.values()) == ["name:", "mine"]
+    assert changed == {old: new for old, new in changed.items() if "; null = runs/" in old or "name:" in new}
+    assert all(old.index("#") == new.index("#") for old, new in changed.items())  # comments stay aligned
+    assert load_recipe(mine).run_folder == "runs/mine" and load_recipe(mine).export_folder == "runs/mine/hf"
+    odd = tmp_path / "-my run (2).yaml"  # becomes a name that `run.name` allows
+    assert run("recipes", "copy", "demo", odd).code == 0 and load_recipe(odd).run.name == "my-run-2-"
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

@@ -26,6 +26,7 @@ from support.toy_recipe import TOY
 from transformers import MistralConfig
 
 from rankllm_composer.cli import main
+from rankllm_composer.export.hub import files_to_push
 from rankllm_composer.export.model_card import serving_command
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.contract import read_contract
@@ -35,6 +36,7 @@ from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.keys import describe_keys
 from rankllm_composer.recipe.load import load_recipe, merge_recipe, recipe_to_yaml
 from rankllm_composer.sources.records import open_source, read_records
+from rankllm_composer.training.export_run import finished_export
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
@@ -256,6 +258,10 @@ def check_install(command: list[str], folder: Path) -> None:
 
 
 def check_train(command: list[str], folder: Path) -> None:
+    if "--push" in command:  # what needs no hub: the export that is pushed, and its files
+        assert command[1] == "export" and set(command[5:]) <= {"--dry-run"}
+        assert "README.md" in files_to_push(finished_export(folder / command[2]))
+        return
     assert command[1] == "train" and command[3] == "-n"
     overrides = [word for word in command[5:] if word != "--dry-run"]
     check_recipe(command[2], overrides, int(command[4]), folder)
@@ -288,7 +294,8 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
 
 def runs_here(command: list[str]) -> bool:
     is_long = command[1] == "train" and command[3:5] != ["-n", "1"]
-    return (command[0] == "rankllm-composer" and not is_long) or command[:3] == ["composer", "-n", "1"]
+    is_here = not is_long and "--push" not in command
+    return (command[0] == "rankllm-composer" and is_here) or command[:3] == ["composer", "-n", "1"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "installation.md"])
@@ -330,7 +337,7 @@ def test_every_command(docs_folder):
                     CHECKS[command[0]](command, docs_folder)
         if block.page == "planning.md" and block.language == "text":
             assert set(map(shape, block.text.splitlines())) <= printed
-    assert (docs_folder / "reranked.trec").exists() and (docs_folder / "run" / "report.html").exists()
+    assert (docs_folder / "run" / "reranked.trec").exists() and (docs_folder / "run" / "report.html").exists()
 
 
 @pytest.mark.filterwarnings("ignore::rankllm_composer.recipe.load.RecipeWarning")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from rankllm_composer import __version__
 from rankllm_composer.errors import ModelError, shell_line
 from rankllm_composer.escaping import for_markdown, for_screen, from_markdown
+from rankllm_composer.export.card_metadata import metadata_yaml, public_name, with_results
+from rankllm_composer.export.published import TOLERANCE, verdict
 from rankllm_composer.prompts.client_names import client_names
 from rankllm_composer.prompts.clients import CLIENT_TOP_K
 from rankllm_composer.prompts.contract import DEFAULT_WORDS, DecodingContract
@@ -19,26 +20,7 @@ from rankllm_composer.prompts.prompt_template import TEMPLATE_FILE
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.atomic import write_atomic
 
-TOLERANCE = 0.025  # share of a published figure that a run may differ by
-MEASURE = "nDCG@10"
-_RANK_ZEPHYR = {"dl19-splade": 0.7781, "dl20-splade": 0.8147, "dl19-bm25": 0.7365, "dl20-bm25": 0.7080}
-_FIRST_MISTRAL = {"dl20-splade": 0.7851, "dl19-bm25": 0.7294, "dl20-bm25": 0.7043, "beir-11": 0.5564}
-_FIRST_QWEN3_06B = {"dl19-splade": 0.7764, "dl20-splade": 0.7720, "dl21-splade": 0.7263}
-_BY_RECIPE = {
-    "rank_zephyr": _RANK_ZEPHYR,
-    "rank_zephyr_stage2": _RANK_ZEPHYR,
-    "first_mistral": _FIRST_MISTRAL,
-    "first_qwen3_0.6b": _FIRST_QWEN3_06B,
-}
-
-
-def published_figures(run_name: str) -> Mapping[str, float]:
-    """nDCG@10 published for the models of some recipes, by set and measure (dl20-bm25/nDCG@10); empty for others.
-
-    The sets are TREC Deep Learning 2019, 2020 and 2021, the top 100 of SPLADE++ or of BM25
-    reranked, and the mean of 11 sets of BEIR. The header of each recipe has the same figures.
-    """
-    return {f"{name}/{MEASURE}": value for name, value in _BY_RECIPE.get(run_name, {}).items()}
+_FIRST_STAGE, _MEASURED, _PUBLISHED = "first stage", "measured", "published"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,51 +30,63 @@ class CardFacts:
     name: str
     base_model: str | None  # hub id or path of the fine-tuned model; None = trained from scratch
     contract: DecodingContract
+    base_id: str | None = None  # hub id of that model, or of the one that it was itself made from
     base_licence: str | None = None  # SPDX name, where known
     data: tuple[str, ...] = ()  # sources of the training lists
-    num_lists: int | None = None  # in the training data, per epoch; None = not counted
-    trained_lists: Mapping[str, int] = field(default_factory=dict)  # "trained", "too_long": in the last epoch, if known
+    num_lists: int | None = None  # of an epoch; None = not counted
+    trained_lists: Mapping[str, int] = field(default_factory=dict)
+    """ "total": lists trained in all epochs; "too_long": left out in the last one; empty if not counted."""
     losses: Mapping[str, float] = field(default_factory=dict)  # part of the objective → weight
     hyperparameters: Mapping[str, object] = field(default_factory=dict)  # in the order of the table
     changes: tuple[str, ...] = ()  # of the recipe while the run was stopped
     is_adapter: bool = False  # the folder holds a LoRA adapter alone
     progress: str = ""  # point in training that the weights are from
     figures: Mapping[str, float] = field(default_factory=dict)  # measured
-    published: Mapping[str, float] = field(default_factory=dict)  # for this recipe, by the names of `figures`
+    first_stage: Mapping[str, float] = field(default_factory=dict)  # of the first stage, by the names of `figures`
+    published: Mapping[str, float] = field(default_factory=dict)  # of such a model, by the names of `figures`
 
 
 def render_card(facts: CardFacts) -> str:
     """Markdown text of a card, without secrets and without paths of this machine."""
-    base = None if facts.base_model is None else _public(facts.base_model)
+    base = None if facts.base_model is None else public_name(facts.base_model)
     parts = [
-        _front_matter(facts, base),
+        f"---\n{metadata_yaml(facts.name, facts.base_id, facts.data, facts.base_licence, facts.figures)}\n---",
         f"# {for_markdown(facts.name)}",
         _introduction(facts, base),
         _training(facts),
-        _results_section(facts.figures, facts.published),
+        _results_section(facts.figures, facts.first_stage, facts.published),
         _serving_of_adapter() if facts.is_adapter else _serving(facts.contract),
         _licence(facts, base),
     ]
     return redact("\n\n".join(parts) + "\n")
 
 
-def add_figures(card: str | Path, figures: Mapping[str, float]) -> None:
-    """Add or replace measured figures in the results of a card; raise ModelError if it has no such section."""
+def add_figures(card: str | Path, figures: Mapping[str, float], first_stage: Mapping[str, float] | None = None) -> None:
+    """Add or replace measured figures in the results and the metadata of a card.
+
+    Args:
+        figures: by set and measure, such as dl20-bm25/nDCG@10.
+        first_stage: those of the first stage by the same names, where known.
+    Raises:
+        ModelError: the card has no section for results.
+    """
     path = Path(card)
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     found = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     if found is None:
         raise ModelError(f"{path} has no section '## Results'; expected the card of an export. Export the model again.")
-    rows = [_cells(line) for line in found[1].split("\n") if line.startswith("|")]
-    measured: dict[str, float] = {}
-    published: dict[str, float] = {}
-    for name, *cells in rows[2:]:
-        for place, values in enumerate((measured, published)):
-            if place < len(cells) and re.fullmatch(r"-?\d+\.\d+|nan|-?inf", cells[place]):
-                values[name] = float(cells[place])
-    ours = {redact(" ".join(for_screen(name).split())): value for name, value in figures.items()}  # as a card has them
-    section = redact(_results_section(measured | ours, published))
+    head, _, *rows = [_cells(line) for line in found[1].split("\n") if line.startswith("|")] or [[], []]
+    columns: dict[str, dict[str, float]] = {_FIRST_STAGE: {}, _MEASURED: {}, _PUBLISHED: {}}
+    for name, *cells in rows:
+        for column, cell in zip(head[1:], cells):
+            if column in columns and re.fullmatch(r"-?\d+\.\d+|nan|-?inf", cell):
+                columns[column][name] = float(cell)
+    for column, values in ((_MEASURED, figures), (_FIRST_STAGE, first_stage or {})):  # named as a card has them
+        columns[column] |= {redact(" ".join(for_screen(name).split())): value for name, value in values.items()}
+    section = redact(_results_section(columns[_MEASURED], columns[_FIRST_STAGE], columns[_PUBLISHED]))
     whole = text[: found.start()] + section + "\n\n" + text[found.end() :]
+    title = re.search(r"^# (.*)$", text, re.MULTILINE)
+    whole = with_results(whole, from_markdown(title[1]) if title else "", columns[_MEASURED])
     write_atomic(path, whole.encode("utf-8", "surrogateescape"))
 
 
@@ -101,38 +95,10 @@ def _cells(line: str) -> list[str]:
     return [from_markdown(cell.strip()) for cell in re.findall(r"(?:\\.|[^|\\])+", line)]
 
 
-def verdict(measured: float | None, published: float) -> str:
-    """Compare a measured figure with a published one: within tolerance, below, above, or not measured."""
-    if measured is None:
-        return "not measured"
-    if abs(measured - published) <= TOLERANCE * abs(published):
-        return "within tolerance"
-    return "below" if measured < published else "above"
-
-
-def _public(name: str) -> str:
-    """A hub id unchanged; of a path, the last part."""
-    is_path = name.startswith(("/", "./", "../", "~")) or "\\" in name or name.count("/") > 1
-    return Path(name).name if is_path else name
-
-
-def _front_matter(facts: CardFacts, base: str | None) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-ranking"]
-    lines += ["tags:", "  - reranking", "  - listwise-reranking", "  - rank_llm"]
-    if base is not None and "/" in base:
-        lines.append(f"base_model: {_quoted(base)}")
-    if facts.base_licence is not None:
-        lines.append(f"license: {_quoted(facts.base_licence)}")
-    return "\n".join([*lines, "---"])
-
-
-def _quoted(text: str) -> str:
-    """A text of the front matter, which is YAML."""
-    return json.dumps(for_screen(text, one_line=True), ensure_ascii=False)
-
-
 def _introduction(facts: CardFacts, base: str | None) -> str:
     origin = "trained from random weights" if base is None else f"fine-tuned from {for_markdown(base, code=True)}"
+    if base is not None and facts.base_id not in (None, base):
+        origin += f", which was made from {for_markdown(facts.base_id, code=True)},"
     text = (
         f"A listwise reranker, {origin} with rankllm-composer {__version__}. Given a query and up to "
         f"{facts.contract.window_size} passages, it orders the passages by relevance."
@@ -146,32 +112,37 @@ def _training(facts: CardFacts) -> str:
     rows = [("objective", contract.objective), ("identifiers", f"{contract.identifier_style}, {names}")]
     rows.append(("prompt", f"rank_llm's {contract.prompt_template}" if contract.template is None else TEMPLATE_FILE))
     rows += [(f"weight of {part}", f"{weight:g}") for part, weight in facts.losses.items()]
-    lists = "not counted" if facts.num_lists is None else f"{facts.num_lists:,}"
     if facts.trained_lists:
-        left_out = f"{facts.trained_lists['too_long']:,} left out as too long"
-        of_all = "" if facts.num_lists is None else f" of {lists}"
-        lists = f"{facts.trained_lists['trained']:,}{of_all} in the last epoch, {left_out}"
-    rows.append(("training lists", lists))
-    rows += [("data", _public(source)) for source in facts.data]
+        lists = f"{facts.trained_lists['total']:,}"
+        lists += "" if facts.num_lists is None else f" in epochs of {facts.num_lists:,}"
+        rows.append(("lists trained", f"{lists}; {facts.trained_lists['too_long']:,} too long in the last epoch"))
+    else:
+        rows.append(("lists trained", "not counted"))
+    rows += [("data", public_name(source)) for source in facts.data]
     rows += [(key, str(value)) for key, value in facts.hyperparameters.items()]
     rows += [("changed", change) for change in facts.changes]
     return "## Training\n\n" + _table(("setting", "value"), rows)
 
 
-def _results_section(figures: Mapping[str, float], published: Mapping[str, float]) -> str:
+def _results_section(
+    figures: Mapping[str, float], first_stage: Mapping[str, float], published: Mapping[str, float]
+) -> str:
     names = list({**published, **figures})
     if not names:
         return "## Results\n\nNot measured."
-    if not published:
-        return "## Results\n\n" + _table(("figure", "measured"), [(name, f"{figures[name]:.4f}") for name in names])
     rows = []
     for name in names:
-        ours, theirs = figures.get(name), published.get(name)
-        measured = "not measured" if ours is None else f"{ours:.4f}"
-        compared = ("–", "–") if theirs is None else (f"{theirs:.4f}", verdict(ours, theirs))
-        rows.append((name, measured, *compared))
-    note = f"Tolerance: {TOLERANCE:.1%} of the published figure."
-    return "## Results\n\n" + _table(("figure", "measured", "published", "verdict"), rows) + f"\n\n{note}"
+        presented = re.sub(r"^eval/(first_token|generation)/(?=(ndcg|mrr)@)", "eval/presented/", name)
+        before = first_stage.get(name, figures.get(presented) if presented != name else None)
+        cells = [("–" if before is None else f"{before:.4f}")]
+        cells.append("not measured" if name not in figures else f"{figures[name]:.4f}")
+        theirs = published.get(name)
+        if published:
+            cells += ["–", "–"] if theirs is None else [f"{theirs:.4f}", verdict(figures.get(name), theirs)]
+        rows.append((name, *cells))
+    head = ("figure", _FIRST_STAGE, _MEASURED, *((_PUBLISHED, "verdict") if published else ()))
+    note = f"\n\nTolerance: {TOLERANCE:.1%} of the published figure." if published else ""
+    return "## Results\n\n" + _table(head, rows) + note
 
 
 def _serving_of_adapter() -> str:

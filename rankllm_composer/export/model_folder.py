@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ from rankllm_composer.export.weights import (
     is_of_adapter,
     is_tied,
     load_adapter,
+    mean_weights,
     name_on_disk,
     read_checkpoint_weights,
 )
@@ -189,8 +191,8 @@ def is_whole(folder: Path) -> bool:
     return content is not None and all((folder / name).is_file() for name in content.sha256)
 
 
-def export_checkpoint(
-    checkpoint: str | Path,
+def export_checkpoints(
+    checkpoints: Sequence[str | Path],
     folder: str | Path,
     model: ServedModel,
     card: str,
@@ -198,28 +200,45 @@ def export_checkpoint(
     batch: int = 0,
     base: torch.nn.Module | None = None,
 ) -> Path:
-    """Turn a Composer checkpoint, in one file or sharded, into a model folder, as `write_model_folder` does.
+    """Turn a Composer checkpoint, in one file or sharded, or the mean of several, into a model folder.
 
     Args:
-        batch: optimizer steps before the checkpoint.
+        checkpoints: at least one; of several the mean of their weights, see `mean_weights`.
+        batch: optimizer steps before the last of them.
         base: PEFT model that a checkpoint's adapter is loaded into and merged with; full weights need none.
     Raises:
-        ModelError: the checkpoint cannot be read, or holds an adapter without `base` or an adapter configuration; see
-            also `write_model_folder`.
+        ModelError: a checkpoint cannot be read, or holds an adapter without `base` or an adapter configuration, or
+            several adapters are to be averaged without being merged; see also `write_model_folder`.
     """
+    found = [_served_weights(checkpoint, model, base, is_alone=len(checkpoints) == 1) for checkpoint in checkpoints]
+    weights = found[0] if len(found) == 1 else mean_weights(found)
+    return write_model_folder(folder, weights, model, card, batch=batch)
+
+
+def _served_weights(
+    checkpoint: str | Path, model: ServedModel, base: torch.nn.Module | None, *, is_alone: bool
+) -> Weights:
+    """Weights of a checkpoint, named as in the folder."""
     weights = read_checkpoint_weights(checkpoint)
     adapter = {name: tensor for name, tensor in weights.items() if is_of_adapter(name)}
-    if adapter and base is not None:
+    if not adapter:
+        return weights
+    if base is not None:
         load_adapter(base, adapter)
-        weights = gather_full_state_dict(base, dtype=DTYPES[model.dtype])
-    elif adapter and model.adapter_config is not None:
-        weights = {name_on_disk(name): tensor for name, tensor in adapter.items()}
-    elif adapter:
+        if is_alone:
+            return gather_full_state_dict(base, dtype=DTYPES[model.dtype])
+        return {name: tensor.clone() for name, tensor in gather_full_state_dict(base).items()}
+    if model.adapter_config is None:
         raise ModelError(
             f"{checkpoint} holds {len(adapter)} tensors of an adapter; expected full weights. Give the adapter's "
             "configuration to export the adapter, or the base model to merge it into."
         )
-    return write_model_folder(folder, weights, model, card, batch=batch)
+    if not is_alone:
+        raise ModelError(
+            f"{checkpoint} holds an adapter; expected full weights, as the mean of adapters is not the adapter of the "
+            "mean. Merge them with --merge-lora."
+        )
+    return {name_on_disk(name): tensor for name, tensor in adapter.items()}
 
 
 def local_path(folder: str | Path) -> Path:

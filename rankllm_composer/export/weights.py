@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -142,6 +142,42 @@ def merge_lora_weights(weights: Mapping[str, torch.Tensor], scalings: Mapping[st
         )
     merged.update({name.replace(".base_layer.", "."): tensor for name, tensor in rest.items()})
     return {name.removeprefix("base_model.model."): tensor for name, tensor in merged.items()}
+
+
+def mean_weights(many: Sequence[Weights]) -> Weights:
+    """Mean of each tensor, summed in float64 and rounded once to the type of the first; others are of the last.
+
+    Args:
+        many: weights with the same names and shapes; they are emptied.
+    Raises:
+        ModelError: names or shapes differ.
+    Source:
+        Izmailov et al. 2018 (arXiv:1803.05407) for averages along a run.
+    """
+    first, last = many[0], many[-1]
+    for other in many:
+        strange = sorted(name for name in first.keys() | other.keys() if _shape(first, name) != _shape(other, name))
+        if strange:
+            raise ModelError(
+                f"{strange[0]}: {len(strange)} weights differ in name or shape between checkpoints; expected those of "
+                "one run. Name checkpoints of one run."
+            )
+    mean: Weights = {}
+    for name in list(first):
+        if first[name].is_floating_point():
+            total = torch.zeros(first[name].shape, dtype=torch.float64)
+            for weights in many:
+                total += weights[name]
+            mean[name] = (total / len(many)).to(first[name].dtype)
+        else:
+            mean[name] = last[name]
+        for weights in many:
+            del weights[name]
+    return mean
+
+
+def _shape(weights: Weights, name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
 
 
 def is_of_adapter(name: str) -> bool:

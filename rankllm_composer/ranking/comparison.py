@@ -15,6 +15,7 @@ from rankllm_composer.ranking.metrics import Floats
 from rankllm_composer.storage.atomic import write_atomic
 
 TIE = 1e-6
+FIGURES_SUFFIX = ".figures.json"
 NUM_SIGNS_AT_ONCE = 1 << 22  # signs that the permutation test holds in memory at a time
 
 
@@ -128,6 +129,10 @@ class RerankResult:
     def figures(self) -> dict[str, float]:
         """Mean of each measure after reranking, by the set's name and the measure's: dl20-bm25/nDCG@10."""
         return {f"{self.name}/{row.measure}": row.comparison.second_mean for row in self.comparisons}
+
+    def first_stage(self) -> dict[str, float]:
+        """Mean of each measure before reranking, by the same names."""
+        return {f"{self.name}/{row.measure}": row.comparison.first_mean for row in self.comparisons}
 
 
 class MeasureComparison(NamedTuple):

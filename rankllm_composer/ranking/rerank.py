@@ -23,6 +23,7 @@ from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.user_turn import clean_query
 from rankllm_composer.ranking.comparison import (
     DEFAULT_MEASURES,
+    FIGURES_SUFFIX,
     MeasureComparison,
     RerankResult,
     compare_runs,
@@ -49,8 +50,6 @@ Value = TypeVar("Value")
 
 TAG = "rankllm-composer"
 """Last column of the runs written."""
-
-FIGURES_SUFFIX = ".figures.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,11 @@ from rankllm_composer.model.loss_table import RANKING_LOSSES
 from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, SourceOptions
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT
+from rankllm_composer.recipe.evaluation_rules import evaluation_problems
 from rankllm_composer.recipe.keys import plain_tree, show
 from rankllm_composer.recipe.places import argument_problems, place_problems, template_problems
 from rankllm_composer.recipe.resume import acceptance_problems
-from rankllm_composer.recipe.sections import Evaluation, Export, Recipe, Split
+from rankllm_composer.recipe.sections import Recipe, Split
 from rankllm_composer.recipe.times import explain_warmup, parse_time
 from rankllm_composer.recipe.validate import shown
 from rankllm_composer.redaction import redact
@@ -274,32 +275,7 @@ def _outputs(recipe: Recipe) -> Iterator[Problem]:
         remedy = "Name the layers, or set model.lora: null."
         yield Problem("model.lora.target_modules", "[]", "at least one module name", remedy)
     if recipe.evaluation is not None:
-        yield from _evaluation(recipe.evaluation, recipe.checkpoint.export)
-
-
-def _evaluation(evaluation: Evaluation, export: Export | None) -> Iterator[Problem]:
-    decodings = ("evaluation.decodings",)
-    if not evaluation.decodings:
-        remedy = "Name one, or set evaluation: null."
-        yield Problem("evaluation.decodings", "[]", "first_token, generation or both", remedy)
-    for name, value, needed, expected in (
-        ("num_shuffles", evaluation.num_shuffles, "first_token", "0"),
-        ("constrained", evaluation.constrained, "generation", "false"),
-    ):
-        if value and needed not in evaluation.decodings:
-            found = f"{show(value)} without {needed} in evaluation.decodings"
-            yield Problem(f"evaluation.{name}", found, expected, f"Remove it, or add {needed}.", decodings)
-    if evaluation.best_by is None:
-        return
-    metrics = [f"{name}/{metric}" for name in evaluation.decodings for metric in ("ndcg@10", "mrr@10", "tau")]
-    if evaluation.best_by not in metrics:
-        expected = f"one of {', '.join(metrics)}, or null" if metrics else "null"
-        yield Problem("evaluation.best_by", f"'{evaluation.best_by}'", expected, "Choose one, or null.", decodings)
-    if export is None or export.interval != evaluation.interval:
-        found = "set, but exports and evaluations are at different times" if export else "set without exports"
-        expected = "null, or checkpoint.export.interval equal to evaluation.interval"
-        involved = ("checkpoint.export.interval", "evaluation.interval")
-        yield Problem("evaluation.best_by", found, expected, "Export when the model is evaluated.", involved)
+        yield from evaluation_problems(recipe.evaluation, recipe.checkpoint.export)
 
 
 def missing_files(recipe: Recipe) -> list[Problem]:

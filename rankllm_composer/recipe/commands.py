@@ -45,15 +45,26 @@ def recipes_copy(
     destination: Annotated[Path, typer.Argument(help="File or folder to copy to.", show_default="here")] = Path(),
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """Copy a recipe, to change it."""
+    """Copy a recipe, to change it. `run.name` becomes the name of the file."""
     source = find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists() and not force:
         raise RunError(f"destination is {target}; expected a file that does not exist. Choose another, or add --force.")
     schema = (source.parent / SCHEMA_NAME).resolve().as_posix()  # the copy is beside no schema
     line = rf"(?m)^(# yaml-language-server: \$schema=){SCHEMA_NAME}$"
-    target.write_text(re.sub(line, rf"\g<1>{schema}", source.read_text("utf-8")), encoding="utf-8")
+    text = re.sub(line, rf"\g<1>{schema}", source.read_text("utf-8"))
+    target.write_text(_renamed(text, source.stem, target.stem), encoding="utf-8")
     say(str(target))
+
+
+def _renamed(text: str, old: str, new: str) -> str:
+    """A recipe with another `run.name`, also in the comments on its folders; unchanged if no name can be made of it."""
+    name = re.sub(r"[^\w.-]+", "-", new).lstrip("-.")
+    if not name:
+        return text
+    line = re.compile(rf"(?m)^  name: {re.escape(old)}( +)(?=#)")
+    text = line.sub(lambda found: f"  name: {name} ".ljust(len(found[0])), text, count=1)
+    return re.sub(rf"(?m)(; null = runs/){re.escape(old)}(?=/|$)", rf"\g<1>{name}", text)
 
 
 @recipes_app.command("check")

@@ -334,6 +334,12 @@ class Evaluation:
         None,
         unit="metric",
     )
+    patience: Whole | None = option(
+        "Evaluations in a row without a new best `best_by` after which the run ends; null = it trains to its end.",
+        None,
+        unit="evaluations",
+        ge=1,
+    )
 
 
 @worded

@@ -1,17 +1,19 @@
-"""Draw the figures of the report: metrics over batches, windows, queries and positions."""
+"""Draw the pictures of the report: metrics over batches, windows, queries and positions; one panel per picture."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rankllm_composer.escaping import for_figure
 from rankllm_composer.options import DECODINGS
-from rankllm_composer.training.progress import LOSS_PREFIX
+from rankllm_composer.report.wording import decoding_name, loss_name
+from rankllm_composer.training.run_files import LOSS_PREFIX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,98 +22,140 @@ if TYPE_CHECKING:
 
     from rankllm_composer.report.run_record import RunRecord
 
-COLORS = ("#1f6fb4", "#d1600d", "#2a8a3e", "#b5332e", "#7a55b0", "#7d5a4f")
-GREY = "#555555"
+COLORS = ("#1f6fb4", "#c4560a", "#2a8a3e", "#8e44ad", "#0f8b8d", "#7d5a4f")
+WORSE = "#b5332e"
+INK, MUTED, GRID = "#1c2430", "#5b6675", "#dfe4ea"
 STYLES = {"first_token": "-", "generation": "--"}
-BOUNDS = {"presented": ":", "chance": (0, (1, 4)), "oracle": "-."}
-HALF_PAGE, FULL_PAGE = 4.6, 9.3  # width in inches
+BOUNDS = {"presented": "first stage", "oracle": "best possible", "chance": "random order"}
+SIZE, LARGE = (4.4, 2.6), (5.6, 2.9)  # inches, of 72 points
 MIN_BATCHES_TO_SMOOTH = 100
-MAX_PANELS = 60  # of a figure: the first ones, because an image has a largest size
-
-# Name → (title, caption), in the order of the page.
-CAPTIONS = {
-    "quality": (
-        "Ranking quality",
-        "nDCG@10 of held-out windows by decoding. Gray: the presented, a random and the best possible order.",
-    ),
-    "gains": (
-        "Gain per window",
-        "nDCG@10 of each held-out window minus that of the presented order, at the last evaluation, sorted.",
-    ),
-    "reranked": ("Gain per query", "Metric of each reranked query minus that of the first stage, sorted."),
-    "positions": (
-        "Position bias",
-        "Share of the candidates presented at a position (row) that are ranked at a position (column), at the last "
-        "evaluation with shuffled windows. Uniform: no bias. Diagonal: the model repeats the presented order.",
-    ),
-    "losses": ("Losses", "Parts of the loss, unweighted, and their weighted total. Thick: running mean."),
-    "learning_rate": ("Learning rate", "Learning rate per update."),
-    "throughput": ("Throughput", "Training tokens per second, over all ranks."),
-    "lengths": ("List lengths", "Tokens per training list, prompt and response."),
+MAX_PANELS = 60  # of a section: the first ones
+MAX_AREAS = 120  # of a panel that show a value when they are pointed at
+MAX_CELLS = 40  # rows of a matrix whose cells do
+MIN_APART = 0.03  # of two bounds that are both shown, in nDCG
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rankllm-composer",
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "lines.linewidth": 1.6,
 }
 
 
-def draw(runs: Sequence[RunRecord]) -> dict[str, Figure]:
-    """Draw the figures of CAPTIONS for which there are measurements."""
-    runs = [replace(run, name=for_figure(run.name)) for run in runs]
+class Area(NamedTuple):
+    """A part of a panel, in its coordinates, and what is shown when it is pointed at."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture with one title; `figure` has one pair of axes and no title."""
+
+    title: str
+    figure: Figure
+    areas: tuple[Area, ...] = ()
+
+
+def draw(runs: Sequence[RunRecord]) -> dict[str, list[Panel]]:
+    """Draw the panels of each section of the report for which there are measurements."""
+    from matplotlib import rc_context
+
     parts = sorted({name for run in runs for line in run.batches for name in line if name.startswith(LOSS_PREFIX)})
-    losses = {part: for_figure(part.removeprefix(LOSS_PREFIX).replace("_", " ")) for part in parts[:MAX_PANELS]}
-    figures = {
-        "quality": _quality(runs),
-        "gains": _gains(runs),
-        "reranked": _reranked(runs),
-        "positions": _positions(runs),
-        "losses": _over_batches(runs, losses),
-        "learning_rate": _over_batches(runs, {"lr": "learning rate"}),
-        "throughput": _over_batches(runs, {"tokens_per_second": "tokens per second"}),
-        "lengths": _lengths(runs),
-    }
-    return {name: figures[name] for name in CAPTIONS if figures[name] is not None}  # type: ignore[misc]
+    losses = {part: loss_name(part) for part in sorted(parts, key=lambda part: not part.endswith("/total"))}
+    with rc_context(_STYLE):
+        panels = {
+            "gains": list(_query_gains(runs)),
+            "quality": list(_quality(runs)),
+            "windows": list(_window_gains(runs)),
+            "positions": list(_positions(runs)),
+            "losses": list(_over_batches(runs, losses)),
+            "learning_rate": list(_over_batches(runs, {"lr": "Learning rate"})),
+            "throughput": list(_over_batches(runs, {"tokens_per_second": "Tokens per second"})),
+            "lengths": list(_lengths(runs)),
+        }
+    return {name: drawn[:MAX_PANELS] for name, drawn in panels.items() if drawn}
 
 
-def _new_figure(num_panels: int, columns: int, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """Create panels in rows of `columns`; a single panel is half a page wide if rows have two."""
+def _new_axes(xlabel: str, ylabel: str = "", size: tuple[float, float] = SIZE) -> Axes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = math.ceil(num_panels / columns)
-    width = HALF_PAGE if num_panels == 1 and columns == 2 else FULL_PAGE
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained", dpi=72)
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(rows, min(columns, num_panels), squeeze=False).flat)
-    for panel in panels[num_panels:]:
-        panel.remove()
-    return figure, panels[:num_panels]
+    axes: Axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return axes
 
 
-def _color(index: int) -> str:
+def _panel(title: str, axes: Axes, areas: Sequence[Area] = ()) -> Panel:
+    return Panel(title, axes.figure, tuple(areas))  # type: ignore[arg-type]
+
+
+def _titled(title: str, run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """A title, with the run's name in front if there are several."""
+    return f"{run.name}, {title}" if len(runs) > 1 else title[:1].upper() + title[1:]
+
+
+def color_of(index: int) -> str:
+    """The color of a run."""
     return COLORS[index % len(COLORS)]
 
 
-def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Figure | None:
-    """Draw one panel per metric and one line per run; NaN is a gap."""
+def _strips(axes: Axes, texts: Mapping[float, str]) -> list[Area]:
+    """Areas over the whole height of a panel, one around each place."""
+    places = sorted(texts)
+    places = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(len(places), MAX_AREAS)).astype(int))]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    edges = [left, *((one + other) / 2 for one, other in itertools.pairwise(places)), right]
+    return [Area(start, bottom, end, top, texts[place]) for place, start, end in zip(places, edges, edges[1:])]
+
+
+def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Iterator[Panel]:
+    """One panel per metric and one line per run; NaN is a gap."""
     known = {name for run in runs for line in run.batches for name, value in line.items() if value is not None}
-    titles = {name: title for name, title in titles.items() if name in known}
-    if not titles:
-        return None
-    figure, panels = _new_figure(len(titles), 3 if len(titles) > 2 else 2)
-    for panel, (name, title) in zip(panels, titles.items()):
+    for name, title in list(titles.items())[:MAX_PANELS]:
+        if name not in known:
+            continue
+        axes, texts = _new_axes("batch"), {}
         for index, run in enumerate(runs):
-            points = [(line["batch"], line[name]) for line in run.batches if name in line]
-            batches = [batch for batch, _ in points]
-            values = np.array([np.nan if value is None else value for _, value in points], float)
+            points = {line["batch"]: line[name] for line in run.batches if name in line}
+            batches = sorted(points)
+            values = np.array([np.nan if points[batch] is None else points[batch] for batch in batches], float)
             smooth = len(points) >= MIN_BATCHES_TO_SMOOTH and name != "lr"
-            style: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if smooth else {"label": run.name}
-            panel.plot(batches, values, color=_color(index), **style)
+            style: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if smooth else {"label": for_figure(run.name)}
+            axes.plot(batches, values, color=color_of(index), **style)
             if smooth:
                 mean = running_mean(values, len(points) // 25)
-                panel.plot(batches, mean, color=_color(index), linewidth=1.8, label=run.name)
-        panel.set(title=title, xlabel="batch")
+                axes.plot(batches, mean, color=color_of(index), label=for_figure(run.name))
+            _note(texts, run, runs, {batch: f"{value:,.4g}" for batch, value in zip(batches, values)}, "batch ")
         if name == "tokens_per_second":
-            panel.set_ylim(bottom=0)
-    if len(runs) > 1:
-        panels[0].legend(fontsize="small")
-    return figure
+            axes.set_ylim(bottom=0)
+        yield _panel(title, axes, _strips(axes, texts))
+
+
+def _note(
+    texts: dict[float, str], run: RunRecord, runs: Sequence[RunRecord], values: Mapping[Any, str], place: str
+) -> None:
+    """Add the values of a run to what is shown at each place."""
+    name = f"{run.name} " if len(runs) > 1 else ""
+    for where, value in values.items():
+        texts[where] = f"{texts.get(where, f'{place}{where:,}')} · {name}{value}"
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
@@ -123,34 +167,39 @@ def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
     return np.where(known, sums / np.maximum(num, 1), np.nan)
 
 
-def _quality(runs: Sequence[RunRecord]) -> Figure | None:
+def _quality(runs: Sequence[RunRecord]) -> Iterator[Panel]:
     names = [f"{decoding}/ndcg@10" for decoding in DECODINGS]
     if not any(figures.get(name) is not None for run in runs for _, figures in run.evaluations for name in names):
-        return None
-    figure, (panel,) = _new_figure(1, 1, 3.6)
+        return
+    axes, texts = _new_axes("batch", "nDCG@10", LARGE), {}
     for index, run in enumerate(runs):
         for decoding in DECODINGS:
             name = f"{decoding}/ndcg@10"
-            points = [(batch, figures[name]) for batch, figures in run.evaluations if figures.get(name) is not None]
+            points = {batch: figures[name] for batch, figures in run.evaluations if figures.get(name) is not None}
             if points:
-                label = f"{run.name}, {decoding.replace('_', ' ')}"
-                panel.plot(*zip(*points), linestyle=STYLES[decoding], marker="o", color=_color(index), label=label)
-    for name, style in BOUNDS.items():
-        last = [(i, run.evaluations[-1][1].get(f"{name}/ndcg@10")) for i, run in enumerate(runs) if run.evaluations]
-        known = [(index, value) for index, value in last if value is not None]
-        if len({value for _, value in known}) == 1:  # of the same windows
-            panel.axhline(known[0][1], linestyle=style, color=GREY, label=name)
-            continue
-        for index, value in known:
-            panel.axhline(value, linestyle=style, color=_color(index), alpha=0.6, label=f"{runs[index].name}, {name}")
-    lowest = min((float(np.min(line.get_ydata())) for line in panel.lines), default=0.0)
-    panel.set(title="held-out windows", xlabel="batch", ylabel="nDCG@10")
-    panel.set_ylim(max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.02)
-    figure.legend(loc="outside right upper", fontsize="small")
-    return figure
+                label = for_figure(f"{run.name}, {decoding_name(decoding)}")
+                style: dict[str, Any] = {"linestyle": STYLES[decoding], "marker": "o", "markersize": 3.5}
+                axes.plot([*points], [*points.values()], color=color_of(index), label=label, **style)
+                shown = {batch: f"{decoding_name(decoding)} {value:.4f}" for batch, value in points.items()}
+                _note(texts, run, runs, shown, "batch ")
+    lowest = min(float(np.min(line.get_ydata())) for line in axes.lines)
+    named: list[float] = []
+    for name, meaning in BOUNDS.items():
+        last = [run.evaluations[-1][1].get(f"{name}/ndcg@10") for run in runs if run.evaluations]
+        values = sorted({value for value in last if value is not None})
+        for value in values if len(values) == 1 else ():  # of the same windows
+            if all(abs(value - other) >= MIN_APART for other in named):
+                named.append(value)
+                lowest = min(lowest, value)
+                axes.axhline(value, linestyle=":", linewidth=1.0, color=MUTED)
+                style = {"transform": axes.get_yaxis_transform(), "color": MUTED, "fontsize": 8}
+                axes.text(0.01, value, meaning, va="bottom", **style)
+    axes.set_ylim(max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.06)
+    axes.set_xlim(left=0)
+    yield _panel("nDCG@10 of held-out windows", axes, _strips(axes, texts))
 
 
-def gains(run: RunRecord, decoding: str) -> list[tuple[str, float]]:
+def window_gains(run: RunRecord, decoding: str) -> list[tuple[str, float]]:
     """(window, nDCG@10 of a decoding minus that of the presented order) at the last evaluation, ascending."""
     if not run.details:
         return []
@@ -163,83 +212,112 @@ def gains(run: RunRecord, decoding: str) -> list[tuple[str, float]]:
     return sorted(found, key=lambda pair: pair[1])
 
 
-def _gains(runs: Sequence[RunRecord]) -> Figure | None:
+def _window_gains(runs: Sequence[RunRecord]) -> Iterator[Panel]:
     shown = [
-        (index, f"{run.name}, {name.replace('_', ' ')}", [gain for _, gain in found])
+        (index, _titled(decoding_name(name), run, runs), [(f"window {window}", gain) for window, gain in found])
         for index, run in enumerate(runs)
         for name in DECODINGS
-        if (found := gains(run, name))
+        if (found := window_gains(run, name))
     ]
-    return _sorted_bars(shown, "window", "gain in nDCG@10")
+    yield from _sorted_bars(shown, "held-out windows", "gain in nDCG@10")
 
 
-def _reranked(runs: Sequence[RunRecord]) -> Figure | None:
+def _query_gains(runs: Sequence[RunRecord]) -> Iterator[Panel]:
     shown = []
     for index, run in enumerate(runs):
         for measured in run.reranked:
             row = measured.comparisons[0]
-            values = sorted(row.reranked[qid] - row.first_stage[qid] for qid in row.reranked)
-            title = f"{run.name}, {for_figure(measured.name)}, {for_figure(measured.decoding.replace('_', ' '))}"
-            shown.append((index, title, values))
-    return _sorted_bars(shown, "query", "gain over the first stage")
+            gains = sorted((row.reranked[qid] - row.first_stage[qid], qid) for qid in row.reranked)
+            texts = [
+                (f"query {qid}: {row.first_stage[qid]:.3f} → {row.reranked[qid]:.3f}", gain) for gain, qid in gains
+            ]
+            shown.append((index, _titled(f"{measured.name}, {run.model_name(measured)}", run, runs), texts))
+    yield from _sorted_bars(shown, "queries", "gain over the first stage")
 
 
-def _sorted_bars(shown: Sequence[tuple[int, str, Sequence[float]]], xlabel: str, ylabel: str) -> Figure | None:
-    """Draw one panel of bars per (color index, title, ascending values), on a common scale."""
-    if not shown:
-        return None
+def _sorted_bars(
+    shown: Sequence[tuple[int, str, Sequence[tuple[str, float]]]], xlabel: str, ylabel: str
+) -> Iterator[Panel]:
+    """One panel of bars per (color index, title, ascending (text, value)), on a common scale."""
     shown = shown[:MAX_PANELS]
-    figure, panels = _new_figure(len(shown), 2)
-    most = 1.05 * max(max(map(abs, values)) for _, _, values in shown) or 1.0
-    for panel, (index, title, values) in zip(panels, shown):
-        panel.bar(range(1, len(values) + 1), values, color=_color(index), width=1.0)
+    most = max((1.05 * max(abs(value) for _, value in bars) for _, _, bars in shown), default=0.0) or 1.0
+    for index, title, bars in shown:
+        axes = _new_axes(f"{len(bars):,} {xlabel}, sorted", ylabel)
+        values = [value for _, value in bars]
+        edges = np.arange(len(values) + 1) + 0.5
+        for color, part in ((color_of(index), np.maximum(values, 0)), (WORSE, np.minimum(values, 0))):
+            axes.stairs(part, edges, fill=True, color=color)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.set(ylim=(-most, most), xlim=(0.5, len(values) + 0.5))
+        axes.grid(False, axis="x")
+        _use_integer_ticks(axes, "x")
         better, worse = sum(value > 0 for value in values), sum(value < 0 for value in values)
-        panel.set_title(f"{title}\n{better} better, {worse} worse of {len(values)}", fontsize="medium")
-        panel.set(xlabel=xlabel, ylabel=ylabel, ylim=(-most, most))
-        panel.axhline(0, color="black", linewidth=0.8)
-        _use_integer_ticks(panel, "x")
-    return figure
+        texts = {float(place): f"{text} ({value:+.3f})" for place, (text, value) in enumerate(bars, start=1)}
+        yield _panel(f"{title}: {better:,} better, {worse:,} worse of {len(bars):,}", axes, _strips(axes, texts))
 
 
-def _lengths(runs: Sequence[RunRecord]) -> Figure | None:
+def _lengths(runs: Sequence[RunRecord]) -> Iterator[Panel]:
     known = [(index, run) for index, run in enumerate(runs) if run.tokens_per_list]
     if not known:
-        return None
-    figure, (panel,) = _new_figure(1, 2)
-    bins = np.histogram_bin_edges([length for _, run in known for length in run.tokens_per_list], 30).tolist()
+        return
+    axes, texts = _new_axes("tokens of prompt and answer", "lists"), {}
+    bins = np.histogram_bin_edges([length for _, run in known for length in run.tokens_per_list], 30)
     for index, run in known:
-        panel.hist(run.tokens_per_list, bins=bins, color=_color(index), alpha=0.6, label=run.name)
-    panel.set(title="list length", xlabel="tokens", ylabel="lists")
-    if len(runs) > 1:
-        panel.legend(fontsize="small")
-    return figure
+        style: dict[str, Any] = {"color": color_of(index), "alpha": 0.6, "label": for_figure(run.name)}
+        counts, *_ = axes.hist(run.tokens_per_list, bins=bins.tolist(), **style)
+        centers = ((bins[:-1] + bins[1:]) / 2).tolist()
+        _note(
+            texts, run, runs, {round(place): f"{count:,.0f} lists" for place, count in zip(centers, counts)}, "about "
+        )
+    axes.set_xlim(float(bins[0]), float(bins[-1]))
+    yield _panel("Tokens per training list", axes, _strips(axes, texts))
 
 
-def _positions(runs: Sequence[RunRecord]) -> Figure | None:
+def _positions(runs: Sequence[RunRecord]) -> Iterator[Panel]:
     shown = []
-    for run in runs:
+    for index, run in enumerate(runs):
         for decoding in DECODINGS:
             found = [details["positions"][decoding] for details in run.details if decoding in details["positions"]]
             if found:
-                shown.append((f"{run.name}, {decoding.replace('_', ' ')}", np.asarray(found[-1], float)))
-    if not shown:
-        return None
-    shown = shown[:MAX_PANELS]
-    figure, panels = _new_figure(len(shown), 2, 3.9)
-    shares = [counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) for _, counts in shown]
-    most = max(max(float(share.max()) for share in shares), 1e-9)
-    for panel, (title, _), share in zip(panels, shown, shares):
-        end = len(share) + 0.5
-        image = panel.imshow(share, cmap="viridis", vmin=0, vmax=most, extent=(0.5, end, end, 0.5))
-        panel.set_title(title, fontsize="medium")
-        panel.set(xlabel="ranked position", ylabel="presented position")
+                title = _titled(decoding_name(decoding), run, runs)
+                shown.append((index, title, np.asarray(found[-1], float)))
+    shares = [counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) for _, _, counts in shown]
+    most = max((float(share.max()) for share in shares), default=0.0) or 1.0
+    for (index, title, _), share in zip(shown, shares):
+        from matplotlib.colors import to_rgba
+
+        axes, size = _new_axes("ranked position", "presented position"), len(share)
+        cells = np.tile(np.array(to_rgba(color_of(index))), (size, size, 1))
+        cells[..., 3] = share / most  # transparent = never, so that it can be read on any background
+        edges = np.arange(size + 1) + 0.5
+        axes.pcolormesh(edges, edges, cells, linewidth=0)
+        axes.set(ylim=(size + 0.5, 0.5), aspect="equal")
+        axes.grid(False)
         for axis in "xy":
-            _use_integer_ticks(panel, axis)
-        figure.colorbar(image, ax=panel, label="share", shrink=0.85)
-    return figure
+            _use_integer_ticks(axes, axis)
+        areas = [
+            Area(x + 0.5, y + 1.5, x + 1.5, y + 0.5, f"presented {y + 1} → ranked {x + 1}: {share[y, x]:.0%}")
+            for y in range(size)
+            for x in range(size)
+        ]
+        yield _panel(f"{title}; darkest: {most:.0%}", axes, areas if size <= MAX_CELLS else ())
 
 
-def _use_integer_ticks(panel: Axes, axis: str) -> None:
+def _use_integer_ticks(axes: Axes, axis: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    {"x": panel.xaxis, "y": panel.yaxis}[axis].set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    {"x": axes.xaxis, "y": axes.yaxis}[axis].set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+
+
+def titled(panel: Panel, num_runs: int) -> Figure:
+    """The figure of a panel with its title, and with a legend if there are several runs: for a file of its own."""
+    (axes,) = panel.figure.axes
+    axes.set_title(for_figure(panel.title), fontsize=9, loc="left")
+    if num_runs > 1 and axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize="small")
+    return panel.figure
+
+
+def with_short_names(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Runs whose names fit into a title."""
+    return [replace(run, name=for_figure(run.name).replace("\\$", "$").strip()) for run in runs]

@@ -18,9 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rankllm_composer.data.dataset import ListDataset, ListEncoding, lists_per_rank
 from rankllm_composer.data.streams import Stream
 from rankllm_composer.distributed import run_on_rank_zero
-from rankllm_composer.environment import as_written
 from rankllm_composer.errors import ModelError, RunError
-from rankllm_composer.export.model_card import CardFacts, published_figures
 from rankllm_composer.export.model_folder import Dtype, ServedModel
 from rankllm_composer.model.attention import choose_attention
 from rankllm_composer.model.loading import load_causal_lm, load_config, load_tokenizer
@@ -43,11 +41,14 @@ from rankllm_composer.storage.object_store import is_remote
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.dry_run import DryRun
 from rankllm_composer.training.export_callback import ExportFolder
+from rankllm_composer.training.facts import card_facts, history_facts
 from rankllm_composer.training.guards import EpochGuard, LossGuard
+from rankllm_composer.training.history import RunHistory
 from rankllm_composer.training.loggers import CALLBACKS, build_named
 from rankllm_composer.training.run import announce_stop
+from rankllm_composer.training.run_files import EVALUATIONS_FILE, HISTORY_FILE
 from rankllm_composer.training.stopping import Preemption, describe_saved
-from rankllm_composer.training.validation import EVALUATIONS_FILE, Validation, measurable
+from rankllm_composer.training.validation import Validation, measurable
 
 log = get_logger(__name__)
 
@@ -233,6 +234,7 @@ def build_validation(
         interval=recipe.evaluation.interval,
         options=options,
         best_by=best_by,
+        patience=recipe.evaluation.patience,
         details=Path(recipe.run_folder, EVALUATIONS_FILE),
     )
 
@@ -246,7 +248,9 @@ def build_callbacks(
     validation: Validation | None,
 ) -> list[Callback]:
     """Build all callbacks, in order: guards, evaluation, those of the recipe, export, checkpoints, stop on request."""
-    ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates)]
+    facts = card_facts(recipe, contract, data, num_lists)
+    history = RunHistory(Path(recipe.run_folder, HISTORY_FILE), history_facts(facts))
+    ours: list[Callback] = [EpochGuard(), LossGuard(recipe.optimizer.max_skipped_updates), history]
     if validation is not None:
         ours.append(validation)
     is_url = is_remote(recipe.checkpoint_folder)
@@ -272,7 +276,7 @@ def build_callbacks(
                     generation_config=model.model.generation_config,
                     dtype=export_dtype(recipe),
                 ),
-                facts=card_facts(recipe, contract, data, num_lists),
+                facts=facts,
                 options=recipe.checkpoint.export,
                 save=checkpoints.save,
                 figures=lambda batch: {} if validation is None else validation.figures_after(batch),
@@ -359,37 +363,3 @@ def _warn_of_another_prompt(recipe: Recipe) -> None:
                 folder,
                 "null" if before is None else folder / TEMPLATE_FILE,
             )
-
-
-def card_facts(recipe: Recipe, contract: DecodingContract, data: Sequence[str], num_lists: int | None) -> CardFacts:
-    """Collect the facts of a run for its model card; `data` names what its lists were built from."""
-    weights = {}
-    if recipe.objective.name != "ranking":
-        weights["language modelling"] = recipe.objective.language_modelling_weight
-    if recipe.objective.name != "generation":
-        options = ", ".join(f"{name}={value}" for name, value in recipe.objective.ranking_loss_options.items())
-        loss = recipe.objective.ranking_loss + (f" ({options})" if options else "")
-        weights[loss] = recipe.objective.ranking_factor
-    export = recipe.checkpoint.export
-    return CardFacts(
-        name=recipe.run.name,
-        is_adapter=recipe.model.lora is not None and export is not None and not export.merge_lora,
-        base_model=None if recipe.model.random_weights else as_written(recipe.model.name_or_path),
-        contract=contract,
-        data=tuple(data),
-        num_lists=num_lists,
-        losses=weights,
-        published=published_figures(recipe.run.name),
-        hyperparameters={
-            "lists a step": recipe.batch.global_lists,
-            "duration": recipe.run.max_duration,
-            "optimizer": recipe.optimizer.name,
-            "learning rate": recipe.optimizer.lr,
-            "schedule": f"{recipe.schedule.name}, warmup {recipe.schedule.warmup}",
-            "gradient clipping": recipe.optimizer.gradient_clip_norm,
-            "NEFTune alpha": None if recipe.neftune is None else recipe.neftune.alpha,
-            "arithmetic": recipe.parallelism.precision,
-            "longest list, tokens": recipe.data.max_length_tokens,
-            "seed": recipe.run.seed,
-        },
-    )

@@ -20,30 +20,34 @@ if TYPE_CHECKING:
     from rankllm_composer.recipe.sections import Recipe
 
 
-def export_run(run: Path, output: Path, name: str | None = None, merge_lora: bool | None = None) -> str:
+def export_run(
+    run: Path, output: Path, name: str | None = None, merge_lora: bool | None = None, *, average: int = 1
+) -> str:
     """Export a checkpoint of a run, as the run itself exports its model; an earlier export in `output` is replaced.
 
     Args:
         output: local folder to write. It appears complete or not at all, so a killed export is simply run again.
         name: of the checkpoint, such as ep0-ba2; None = the newest complete one.
         merge_lora: False = export a LoRA adapter without the model that it changes; None = as the recipe says.
+        average: number of checkpoints whose weights are averaged, up to the chosen one.
     Returns:
-        Name of the checkpoint.
+        Name of the checkpoint, or the names.
     Raises:
         RunError: `run` is not the folder of a run.
-        CheckpointError: there is no complete checkpoint, or none of this name.
+        CheckpointError: there is no complete checkpoint, or none of this name, or too few to average.
         ModelError: the checkpoint cannot be read, or does not fit the recipe's model.
         StoreError: `output` cannot be written.
     """
     from rankllm_composer.checkpoints.folder import damage_in
     from rankllm_composer.export.model_card import render_card
-    from rankllm_composer.export.model_folder import ServedModel, export_checkpoint
+    from rankllm_composer.export.model_folder import ServedModel, export_checkpoints
     from rankllm_composer.model.loading import load_causal_lm
     from rankllm_composer.recipe.load import load_recipe
     from rankllm_composer.recipe.resume import RECIPE_NAME, read_changes
     from rankllm_composer.storage.object_store import is_remote
     from rankllm_composer.training import assembly
     from rankllm_composer.training.checkpoint_callback import UNSHARDED_FILE
+    from rankllm_composer.training.facts import card_facts
 
     if not (run / RECIPE_NAME).is_file():
         raise RunError(f"{run} has no {RECIPE_NAME}; expected the folder of a run, such as runs/NAME.")
@@ -52,16 +56,19 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
     checkpoints = recipe.checkpoint.folder
     if checkpoints is None or is_remote(checkpoints):
         checkpoints = str(run / "checkpoints")
-    checkpoint, manifest = _choose(Path(checkpoints), name)
-    with doing(f"checking the checkpoint {checkpoint.name}"):
-        damage = damage_in(checkpoint, manifest)
-    if damage is not None:
-        raise CheckpointError(damage)
+    chosen = _choose(Path(checkpoints), name, average)
+    for path, manifest in chosen:
+        with doing(f"checking the checkpoint {path.name}"):
+            damage = damage_in(path, manifest)
+        if damage is not None:
+            raise CheckpointError(damage)
+    checkpoint, manifest = chosen[-1]
     if merge_lora is None:
         merge_lora = recipe.checkpoint.export is None or recipe.checkpoint.export.merge_lora
     with doing("loading the tokenizer and counting the lists"):
         tokenizer = assembly.build_tokenizer(recipe)
-        contract, data, num_lists = _contract(recipe, tokenizer)
+        contract, data = _contract(recipe, tokenizer)
+        recorded, num_lists = _recorded_data(run)
     base: Any = None
     with doing(f"loading {as_written(keys.name_or_path)}"):
         if keys.lora is not None and merge_lora:
@@ -82,21 +89,54 @@ def export_run(run: Path, output: Path, name: str | None = None, merge_lora: boo
         model_class=type(causal_lm),
         adapter_config=adapter_config,
     )
+    names = f"checkpoint {checkpoint.name}"
+    if average > 1:
+        names = f"the mean of the checkpoints {', '.join(path.name for path, _ in chosen)}"
     facts = replace(
-        assembly.card_facts(recipe, contract, data, num_lists),
+        card_facts(recipe, contract, data or recorded, num_lists),
         is_adapter=adapter_config is not None,
         trained_lists=_trained_lists(run, manifest.batch),
-        progress=f"checkpoint {checkpoint.name} (after {manifest.batch} batches)",
+        progress=f"{names} (after {manifest.batch} batches)",
         changes=read_changes(checkpoint.parent),
     )
-    source = checkpoint if manifest.is_sharded else checkpoint / UNSHARDED_FILE
-    with doing(f"reading {checkpoint.name} and writing {output}"):
-        export_checkpoint(source, output, served, render_card(facts), batch=manifest.batch, base=base)
-    return checkpoint.name
+    sources = [path if manifest.is_sharded else path / UNSHARDED_FILE for path, manifest in chosen]
+    with doing(f"reading {names} and writing {output}"):
+        export_checkpoints(sources, output, served, render_card(facts), batch=manifest.batch, base=base)
+    return names
 
 
-def _choose(folder: Path, name: str | None) -> tuple[Path, Manifest]:
-    """The checkpoint of this name, or the newest complete one."""
+def finished_export(run: Path) -> Path:
+    """The best export of a run, or its newest if none is marked best; `run` itself if it is an export.
+
+    Raises:
+        RunError: there is none.
+        ModelError: the list of an export's files is damaged.
+    """
+    from rankllm_composer.prompts.contract import CONTRACT_FILE
+    from rankllm_composer.recipe.load import load_recipe
+    from rankllm_composer.recipe.resume import RECIPE_NAME
+    from rankllm_composer.storage.content import EXPORT_FILE, read_content
+
+    if (run / CONTRACT_FILE).is_file():
+        return run.resolve()
+    folders = [run / "hf"]  # also where the run's folder was copied
+    if (run / RECIPE_NAME).is_file() and (folder := load_recipe(run / RECIPE_NAME).export_folder) is not None:
+        folders.append(Path(folder))
+    for folder in folders:
+        if (folder / "best" / CONTRACT_FILE).is_file():
+            return (folder / "best").resolve()
+        found = [
+            (content.batch, path.parent)
+            for path in folder.glob(f"*/{EXPORT_FILE}")
+            if (content := read_content(path.parent))
+        ]
+        if found:
+            return max(found)[1].resolve()
+    raise RunError(f"{run} holds no export; expected an exported folder or that of a run. Add --output to make one.")
+
+
+def _choose(folder: Path, name: str | None, number: int) -> list[tuple[Path, Manifest]]:
+    """The checkpoint of this name, or the newest complete one, at the end of so many before it."""
     from rankllm_composer.checkpoints.folder import complete_checkpoints
 
     complete = complete_checkpoints(folder)
@@ -104,11 +144,15 @@ def _choose(folder: Path, name: str | None) -> tuple[Path, Manifest]:
         raise CheckpointError(
             f"{folder} has no complete checkpoint. Wait for one, or download one from the run's object store."
         )
-    if name is None:
-        return complete[-1]
-    for path, manifest in complete:
-        if path.name == name:
-            return path, manifest
+    for place, (path, _) in enumerate(complete, start=1):
+        if path.name == (name or complete[-1][0].name):
+            if place < number:
+                raise CheckpointError(
+                    f"{folder} has {place} complete checkpoints up to {path.name}; expected {number}. Average fewer, "
+                    "or keep more (checkpoint.keep)."
+                )
+            return complete[place - number : place]
+    assert name is not None
     names = [path.name for path, _ in complete]
     if (folder / name).is_dir():
         reason = "is incomplete"
@@ -118,32 +162,42 @@ def _choose(folder: Path, name: str | None) -> tuple[Path, Manifest]:
     raise CheckpointError(f"{folder / name} {reason}. Complete checkpoints: {', '.join(names)}.")
 
 
-def _contract(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[DecodingContract, tuple[str, ...], int | None]:
-    """Contract, sources and number of the training lists, or the contract alone from an earlier export of the run."""
+def _contract(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DecodingContract, tuple[str, ...]]:
+    """Contract and sources of the training lists, or the contract alone from an earlier export of the run."""
     from rankllm_composer.prompts.contract import CONTRACT_FILE, read_contract
     from rankllm_composer.training import assembly
 
     try:
         contents = assembly.training_contents(recipe)
-        return assembly.build_contract(recipe, tokenizer, contents), contents.sources, sum(contents.lists.values())
+        return assembly.build_contract(recipe, tokenizer, contents), contents.sources
     except RankLLMComposerError:  # the data is gone
         exports = Path(recipe.export_folder).glob(f"*/{CONTRACT_FILE}") if recipe.export_folder else ()
         for path in sorted(exports):
-            return read_contract(path.parent), (), None
+            return read_contract(path.parent), ()
         raise
 
 
-def _trained_lists(run: Path, batch: int) -> dict[str, int]:
-    """Lists trained and left out in the epoch of a batch, by the run's metrics; empty if they do not say."""
-    from rankllm_composer.training.guards import TRAINED_LISTS
-    from rankllm_composer.training.progress import read_metrics
+def _recorded_data(run: Path) -> tuple[tuple[str, ...], int | None]:
+    """Sources of the lists and number of lists per epoch, as the run recorded them; empty and None if it did not."""
+    from rankllm_composer.training.run_files import HISTORY_FILE, read_history
 
-    path = run / "metrics.jsonl"
-    lines = read_metrics(path) if path.exists() else []
-    line = next((line for line in lines if line.get("batch") == batch and line.get("event") == "batch"), {})
-    return {name: int(line[metric]) for name, metric in TRAINED_LISTS.items() if metric in line}
+    starts = [line for line in read_history(run / HISTORY_FILE) if line.get("event") == "start"]
+    data, number = (starts[-1].get("data"), starts[-1].get("lists_per_epoch")) if starts else ((), None)
+    sources = tuple(map(str, data)) if isinstance(data, list) else ()
+    return sources, number if isinstance(number, int) else None
+
+
+def _trained_lists(run: Path, batch: int) -> dict[str, int]:
+    """Lists trained up to a batch, and left out in its epoch, by the run's metrics; empty if they do not say."""
+    from rankllm_composer.training.run_files import METRICS_FILE, TRAINED_LISTS, read_metrics
+
+    path = run / METRICS_FILE
+    lines = [line for line in read_metrics(path) if line.get("event") == "batch"] if path.exists() else []
+    lines = [line for line in lines if line["batch"] <= batch and TRAINED_LISTS.values() <= line.keys()]
+    if not lines or lines[-1]["batch"] != batch:
+        return {}
+    per_epoch = {line["epoch"]: int(line[TRAINED_LISTS["trained"]]) for line in lines}  # the last line of each counts
+    return {"total": sum(per_epoch.values()), "too_long": int(lines[-1][TRAINED_LISTS["too_long"]])}
 
 
 def _generation_config(recipe: Recipe, causal_lm: Any) -> Any:

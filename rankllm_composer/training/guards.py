@@ -14,10 +14,9 @@ from composer.utils import dist
 from rankllm_composer.errors import RunError
 from rankllm_composer.escaping import in_one_line
 from rankllm_composer.screen import say
+from rankllm_composer.training.run_files import TRAINED_LISTS
 
 MAX_IDS_SHOWN = 20
-TRAINED_LISTS = {"trained": "data/lists_trained", "too_long": "data/lists_too_long"}
-"""Lists of an epoch so far: name → name of the metric."""
 
 
 class LossGuard(Callback):
@@ -132,10 +131,12 @@ class EpochGuard(Callback):
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(TRAINED_LISTS, 0) | {"padding": 0}
+        self._total = 0
         self._rows: list[Any] = []
         self._batch: Mapping[str, int] = {}
         self.latest: dict[str, int] = {}
-        """Lists trained and left out in the epoch of the latest batch, by the names of `TRAINED_LISTS`."""
+        """Lists trained and left out in the epoch of the latest batch, by the names of `TRAINED_LISTS`, and "total":
+        those trained in all epochs."""
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._rows = state.batch["sequences"]
@@ -159,8 +160,9 @@ class EpochGuard(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         for name in self._counts:
             self._counts[name] += self._batch[name]
-        self.latest = {name: self._counts[name] for name in TRAINED_LISTS}
-        logger.log_metrics({TRAINED_LISTS[name]: count for name, count in self.latest.items()})
+        self._total += self._batch["trained"]
+        self.latest = {name: self._counts[name] for name in TRAINED_LISTS} | {"total": self._total}
+        logger.log_metrics({metric: self._counts[name] for name, metric in TRAINED_LISTS.items()})
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
@@ -179,10 +181,11 @@ class EpochGuard(Callback):
             say(f"epoch {epoch}: {counts['trained']:,} lists trained, {left_out}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._counts, "latest": self.latest}
+        return {**self._counts, "total": self._total, "latest": self.latest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._counts = {name: int(state[name]) for name in self._counts}
+        self._total = int(state["total"])
         self.latest = {name: int(number) for name, number in state.get("latest", {}).items()}
 
 

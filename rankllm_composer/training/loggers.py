@@ -15,6 +15,7 @@ from rankllm_composer.environment import expand_path
 from rankllm_composer.errors import RunError
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.training.progress import MetricsFile, ProgressLine
+from rankllm_composer.training.run_files import METRICS_FILE
 
 LOGGERS = {"tensorboard": loggers.TensorboardLogger, "wandb": loggers.WandBLogger, "mlflow": loggers.MLFlowLogger}
 CALLBACKS = {
@@ -30,7 +31,7 @@ def build_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
     """Build the metrics file, the progress line, and the Composer loggers of the recipe."""
     ours: list[LoggerDestination] = []
     if recipe.logging.metrics_file:
-        ours.append(MetricsFile(folder / "metrics.jsonl"))
+        ours.append(MetricsFile(folder / METRICS_FILE))
     if recipe.logging.progress:
         ours.append(ProgressLine())
     given = {name: _logger_options(name, options, folder) for name, options in recipe.logging.loggers.items()}

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from composer.utils import dist
 from rankllm_composer.errors import RunError
 from rankllm_composer.screen import StatusLine, get_logger, in_hours, so_far, status
 from rankllm_composer.storage.atomic import write_atomic
+from rankllm_composer.training.run_files import LOSS_PREFIX, readable_lines
 
 log = get_logger(__name__)
-LOSS_PREFIX = "loss/train/"
 
 
 class MetricsFile(LoggerDestination):
@@ -190,11 +190,6 @@ class ProgressLine(LoggerDestination):
         return None if done <= before else now + (now - start) * (1.0 - done) / (done - before)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file, without damaged ones and an incomplete last one."""
-    return [line for line, _ in _readable_lines(Path(path).read_bytes())]
-
-
 def fraction_done(state: State) -> float:
     """Return the finished fraction of training, 0 to 1, by batches even if the duration is in epochs."""
     longest = state.max_duration
@@ -272,18 +267,5 @@ def _lines_until(content: bytes, batch: int, epoch: int) -> bytes:
     An evaluation at the end of an epoch has the number of the next epoch, so that (batch, epoch) orders all lines. A
     run at batch 0 is new: nothing of an older file is kept.
     """
-    ends = [end for line, end in _readable_lines(content) if (line["batch"], line["epoch"]) <= (batch, epoch)]
+    ends = [end for line, end in readable_lines(content) if (line["batch"], line["epoch"]) <= (batch, epoch)]
     return content[: max(ends, default=0)] if batch > 0 else b""
-
-
-def _readable_lines(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each line that can be parsed, with its end in bytes."""
-    end = 0
-    for raw in content.split(b"\n")[:-1]:  # what follows the last line break is a torn line, or nothing
-        end += len(raw) + 1
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and all(type(line.get(name)) is int for name in ("batch", "epoch")):
-            yield line, end

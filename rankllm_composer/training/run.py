@@ -172,6 +172,7 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch, dry_run: bool) -> None:
     from rankllm_composer.training.stopping import Preempted, describe_saved, on_stop_signals, raise_preempted
     from rankllm_composer.training.stragglers import STATUS_FOLDER, find_hindmost, find_stragglers
     from rankllm_composer.training.trainer import build_trainer
+    from rankllm_composer.training.validation import Validation
 
     if recipe.parallelism.device == "cpu":
         hide_gpus()
@@ -218,9 +219,14 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch, dry_run: bool) -> None:
                     raise
                 raise known from error
         elif rank == 0:
+            callbacks = trainer.state.callbacks
+            ended = next((one for one in callbacks if isinstance(one, Validation) and one.has_stopped), None)
+            key, value = ("run.max_duration", recipe.run.max_duration)
+            if ended is not None:
+                key, value = "evaluation.patience", str(ended.patience)
             say(
                 f"nothing to train: {folder} is complete, at batch {trainer.state.timestamp.batch.value}, where "
-                f"run.max_duration={recipe.run.max_duration} is reached; raise run.max_duration to train longer"
+                f"{key}={value} is reached; raise {key} to train longer"
             )
         if stopped is None:
             checkpoints.finish()

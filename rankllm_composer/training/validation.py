@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,9 @@ from rankllm_composer.ranking.evaluation import (
     summarize,
     window_ndcg,
 )
-from rankllm_composer.screen import doing
+from rankllm_composer.screen import doing, say
 from rankllm_composer.storage.atomic import write_atomic
+from rankllm_composer.training.run_files import PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from rankllm_composer.prompts.contract import DecodingContract
     from rankllm_composer.prompts.record import Record
     from rankllm_composer.recipe.sections import Evaluation
-
-PREFIX = "eval/"
-EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 def measurable(
@@ -102,6 +100,8 @@ class Validation(Callback):
         interval: Composer time string.
         options: how the windows are ranked; None for the defaults.
         best_by: figure by which the best export is chosen, if any; the export reads it here.
+        patience: evaluations in a row without a new best figure after which the training ends, by the mechanism of
+            Composer's EarlyStopper; None = it does not. A checkpoint holds the count.
         details: file to which rank 0 adds a line per evaluation, see `read_details`; None = not written.
     """
 
@@ -114,10 +114,13 @@ class Validation(Callback):
         interval: str,
         options: EvaluationOptions | None = None,
         best_by: str | None = None,
+        patience: int | None = None,
         details: Path | None = None,
     ) -> None:
         self.figures: dict[str, float] = {}
         self.best_by = best_by
+        self.patience = patience
+        self._watched: dict[str, Any] = {"best_by": best_by, "figure": None, "batch": 0, "num_since": 0}
         self._records = records
         self._tokenizer = tokenizer
         self._contract = contract
@@ -128,6 +131,8 @@ class Validation(Callback):
         self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.AFTER_LOAD and self.has_stopped:  # before the checkpoint
+            state.stop_training()
         if event == Event.FIT_START:
             with doing("ranking a first held-out window"):
                 self._try_out(state)
@@ -140,6 +145,7 @@ class Validation(Callback):
                 results = [result for part in dist.all_gather_object(results) for result in part]
             self.figures = {PREFIX + name: value for name, value in summarize(results).items()}
             logger.log_metrics(self.figures)
+            self._watch(state)
             if self._details is not None and dist.get_global_rank() == 0:
                 positions = {name: position_matrix(results, name) for name in DECODINGS}
                 details = {
@@ -149,6 +155,35 @@ class Validation(Callback):
                     "positions": {name: counts.tolist() for name, counts in positions.items() if counts.size},
                 }
                 _add_line(self._details, json.dumps(details), batch)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the training ended, or has to end, because the figure did not rise."""
+        return self.patience is not None and self._watched["num_since"] >= self.patience
+
+    def _watch(self, state: State) -> None:
+        watched, figure = self._watched, self.figures.get(f"{PREFIX}{self.best_by}")
+        if figure is None:
+            return
+        if watched["figure"] is None or figure > watched["figure"]:
+            watched.update(figure=figure, batch=state.timestamp.batch.value, num_since=0)
+            return
+        watched["num_since"] += 1
+        if self.has_stopped:
+            state.stop_training()
+            if dist.get_global_rank() == 0:
+                say(
+                    f"stopped early at batch {state.timestamp.batch.value}: {self.best_by} has not risen above "
+                    f"{watched['figure']:.4f} (batch {watched['batch']}) in {watched['num_since']} evaluations"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"watched": json.dumps(self._watched)}  # as text, as of a sharded checkpoint only known names are read
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        watched = json.loads(state["watched"])
+        if watched["best_by"] == self.best_by:
+            self._watched = watched
 
     def _try_out(self, state: State) -> None:
         for record in self._records:
@@ -189,19 +224,3 @@ def _add_line(path: Path, line: str, batch: int) -> None:
             f"{path}: the evaluation after batch {batch} could not be written ({error.strerror}); earlier checkpoints "
             "are intact. Free space or correct the permissions, then rerun the same command to resume."
         ) from error
-
-
-def read_details(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the results of evaluations, by batch; of a batch evaluated again after resuming, the last one.
-
-    Yields:
-        batch, epoch; "ndcg@10": window → "presented" or decoding → figure, of windows with a relevant candidate;
-        "positions": decoding → counts, see `position_matrix`.
-    """
-    results = {}
-    for line in path.read_bytes().split(b"\n"):
-        with suppress(ValueError, RecursionError):  # incomplete line of a killed run, which is written again
-            details = json.loads(line)
-            if isinstance(details, dict) and type(details.get("batch")) is int:
-                results[details["batch"]] = details
-    yield from (results[batch] for batch in sorted(results))

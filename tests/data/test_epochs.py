@@ -131,7 +131,7 @@ def test_a_complete_epoch_is_counted_and_told(capsys):
     guard = EpochGuard()
     metrics = run_epoch(guard, [[TRAINED, TRAINED], [TOO_LONG, TRAINED], [TRAINED, PADDING]], epoch_size=5)
     assert metrics == {"data/lists_trained": 4, "data/lists_too_long": 1}
-    assert guard.latest == {"trained": 4, "too_long": 1}  # for the model card, written after the end of the epoch
+    assert guard.latest == {"trained": 4, "too_long": 1, "total": 4}  # for the model card
     told = "epoch 1: 4 lists trained, 1 left out as longer than data.max_length_tokens\n"
     assert capsys.readouterr().out == told
 
@@ -146,7 +146,8 @@ def test_an_update_of_only_long_lists_stops_the_run_before_it():
     expected = r"batch 5: all its lists are longer than data\.max_length_tokens \(b\), so the update would"
     with pytest.raises(RunError, match=expected):
         run_epoch(guard, [[TRAINED], [TOO_LONG, PADDING]], epoch_size=2)
-    assert guard.state_dict() == {"trained": 1, "too_long": 0, "padding": 0, "latest": {"trained": 1, "too_long": 0}}
+    latest = {"trained": 1, "too_long": 0, "total": 1}
+    assert guard.state_dict() == {"trained": 1, "too_long": 0, "padding": 0, "total": 1, "latest": latest}
 
 
 def test_an_epoch_limited_on_purpose_is_not_checked():
@@ -157,10 +158,11 @@ def test_counts_survive_a_resume():
     before, after = EpochGuard(), EpochGuard()
     with pytest.raises(RunError):
         run_epoch(before, [[TRAINED, TOO_LONG]], epoch_size=4)
-    assert before.latest == {"trained": 1, "too_long": 1}
-    before.load_state_dict({"trained": 1, "too_long": 1, "padding": 0})
+    assert before.latest == {"trained": 1, "too_long": 1, "total": 1}
+    before.load_state_dict({"trained": 1, "too_long": 1, "padding": 0, "total": 1})
     after.load_state_dict(before.state_dict())
     metrics = run_epoch(after, [[TRAINED, TRAINED]], epoch_size=4, seen=2)
     assert metrics == {"data/lists_trained": 3, "data/lists_too_long": 1}
+    assert after.latest["total"] == 3
     # If a checkpoint has no counts, earlier samples count as trained.
     assert run_epoch(EpochGuard(), [[TRAINED, TRAINED]], epoch_size=4, seen=2)["data/lists_trained"] == 4

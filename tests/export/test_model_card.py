@@ -7,30 +7,28 @@ import shlex
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from support.contracts import new_contract
 from support.launching import REPOSITORY
 from support.secret_texts import SECRETS
 from support.tiny_training import new_tokenizer
 
 from rankllm_composer.errors import ModelError
-from rankllm_composer.export.model_card import (
-    CardFacts,
-    add_figures,
-    published_figures,
-    render_card,
-    serving_command,
-    verdict,
-)
+from rankllm_composer.export.card_metadata import base_model_id, data_set_ids, public_name
+from rankllm_composer.export.model_card import CardFacts, add_figures, render_card, serving_command
+from rankllm_composer.export.published import published_figures, verdict
 from rankllm_composer.prompts.clients import CLIENT_VERSIONS
 from rankllm_composer.redaction import REDACTED
 
 FACTS = CardFacts(
     name="first_mistral",
     base_model="mistralai/Mistral-7B-Instruct-v0.3",
+    base_id="mistralai/Mistral-7B-Instruct-v0.3",
     base_licence="apache-2.0",
     contract=new_contract("combined"),
-    data=("rryisthebest/rank_zephyr_training_data_alpha",),
+    data=("rryisthebest/rank_zephyr_training_data_alpha[train]", "mine.jsonl"),
     num_lists=40_000,
+    trained_lists={"total": 119_808, "too_long": 3},
     losses={"language modelling": 1.0, "ranknet": 10.0},
     hyperparameters={"learning rate": 5e-6, "global batch": 128},
     progress="epoch_2 (after 936 batches)",
@@ -46,8 +44,9 @@ def test_a_card_describes_the_training():
         "| objective | combined |",
         "| identifiers | letters, A to T |",
         "| weight of ranknet | 10 |",
-        "| training lists | 40,000 |",
-        "| data | rryisthebest/rank_zephyr_training_data_alpha |",
+        "| lists trained | 119,808 in epochs of 40,000; 3 too long in the last epoch |",
+        "| data | rryisthebest/rank_zephyr_training_data_alpha[train] |",
+        "| data | mine.jsonl |",
         "| learning rate | 5e-06 |",
         "its licence (apache-2.0)",
         "begin with 2 beginning-of-sequence tokens",
@@ -56,11 +55,34 @@ def test_a_card_describes_the_training():
 
 
 def test_front_matter_is_readable_by_the_hub():
-    front = yaml.safe_load(render_card(FACTS).split("---\n")[1])
-    assert front["base_model"] == "mistralai/Mistral-7B-Instruct-v0.3"
-    assert front["license"] == "apache-2.0"
-    assert front["pipeline_tag"] == "text-ranking"
-    assert "license" not in yaml.safe_load(render_card(dataclasses.replace(FACTS, base_licence=None)).split("---\n")[1])
+    figures = {"dl20-bm25/nDCG@10": 0.69, "eval/first_token/ndcg@10": 0.5, "eval/windows": 20.0, "x/AP": float("nan")}
+    data = ModelCard(render_card(dataclasses.replace(FACTS, figures=figures))).data
+    assert data.base_model == "mistralai/Mistral-7B-Instruct-v0.3"
+    assert data.datasets == ["rryisthebest/rank_zephyr_training_data_alpha"]
+    assert (data.license, data.pipeline_tag, data.model_name) == ("apache-2.0", "text-ranking", "first_mistral")
+    found = [(one.dataset_name, one.metric_name, one.metric_type, one.metric_value) for one in data.eval_results]
+    held_out = ("held-out windows, first token", "nDCG@10", "ndcg_at_10", 0.5)
+    assert found == [("dl20-bm25", "nDCG@10", "ndcg_at_10", 0.69), held_out]
+    bare = ModelCard(render_card(CardFacts("scratch", None, FACTS.contract, data=("mine.jsonl",)))).data
+    assert (bare.base_model, bare.datasets, bare.license, bare.eval_results) == (None, None, None, None)
+
+
+def test_hub_ids_of_models_and_data_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)  # looks like a hub id
+    assert base_model_id("models/tiny") is None and public_name("models/tiny") == "tiny"
+    assert base_model_id("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B" and base_model_id("/models/zephyr-7b-beta") is None
+    assert base_model_id("/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/c1899d") == "Qwen/Qwen3-0.6B"
+    stage = tmp_path / "runs" / "one" / "hf" / "epoch_2"  # an export names the model that it was made from
+    stage.mkdir(parents=True)
+    (stage / "README.md").write_text(render_card(FACTS))
+    (stage / "reranker.json").write_text("{}")
+    assert base_model_id(str(stage)) == FACTS.base_model
+    card = render_card(dataclasses.replace(FACTS, base_model=str(stage)))
+    assert "from `epoch_2`, which was made from `mistralai/Mistral-7B-Instruct-v0.3`, with" in card
+    assert ModelCard(card).data.base_model == FACTS.base_model
+    sources = ["a/b[train]", "a/c:en[train[:5]]", "a/b[test]", "folder[train]", "run.trec", "irds:a/b"]
+    assert data_set_ids(sources) == ["a/b", "a/c"]
 
 
 @pytest.mark.parametrize(
@@ -83,35 +105,44 @@ def test_metrics_are_next_to_the_published_ones():
         dataclasses.replace(
             FACTS,
             figures={"DL20, BM25 top 100": 0.65, "held-out windows": 0.9},
+            first_stage={"DL20, BM25 top 100": 0.5},
             published={"DL20, BM25 top 100": 0.7043, "DL19, BM25 top 100": 0.7294},
         )
     )
-    assert "| DL20, BM25 top 100 | 0.6500 | 0.7043 | below |" in card
-    assert "| DL19, BM25 top 100 | not measured | 0.7294 | not measured |" in card
-    assert "| held-out windows | 0.9000 | – | – |" in card
+    assert "| DL20, BM25 top 100 | 0.5000 | 0.6500 | 0.7043 | below |" in card
+    assert "| DL19, BM25 top 100 | – | not measured | 0.7294 | not measured |" in card
+    assert "| held-out windows | – | 0.9000 | – | – |" in card
     assert "Tolerance: 2.5%" in card
 
 
 def test_later_metrics_are_added_to_the_card(tmp_path):
     published = {"dl19-bm25/nDCG@10": 0.7294, "dl20-bm25/nDCG@10": 0.7043}
-    early = {"eval/first_token/ndcg@10": 0.5}
+    early = {"eval/presented/ndcg@10": 0.25, "eval/first_token/ndcg@10": 0.5}
     card = tmp_path / "README.md"
     card.write_text(render_card(dataclasses.replace(FACTS, published=published, figures=early)))
     before = card.read_text()
-    add_figures(card, {"dl20-bm25/nDCG@10": 0.69})
-    add_figures(card, {"dl20-bm25/nDCG@10": 0.65, "other/RR@10": -0.25})
+    assert "| eval/first_token/ndcg@10 | 0.2500 | 0.5000 | – | – |" in before
+    add_figures(card, {"dl20-bm25/nDCG@10": 0.69}, {"dl20-bm25/nDCG@10": 0.1})
+    add_figures(card, {"dl20-bm25/nDCG@10": 0.65, "other/RR@10": -0.25}, {"dl20-bm25/nDCG@10": 0.48})
     text = card.read_text()
     later = early | {"dl20-bm25/nDCG@10": 0.65, "other/RR@10": -0.25}
-    assert text == render_card(dataclasses.replace(FACTS, published=published, figures=later))
-    assert "| dl20-bm25/nDCG@10 | 0.6500 | 0.7043 | below |" in text and "0.6900" not in text
-    assert "| dl19-bm25/nDCG@10 | not measured | 0.7294 | not measured |" in text
+    first_stage = {"dl20-bm25/nDCG@10": 0.48}
+    changed = dataclasses.replace(FACTS, published=published, figures=later, first_stage=first_stage)
+    assert text == render_card(changed)
+    assert "| dl20-bm25/nDCG@10 | 0.4800 | 0.6500 | 0.7043 | below |" in text and "0.6900" not in text
+    assert "| dl19-bm25/nDCG@10 | – | not measured | 0.7294 | not measured |" in text
+    assert {one.metric_value for one in ModelCard(text).data.eval_results} == {0.5, 0.65, -0.25}
     card.write_text(before.replace("A listwise reranker", "My words: a listwise reranker"))
     add_figures(card, {"dl20-bm25/nDCG@10": 0.7})
     assert "My words" in card.read_text() and "within tolerance" in card.read_text()
     for facts in (FACTS, dataclasses.replace(FACTS, figures=early)):  # nothing is published
         card.write_text(render_card(facts))
-        add_figures(card, {"x": 1.0})
-        assert card.read_text() == render_card(dataclasses.replace(facts, figures={**facts.figures, "x": 1.0}))
+        add_figures(card, {"x/AP": 1.0}, {"x/AP": 0.5})
+        figures = {**facts.figures, "x/AP": 1.0}
+        assert card.read_text() == render_card(dataclasses.replace(facts, figures=figures, first_stage={"x/AP": 0.5}))
+    card.write_text("---\n: [\n---\n# mine\n## Results\n")  # metadata that a user broke are left alone
+    add_figures(card, {"x/AP": 1.0})
+    assert card.read_text().startswith("---\n: [\n---\n# mine\n## Results\n\n| figure |")
     card.write_text("# other")
     with pytest.raises(ModelError, match="has no section '## Results'"):
         add_figures(card, {"x": 1.0})
@@ -122,10 +153,19 @@ def test_published_metrics_match_those_in_the_recipes():
         ("first_mistral", 4),
         ("rank_zephyr", 4),
         ("first_qwen3_0.6b", 3),
+        ("first_qwen3_8b", 0),
         ("first_mistral_lora", 0),
         ("demo", 0),
     ):
-        figures = published_figures(name)
+        recipe = yaml.safe_load((REPOSITORY / "yamls" / f"{name}.yaml").read_text())
+        source, base = recipe["data"]["train"]["source"], recipe["model"]["name_or_path"]
+        data, objective = [f"{source['input']}[{source.get('split')}]"], recipe["objective"]["name"]
+        figures = published_figures(base, data, objective, is_lora=recipe["model"]["lora"] is not None)
+        for other in ((base, ["mine.jsonl"], objective), (f"{base}-x", data, objective), (base, data, "ranking")):
+            assert published_figures(*other) == {} == published_figures(base, [], objective)
+        if not published:
+            assert figures == {}
+            continue
         header = (REPOSITORY / "yamls" / f"{name}.yaml").read_text().partition("\nrun:")[0].replace("#", "")
         words = " ".join(header.split())
         assert len(figures) == published
@@ -141,7 +181,9 @@ def test_published_metrics_match_those_in_the_recipes():
 
 def test_a_card_without_metrics_states_that():
     assert "Not measured." in render_card(FACTS)
-    assert "| held-out windows | 0.9000 |" in render_card(dataclasses.replace(FACTS, figures={"held-out windows": 0.9}))
+    card = render_card(dataclasses.replace(FACTS, figures={"held-out windows": 0.9}))
+    assert "| held-out windows | – | 0.9000 |" in card
+    assert "| lists trained | not counted |" in render_card(dataclasses.replace(FACTS, trained_lists={}))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +229,7 @@ def test_local_paths_are_left_out():
     single_bos = new_contract("combined", new_tokenizer(adds_bos=False))
     card = render_card(
         dataclasses.replace(
-            FACTS, base_model="/home/me/models/tiny", data=("/home/me/lists.jsonl",), contract=single_bos
+            FACTS, base_model="/home/me/models/tiny", base_id=None, data=("/home/me/lists.jsonl",), contract=single_bos
         )
     )
     assert "`tiny`" in card
@@ -206,7 +248,9 @@ def test_table_cells_are_escaped():
 
 @pytest.mark.parametrize("secret", SECRETS, ids=lambda secret: secret[:6])
 def test_no_secret_gets_into_a_card(secret):
-    assert secret not in render_card(dataclasses.replace(FACTS, hyperparameters={"key": secret}, name=secret))
+    figures = {f"{secret} 20/nDCG@10": 0.5, "x/AP": 0.5}
+    card = render_card(dataclasses.replace(FACTS, hyperparameters={"key": secret}, name=secret, figures=figures))
+    assert secret not in card and len(ModelCard(card).data.eval_results) == 2
 
 
 def test_a_card_without_secrets_is_not_redacted():

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rankllm_composer.checkpoints.folder import complete_checkpoints
 from rankllm_composer.errors import ModelError, StoreError
-from rankllm_composer.export.model_folder import export_checkpoint, exports_in, write_model_folder
+from rankllm_composer.export.model_folder import export_checkpoints, exports_in, write_model_folder
 from rankllm_composer.export.serving_check import inspect_folder
 from rankllm_composer.export.weights import gather_full_state_dict
 from rankllm_composer.model.loading import load_causal_lm, load_tokenizer
@@ -35,7 +35,7 @@ from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.ranking.reranker import Reranker
 from rankllm_composer.storage.content import check_content
 from rankllm_composer.training.checkpoint_callback import CheckpointFolder
-from rankllm_composer.training.progress import read_metrics
+from rankllm_composer.training.run_files import read_metrics
 
 RANKS = Path(__file__).parents[1] / "workers" / "export_ranks.py"
 FILES = {
@@ -500,7 +500,7 @@ def test_checkpoints_become_folders(tmp_path):
     trainer.fit()
     model = trainer.state.model.model
     checkpoint = tmp_path / "checkpoints" / "ep1-ba4-rank0.pt"
-    folder = export_checkpoint(checkpoint, tmp_path / "m", served(model), "#")
+    folder = export_checkpoints([checkpoint], tmp_path / "m", served(model), "#")
     assert torch.equal(probe_logits(load(folder)), probe_logits(model))
     trainer.close()
 
@@ -511,9 +511,9 @@ def test_checkpoints_of_adapters_become_adapter_folders(tmp_path, lora_model):
     trainer.fit()
     checkpoint = tmp_path / "checkpoints" / "ep1-ba4-rank0.pt"
     with pytest.raises(ModelError, match=r"holds 8 tensors of an adapter"):
-        export_checkpoint(checkpoint, tmp_path / "m", served(lora_model), "#")
+        export_checkpoints([checkpoint], tmp_path / "m", served(lora_model), "#")
     adapter_config = lora_model.model.peft_config["default"]
-    folder = export_checkpoint(checkpoint, tmp_path / "m", served(lora_model, adapter_config=adapter_config), "#")
+    folder = export_checkpoints([checkpoint], tmp_path / "m", served(lora_model, adapter_config=adapter_config), "#")
     assert torch.equal(probe_logits(PeftModel.from_pretrained(new_hf_model(), folder)), probe_logits(lora_model.model))
     trainer.close()
 
@@ -540,7 +540,7 @@ def test_two_ranks_export_what_they_trained(tmp_path):
     assert output.count("batch 2/2") == 4
     # The sharded checkpoint holds the same weights as the export beside it.
     model = load(tmp_path / "fsdp2" / "epoch_0")
-    folder = export_checkpoint(tmp_path / "checkpoints" / "ep1-ba2", tmp_path / "from_shards", served(model), "#")
+    folder = export_checkpoints([tmp_path / "checkpoints" / "ep1-ba2"], tmp_path / "from_shards", served(model), "#")
     assert torch.equal(probe_logits(load(folder)), probe_logits(model))
     for rank in (0, 1):
         raised = (tmp_path / f"raised_{rank}").read_text()

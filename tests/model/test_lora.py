@@ -10,7 +10,7 @@ from support.tiny_training import new_hf_model, new_tokenizer, new_trainer, prob
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from rankllm_composer.errors import ModelError
-from rankllm_composer.export.model_folder import export_checkpoint, write_model_folder
+from rankllm_composer.export.model_folder import export_checkpoints, write_model_folder
 from rankllm_composer.export.weights import gather_full_state_dict
 from rankllm_composer.model.lora import load_starting_adapter
 from rankllm_composer.model.objective import Objective
@@ -75,8 +75,8 @@ def test_live_and_saved_adapters_merge_as_peft_merges_them(tmp_path, kind):
     write_model_folder(merged / "live", gather_full_state_dict(model), served(new_hf_model()), "#")
     write_model_folder(apart / "live", gather_full_state_dict(model, merge_lora=False), adapter, "#")
     base = new_reranker(**KINDS[kind]).model
-    export_checkpoint(checkpoint, merged / "saved", served(new_hf_model()), "#", base=base)
-    export_checkpoint(checkpoint, apart / "saved", adapter, "#")
+    export_checkpoints([checkpoint], merged / "saved", served(new_hf_model()), "#", base=base)
+    export_checkpoints([checkpoint], apart / "saved", adapter, "#")
     for name in ("live", "saved"):
         whole = AutoModelForCausalLM.from_pretrained(merged / name)
         torch.testing.assert_close(probe_logits(whole), trained, rtol=1e-4, atol=1e-5)

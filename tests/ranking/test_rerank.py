@@ -22,7 +22,7 @@ from support.tiny_rerankers import KnownReranker, new_contract, new_model, new_t
 
 from rankllm_composer.cli import main
 from rankllm_composer.errors import ModelError, RunError, ShardError, SourceError
-from rankllm_composer.export.model_card import CardFacts, published_figures, render_card
+from rankllm_composer.export.model_card import CardFacts, render_card
 from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.prompts.contract import read_contract
 from rankllm_composer.prompts.windows import fit_window
@@ -752,7 +752,8 @@ def test_a_job_from_files_to_report(exported, tmp_path):
 def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
-    facts = CardFacts("first_mistral", None, read_contract(folder), published=published_figures("first_mistral"))
+    published = {"dl19-bm25/nDCG@10": 0.7294, "dl20-bm25/nDCG@10": 0.7043}
+    facts = CardFacts("first_mistral", None, read_contract(folder), published=published)
     (folder / "README.md").write_text(render_card(facts))
     files = write_files(tmp_path, {"a": 9, "b": 5})
     arguments = ["rerank", "--model", str(folder), "--output", str(tmp_path / "out.trec")]
@@ -769,8 +770,9 @@ def test_the_command_measures_and_adds_to_the_card(exported, tmp_path, capsys):
     assert "dl20-bm25: 2 queries" in told and f"→ {value:.4f}" in told
     side = "above" if value > 0.7043 * 1.025 else "below" if value < 0.7043 * 0.975 else "within tolerance"
     card = (folder / "README.md").read_text()
-    assert f"| dl20-bm25/nDCG@10 | {value:.4f} | 0.7043 | {side} |" in card
-    assert "| dl19-bm25/nDCG@10 | not measured |" in card
+    before = read_rerank_result(tmp_path / "out.trec.figures.json").first_stage()["dl20-bm25/nDCG@10"]
+    assert f"| dl20-bm25/nDCG@10 | {before:.4f} | {value:.4f} | 0.7043 | {side} |" in card
+    assert "| dl19-bm25/nDCG@10 | – | not measured |" in card
 
 
 def test_invalid_measures_and_options_stop_before_the_work(exported, tmp_path):

@@ -74,7 +74,7 @@ def test_any_files_of_a_run_become_a_page(tmp_path_factory, lines, details, reci
         warnings.filterwarnings("ignore", "Glyph .* missing")
         write_report([read_run(folder), read_run(folder)], folder / "report.html")
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in text and "<b>" not in text and for_screen(text) == text
+    assert text.count("<script") == 1 and "<b>" not in text and for_screen(text) == text
     shutil.rmtree(folder)
 
 
@@ -154,7 +154,7 @@ def test_a_name_is_escaped_once_however_often_figures_are_added(tmp_path):
     card.write_text(render_card(CardFacts("n", None, new_contract("combined"))))
     for value in (0.1, 0.2, 0.3):
         add_figures(card, {name: value})
-    (row,) = [line for line in card.read_text().splitlines() if "nDCG@10" in line]
+    (row,) = [line for line in card.read_text().splitlines() if line.startswith("| dl20")]
     assert row == (
-        "| dl20\\|\\`x\\` &lt;b&gt;\\*bm25\\*&lt;/b&gt; \\\\ \\_y\\_ $z$ [link]\\(http://x)/nDCG@10 | 0.3000 |"
+        "| dl20\\|\\`x\\` &lt;b&gt;\\*bm25\\*&lt;/b&gt; \\\\ \\_y\\_ $z$ [link]\\(http://x)/nDCG@10 | – | 0.3000 |"
     )

@@ -104,7 +104,7 @@ def test_without_data_the_contract_comes_from_an_earlier_export(run, tmp_path, m
         (run.parent / "elsewhere").rename(run.parent / "shards")
     assert_same_model(tmp_path / "m", run / "hf" / "epoch_1")
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "| training lists | 24 in the last epoch, 0 left out as too long |" in card
+    assert "| lists trained | 48 in epochs of 24; 0 too long in the last epoch |" in card
 
 
 def test_errors_of_export(run, tmp_path, monkeypatch, capsys):

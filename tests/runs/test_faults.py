@@ -63,9 +63,10 @@ from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 from rankllm_composer.training.dry_run import DryRun
 from rankllm_composer.training.failures import explained_failures
 from rankllm_composer.training.guards import EpochGuard, LossGuard
-from rankllm_composer.training.progress import MetricsFile, read_metrics
+from rankllm_composer.training.progress import MetricsFile
 from rankllm_composer.training.rendezvous import VARIABLES, meet
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
+from rankllm_composer.training.run_files import read_metrics
 
 TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
 ROW = re.compile(

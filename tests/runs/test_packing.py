@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from rankllm_composer.errors import ModelError
 from rankllm_composer.ranking.forward import inference, packed_forwards
 from rankllm_composer.recipe.load import load_recipe
-from rankllm_composer.training.progress import read_metrics
 from rankllm_composer.training.run import train
+from rankllm_composer.training.run_files import read_metrics
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}

@@ -20,7 +20,7 @@ from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.ranking.evaluation import EvaluationOptions, evaluate_windows, summarize
 from rankllm_composer.recipe.load import load_recipe
-from rankllm_composer.training.progress import read_metrics
+from rankllm_composer.training.run_files import read_metrics
 
 RECIPES = sorted((REPOSITORY / "yamls").glob("*.yaml"))
 TINY = {

@@ -163,7 +163,7 @@ def test_one_rank_without_sharding_builds_its_shards_from_retrieval_files(tmp_pa
     contract = read_contract(tmp_path / "run" / "hf" / "epoch_0")
     assert (contract.identifiers, contract.window_size, contract.stride) == (tuple("ABCDE"), 5, 3)
     card = (tmp_path / "run" / "hf" / "epoch_0" / "README.md").read_text()
-    assert "| training lists | 16 of 16 in the last epoch, 0 left out as too long |" in card
+    assert "| lists trained | 16 in epochs of 16; 0 too long in the last epoch |" in card
     assert "| data | run.trec |" in card
     assert "epoch 1: 16 lists trained, 0 left out as longer than data.max_length_tokens" in output
 

@@ -18,7 +18,8 @@ from support.tiny_training import new_hf_model, new_loader, new_tokenizer, new_t
 from torchmetrics import MeanMetric
 
 from rankllm_composer.screen import StatusLine
-from rankllm_composer.training.progress import MetricsFile, ProgressLine, read_metrics
+from rankllm_composer.training.progress import MetricsFile, ProgressLine
+from rankllm_composer.training.run_files import read_metrics
 
 
 class TwoLosses(HuggingFaceModel):

@@ -29,7 +29,8 @@ from rankllm_composer.ranking.evaluation import EvaluationOptions, evaluate_wind
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.recipe.sections import Evaluation
 from rankllm_composer.training import assembly
-from rankllm_composer.training.validation import PREFIX, Validation, measurable, read_details, training_precision
+from rankllm_composer.training.run_files import PREFIX, read_details
+from rankllm_composer.training.validation import Validation, measurable, training_precision
 
 GRADED = [
     ([None, None], "generation/ndcg@10", True),
