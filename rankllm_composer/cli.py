@@ -325,33 +325,25 @@ def requests(
 @app.command("export")
 def export(
     run: Annotated[
-        Path, typer.Argument(help="Folder of a run, with recipe.yaml and checkpoints/; or, to push, an export.")
+        Path, typer.Argument(help="Folder of a run with recipe.yaml and checkpoints/, or an export to push.")
     ],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to write; an earlier export there is replaced. Optional with --push.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; an earlier export there is replaced.")] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Name such as ep1-ba200; default: the newest complete checkpoint.")
+        str | None, typer.Option(help="Name such as ep1-ba200; default: the newest complete.")
     ] = None,
-    average: Annotated[
-        int, typer.Option(min=1, help="Average the weights of this many checkpoints, up to that one.")
-    ] = 1,
+    average: Annotated[int, typer.Option(min=1, help="Checkpoints up to that one whose weights are averaged.")] = 1,
     merge_lora: Annotated[
         bool | None,
-        typer.Option(
-            "--merge-lora/--adapter-only", help="Merge a LoRA adapter into the model or not; default: the recipe's."
-        ),
+        typer.Option("--merge-lora/--adapter-only", help="Merge a LoRA adapter or not; default: the recipe's."),
     ] = None,
     push: Annotated[
         str | None,
-        typer.Option(help="Push to this repository of the Hugging Face hub: --output, else the run's best export."),
+        typer.Option(help="Repository of the Hugging Face hub for --output, else for the run's best export."),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="With --push: everyone may read the repository; default: private.")
+        bool, typer.Option("--public", help="With --push: a public repository, not a private one.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --push: print what would be pushed, and change nothing there.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: list what would be pushed.")] = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face folder, and push it or an export of the run to the hub."""
     if output is None and (push is None or checkpoint is not None or merge_lora is not None or average > 1):
@@ -366,11 +358,8 @@ def export(
         screen.say(f"{output}: exported {export_run(run, output, checkpoint, merge_lora, average=average)} of {run}")
         screen.say(f"check it: {shell_line('rankllm-composer', 'inspect', '--model', output)}")
     if push is not None:
-        folder = finished_export(run) if output is None else output
-        done = push_export(folder, push, public=public, dry_run=dry_run)
-        screen.say(f"{folder}: {'dry run, nothing was pushed; would be' if dry_run else 'pushed'} to")
-        for line in done.lines():
-            screen.say(line)
+        done = push_export(output or finished_export(run), push, public=public, dry_run=dry_run)
+        screen.say("\n".join(done.lines(dry_run)))
 
 
 @app.command("report")

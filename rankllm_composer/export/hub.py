@@ -48,7 +48,8 @@ class Push:
     files: dict[str, int]  # name → bytes
     left: tuple[str, ...]  # names of files in the folder that are not pushed
 
-    def lines(self) -> Iterator[str]:
+    def lines(self, dry_run: bool) -> Iterator[str]:
+        yield f"{self.folder}: {'dry run, nothing was pushed; would be pushed' if dry_run else 'pushed'} to"
         access = "private" if self.is_private else "public"
         yield f"{self.url} ({access}, {'new' if self.is_new else 'exists'}), {sum(self.files.values()) / 1e6:,.1f} MB:"
         width = max(map(len, self.files))

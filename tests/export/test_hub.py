@@ -47,7 +47,7 @@ def test_an_export_is_pushed_as_it_is_and_nothing_else(exported, tmp_path):
     with hub() as server:
         dry = push(run, "mine", "--dry-run", server=server)
         assert dry.returncode == 0, dry.stderr
-        assert f"{server.url}/me/mine (private, new), " in dry.stdout and "would be to" in dry.stdout
+        assert f"{server.url}/me/mine (private, new), " in dry.stdout and "would be pushed to" in dry.stdout
         assert "left here: optimizer.pt" in dry.stdout and server.changes == []
         done = push(run, "mine", server=server)  # of a run, its best or newest export
         assert done.returncode == 0, done.stderr
