@@ -324,25 +324,18 @@ def requests(
 
 @app.command("export")
 def export(
-    run: Annotated[
-        Path, typer.Argument(help="Folder of a run with recipe.yaml and checkpoints/, or an export to push.")
-    ],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, with checkpoints/; or an export to push.")],
     output: Annotated[Path | None, typer.Option(help="Folder to write; an earlier export there is replaced.")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Name such as ep1-ba200; default: the newest complete.")
-    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Such as ep1-ba200; default: the newest complete.")] = None,
     average: Annotated[int, typer.Option(min=1, help="Checkpoints up to that one whose weights are averaged.")] = 1,
     merge_lora: Annotated[
         bool | None,
         typer.Option("--merge-lora/--adapter-only", help="Merge a LoRA adapter or not; default: the recipe's."),
     ] = None,
     push: Annotated[
-        str | None,
-        typer.Option(help="Repository of the Hugging Face hub for --output, else for the run's best export."),
+        str | None, typer.Option(help="Hugging Face repository for --output, else for the best export.")
     ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="With --push: a public repository, not a private one.")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a public repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: list what would be pushed.")] = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face folder, and push it or an export of the run to the hub."""
