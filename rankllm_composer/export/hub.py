@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD = "README.md"
-_KINDS = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md"}
+_KINDS = {".safetensors", ".json", ".yaml", ".jinja", ".txt", ".model", ".md"}
 _WEIGHTS_AND_VOCABULARY = ("safetensors", "tokenizer.json", "vocab.", "merges.", "tokenizer.model")
 _REPLACED = (
     "*.safetensors",
