@@ -144,6 +144,7 @@ def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Itera
                 mean = running_mean(values, len(points) // 25)
                 axes.plot(batches, mean, color=color_of(index), label=for_figure(run.name))
             _note(texts, run, runs, {batch: f"{value:,.4g}" for batch, value in zip(batches, values)}, "batch ")
+        _use_integer_ticks(axes, "x")
         if name == "tokens_per_second":
             axes.set_ylim(bottom=0)
         yield _panel(title, axes, _strips(axes, texts))
@@ -196,6 +197,7 @@ def _quality(runs: Sequence[RunRecord]) -> Iterator[Panel]:
                 axes.text(0.01, value, meaning, va="bottom", **style)
     axes.set_ylim(max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.06)
     axes.set_xlim(left=0)
+    _use_integer_ticks(axes, "x")
     yield _panel("nDCG@10 of held-out windows", axes, _strips(axes, texts))
 
 

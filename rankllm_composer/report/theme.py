@@ -35,8 +35,10 @@ th,td{padding:.4rem 1.4rem .4rem 0;border-bottom:1px solid var(--grid);text-alig
 font-variant-numeric:tabular-nums}
 th:first-child,td:first-child{text-align:left}
 th{font-weight:600;color:var(--muted);font-size:.85rem}
-td:first-child{min-width:9rem}
-.words td,.words th{text-align:left}
+table{overflow-wrap:normal}th,td{white-space:nowrap}
+td:first-child,.words td{white-space:normal;overflow-wrap:break-word}
+td:first-child{min-width:9rem;max-width:24rem}
+.words td,.words th{text-align:left}.words td{min-width:10rem}
 .words td:first-child{color:var(--muted);min-width:6.5rem}
 details{margin-top:1.5rem}summary{cursor:pointer;font-weight:600}
 pre{background:var(--card);border-radius:.5rem;padding:1rem;overflow-x:auto;font-size:.8rem;line-height:1.45}
