@@ -358,13 +358,9 @@ def export(
 @app.command("report")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of training runs to compare.")],
-    output: Annotated[
-        Path | None, typer.Option(help="HTML file; default: report.html in the first run's folder.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the first run.")] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for the same pictures as PNG files.")] = None,
-    reranked: Annotated[
-        list[Path] | None, typer.Option(help="OUTPUT.figures.json of `rerank --qrels` elsewhere; repeatable.")
-    ] = None,
+    reranked: Annotated[list[Path] | None, typer.Option(help="OUTPUT.figures.json left elsewhere; repeatable.")] = None,
 ) -> None:
     """Show what runs gained and how they trained, with what `rerank` left in their folders, in one HTML page."""
     with screen.loading():
