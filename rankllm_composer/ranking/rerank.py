@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import RunError, shell_line
 from rankllm_composer.escaping import in_one_line
 from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.user_turn import clean_query
@@ -162,6 +162,10 @@ def rerank_files(
     result = RerankResult(name or Path(files.first_stage).stem, model, reranker.decoding, tuple(rows))
     write_rerank_result(f"{files.output}{FIGURES_SUFFIX}", result)
     lines += ["", f"{result.name}: {len(rows[0].reranked)} queries", comparison_table(rows), "", *query_lines(rows[0])]
+    trained_in = Path(folder).parents[1] if len(Path(folder).parents) > 1 else Path()
+    if (trained_in / "metrics.jsonl").is_file():
+        command = ("rankllm-composer", "report", trained_in, "--reranked", f"{files.output}{FIGURES_SUFFIX}")
+        lines += ["", f"draw them with the run: {shell_line(*command)}"]
     return RerankReport(tuple(ranked), result, "\n".join(lines))
 
 

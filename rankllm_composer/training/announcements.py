@@ -32,6 +32,7 @@ from rankllm_composer.training.checkpoint_callback import CheckpointFolder
 
 NUM_REQUESTS = 100
 REQUESTS_FILE = "requests.jsonl"
+JUDGMENTS_FILE = "requests.qrels"
 
 
 class Banner(Callback):
@@ -146,7 +147,8 @@ def _ranking_steps(recipe: Recipe, model: str) -> tuple[tuple[str, str], str]:
     source, path = split.source, f"{recipe.run_folder}/{REQUESTS_FILE}"
     given, judged, writing = {"run": path}, {}, ""
     if source is None or source.run is None:
-        write_lists(split, Path(path))
+        judgments = f"{recipe.run_folder}/{JUDGMENTS_FILE}"
+        judged = {"qrels": judgments} if write_lists(split, Path(path), Path(judgments)) else {}
     else:
         named = {"run": source.run, "queries": source.queries, "docs": source.docs}
         given = {name: value for name, value in named.items() if value is not None}
@@ -162,10 +164,14 @@ def _command(name: str, options: dict[str, str]) -> str:
     return shell_line("rankllm-composer", name, *words)
 
 
-def write_lists(split: Split, path: Path) -> None:
-    """Write the first lists of a split as requests that `rerank` and rank_llm read, if the split can be read here."""
+def write_lists(split: Split, path: Path, judgments: Path) -> bool:
+    """Write the first lists of a split as requests that `rerank` and rank_llm read, if the split can be read here.
+
+    Returns:
+        Whether a list has a relevant passage, so that judgments were written, too.
+    """
+    lines, judged, is_relevant = [], [], False
     try:
-        lines = []
         for number, record in enumerate(islice(SplitRecords(sets_of(split)), NUM_REQUESTS), start=1):
             texts = record.turn.passages  # numbered, as ids of records may repeat or hold white space
             candidates = [
@@ -174,6 +180,12 @@ def write_lists(split: Split, path: Path) -> None:
             ]
             query = {"text": record.turn.query, "qid": str(number)}
             lines.append(json.dumps({"query": query, "candidates": candidates}))
+            grades = [(place, grade) for place, grade in enumerate(record.grades or ()) if grade is not None]
+            judged += [f"{number} 0 {number}-{place} {grade}" for place, grade in grades]
+            is_relevant = is_relevant or any(grade > 0 for _, grade in grades)
         write_atomic(path, "\n".join(lines) + "\n")
+        if is_relevant:
+            write_atomic(judgments, "\n".join(judged) + "\n")
     except (RankLLMComposerError, OSError) as error:
         report(f"warning: {path} is not written: {error}")
+    return is_relevant

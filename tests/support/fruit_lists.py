@@ -19,7 +19,7 @@ def fruit_run(folder: Path) -> list[str]:
         for other in (word for word in WORDS if word != query):
             turns = {"system": "", "human": render_user_turn(query, [other, query]), "gpt": "[B] > [A]"}
             conversation = [{"from": role, "value": text} for role, text in turns.items()]
-            records.append({"id": f"{query} {other}", "conversations": conversation})
+            records.append({"id": f"{query} {other}", "conversations": conversation, "grades": [0, 1]})
     (folder / "records.json").write_text(json.dumps(records))
     return [
         f"run.folder={folder / 'run'}",

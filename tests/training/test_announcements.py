@@ -68,7 +68,11 @@ def test_a_run_announces_itself_and_the_commands_that_come_next(tmp_path, monkey
     for _, *arguments in commands:
         succeed(*arguments)
     assert Path("run/report.html").exists() and len(Path("run/reranked.trec").read_text().splitlines()) == 24
-    capsys.readouterr()
+    reranked = capsys.readouterr().out
+    assert "requests: 12 queries" in reranked and "nDCG@10" in reranked
+    command = reranked.partition("draw them with the run: ")[2].splitlines()[0]
+    succeed(*shlex.split(command)[1:])
+    assert "reranked" in capsys.readouterr().out
     train(recipe)
     output = capsys.readouterr()
     assert "nothing to train: run is complete, at batch 1, where run.max_duration=1ba is reached" in output.out
