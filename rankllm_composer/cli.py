@@ -11,26 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from rankllm_composer import __version__, screen
-from rankllm_composer.cli_options import flag, with_options
+from rankllm_composer.cli_ranking import compare, requests, rerank
+from rankllm_composer.cli_shards import shards_app, sources_app
 from rankllm_composer.environment import expand_path
 from rankllm_composer.errors import RecipeError, counted, shell_line
-from rankllm_composer.escaping import in_one_line
-from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.recipe.bundled import find_recipe
+from rankllm_composer.recipe.command_line import DOES_NOT_FIT, Commands, Json
 from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
+from rankllm_composer.redaction import redact
 
-app = typer.Typer(
+app = Commands(
     name="rankllm-composer",
     help="Train listwise LLM rerankers with MosaicML Composer, from training data to exported model.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-sources_app = typer.Typer(help="Look at files before lists are built or reranked from them.", no_args_is_help=True)
-shards_app = typer.Typer(help="Build, merge and check sets of training lists (MDS shards).", no_args_is_help=True)
-
 
 app.add_typer(shards_app, name="shards")
 app.add_typer(sources_app, name="sources")
@@ -48,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         screen.report(f"error: {text}")
+        if "--json" in given:
+            screen.say_json({"error": redact(text)})
         raise SystemExit(2) from None
 
 
@@ -73,80 +70,6 @@ def _options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.")] = False,
 ) -> None:
     pass
-
-
-Output = Annotated[str, typer.Option(help="Folder or URL (s3://, gs://, …) of the set.")]
-Target = Annotated[str, typer.Argument(help="Folder or URL of the set.")]
-
-
-@sources_app.command("look")
-def sources_look(
-    files: Annotated[list[str], typer.Argument(help="Files, BEIR folders or irds:ID, in any order.")],
-) -> None:
-    """Print what files are taken for, what joins with what and how many ids match, and one list made from them."""
-    from rankllm_composer.sources.look import look
-
-    for line in look(files):
-        screen.say(line)
-
-
-@shards_app.command("build")
-@with_options(num_processes="processes", hashes="hash")
-def shards_build(context: typer.Context, output: Output, source: SourceOptions, options: BuildOptions) -> None:
-    """Build shards from training records, or from a first-stage run with judgments or a teacher's run."""
-    with screen.loading():
-        from rankllm_composer.shards.build import build_shards, next_steps
-        from rankllm_composer.sources.records import open_source
-
-    given = _given(context, FROM_RUN if source.run is None else ("split", "config", "answers"))
-    if given and source.run is None and source.input is not None and open_source(source).makes_lists:
-        given = [name for name in given if name not in FOR_PASSAGES]
-    for name in given:
-        screen.report(f"warning: {flag(name)} has no effect with {'--run' if source.run else '--input'}")
-    build_shards(output, source, options, screen.report)
-    screen.say(next_steps(output, options))
-
-
-def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
-    """The options among `names` that were set on the command line."""
-    sources = {name: getattr(context.get_parameter_source(name), "name", None) for name in sorted(names)}
-    return [name for name, source in sources.items() if source == "COMMANDLINE"]
-
-
-@shards_app.command("merge")
-def shards_merge(target: Target) -> None:
-    """Merge the parts that `build --part I/N` wrote to one place into one set."""
-    with screen.loading():
-        from rankllm_composer.shards.publish import merge_shards
-
-    merge_shards(target, report=screen.report)
-
-
-@shards_app.command("verify")
-def shards_verify(
-    target: Target,
-    records: Annotated[bool, typer.Option(help="Also decode and check every record, and count duplicate ids.")] = False,
-) -> None:
-    """Check that every shard exists and matches the index. Exit code 2 if not."""
-    with screen.loading():
-        from rankllm_composer.shards.verify import verify_shards
-
-    outcome = verify_shards(target, records=records, report=screen.report)
-    counts = f"{outcome.num_records:,} records in {outcome.num_shards:,} shards"
-    if outcome.num_duplicates:
-        counts += f", {outcome.num_duplicates:,} duplicate ids ({in_one_line(outcome.duplicate_ids)})"
-    if outcome.problems:
-        raise ValueError(f"{outcome.target}: {counted(len(outcome.problems), 'problem')}, see above ({counts})")
-    screen.say(f"{outcome.target}: no problems, {counts}")
-
-
-@shards_app.command("info")
-def shards_info(target: Target) -> None:
-    """Print the contents and origin of a set, without reading its shards."""
-    from rankllm_composer.shards.verify import shards_info
-
-    for line in shards_info(target).lines():
-        screen.say(line)
 
 
 @app.command("inspect")
@@ -193,16 +116,21 @@ def plan(
     lists: Annotated[
         int | None, typer.Option(min=1, help="Training lists, if neither shards nor source are on this machine.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Estimate steps, memory per rank, FLOPs and hours."""
+    """Estimate steps, memory per rank, FLOPs and hours. Exit code 3 if the run does not fit the GPU."""
     with screen.loading():
         from rankllm_composer.preflight.plan import plan_recipe
         from rankllm_composer.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     found = plan_recipe(loaded, num_ranks, gpu=gpu, mfu=mfu, num_lists=lists, report=screen.report)
-    for line in found.lines():
+    if as_json:
+        screen.say_json(found.fields())
+    for line in [] if as_json else found.lines():
         screen.say(line)
+    if not found.fits:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 @app.command("train")
@@ -235,91 +163,9 @@ def train(
     raise typer.Exit(launch(arguments))
 
 
-def _checked_duplicates(given: str) -> Any:
-    if given not in ("stop", "first"):
-        raise ValueError(f"--duplicates is {given!r}; expected stop or first. Correct it.")
-    return given
-
-
-@app.command("rerank")
-@with_options(window_size="window")
-def rerank(
-    model: Annotated[str, typer.Option(help="Exported folder, with reranker.json, or any HF folder or id.")],
-    run: Annotated[
-        Path, typer.Option(help="First-stage run: TREC, requests or results of rank_llm, or irds:ID that has one.")
-    ],
-    output: Annotated[Path, typer.Option(help="TREC run to write.")],
-    options: RerankOptions,
-    queries: Annotated[
-        Path | None, typer.Option(help="Queries: file, BEIR folder or irds:ID; default: those that --run holds.")
-    ] = None,
-    docs: Annotated[
-        Path | None, typer.Option(help="Documents: file, BEIR folder or irds:ID; default: those that --run holds.")
-    ] = None,
-    qrels: Annotated[
-        Path | None, typer.Option(help="Judgments: file, BEIR folder or irds:ID; compares with the first stage.")
-    ] = None,
-    duplicates: Annotated[
-        str, typer.Option(help="Document that a query has twice in --run: stop, or keep the first by score.")
-    ] = "stop",
-    held_out: Annotated[
-        str | None, typer.Option(help="Set of `shards build --hold-out`: rerank only the queries it kept apart.")
-    ] = None,
-    measure: Annotated[list[str] | None, typer.Option(help="Name from ir-measures; repeatable.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="With --qrels: name of the results, such as dl20-bm25; default: that of --run.")
-    ] = None,
-    card: Annotated[bool, typer.Option("--card", help="With --qrels: add the results to the model card.")] = False,
-) -> None:
-    """Rerank a first-stage run with an exported model, or with any other that the options describe; rerun a stopped job
-    to resume it."""
-    with screen.loading():
-        from rankllm_composer.export.model_card import add_figures
-        from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
-        from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
-
-    if qrels is None and (card or name is not None or measure):
-        raise ValueError("rerank: --card, --name and --measure need --qrels, as nothing is measured without judgments")
-    page = Path(model, "README.md")
-    if card and not os.access(page, os.W_OK):
-        raise ValueError(f"{page}: no model card that can be written. Rerank an exported folder, or leave out --card.")
-    inputs: dict[str, Any] = {"queries": queries, "documents": docs, "judgments": qrels}
-    inputs["duplicates"] = _checked_duplicates(duplicates)
-    if held_out is not None:
-        from rankllm_composer.shards.contents import held_out_share
-
-        inputs["hold_out"] = held_out_share(held_out)
-    files = RerankFiles(first_stage=run, output=output, **inputs)
-    report = rerank_files(model, files, options, measures=measure or DEFAULT_MEASURES, name=name)
-    screen.say(report.text)
-    if card and report.result is not None:
-        add_figures(page, report.result.figures(), report.result.first_stage())
-        screen.say(f"{page}: results of {report.result.name} added")
-
-
-@app.command("requests")
-def requests(
-    run: Annotated[
-        Path, typer.Option(help="First-stage run: TREC, requests or results of rank_llm, or irds:ID that has one.")
-    ],
-    output: Annotated[Path, typer.Option(help="File to write, in .jsonl.")],
-    queries: Annotated[
-        Path | None, typer.Option(help="Queries: file, BEIR folder or irds:ID; default: those that --run holds.")
-    ] = None,
-    docs: Annotated[
-        Path | None, typer.Option(help="Documents: file, BEIR folder or irds:ID; default: those that --run holds.")
-    ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Candidates of each query.")] = 100,
-    duplicates: Annotated[
-        str, typer.Option(help="Document that a query has twice in --run: stop, or keep the first by score.")
-    ] = "stop",
-) -> None:
-    """Write a first-stage run with its texts as the file that `rank-llm rerank --requests-file` reranks."""
-    from rankllm_composer.sources.requests import write_requests
-
-    kept = _checked_duplicates(duplicates)
-    for line in write_requests(run, output, queries=queries, docs=docs, top_k=top_k, duplicates=kept):
-        screen.say(line)
+app.command("rerank")(rerank)
+app.command("compare")(compare)
+app.command("requests")(requests)
 
 
 @app.command("export")

@@ -110,8 +110,9 @@ class RunError(RankLLMComposerError):
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 problem, 2 problems."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    """A number with its noun: 1 problem, 2 problems, 3 queries."""
+    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else several}"
 
 
 def shell_line(*words: object) -> str:

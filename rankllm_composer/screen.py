@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -36,6 +37,11 @@ def say(text: object, *, error: bool = False, escaped: bool = False, end: str = 
     shown = (redact(shown) if error else shown).encode(encoding, "backslashreplace").decode(encoding)
     status.erase()
     print(shown, file=stream, end=end, flush=True)
+
+
+def say_json(value: object) -> None:
+    """Print a value as JSON, in ASCII, so that it needs no other escapes."""
+    say(json.dumps(value, indent=2, allow_nan=False))
 
 
 def report(text: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,11 @@ import pytest
 import typer
 
 from rankllm_composer import __version__
-from rankllm_composer.cli import app, main, rerank, shards_build
+from rankllm_composer.cli import app, main, rerank
+from rankllm_composer.cli_shards import shards_build
 from rankllm_composer.options import BuildOptions, RerankOptions, SourceOptions
 from rankllm_composer.recipe.bundled import find_recipe
+from rankllm_composer.recipe.command_line import HELP
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.shards import build as shards
 
@@ -111,6 +114,62 @@ def test_no_arguments_print_help(run: Run) -> None:
 )
 def test_wrong_usage(run: Run, arguments: list[str], part: str) -> None:
     assert_readable_error(run(*arguments), part, "Usage: rankllm-composer")
+
+
+def test_other_names_of_options_are_accepted(run: Run) -> None:
+    known: dict[str, Any] = {words: typer.main.get_command(app) for words in HELP}
+    for words in known:
+        for word in words.split():
+            known[words] = known[words].commands[word]
+    judging = {words: command for words, command in known.items() if {"--qrels", "--judgments"} & set(command._flags())}
+    assert {"compare", "rerank", "shards build"} <= judging.keys()
+    for words, command in judging.items():
+        others = {"--topics", "--corpus", "-o"} if words != "compare" else {"-m"}
+        assert {"--qrels", "--judgments", *others} <= {*command.other_names(), *command._flags()}, words
+    for words, command in known.items():
+        names = command.other_names()
+        assert not names.keys() & set(command._flags()), words
+        assert not names or next(iter(names)) in run(*words.split(), "--help").out.replace("\n  ", " ")
+
+
+@pytest.mark.parametrize("words", HELP)
+def test_help_ends_with_examples_that_parse_exit_codes_and_a_page(run: Run, words: str) -> None:
+    text = run(*words.split(), "--help").out
+    assert "Exit codes:\n  0 done; 2 " in text
+    assert (ROOT / "docs" / HELP[words].page).is_file() and f"More:\n  docs/{HELP[words].page}\n" in text
+    for example in HELP[words].examples:
+        assert f"\n  rankllm-composer {example}\n" in text and example.startswith(words)
+        command: Any = typer.main.get_command(app)
+        arguments = shlex.split(example)
+        while hasattr(command, "commands"):
+            command = command.commands[arguments.pop(0)]
+        command.make_context(words, arguments)
+    assert sorted(HELP) == sorted(parameters.id for parameters in commands())
+
+
+def test_other_names_reach_the_command(run: Run, tmp_path: Path) -> None:
+    """An underscore is a hyphen, and what follows `--` is left alone."""
+    given = ("--first_stage", tmp_path / "a", "--topics=b", "--corpus", "c", "--judgments", "d", "-o", tmp_path / "out")
+    for what, text in (("b", '{"id": "q", "text": "t"}'), ("d", "q 0 x 1"), ("c", '{"id": "x", "text": "t"}')):
+        (tmp_path / what).write_text(text)
+    given = tuple(str(value).replace("=b", f"={tmp_path / 'b'}") for value in given)
+    given = tuple(str(tmp_path / value) if value in ("c", "d") else value for value in given)
+    assert_readable_error(run("rerank", "--checkpoint", "m", *given, "--topk", 10), f"{tmp_path / 'a'}")
+    assert_readable_error(run("recipes", "check", "first_mistral", "--", "--nproc=1"), "--nproc=1 is not a valid")
+    assert_readable_error(run("shards", "verify", "x", "--topk", "1"), "No such option: --topk")
+
+
+def test_a_command_of_another_group_is_suggested(run: Run) -> None:
+    assert_readable_error(run("check", "mine.yaml"), "No such command 'check'. Did you mean 'recipes check'?")
+    assert_readable_error(run("verify"), "Did you mean 'shards verify'?")
+
+
+def test_shells_complete_commands_and_recipes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, found in (("pl", "plan"), ("recipes ch", "check"), ("train first_m", "first_mistral_lora")):
+        monkeypatch.setenv("_RANKLLM_COMPOSER_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", f"rankllm-composer {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        assert found in run().out.split(), words
 
 
 # Shards
@@ -354,6 +413,34 @@ def test_recipes_check_reports_everything_at_once(run: Run) -> None:
     assert ["override", "optimizer.lr", "fast"] in [line.split() for line in outcome.out.splitlines()]
 
 
+def test_check_and_verify_as_json(run: Run, tmp_path: Path) -> None:
+    """Standard output is one JSON value, whatever is wrong; messages are on standard error."""
+    outcome = run("recipes", "check", "rank_zephyr", "--json", "objective.ranking_weight=3", "batch.global_lists=0")
+    found = json.loads(outcome.out)
+    assert (outcome.code, found["ok"]) == (2, False) and found["recipe"].endswith("rank_zephyr.yaml")
+    problem = found["problems"][0]
+    assert (problem["key"], problem["found"]) == ("batch.global_lists", "0") and problem["message"] in outcome.err
+    assert found["values"]["optimizer.betas"] == [0.9, 0.999] and found["origins"]["batch.global_lists"] == "override"
+    found = json.loads(run("recipes", "check", "rank_zephyr", "objective.ranking_weight=3", "--json").out)
+    assert found["ok"] and not found["problems"] and "has no effect" in found["warnings"][0]
+    secret = run("recipes", "check", "first_mistral", "--json", "logging.loggers={wandb: {api_key: hushhush}}")
+    assert "hushhush" not in secret.out + secret.err and not json.loads(secret.out)["ok"]
+    target = tmp_path / "set"
+    assert run("shards", "build", "--input", RECORDS, "--output", target, "--processes", 1).code == 0
+    outcome = run("shards", "verify", target, "--records", "--json")
+    found = json.loads(outcome.out)
+    assert (outcome.code, found["ok"], found["problems"], found["num_duplicates"]) == (0, True, [], 0)
+    next(target.glob("*.mds*")).write_bytes(b"")
+    outcome = run("shards", "verify", target, "--json")
+    assert (
+        outcome.code == 2
+        and not json.loads(outcome.out)["ok"]
+        and json.loads(outcome.out)["problems"][0] in outcome.err
+    )
+    outcome = run("shards", "verify", tmp_path / "absent", "--json")
+    assert outcome.code == 2 and json.loads(outcome.out)["error"] in outcome.err
+
+
 def test_recipes_check_shows_no_secret(run: Run) -> None:
     overrides = ["logging.loggers={wandb: {api_key: hushhush}}", "data.train.remote='s3://key:hushhush@host/set'"]
     outcome = run("recipes", "check", "first_mistral", *overrides)
@@ -368,9 +455,14 @@ def test_recipes_check_checks_ranks_and_warns(run: Run) -> None:
     assert outcome.err == "warning: objective.ranking_weight = 3.0 has no effect: objective.name is generation\n"
 
 
-def test_recipes_check_of_a_missing_recipe(run: Run, tmp_path: Path) -> None:
+def test_recipes_check_of_a_missing_recipe(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_readable_error(run("recipes", "check", tmp_path / "absent.yaml"), "recipe is not a file")
     assert_readable_error(run("recipes", "check", "absent"), "recipe is absent; expected a path", "rank_zephyr")
+    for name, meant in (("mistral", "first_mistral"), ("FirstMistral", "first_mistral"), ("zephyr", "rank_zephyr")):
+        assert_readable_error(run("recipes", "check", name), f"Did you mean {meant}?")
+    (tmp_path / "mine.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert_readable_error(run("recipes", "check", "mine"), "Did you mean mine.yaml?")
 
 
 def test_recipes_keys(run: Run) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from rankllm_composer.errors import PromptError, ShardError
 from rankllm_composer.escaping import for_screen
 from rankllm_composer.export.serving_check import serving_differences, shown_token
 from rankllm_composer.options import ObjectiveName
+from rankllm_composer.preflight.hub import is_cached, require_hub
 from rankllm_composer.prompts.chat import control_tokens_in, template_notes
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.contract import count_bos
@@ -284,14 +286,18 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
     from rankllm_composer.training.assembly import build_contract, build_model, sets_of
 
     split = recipe.data.train
-    records = SplitRecords(sets_of(split), split.source, split.rebuild, recipe.data.client_version)
-    record = replace(records[number], template=recipe.data.prompt_template)
+    fetch = partial(require_hub, "data.train.source.input")
+    records = SplitRecords(sets_of(split), split.source, split.rebuild, recipe.data.client_version, fetch)
+    stored = records[number]
+    record = replace(stored, template=recipe.data.prompt_template)
     shuffle, style = split.shuffle_passages, split.identifiers
     preferences = Preferences(recipe.objective.ties, recipe.objective.unjudged)
     if shuffle or style is not None:
         record = augment_record(record, seed=recipe.run.seed, epoch=0, shuffle_passages=shuffle, identifiers=style)
     if preferences.ties == "tied":
         record = draw_ties(record, seed=recipe.run.seed, epoch=0)
+    if not is_cached(recipe.tokenizer, "tokenizer_config.json"):
+        require_hub("model.tokenizer", recipe.tokenizer)
     tokenizer = load_tokenizer(recipe.model)
     limit, too_long = recipe.data.max_length_tokens, recipe.data.too_long
     found = inspect_record(
@@ -305,7 +311,7 @@ def inspect_recipe(recipe: Recipe, number: int, *, loss: bool) -> Inspection:
     )
     found.notes.insert(0, f"record {number} of {records.place}")
     try:  # the lists of the whole set; of a source without shards, this record
-        contents = read_contents(sets_of(split)) if records.has_shards else SetContents(count_lists([records[number]]))
+        contents = read_contents(sets_of(split)) if records.has_shards else SetContents(count_lists([stored]))
         build_contract(recipe, tokenizer, contents)
     except (PromptError, ShardError) as error:
         found.problems.append(str(error))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from rankllm_composer.errors import ModelError
+from rankllm_composer.errors import ModelError, RunError
+from rankllm_composer.preflight.hub import is_cached, require_hub
 
 if TYPE_CHECKING:
     from rankllm_composer.recipe.sections import Recipe
@@ -39,7 +40,7 @@ class ListLengths:
 def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 500) -> ListLengths:
     """Tokenize about `sample` evenly spaced lists of `data.train`, if its records and tokenizer are on this machine.
 
-    If its records are not, the split has `num_lists`.
+    If its records are not, the split has `num_lists`, or `data.expected_lists`.
     """
     from rankllm_composer.model.loading import load_tokenizer
     from rankllm_composer.prompts.chat import control_tokens_in
@@ -52,8 +53,10 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     assumed = f"each is assumed to have {recipe.data.max_length_tokens:,} tokens, the limit"
     records = find_split(sets, split.source, split.rebuild, recipe.data.client_version)
     if records is None:
-        given = f"{num_lists:,} (given)" if num_lists is not None else "unknown number"
-        return ListLengths((), (), num_lists, f"{given}; no data here, so {assumed}")
+        expected = recipe.data.expected_lists
+        given = "unknown number" if expected is None else f"{expected:,} (data.expected_lists)"
+        given = given if num_lists is None else f"{num_lists:,} (given)"
+        return ListLengths((), (), num_lists or expected, f"{given}; no data here, so {assumed}")
     count = len(records)
     if any(stream.proportion is not None for stream in split.streams):
         count = sum(round((stream.proportion or 0) * count) for stream in split.streams)
@@ -61,8 +64,10 @@ def measure_lists(recipe: Recipe, num_lists: int | None = None, sample: int = 50
     sampled = [replace(record, template=template) for record in islice(records, 0, None, max(1, count // sample))]
     pairs = sum(map(count_pairs, sampled), Counter())
     try:
+        if not is_cached(recipe.tokenizer, "tokenizer_config.json"):
+            require_hub("model.tokenizer", recipe.tokenizer)
         tokenizer = load_tokenizer(recipe.model)
-    except ModelError:
+    except (ModelError, RunError):
         return ListLengths((), (), count, f"{count:,} in {records.place}; no tokenizer here, so {assumed}", pairs)
     num_control = sum(bool(control_tokens_in(record.user, tokenizer)) for record in sampled)
     control = f", of which {num_control:,} contain control tokens of the tokenizer" if num_control else ""

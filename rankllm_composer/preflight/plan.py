@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import forward_flops, training_flops
+from rankllm_composer.preflight.hub import is_cached, published_shape, require_hub
 from rankllm_composer.preflight.list_lengths import ListLengths, measure_lists
 from rankllm_composer.recipe.advice import data_advice
 from rankllm_composer.recipe.checks import check_world
+from rankllm_composer.recipe.names import did_you_mean
 from rankllm_composer.recipe.times import explain_warmup, updates_in
 from rankllm_composer.screen import say
 from rankllm_composer.training.schedule import learning_rate_factor
@@ -103,9 +106,40 @@ class Plan:
     @property
     def num_hours(self) -> float | None:
         """Hours of training, without loading, checkpoints and evaluation."""
-        if self.num_flops is None:
-            return None
-        return self.num_flops / (self.num_ranks * self.gpu.bf16_flops * (self.mfu or DEFAULT_MFU)) / 3600
+        return None if self.num_flops is None else self._hours(self.num_flops)
+
+    def _hours(self, num_flops: int) -> float:
+        return num_flops / (self.num_ranks * self.gpu.bf16_flops * (self.mfu or DEFAULT_MFU)) / 3600
+
+    def fields(self) -> dict[str, Any]:
+        """The plan for JSON, see docs/commands.md; bytes are per rank."""
+        tokens = self.lengths.tokens
+        return {
+            "recipe": self.recipe.run.name,
+            "num_ranks": self.num_ranks,
+            "gpu": self.gpu_name,
+            "fits": self.fits,
+            "num_parameters": self.memory.num_parameters,
+            "num_trained": self.memory.num_trained,
+            "num_lists": self.lengths.num_lists,
+            "lists": self.lengths.description,
+            "mean_tokens": sum(tokens) / len(tokens) if tokens else None,
+            "longest_tokens": max(tokens, default=None),
+            "updates_per_epoch": self.steps_per_epoch,
+            "updates": self.num_steps,
+            "warmup_updates": self.num_warmup,
+            "peak_bytes": self.memory.peak,
+            "usable_bytes": self.gpu.usable_bytes,
+            "at_peak_bytes": self.memory.at_peak,
+            "at_update_bytes": self.memory.held,
+            "suggestions": [{"change": change, "peak_bytes": memory.peak} for change, memory in self.suggestions],
+            "flops_per_list": self.flops_per_list,
+            "flops": self.num_flops,
+            "mfu": self.mfu or DEFAULT_MFU,
+            "is_mfu_given": self.mfu is not None,
+            "hours": self.num_hours,
+            "gpu_hours": None if self.num_hours is None else self.num_hours * self.num_ranks,
+        }
 
     def lines(self) -> Iterator[str]:
         """Yield the lines to print."""
@@ -182,13 +216,16 @@ class Plan:
         host = {"fp32": 4, "bf16": 2}[work.frozen_precision] * self.memory.num_parameters
         yield f"  host memory of rank 0: at least {_gib(host)}, to load the model in {work.frozen_precision}"
         for change, memory in self.suggestions:
-            yield f"  fits with {change} ({_gib(memory.peak)})"
+            yield f"  fits with {change} (about {_gib(memory.peak)})"
         if not self.fits and not self.suggestions:
-            yield "  no suggestion makes it fit: use larger GPUs, shorter lists (data.max_length_tokens) or LoRA"
+            lora = "" if self.recipe.model.lora is not None else " or LoRA (model.lora)"
+            yield f"  no suggestion makes it fit: use larger GPUs, shorter lists (data.max_length_tokens){lora}"
 
     def _time_lines(self) -> Iterator[str]:
         yield f"FLOPs         {self.flops_per_list:.3g} per list, forward and backward, without recomputation"
         if self.num_flops is None or self.num_hours is None:
+            hours = self._hours(10_000 * self.flops_per_list)
+            yield f"time          {hours:,.2f} hours for each 10,000 lists: pass --lists, or set data.expected_lists"
             return
         yield f"              {self.num_flops:.3g} in total"
         mfu = f"{DEFAULT_MFU:.0%} (the default, not measured)" if self.mfu is None else f"{self.mfu:.0%} (given)"
@@ -217,7 +254,8 @@ def plan_recipe(
         num_ranks: GPUs to train on.
         gpu: a key of GPUS.
         mfu: model FLOPs utilization; None = DEFAULT_MFU.
-        num_lists: lists of `data.train`, used if neither its shards nor its source are on this machine.
+        num_lists: lists of `data.train`, used if neither its shards nor its source are on this machine; None =
+            `data.expected_lists`.
         sample: lists to tokenize, to measure their lengths.
         report: called with a line of progress.
     Raises:
@@ -228,9 +266,10 @@ def plan_recipe(
     from rankllm_composer.model.self_check import check_model
 
     if gpu not in GPUS:
-        raise RunError(f"gpu is {gpu}; expected one of {', '.join(GPUS)}. Choose one with the same memory.")
+        remedy = did_you_mean(gpu, GPUS, "Choose one with the same memory.")
+        raise RunError(f"gpu is {gpu}; expected one of {', '.join(GPUS)}. {remedy}")
     if mfu is not None and not 0 < mfu <= 1:
-        raise RunError(f"mfu is {mfu}; expected a share above 0 and up to 1.")
+        raise RunError(f"mfu is {mfu}; expected a share above 0 and up to 1. Write 40 % as 0.4.")
     check_world(recipe, num_ranks)
     config = _load_config(recipe)
     check_model(
@@ -243,11 +282,11 @@ def plan_recipe(
     lengths = measure_lists(recipe, num_lists, sample)
     work = workload(recipe, config, lengths, num_ranks)
     report(f"runs {config.num_hidden_layers} layers on tensors without data")
-    from rankllm_composer.preflight.memory import plan_memory
+    from rankllm_composer.preflight.memory import estimate_memory, plan_memory
     from rankllm_composer.preflight.suggestions import suggest
 
     def plan_changed(changed: Recipe, ranks: int) -> Memory:
-        return plan_memory(workload(changed, config, lengths, ranks))
+        return estimate_memory(workload(changed, config, lengths, ranks))
 
     memory, usable = plan_memory(work), GPUS[gpu].usable_bytes
     suggestions = () if memory.peak <= usable else suggest(recipe, num_ranks, usable, plan_changed, report)
@@ -276,10 +315,15 @@ def _load_config(recipe: Recipe) -> PretrainedConfig:
     model = recipe.model
     if model.trust_remote_code:
         warn_trust_remote_code(model.name_or_path)
+    known = None if Path(model.name_or_path).exists() else published_shape(model)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
+        if known is None and not is_cached(model.name_or_path, "config.json"):
+            require_hub("model.name_or_path", model.name_or_path)
+        config: PretrainedConfig = known or AutoConfig.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+    except RunError as error:
+        raise RunError(f"{error} A plan needs only config.json, no weights.") from error
     except (OSError, ValueError) as error:
         found = f"model.name_or_path is {model.name_or_path}, whose config.json is not on this machine"
         remedy = "download it into a folder and pass model.name_or_path=FOLDER"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,9 @@ def paired_permutation_test(
 
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10")
+JUDGED = "Judged"
+"""The share of judged documents in ir-measures, which is no quality of a run."""
+
 NUM_QUERIES_SHOWN = 5  # of those that gained most, and as many of those that lost most
 
 
@@ -127,12 +131,14 @@ class RerankResult:
     comparisons: tuple[MeasureComparison, ...]
 
     def figures(self) -> dict[str, float]:
-        """Mean of each measure after reranking, by the set's name and the measure's: dl20-bm25/nDCG@10."""
-        return {f"{self.name}/{row.measure}": row.comparison.second_mean for row in self.comparisons}
+        """Mean of each measure of quality after reranking, by the set's name and the measure's: dl20-bm25/nDCG@10."""
+        rows = (row for row in self.comparisons if not row.measure.startswith(JUDGED))
+        return {f"{self.name}/{row.measure}": row.comparison.second_mean for row in rows}
 
     def first_stage(self) -> dict[str, float]:
         """Mean of each measure before reranking, by the same names."""
-        return {f"{self.name}/{row.measure}": row.comparison.first_mean for row in self.comparisons}
+        rows = (row for row in self.comparisons if not row.measure.startswith(JUDGED))
+        return {f"{self.name}/{row.measure}": row.comparison.first_mean for row in rows}
 
 
 class MeasureComparison(NamedTuple):
@@ -143,6 +149,10 @@ class MeasureComparison(NamedTuple):
     first_stage: dict[str, float]
     reranked: dict[str, float]
 
+    def fields(self) -> dict[str, Any]:
+        """The comparison for JSON, see docs/commands.md."""
+        return {"measure": self.measure, "num_queries": len(self.reranked)} | self.comparison._asdict()
+
 
 def compare_runs(
     first_stage: Mapping[str, Sequence[str]],
@@ -152,14 +162,16 @@ def compare_runs(
 ) -> list[MeasureComparison]:
     """Compare two runs, by each measure, over the judged queries that both contain.
 
+    The share of judged documents in the top k is added beside each nDCG@k: where it is low, nDCG means little.
+
     Args:
         first_stage, reranked: document ids of each query, best first.
         judgments: relevance grade of each judged document, by query.
-        measures: names of measures as in ir-measures.
+        measures: names of measures as in ir-measures or trec_eval.
     Raises:
         RunError: no query is judged and in both runs, or a measure cannot be computed with ir-measures.
     """
-    parsed = [_parse_measure(name) for name in measures]
+    parsed = _with_judged([measure for name in measures for measure in _parse_measure(name)])
     qids = [qid for qid in reranked if qid in first_stage and qid in judgments]
     if not qids:
         raise RunError(
@@ -175,32 +187,54 @@ def compare_runs(
     ]
 
 
-def _parse_measure(name: str) -> Any:
+def _with_judged(measures: Sequence[Any]) -> list[Any]:
+    """The measures, each once, with the share of judged documents behind each nDCG."""
+    import ir_measures
+
+    found = []
+    for measure in measures:
+        found.append(measure)
+        if measure.NAME == "nDCG" and "cutoff" in measure.params:
+            found.append(ir_measures.Judged @ measure["cutoff"])
+    return list(dict.fromkeys(found))
+
+
+def _parse_measure(name: str) -> list[Any]:
+    """The measures that a name stands for: nDCG@10, ndcg@10 or trec_eval's ndcg_cut_10, ndcg_cut.5,10 or map."""
     import ir_measures
 
     try:
-        measure = ir_measures.parse_measure(name)
+        try:
+            found = list(ir_measures.parse_trec_measure(name))
+        except (ValueError, KeyError):
+            head = re.match(r"[A-Za-z]+", name)
+            known = {known.lower(): known for known in ir_measures.measures.registry}
+            exact = known.get(head[0].lower(), head[0]) + name[head.end() :] if head else name
+            found = [ir_measures.parse_measure(exact)]
     except (NameError, ValueError, TypeError, SyntaxError) as error:
         raise RunError(
-            f"measure is {name!r}; expected a name of ir-measures, such as nDCG@10, RR@10, AP or P@5 "
+            f"measure is {name!r}; expected a name of ir-measures, such as nDCG@10, RR@10, AP or P@5, or of trec_eval "
             f"({first_line(error)}). Correct the name."
         ) from error
-    cutoff = measure.params.get("cutoff", 1)
-    if type(cutoff) is not int or cutoff < 1:  # trec_eval ends the process at 0
-        raise RunError(f"measure is {name!r}, with the cutoff {cutoff}; expected a whole number from 1. Correct it.")
-    return measure
+    for measure in found:
+        cutoff = measure.params.get("cutoff", 1)
+        if type(cutoff) is not int or cutoff < 1:  # trec_eval ends the process at 0
+            raise RunError(
+                f"measure is {name!r}, with the cutoff {cutoff}; expected a whole number from 1. Correct it."
+            )
+    return found
 
 
 def _measure_run(
     run: Mapping[str, Sequence[str]], judgments: Mapping[str, Mapping[str, int]], measures: Sequence[Any]
 ) -> dict[str, dict[str, float]]:
-    """Value of each query by measure.
+    """Value of each query by measure; a query without documents has 0.
 
     Queries and documents are numbered for the providers of ir-measures, of which some read only numbers as ids.
     """
     import ir_measures
 
-    qids = list(run)
+    qids = [qid for qid in run if run[qid]]
     grades, scores = {}, {}
     for number, qid in enumerate(qids, start=1):
         number_of: dict[str, str] = {}
@@ -218,19 +252,31 @@ def _measure_run(
                 f"measure is {str(measure)!r}, which ir-measures cannot compute on these judgments "
                 f"({type(error).__name__}: {first_line(error)}). Correct its parameters, or use another measure."
             ) from error
-        values[str(measure)] = {qids[int(number) - 1]: float(value) for number, value in found.items()}
+        values[str(measure)] = dict.fromkeys(run, 0.0)
+        values[str(measure)] |= {qids[int(number) - 1]: float(value) for number, value in found.items()}
     return values
 
 
-def comparison_table(comparisons: Sequence[MeasureComparison]) -> str:
-    """Table "first stage → reranked" with one line per measure."""
-    width = max(len("measure"), *(len(row.measure) for row in comparisons))
-    lines = [f"{'measure':{width}}  first stage → reranked  difference  wins/ties/losses  p"]
-    for name, result, *_ in comparisons:
+def comparison_table(
+    comparisons: Sequence[MeasureComparison], names: tuple[str, str] = ("first stage", "reranked")
+) -> str:
+    """Table "first stage → reranked" with one line per measure; `names` are those of the two systems."""
+    return table_of([(row.measure, row.comparison) for row in comparisons], "measure", names)
+
+
+def table_of(
+    rows: Sequence[tuple[str, Comparison]], what: str, names: tuple[str, str] = ("first stage", "reranked")
+) -> str:
+    """Table of comparisons with one line each, which begins with a name of the kind `what`."""
+    width = max(len(what), *(len(name) for name, _ in rows))
+    left, right = max(len(names[0]), 6), max(len(names[1]), 6)
+    lines = [f"{what:{width}}  {names[0]:>{left}} → {names[1]:<{right}}  difference  wins/ties/losses  p"]
+    for name, result in rows:
         counts = f"{result.wins}/{result.ties}/{result.losses}"
         lines.append(
-            f"{name:{width}}  {result.first_mean:11.4f} → {result.second_mean:<8.4f}  {result.difference:+10.4f}  "
-            f"{counts:>16}  {'< 0.001' if result.p_value < 0.001 else f'{result.p_value:.3f}'}"
+            f"{name:{width}}  {result.first_mean:{left}.4f} → {result.second_mean:<{right}.4f}  "
+            f"{result.difference:+10.4f}  {counts:>16}  "
+            f"{'< 0.001' if result.p_value < 0.001 else f'{result.p_value:.3f}'}"
         )
     return "\n".join(lines)
 

@@ -76,16 +76,43 @@ class RerankFiles:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RerankReport:
-    """Outcome of a job: the queries as written, their measures if there are judgments, and a report as text."""
+    """Outcome of a job.
+
+    Attributes:
+        queries: as written.
+        result: their measures; None without judgments.
+        text: a report.
+        output: path of the run.
+        decoding: first_token or generation.
+        seconds: of reranking, without loading.
+        notes: what of the inputs is left out and how the answers were, one sentence each.
+    """
 
     queries: tuple[RerankedQuery, ...]
     result: RerankResult | None
     text: str
+    output: str
+    decoding: str
+    seconds: float
+    notes: tuple[str, ...]
 
     @property
     def comparisons(self) -> tuple[MeasureComparison, ...]:
         """One per measure; empty without judgments."""
         return () if self.result is None else self.result.comparisons
+
+    def fields(self) -> dict[str, Any]:
+        """The report for JSON, see docs/commands.md."""
+        return {
+            "output": self.output,
+            "name": None if self.result is None else self.result.name,
+            "decoding": self.decoding,
+            "num_queries": len(self.queries),
+            "num_windows": sum(query.num_windows for query in self.queries),
+            "seconds": round(self.seconds, 1),
+            "measures": [row.fields() for row in self.comparisons],
+            "notes": list(self.notes),
+        }
 
 
 def rerank_files(
@@ -96,6 +123,7 @@ def rerank_files(
     measures: Sequence[str] = DEFAULT_MEASURES,
     name: str | None = None,
     progress_bar: bool = True,
+    reranker: Reranker | None = None,
 ) -> RerankReport:
     """Rerank a run with an exported model, and compare it with the first stage if there are judgments.
 
@@ -105,9 +133,10 @@ def rerank_files(
         folder: a model as in `Reranker.from_pretrained`.
         files: inputs and output.
         options: how to rerank; None for the defaults.
-        measures: names of measures as in ir-measures.
+        measures: names of measures as in ir-measures or trec_eval.
         name: name of the set of queries and its first stage, in figures; None: the run's file name without its suffix.
         progress_bar: whether to show progress.
+        reranker: the model with these options, if it is loaded already.
     Raises:
         ValueError: a file, the model or an option cannot be used.
     """
@@ -138,8 +167,9 @@ def rerank_files(
     if grades is not None:
         compare_runs(chosen, chosen, grades, measures)  # fails now, not after hours, if it cannot be measured
     documents = load_documents(collection, {id for docids in chosen.values() for id in docids[: options.top_k]})
-    with doing(f"loading the model {folder}") if progress_bar else nullcontext():
-        reranker = Reranker.from_pretrained(folder, options)
+    if reranker is None:
+        with doing(f"loading the model {folder}") if progress_bar else nullcontext():
+            reranker = Reranker.from_pretrained(folder, options)
     start = time.monotonic()
     ranked = rerank_run(reranker, texts, documents, first_stage, files.output, progress_bar=progress_bar)
     seconds = time.monotonic() - start
@@ -155,8 +185,14 @@ def rerank_files(
     ):
         if qids:
             lines.append(f"{len(qids)} {what}, such as {', '.join(sorted(qids)[:3])}")
+    done: dict[str, Any] = {
+        "output": str(files.output),
+        "decoding": reranker.decoding,
+        "seconds": seconds,
+        "notes": tuple(lines[1:]),
+    }
     if grades is None:
-        return RerankReport(tuple(ranked), None, "\n".join(lines))
+        return RerankReport(tuple(ranked), None, "\n".join(lines), **done)
     rows = compare_runs(first_stage, {query.qid: query.docids for query in ranked}, grades, measures)
     model = str(Path(folder).resolve() if Path(folder).is_dir() else folder)
     result = RerankResult(name or Path(files.first_stage).stem, model, reranker.decoding, tuple(rows))
@@ -166,7 +202,7 @@ def rerank_files(
     if (trained_in / "metrics.jsonl").is_file():
         command = ("rankllm-composer", "report", trained_in, "--reranked", f"{files.output}{FIGURES_SUFFIX}")
         lines += ["", f"draw them with the run: {shell_line(*command)}"]
-    return RerankReport(tuple(ranked), result, "\n".join(lines))
+    return RerankReport(tuple(ranked), result, "\n".join(lines), **done)
 
 
 def rerank_run(

@@ -8,18 +8,30 @@ from typing import Annotated
 
 import typer
 
+from rankllm_composer.environment import as_written
 from rankllm_composer.errors import RecipeError, RunError
-from rankllm_composer.recipe.bundled import find_recipe, recipe_folder, recipe_path
+from rankllm_composer.recipe.bundled import find_recipe, recipe_folder, recipe_names, recipe_path
+from rankllm_composer.recipe.command_line import Commands, Json
 from rankllm_composer.redaction import REDACTED
-from rankllm_composer.screen import report, say
+from rankllm_composer.screen import report, say, say_json
 
 SCHEMA_NAME = "recipe.schema.json"
-RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.")]
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or a name from `recipes list`.")]
+
+
+def _names(incomplete: str) -> list[str]:
+    """Completions of a shell for the name of a recipe or a file beside it."""
+    beside = [str(path) for ending in ("yaml", "yml") for path in Path().glob(f"*.{ending}")]
+    return [name for name in [*recipe_names(), *beside] if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[str, typer.Argument(help="As `recipes list` prints it.", autocompletion=_names)]
+RecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML file, or a name from `recipes list`.", autocompletion=_names)
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that override those of the file.")
 ]
-recipes_app = typer.Typer(help="List, copy and check recipes.", no_args_is_help=True)
+recipes_app = Commands(help="List, copy and check recipes.")
 
 
 @recipes_app.command("list")
@@ -74,29 +86,42 @@ def recipes_check(
     num_ranks: Annotated[
         int | None, typer.Option("--num-ranks", "-n", min=1, help="Also check that the batch divides over these ranks.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Print the merged recipe with the origin of each value, and everything that is wrong with it (exit code 2)."""
     from rankllm_composer.recipe.checks import check_world, is_secret, missing_files, warmup_warning
-    from rankllm_composer.recipe.keys import show
+    from rankllm_composer.recipe.keys import plain_tree, show
     from rankllm_composer.recipe.load import merge_recipe
 
     path = recipe_path(file)
     merged = merge_recipe(path, overrides or [])
     width = max(len(row.key) for row in merged.keys)
-    for row in merged.keys:
-        value = REDACTED if is_secret(row.key, row.value) else show(row.value)
-        say(f"{row.origin:<8}  {row.key:<{width}}  {value}")
+    values = {row.key: REDACTED if is_secret(row.key, row.value) else as_written(row.value) for row in merged.keys}
+    for row in [] if as_json else merged.keys:
+        say(f"{row.origin:<8}  {row.key:<{width}}  {show(values[row.key])}")
     problems = [*merged.problems, *missing_files(merged.recipe)]
     if num_ranks is not None and not merged.problems:
         try:
             check_world(merged.recipe, num_ranks)
         except RecipeError as error:
             problems += error.problems
-    for sentence in filter(None, [*merged.warnings, warmup_warning(merged.recipe)]):
+    warnings = [*filter(None, [*merged.warnings, warmup_warning(merged.recipe)])]
+    for sentence in warnings:
         report(f"warning: {sentence}")
+    if as_json:
+        found = [{**problem._asdict(), "message": str(problem)} for problem in problems]
+        origins = {row.key: row.origin for row in merged.keys}
+        say_json(
+            {"recipe": str(path), "ok": not problems, "values": plain_tree(values), "origins": origins}
+            | {"problems": found, "warnings": warnings}
+        )
+    if problems and as_json:
+        report(f"error: {RecipeError(str(path), problems)}")
+        raise typer.Exit(2)
     if problems:
         raise RecipeError(str(path), problems)
-    say(f"{path}: no problems")
+    if not as_json:
+        say(f"{path}: no problems")
 
 
 @recipes_app.command("keys")

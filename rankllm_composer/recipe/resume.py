@@ -25,6 +25,7 @@ FREE = (
     "data.num_workers",
     "data.prefetch_factor",
     "data.loader_timeout_seconds",
+    "data.expected_lists",
     "data.train.local",
     "data.train.remote",
     "data.train.source",

@@ -178,6 +178,12 @@ class Data(ClientOptions):
     loader_timeout_seconds: Whole = option(
         "Longest wait for a batch before the run stops; 0 = wait forever.", 600, unit="seconds", ge=0
     )
+    expected_lists: Whole | None = option(
+        "About how many lists `train` holds, for `plan` where neither its shards nor its source are; null = unknown.",
+        None,
+        unit="lists",
+        ge=1,
+    )
     train: Split = option("Lists to train on.", Split)
     eval: Split | None = option("Lists to evaluate on; null = none.", None)
 

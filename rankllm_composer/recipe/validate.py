@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from rankllm_composer.environment import as_written
 from rankllm_composer.errors import Problem, RecipeError
 from rankllm_composer.recipe.keys import REQUIRED, Key, describe_keys, find_key, keys_of, show
+from rankllm_composer.recipe.names import key_of_others, nearest, synonyms
 
 _STAND_INS = {bool: False, int: 1, float: 1.0, str: "unknown"}
 
@@ -37,7 +38,7 @@ def problems_in(error: ValidationError, kind: type) -> Iterator[Problem]:
         steps, given = wrong["loc"], wrong["input"]
         is_name = steps[-1] == "[key]"  # of a mapping with fixed names
         if is_name or wrong["type"] == "unexpected_keyword_argument":
-            yield _unknown(kind, steps[:-1] if is_name else steps)
+            yield from _unknown(kind, steps[:-1] if is_name else steps, None if is_name else given)
             continue
         length = next(length for length in range(len(steps), 0, -1) if find_key(steps[:length], kind))
         key = typing.cast(Key, find_key(steps[:length], kind))
@@ -67,9 +68,9 @@ def _remedy(key: Key, error_type: str, given: Any) -> str:
         return "Write a mapping in { }, or its keys below it."
     if error_type == "literal_error":
         options = typing.get_args(_scalar(key))
-        near = difflib.get_close_matches(str(given).lower(), [option.lower() for option in options], 1)
-        if near:
-            return f"Did you mean {next(option for option in options if option.lower() == near[0])}?"
+        near = nearest(str(given), options)
+        if near is not None:
+            return f"Did you mean {near}?"
     if error_type == "string_type" and isinstance(given, int | float) and key.unit != "Composer time":
         return "Put it in quotes."
     return f"Correct it (meaning: {key.meaning.rstrip('.')})."
@@ -79,19 +80,43 @@ def _scalar(key: Key) -> Any:
     return key.element if key.element is not None else key.annotation
 
 
-def _unknown(kind: type, steps: Sequence[str | int]) -> Problem:
+def _unknown(kind: type, steps: Sequence[str | int], given: Any) -> Iterator[Problem]:
+    """The problem of an unknown key; of an unknown section, one for each of its keys that another section has."""
     *above, name = steps
     prefix = f"{dotted(above)}." if above else ""
     key = find_key(above, kind) if above and not isinstance(above[-1], int) else None
     section = _scalar(typing.cast(Key, key or find_key(above[:-1], kind))) if above else kind
     names = list(keys_of(section)) if dataclasses.is_dataclass(section) else []
     names = names or list(typing.get_args(typing.get_args(section)[0]))  # those that a mapping may have
+    within = [f"{prefix}{match}" for match in difflib.get_close_matches(str(name), names, 1)]
+    if isinstance(given, Mapping) and not within:
+        found = {inner: _named_elsewhere(kind, [*steps, inner], value) for inner, value in given.items()}
+        if any(found.values()):
+            for inner, near in found.items():
+                yield _unknown_key([*steps, inner], names, near)
+            return
+    near = [f"{prefix}{other}" for named, other in synonyms(names).items() if named == name]
+    near = near or (within if isinstance(given, Mapping) else _named_elsewhere(kind, steps, given)) or within
+    near = near or _named_elsewhere(kind, steps, given, cutoff=0.85)
     known = [row.name for row in describe_keys(kind)]
-    near = [f"{prefix}{match}" for match in difflib.get_close_matches(str(name), names, 1)]
-    near = near or [other for other in known if other.rpartition(".")[2] == name]
-    near = near or difflib.get_close_matches(dotted(steps), known, 1, cutoff=0.75)
-    remedy = f"Did you mean {near[0]}?" if near else "Remove it."
-    return Problem(dotted(steps), "an unknown key", f"one of {', '.join(names)}", remedy, tuple(near))
+    yield _unknown_key(steps, names, near or difflib.get_close_matches(dotted(steps), known, 1, cutoff=0.75))
+
+
+def _unknown_key(steps: Sequence[str | int], names: Sequence[str], near: Sequence[str]) -> Problem:
+    either = " or ".join(filter(None, [", ".join(near[:-1]), *near[-1:]]))
+    remedy = f"Did you mean {either}?" if near else "Remove it."
+    meant = tuple(key.partition("=")[0] for key in near)
+    return Problem(dotted(steps), "an unknown key", f"one of {', '.join(names)}", remedy, meant)
+
+
+def _named_elsewhere(kind: type, steps: Sequence[str | int], given: Any, cutoff: float = 1.0) -> list[str]:
+    """Keys of any section that have the name, or that stand for what another trainer calls so."""
+    name = str(steps[-1])
+    near = [row.name for row in describe_keys(kind) if row.name.rpartition(".")[2] == name][:3]
+    meant = None if near else key_of_others(name, given, cutoff)
+    if meant is not None and dotted(steps).startswith("data.eval."):
+        meant = meant.replace("data.train.", "data.eval.")
+    return [meant] if meant is not None and find_key(meant.partition("=")[0].split("."), kind) else near
 
 
 def _repair(kind: type, tree: Any, steps: Sequence[str | int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardFile, record_f
 from rankllm_composer.shards.manifest import read_set
 from rankllm_composer.shards.prepared import find_difference
 from rankllm_composer.shards.unpack import difference, unpack
+from rankllm_composer.sources.conversations import is_dataset_id
 from rankllm_composer.sources.records import open_source, read_records
 from rankllm_composer.storage.object_store import Folder, LocalFolder, inside, open_folder
 from rankllm_composer.storage.scratch import scratch_folder
@@ -30,6 +31,8 @@ class SplitRecords:
         source: read if there are no shards; None = only shards.
         rebuild: read the source also if the shards were built from another one.
         client: version of the inference client whose prompts the records should have.
+        fetch: called with the id of a data set that is not on this machine, before its records are streamed from the
+            hub; None = they are not.
     Raises:
         ShardError: there are no shards, and no source on this machine; the shards were built from another source; or an
             index is damaged.
@@ -42,6 +45,7 @@ class SplitRecords:
         source: SourceOptions | None = None,
         rebuild: bool = False,
         client: ClientVersion = CURRENT_CLIENT,
+        fetch: Callable[[str], object] | None = None,
     ) -> None:
         folders = [(Path(local), open_folder(remote or local)) for local, remote in sets]
         texts = [folder.read(INDEX_NAME) for _, folder in folders]
@@ -63,7 +67,9 @@ class SplitRecords:
         if source is None:
             remedy = "Build them with rankllm-composer shards build, or set data.train.source."
             raise _AbsentError(f"data.train: there are no shards in {missing} and no source. {remedy}")
-        if source.input is not None and not Path(source.input).exists():
+        if source.input is not None and not Path(source.input).exists() and is_dataset_id(source.input) and fetch:
+            fetch(source.input)
+        elif source.input is not None and not Path(source.input).exists():
             raise _AbsentError(
                 f"data.train.source.input: {source.input} is not on this machine, and there are no shards in "
                 f"{missing}. Build them with rankllm-composer shards build, or name a local file (.json, .jsonl)."

@@ -30,10 +30,16 @@ def open_conversations(options: SourceOptions, client: ClientVersion = CURRENT_C
         return DatasetSource(options, client)
     if path.is_file():
         return FileSource(options, client)
-    if name.lower().endswith(_FILE_ENDINGS) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
+    if not is_dataset_id(name):
         expected = "a file, a folder with a data set, or a HF data set id such as owner/name"
         raise RecordError(name, None, f"no such file or folder; expected {expected}. Correct the path.")
     return DatasetSource(options, client)
+
+
+def is_dataset_id(name: str) -> bool:
+    """Whether a name that is no file or folder can be the id of a data set on the hub."""
+    is_path = name.lower().endswith(_FILE_ENDINGS) or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return bool(name) and not is_path
 
 
 @dataclass(frozen=True)

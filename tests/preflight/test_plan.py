@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from support.launching import REPOSITORY
 from support.list_shards import build_from_file
 from support.synthetic_records import conversation, write_jsonl
@@ -20,7 +22,9 @@ from rankllm_composer.errors import RunError
 from rankllm_composer.model.flops import training_flops
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
-from rankllm_composer.preflight.memory import Memory, Workload, placeholder_lists, plan_memory
+from rankllm_composer.options import ModelOptions
+from rankllm_composer.preflight.hub import SHAPES, published_shape
+from rankllm_composer.preflight.memory import Memory, Workload, estimate_memory, placeholder_lists, plan_memory
 from rankllm_composer.preflight.plan import GPUS, Gpu, plan_recipe
 from rankllm_composer.preflight.suggestions import suggest
 from rankllm_composer.preflight.tracking import ReplicaTracker
@@ -212,9 +216,9 @@ def test_updates_learning_rate_and_hours(toy_folder):
     assert "each is assumed to have 128 tokens, the limit" in text and found.fits
     short = plan_recipe(toy_recipe(toy_folder), 8, num_lists=300, report=quiet)  # 3 updates in 3 epochs
     assert "warning: schedule.warmup is 50ba, 50 updates, but the run has 9 " in "\n".join(short.lines())
-    unknown = plan_recipe(toy_recipe(toy_folder), 8, report=quiet)
+    unknown = plan_recipe(toy_recipe(toy_folder, "data.expected_lists=null"), 8, report=quiet)
     assert unknown.num_steps is unknown.num_hours is None
-    assert "pass --lists" in "\n".join(unknown.lines())
+    assert "hours for each 10,000 lists: pass --lists" in "\n".join(unknown.lines())
 
 
 def test_local_lists_are_counted_and_measured(toy_folder, tmp_path, mistral_v3_folder):
@@ -278,25 +282,71 @@ def test_suggestions_make_a_run_fit(toy_folder, monkeypatch):
     assert hopeless.suggestions == () and "no suggestion makes it fit" in "\n".join(hopeless.lines())
 
 
-@pytest.mark.parametrize("fsdp", [True, False])
-def test_what_is_suggested_is_a_recipe_that_can_be_trained(toy_folder, fsdp):
-    """bitsandbytes cannot update the weights that FSDP2 shards."""
+@pytest.mark.parametrize(("fsdp", "num_ranks"), [(True, 2), (True, 1), (False, 2)])
+def test_what_is_suggested_is_a_recipe_that_can_be_trained(toy_folder, fsdp, num_ranks):
+    """bitsandbytes cannot update the weights that FSDP2 shards, and FSDP2 cannot shard frozen weights in bfloat16."""
     recipe = toy_recipe(toy_folder, f"parallelism.fsdp={fsdp}", "model.activation_checkpointing=0")
     tried: list[str] = []
     nothing_fits = Memory({}, {"weights": 10}, 1, 1)
-    assert not list(suggest(recipe, 2, 1, lambda changed, num_ranks: nothing_fits, tried.append))
-    alone = [line.removeprefix("tries ") for line in tried if "," not in line]
+    assert not list(suggest(recipe, num_ranks, 1, lambda changed, ranks: nothing_fits, tried.append))
+    alone = [line.removeprefix("tries ") for line in tried if " and " not in line]
     assert ("optimizer.name=adamw_8bit" in alone) is not fsdp
+    assert any(change.startswith("model.lora.") for change in alone)
     for change in alone:
         if "GPUs" not in change:
-            assert toy_recipe(toy_folder, f"parallelism.fsdp={fsdp}", change) != recipe
+            assert toy_recipe(toy_folder, f"parallelism.fsdp={fsdp}", *change.split()) != recipe
 
 
-def test_errors_explain_what_a_plan_needs(toy_folder):
-    with pytest.raises(RunError, match=r"needs only config\.json, no weights"):
-        plan_recipe(load_recipe(FIRST_MISTRAL), 8, report=quiet)
+def test_no_key_is_suggested_twice(toy_folder):
+    """Of each key the mildest change that suffices; if none does, the strongest of each together."""
+    recipe = toy_recipe(toy_folder, "batch.microbatch_tokens=4096")
+    needed = {4096: 100, 2048: 60, 1024: 40, 128: 20}
+
+    def memory(changed, ranks):
+        lora = 0 if changed.model.lora is None else 15
+        bytes_needed = needed[changed.batch.microbatch_tokens] * 8 // ranks - lora
+        return Memory({}, {"weights": bytes_needed}, 1, 1)
+
+    def suggested(usable):
+        return [text for text, _ in suggest(recipe, 8, usable, memory, quiet)]
+
+    assert suggested(60) == ["batch.microbatch_tokens=2048", "16 GPUs"]
+    assert suggested(90) == ["batch.microbatch_tokens=2048", "model.lora.rank=16", "16 GPUs"]
+    assert suggested(5) == ["batch.microbatch_tokens=128 and model.lora.rank=16"]
+    assert suggested(-14) == ["batch.microbatch_tokens=128 and model.lora.rank=16 and 64 GPUs"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"fsdp": False, "activation_checkpointing": 1.0, "lengths": (40,)}], ids=str)
+def test_the_estimate_from_few_layers_is_that_of_all(changes):
+    work = dataclasses.replace(toy_work(), config=MistralConfig(**TOY | {"num_hidden_layers": 12}), **changes)
+    whole, estimate = plan_memory(work), estimate_memory(work)
+    assert estimate.peak == pytest.approx(whole.peak, rel=0.01)
+    assert (estimate.num_parameters, estimate.held) == (whole.num_parameters, whole.held)
+
+
+def test_shapes_are_those_of_the_published_models():
+    """Parameters as the model pages state them."""
+    counts = {"mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552, "HuggingFaceH4/zephyr-7b-beta": 7_241_732_096}
+    counts |= {"Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-8B": 8_190_735_360}
+    counts |= {"meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400}
+    for name, count in counts.items():
+        config = published_shape(ModelOptions(name_or_path=name))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert model.num_parameters() == count, name
+    assert {load_recipe(path).model.name_or_path for path in FIRST_MISTRAL.parent.glob("*.yaml")} <= SHAPES.keys()
+    assert published_shape(ModelOptions(name_or_path="owner/name")) is None
+
+
+def test_errors_explain_what_a_plan_needs(toy_folder, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    elsewhere = load_recipe(FIRST_MISTRAL, ["model.name_or_path=owner/name"])
+    with pytest.raises(RunError, match=r"owner/name, which is not on this machine, and there is no network"):
+        plan_recipe(elsewhere, 8, report=quiet)
     with pytest.raises(RunError, match="gpu is abacus; expected one of h100-80gb"):
         plan_recipe(toy_recipe(toy_folder), 8, gpu="abacus", report=quiet)
+    with pytest.raises(RunError, match=r"Did you mean a100-80gb\?"):
+        plan_recipe(toy_recipe(toy_folder), 8, gpu="A100", report=quiet)
     with pytest.raises(RunError, match="mfu is 40; expected a share"):
         plan_recipe(toy_recipe(toy_folder), 8, mfu=40, report=quiet)
     with pytest.raises(ValueError, match=r"a multiple of 7 \(7 ranks\)"):
@@ -304,12 +354,32 @@ def test_errors_explain_what_a_plan_needs(toy_folder):
 
 
 @pytest.mark.slow
-def test_first_mistral_on_eight_cards(tmp_path, capsys):
-    """The complete 7B model, 32 layers, on the command line."""
-    MistralConfig(**MISTRAL_7B).save_pretrained(tmp_path)
+def test_first_mistral_on_eight_cards(capsys):
+    """The complete 7B model, 32 layers, on the command line, without its config.json, its data and a network."""
     with pytest.raises(SystemExit) as stop:
-        main(["plan", str(FIRST_MISTRAL), f"model.name_or_path={tmp_path}", "-n", "8", "--lists", "40000"])
+        main(["plan", str(FIRST_MISTRAL), "-n", "8"])
     out = capsys.readouterr().out
     assert not stop.value.code
     assert "7,248,023,552 parameters" in out and "updates       939, 313 per epoch" in out
     assert f"gradients {sum(shard_bytes(MISTRAL_7B, 8)) / 2**30:.2f} GiB" in out and "fits in 71.19 GiB" in out
+    assert "1.95 hours, 15.6 GPU hours" in out
+
+
+def test_json_and_exit_code_of_a_plan(toy_folder, monkeypatch, capsys):
+    overrides = [f"model.name_or_path={toy_folder}", "data.max_length_tokens=128", "batch.microbatch_tokens=128"]
+
+    def plan(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", str(FIRST_MISTRAL), *overrides, "--json", *arguments])
+        return stop.value.code or 0, json.loads(capsys.readouterr().out)
+
+    code, found = plan("--gpus", "8", "--mfu", "0.5")
+    assert (code, found["fits"], found["num_ranks"], found["updates"]) == (0, True, 8, 939)
+    assert found["num_lists"] == 40_000 and found["peak_bytes"] >= sum(found["at_update_bytes"].values())
+    hours = 939 * 128 * found["flops_per_list"] / (8 * 989.4e12 * 0.5 * 3600)
+    assert found["hours"] == pytest.approx(hours) and found["gpu_hours"] == pytest.approx(8 * hours)
+    monkeypatch.setitem(GPUS, "toy", Gpu(1000, 1e12))
+    code, found = plan("--gpu", "toy")
+    assert (code, found["fits"], found["suggestions"]) == (3, False, [])
+    code, found = plan("--gpu", "abacus")
+    assert code == 2 and found["error"].startswith("gpu is abacus; expected one of")

@@ -728,7 +728,7 @@ def test_a_job_from_files_to_report(exported, tmp_path):
     assert "1 queries have no candidates in the run, such as extra" in report.text
     assert "1 queries of the run have no text, such as nobody" in report.text
     assert "1 judged queries were not reranked, such as absent" in report.text
-    assert [row.measure for row in report.comparisons] == ["nDCG@10", "AP"]
+    assert [row.measure for row in report.comparisons] == ["nDCG@10", "Judged@10", "AP"]
     assert comparison_table(report.comparisons) in report.text
     assert "run: 7 queries" in report.text  # the set has the run's name
     kept = read_rerank_result(tmp_path / "out.trec.figures.json")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.recipes import MINIMAL, problems, write_recipe
 
 from rankllm_composer.errors import RecipeError
-from rankllm_composer.recipe.keys import describe_keys
+from rankllm_composer.recipe import names
+from rankllm_composer.recipe.keys import describe_keys, find_key
 from rankllm_composer.recipe.load import RecipeWarning, load_recipe, merge_recipe
 
 
@@ -59,16 +60,43 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("data.train.shufle=false", "data.train.shuffle"),
         ("data.train.source.inptu=x.json", "data.train.source.input"),
         ("model.lora.rnk=4", "model.lora.rank"),
-        ("lora.rank=4", "model.lora"),
+        ("lora={rank: 4}", "model.lora.rank"),
+        ("optim.lr=3", "optimizer"),
         ("lr=4", "optimizer.lr"),
         ("global_lists=4", "batch.global_lists"),
         ("logging.loggers.tensorbord={}", "logging.loggers.tensorboard"),
         ("checkpoint.export.intervall=2ep", "checkpoint.export.interval"),
+        ("interval=2ep", "checkpoint.interval, checkpoint.export.interval or evaluation.interval"),
+        ("data.train.source.qrels=a", "data.train.source.judgments"),
+        ("learning_rate=1e-5", "optimizer.lr"),
+        ("optimizer.learning_rate=1e-5", "optimizer.lr"),
+        ("trainer.learningRate=1e-5", "optimizer.lr"),
+        ("lerning_rate=1e-5", "optimizer.lr"),
+        ("batch_size=64", "batch.global_lists"),
+        ("per-device-train-batch-size=2", "batch.microbatch_lists"),
+        ("epochs=3", "run.max_duration=3ep"),
+        ("epochs=many", "run.max_duration"),
+        ("warmup_ratio=0.1", "schedule.warmup=0.1dur"),
+        ("fp16=true", "parallelism.precision=amp_bf16"),
+        ("model.lora_r=8", "model.lora.rank"),
+        ("global_train_batch_size=512", "batch.global_lists"),
+        ("data.eval.source.dataset_name=x", "data.eval.source.input"),
     ],
 )
 def test_unknown_keys_suggest_the_nearest_key(minimal_recipe: Path, override: str, meant: str) -> None:
-    (problem,) = merge_recipe(minimal_recipe, [override]).problems
-    assert problem.remedy == f"Did you mean {meant}?"
+    remedies = [problem.remedy for problem in merge_recipe(minimal_recipe, [override]).problems]
+    assert f"Did you mean {meant}?" in remedies and (len(remedies) == 1 or ".source." in override)
+
+
+def test_keys_of_other_trainers_stand_for_keys_that_exist(minimal_recipe: Path) -> None:
+    for name, meant in names.KEYS.items():
+        assert name not in {row.name.rpartition(".")[2] for row in describe_keys() if row.name != meant}, name
+        key, equals, _ = meant.partition("=")
+        assert find_key(key.split(".")) is not None, name
+        if equals:
+            value = "0.5" if meant.endswith("dur") else "1"
+            problems = merge_recipe(minimal_recipe, [meant.format(value)]).problems
+            assert key not in {problem.key for problem in problems}, name
 
 
 def test_unknown_key_in_a_stream(tmp_path: Path) -> None:
