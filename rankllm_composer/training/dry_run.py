@@ -7,7 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from composer.core import Callback, State, Time, TimeUnit
@@ -78,7 +78,8 @@ class StopBeforeUpdate(Callback):
     """
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        losses = state.loss if isinstance(state.loss, Mapping) else {"total": state.loss}
+        loss: Any = state.loss
+        losses = loss if isinstance(loss, Mapping) else {"total": loss}
         shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
         if state.device.name == "gpu":
             shown += f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of this GPU, without the optimizer's state"
