@@ -2,8 +2,9 @@
 
     python benchmarks/own_data.py runs/own_data
 
-A query is two words, a passage has four, and its grade is how often it contains words of the query, so that grades are
-tied. The first stage orders eight candidates by their grade and chance. The commands are those of the page, from
+A query is one of 16 words behind one of 15 that occur in no passage, so that a held-out query is a text that was never
+trained. A passage has four words, and its grade is how often it contains the word of the query, so that grades are tied.
+The first stage orders eight candidates by their grade and chance. The commands are those of the page, from
 `sources look` to `report`; the recipe that they copy is changed by CHANGES, since no model is downloaded: the small
 architecture of the demo is trained from random weights on a CPU.
 """
@@ -15,7 +16,7 @@ import random
 import re
 import subprocess
 import sys
-from itertools import permutations
+from itertools import product
 from pathlib import Path
 
 from rankllm_composer.demo import build_model_folder, invent_words
@@ -36,27 +37,28 @@ CHANGES = [
     "parallelism.device=cpu",
     "parallelism.precision=fp32",
 ]
-NUM_WORDS, WORDS_PER_PASSAGE, NUM_CANDIDATES = 16, 4, 8
+NUM_WORDS, NUM_OPENINGS, WORDS_PER_PASSAGE = 16, 15, 4
+GRADES = (3, 2, 1, 1, 0, 0, 0, 0)
 
 
-def write_files(folder: Path, queries_per_pair: int, seed: int = 42) -> None:
+def write_files(folder: Path, queries_per_text: int, seed: int = 42) -> None:
     """Write queries.jsonl, docs.jsonl, qrels.trec, bm25.trec and the folder of the untrained model, base."""
     source = random.Random(seed)
-    words = invent_words(NUM_WORDS, seed)
-    build_model_folder(folder / "base", words)
+    invented = invent_words(NUM_WORDS + NUM_OPENINGS, seed)
+    build_model_folder(folder / "base", invented)
+    words, openings = invented[:NUM_WORDS], invented[NUM_WORDS:]
     queries, docs, judgments, run = [], [], [], []
-    for number, pair in enumerate(list(permutations(words, 2)) * queries_per_pair):
-        qid, others = f"q{number}", [word for word in words if word not in pair]
-        queries.append({"qid": qid, "text": " ".join(pair)})
+    for number, (opening, word) in enumerate(list(product(openings, words)) * queries_per_text):
+        qid, others = f"q{number}", [other for other in words if other != word]
+        queries.append({"qid": qid, "text": f"{opening} {word}"})
         scored = []
-        for grade in (3, 2, 1, 1, 0, 0, 0, 0):
-            matching = [source.choice(pair) for _ in range(grade)]
+        for grade in GRADES:
             fillers = source.sample(others, 2)  # passages repeat words whatever the query
-            passage = matching + [source.choice(fillers) for _ in range(WORDS_PER_PASSAGE - grade)]
+            passage = [word] * grade + [source.choice(fillers) for _ in range(WORDS_PER_PASSAGE - grade)]
             source.shuffle(passage)
             docid = f"d{len(docs)}"
             docs.append({"docid": docid, "title": "", "text": " ".join(passage)})
-            scored.append((grade + source.gauss(0, 1.5), docid))
+            scored.append((grade + source.gauss(0, 2), docid))
             if grade:
                 judgments.append(f"{qid} 0 {docid} {grade}")
         for place, (score, docid) in enumerate(sorted(scored, reverse=True), start=1):
@@ -74,10 +76,10 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def main(folder: Path, queries_per_pair: int = 30) -> None:
+def main(folder: Path, queries_per_text: int = 6) -> None:
     """Write the collection into a new folder and run the page's commands there."""
     folder.mkdir(parents=True)
-    write_files(folder, queries_per_pair)
+    write_files(folder, queries_per_text)
     for command in commands():
         print(f"$ {' '.join(command.split())}", flush=True)
         words = command.replace("rankllm-composer", f"{sys.executable} -m rankllm_composer", 1)

@@ -79,13 +79,10 @@ def count_pairs(record: Record) -> Counter[str]:
     num = len(record.turn.passages)
     places = parse_permutation(record.response, num, identifier_style(record.response))
     values = order_values(record)
-    found: Counter[str] = Counter()
-    for better, worse in combinations(places, 2):
-        if values is not None and values[better] == values[worse]:
-            found["tied"] += 1
-        else:
-            found["as_presented" if better < worse else "reversed"] += 1
-    return found
+    pairs = list(combinations(places, 2))
+    ordered = pairs if values is None else [(i, j) for i, j in pairs if values[i] != values[j]]
+    as_presented = sum(better < worse for better, worse in ordered)
+    return +Counter(tied=len(pairs) - len(ordered), as_presented=as_presented, reversed=len(ordered) - as_presented)
 
 
 def draw_ties(record: Record, *, seed: int, epoch: int) -> Record:
