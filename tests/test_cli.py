@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+from support.synthetic_records import conversation, write_jsonl
 
 from rankllm_composer import __version__
 from rankllm_composer.cli import app, main, rerank
@@ -187,6 +188,14 @@ def test_options_are_generated_with_their_defaults(command: Any, classes: Any, r
     generated = {renamed.get(name, name): value for name, value in inspect.signature(command).parameters.items()}
     for name, value in defaults.items():
         assert generated[name].default == (list(value) if isinstance(value, tuple) else value), name
+
+
+def test_a_share_of_the_queries_is_held_out(run: Run, tmp_path: Path) -> None:
+    records = write_jsonl(tmp_path / "records.jsonl", (conversation(number) for number in range(12)))
+    build = ("shards", "build", "--input", records, "--output", tmp_path / "set", "--processes", 1, "--hold-out")
+    assert run(*build, 0.5).code == 0
+    assert all((tmp_path / name / "index.json").exists() for name in ("set", "set-held-out"))
+    assert_readable_error(run(*build, 1), "--hold-out is 1.0; expected a number of at least 0 and below 1")
 
 
 def test_help_shows_meaning_default_and_bounds(run: Run) -> None:
