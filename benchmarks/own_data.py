@@ -2,11 +2,11 @@
 
     python benchmarks/own_data.py runs/own_data
 
-A query is one of 16 words behind one of 15 that occur in no passage, so that a held-out query is a text that was never
-trained. A passage has four words; its grade is how often it contains the word of the query, so that grades are tied. The
-first stage orders eight candidates by their grade and chance. The commands are those of the page, from `sources look` to
-`report`; the recipe that they copy is changed by CHANGES, since no model is downloaded: the small architecture of the demo
-is trained from random weights on a CPU.
+A query is one of 16 words behind one of 15 that occur in no passage, so that a held-out query is a text that was
+never trained. A passage has four words; its grade is how often it contains the word of the query, so that grades are
+tied. The first stage orders eight candidates by their grade and chance. The commands are those of the page, from
+`sources look` to `report`; the recipe that they copy is changed by CHANGES, since no model is downloaded: the small
+architecture of the demo is trained from random weights on a CPU.
 """
 
 from __future__ import annotations
