@@ -26,7 +26,7 @@ TORCH ?= $(or $(shell cat $(VENV)/.installed 2>/dev/null),cuda)
 ifeq ($(TORCH),cpu)
 VERSIONS := $(CPU_VERSIONS)
 UV_INDEX_OPTION := --torch-backend cpu
-PIP_INDEX_OPTION := --extra-index-url https://download.pytorch.org/whl/cpu
+PIP_INDEX_OPTION := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 CPU_HINT = || { echo 'No CPU build of torch was installed; it needs the index of PyTorch or a mirror that pip.conf names.' \
   'Run make setup without TORCH=cpu: the CUDA build also runs on CPU.' >&2; exit 1; }
 else ifeq ($(TORCH),cuda)
