@@ -55,7 +55,7 @@ HELP: Mapping[str, Help] = {
     "train": Help(
         ("train first_mistral -n 8", "train mine.yaml -n 8 optimizer.lr=1e-5 run.name=hotter"),
         "cluster.md",
-        ("1 a rank failed with an error of its own",),
+        ("1 a rank failed with an error of its own", "130 stopped by Ctrl-C"),
     ),
     "rerank": Help(
         (
@@ -160,7 +160,8 @@ class Commands(typer.Typer):
     """An app or a group whose commands are of the class `Command`."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**({"cls": Group, "no_args_is_help": True, "rich_markup_mode": None} | settings))
+        defaults: dict[str, Any] = {"cls": Group, "no_args_is_help": True, "rich_markup_mode": None}
+        super().__init__(**(defaults | settings))
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Register a command, see `typer.Typer.command`."""

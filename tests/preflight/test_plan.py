@@ -274,7 +274,8 @@ def test_suggestions_make_a_run_fit(toy_folder, monkeypatch):
     found = plan_recipe(plain.recipe, 2, gpu="toy", report=quiet)
     assert not found.fits
     (suggestion, memory), *others = found.suggestions
-    assert (suggestion, others) == ("model.activation_checkpointing=1.0", [])
+    assert suggestion == "model.activation_checkpointing=1.0"
+    assert {change for change, _ in others} <= {"model.lora.frozen_precision=bf16"}
     assert memory.peak == recomputed.memory.peak <= found.gpu.usable_bytes
     assert "fits with model.activation_checkpointing=1.0" in "\n".join(found.lines())
     monkeypatch.setitem(GPUS, "toy", Gpu(1000, 1e12))
@@ -313,7 +314,7 @@ def test_no_key_is_suggested_twice(toy_folder):
     assert suggested(60) == ["batch.microbatch_tokens=2048", "16 GPUs"]
     assert suggested(90) == ["batch.microbatch_tokens=2048", "model.lora.rank=16", "16 GPUs"]
     assert suggested(5) == ["batch.microbatch_tokens=128 and model.lora.rank=16"]
-    assert suggested(-14) == ["batch.microbatch_tokens=128 and model.lora.rank=16 and 64 GPUs"]
+    assert suggested(-13) == ["batch.microbatch_tokens=128 and model.lora.rank=16 and 64 GPUs"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"fsdp": False, "activation_checkpointing": 1.0, "lengths": (40,)}], ids=str)
