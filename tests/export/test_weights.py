@@ -17,6 +17,7 @@ from rankllm_composer.export.weights import (
     causal_lm_class,
     gather_full_state_dict,
     hf_module,
+    mean_weights,
     merge_lora_weights,
     meta_state_dict,
     read_checkpoint_weights,
@@ -194,3 +195,13 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, tmp_path):
         with pytest.raises(ModelError, match=message) as failure:
             read_checkpoint_weights(path)
         assert path.name in str(failure.value)
+
+
+def test_the_mean_of_weights_is_rounded_once():
+    many = [{"a": torch.tensor([0.25, 1e8]), "n": torch.tensor(number)} for number in range(3)]
+    many[1]["a"] = torch.tensor([0.5, 1.0])
+    many[2]["a"] = torch.tensor([1.5, -1e8])
+    mean = mean_weights(many)
+    assert mean["a"].tolist() == torch.tensor([0.75, 1 / 3]).tolist() and mean["n"] == 2
+    with pytest.raises(ModelError, match=r"b: 1 weights differ in name or shape between checkpoints"):
+        mean_weights([{"a": torch.zeros(2)}, {"a": torch.zeros(2), "b": torch.zeros(1)}])

@@ -16,10 +16,13 @@ from support.small_run import RECIPE, small_run
 
 from rankllm_composer.cli import main
 from rankllm_composer.export import model_folder
+from rankllm_composer.export.weights import read_checkpoint_weights
 from rankllm_composer.prompts.contract import read_contract
+from rankllm_composer.training.checkpoint_callback import UNSHARDED_FILE
 from rankllm_composer.training.export_run import export_run
 
 LORA = "model.lora={rank: 4, alpha: 8, target_modules: [q_proj, v_proj], frozen_precision: fp32}"
+NAMES = ("ep1-ba6", "ep2-ba12")
 CASES = {
     "one file": (1, ["parallelism.fsdp=false"]),
     "sharded": (2, ["parallelism.fsdp=true"]),
@@ -75,6 +78,25 @@ def test_the_newest_or_a_named_checkpoint_is_exported(run, tmp_path, monkeypatch
         card = tmp_path / "m" / "README.md"
         assert f"Weights: checkpoint {name} (after " in card.read_text()
         assert without_progress(card) == without_progress(run / "hf" / export / "README.md")
+
+
+def test_the_mean_of_checkpoints_is_exported(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--average", "2", "--output", str(tmp_path / "m")])
+    assert not ended.value.code
+    assert "exported the mean of the checkpoints ep1-ba6, ep2-ba12 of run" in capsys.readouterr().out
+    assert "mean of the checkpoints ep1-ba6, ep2-ba12 (after 12 batches)" in (tmp_path / "m" / "README.md").read_text()
+    first, second = (read_checkpoint_weights(run / "checkpoints" / name / UNSHARDED_FILE) for name in NAMES)
+    found = load_file(tmp_path / "m" / "model.safetensors")
+    assert found and not all(torch.equal(first[name], second[name]) for name in found)
+    for name, tensor in found.items():
+        expected = ((first[name].double() + second[name].double()) / 2).float()
+        assert torch.equal(tensor, expected.to(tensor.dtype)), name
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--average", "3", "--output", str(tmp_path / "n")])
+    assert ended.value.code == 2 and not (tmp_path / "n").exists()
+    assert "has 2 complete checkpoints up to ep2-ba12; expected 3. Average fewer" in capsys.readouterr().err
 
 
 def export_and_die(run: Path, output: Path) -> None:

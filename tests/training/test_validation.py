@@ -64,12 +64,15 @@ def trained(duration="2ep", validation: Validation | None = None, dropout: float
 
 def new_validation(interval="1ep", **options) -> Validation:
     tokenizer, details = new_tokenizer(), options.pop("details", None)
+    best_by, patience = options.pop("best_by", None), options.pop("patience", None)
     return Validation(
         RECORDS,
         tokenizer=tokenizer,
         contract=new_contract(tokenizer),
         interval=interval,
         options=EvaluationOptions(**options),
+        best_by=best_by,
+        patience=patience,
         details=details,
     )
 
@@ -157,6 +160,28 @@ def test_training_is_unaffected():
         plain.state.model.named_parameters(), watched.state.model.named_parameters(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+def test_training_ends_when_the_figure_no_longer_rises(tmp_path, capsys):
+    """The number of windows never rises: patience 2 ends the run at the third evaluation, also of a resumed run."""
+    saved = {"save_folder": str(tmp_path), "save_interval": "1ba", "save_filename": "ba{batch}.pt"}
+
+    def run(patience: int | None, **options) -> Trainer:
+        validation = new_validation("1ba", decodings=["first_token"], best_by="windows", patience=patience)
+        return trained("6ba", validation, **options)
+
+    whole = run(2, **saved)
+    assert whole.state.timestamp.batch.value == 3
+    told = "stopped early at batch 3: windows has not risen above 3.0000 (batch 1) in 2 evaluations"
+    assert told in capsys.readouterr().out
+    resumed = run(2, load_path=str(tmp_path / "ba2.pt"))
+    assert resumed.state.timestamp.batch.value == 3
+    for one, other in zip(whole.state.model.parameters(), resumed.state.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="max_duration"):  # it has ended: Composer has nothing to fit
+        run(2, load_path=str(tmp_path / "ba3.pt"))
+    assert run(4, load_path=str(tmp_path / "ba3.pt")).state.timestamp.batch.value == 5
+    assert run(None).state.timestamp.batch.value == 6
 
 
 @pytest.mark.parametrize("grades, best_by, stops", GRADED)
