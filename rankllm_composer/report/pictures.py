@@ -195,7 +195,7 @@ def _quality(runs: Sequence[RunRecord]) -> Iterator[Panel]:
                 axes.axhline(value, linestyle=":", linewidth=1.0, color=MUTED)
                 style = {"transform": axes.get_yaxis_transform(), "color": MUTED, "fontsize": 8}
                 axes.text(0.01, value, meaning, va="bottom", **style)
-    axes.set_ylim(max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.06)
+    axes.set_ylim(max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.04)
     axes.set_xlim(left=0)
     _use_integer_ticks(axes, "x")
     yield _panel("nDCG@10 of held-out windows", axes, _strips(axes, texts))
