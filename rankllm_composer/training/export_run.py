@@ -193,7 +193,7 @@ def _trained_lists(run: Path, batch: int) -> dict[str, int]:
 
     path = run / METRICS_FILE
     lines = [line for line in read_metrics(path) if line.get("event") == "batch"] if path.exists() else []
-    lines = [line for line in lines if line["batch"] <= batch and TRAINED_LISTS.values() <= line.keys()]
+    lines = [line for line in lines if line["batch"] <= batch and line.keys() >= set(TRAINED_LISTS.values())]
     if not lines or lines[-1]["batch"] != batch:
         return {}
     per_epoch = {line["epoch"]: int(line[TRAINED_LISTS["trained"]]) for line in lines}  # the last line of each counts
