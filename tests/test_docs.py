@@ -320,7 +320,7 @@ def test_every_command(docs_folder):
             write_jsonl(docs_folder / "records.jsonl", [next(rows) | {"id": f"q{n}"} for n in range(6)])
             source = open_source(SourceOptions(input=str(docs_folder / "records.jsonl")))
             assert len([*read_records(source)]) == 6
-        if block.page == "README.md":
+        if block.page in ("README.md", "training.md"):
             for name in ("shards", "lists", "mine.yaml"):  # left by own-data.md
                 if (docs_folder / name).is_dir() and f"--output {name}/" in block.text:
                     shutil.rmtree(docs_folder / name)
@@ -331,7 +331,7 @@ def test_every_command(docs_folder):
                 command = words(line)
                 if runs_here(command):
                     printed = set(map(shape, run_here(command, docs_folder).splitlines()))
-                    if block.page == "own-data.md" and command[1:3] == ["recipes", "copy"]:
+                    if command[1:4] == ["recipes", "copy", "small_data"]:
                         make_small(docs_folder / command[4])
                 else:
                     CHECKS[command[0]](command, docs_folder)
