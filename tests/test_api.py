@@ -61,7 +61,7 @@ def test_training_twice_in_one_process_leaves_nothing_behind(overrides, tmp_path
         rc.train(load(*overrides, "run.seed=7"))
     capsys.readouterr()
     assert rc.train(load(*overrides)).exports == first.exports
-    assert "is at batch 3, where run.max_duration=1ep is reached" in capsys.readouterr().out
+    assert "is complete, at batch 3, where run.max_duration=1ep is reached" in capsys.readouterr().out
     changes = ["optimizer.lr=1e-9", "schedule.warmup=50ba", "run.accept_changes=[optimizer.lr,schedule]"]
     changes += [f"run.folder={shutil.copytree(first.folder, tmp_path / 'longer')}", "run.max_duration=2ep"]
     with pytest.warns(UserWarning, match="warmup is 50ba, 50 updates, but the run has 6 .* ends at 10% of optimizer"):
