@@ -219,7 +219,7 @@ def test_a_full_disk_is_one_readable_error(tmp_path):
         path = disk / "evaluations.jsonl"
         path.write_text("{}\n" * 2000)
         fill(disk)
-        with pytest.raises(RunError, match=r"after batch 4 could not be written \(No space left on device\); earlier checkp"):
+        with pytest.raises(RunError, match=r"after batch 4 could not be written \(No space left on device\); earlier"):
             trained("4ba", new_validation("4ba", decodings=["first_token"], details=path))
         assert path.read_text() == "{}\n" * 2000
 
