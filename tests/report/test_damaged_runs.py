@@ -96,7 +96,7 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     assert not ended.value.code
     assert "\x1b" not in out + err and "6 damaged lines and values are left out" in err
     page = (folder / "report.html").read_text()
-    assert "\x1b" not in page and "\\x1b[31m_$x$" in page and "damaged lines and values, left out</td><td>6" in page
+    assert "\x1b" not in page and "\\x1b[31m_$x$" in page and "Damaged lines and values, left out</td><td>6" in page
 
 
 MEASURE = st.fixed_dictionaries({"first_stage": JSON, "reranked": st.dictionaries(TEXT, NUMBER)})
