@@ -76,7 +76,8 @@ def with_results(card: str, name: str, figures: Mapping[str, float]) -> str:
     found, metadata, results = _FRONT.match(card), read_metadata(card), list(_results(figures))
     if found is None or not metadata or not results:
         return card
-    metadata["model-index"] = ModelCardData(model_name=_clean(name), eval_results=results).to_dict()["model-index"]
+    data: Any = ModelCardData(model_name=_clean(name), eval_results=results)
+    metadata["model-index"] = data.to_dict()["model-index"]
     text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---\n{card[found.end() :]}"
 

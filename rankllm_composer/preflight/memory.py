@@ -112,7 +112,7 @@ FEW_LAYERS = (3, 4)
 def estimate_memory(work: Workload) -> Memory:
     """Predict as `plan_memory` does, of a model with many equal layers from two with few, in a fraction of the time."""
     few, more = FEW_LAYERS
-    num_layers, share = work.config.num_hidden_layers, work.activation_checkpointing
+    num_layers, share = int(work.config.num_hidden_layers), work.activation_checkpointing
     if num_layers <= 2 * more or share not in (0, 1) or not _has_equal_layers(work.config):
         return plan_memory(work)
     one, other = (plan_memory(replace(work, config=_with_layers(work.config, number))) for number in FEW_LAYERS)

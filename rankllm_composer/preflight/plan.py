@@ -224,8 +224,8 @@ class Plan:
     def _time_lines(self) -> Iterator[str]:
         yield f"FLOPs         {self.flops_per_list:.3g} per list, forward and backward, without recomputation"
         if self.num_flops is None or self.num_hours is None:
-            hours = self._hours(10_000 * self.flops_per_list)
-            yield f"time          {hours:,.2f} hours for each 10,000 lists: pass --lists, or set data.expected_lists"
+            per = self._hours(10_000 * self.flops_per_list)
+            yield f"time          {per:,.2f} hours for each 10,000 lists: pass --lists, or set data.expected_lists"
             return
         yield f"              {self.num_flops:.3g} in total"
         mfu = f"{DEFAULT_MFU:.0%} (the default, not measured)" if self.mfu is None else f"{self.mfu:.0%} (given)"

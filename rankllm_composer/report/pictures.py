@@ -33,7 +33,7 @@ MAX_PANELS = 60  # of a section: the first ones
 MAX_AREAS = 120  # of a panel that show a value when they are pointed at
 MAX_CELLS = 40  # rows of a matrix whose cells do
 MIN_APART = 0.03  # of two bounds that are both shown, in nDCG
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rankllm-composer",
     "font.size": 9.0,
@@ -132,7 +132,7 @@ def _over_batches(runs: Sequence[RunRecord], titles: Mapping[str, str]) -> Itera
     for name, title in list(titles.items())[:MAX_PANELS]:
         if name not in known:
             continue
-        axes, texts = _new_axes("batch"), {}
+        axes, texts = _new_axes("batch"), dict[float, str]()
         for index, run in enumerate(runs):
             points = {line["batch"]: line[name] for line in run.batches if name in line}
             batches = sorted(points)
@@ -172,11 +172,12 @@ def _quality(runs: Sequence[RunRecord]) -> Iterator[Panel]:
     names = [f"{decoding}/ndcg@10" for decoding in DECODINGS]
     if not any(figures.get(name) is not None for run in runs for _, figures in run.evaluations for name in names):
         return
-    axes, texts = _new_axes("batch", "nDCG@10", LARGE), {}
+    axes, texts = _new_axes("batch", "nDCG@10", LARGE), dict[float, str]()
     for index, run in enumerate(runs):
         for decoding in DECODINGS:
             name = f"{decoding}/ndcg@10"
-            points = {batch: figures[name] for batch, figures in run.evaluations if figures.get(name) is not None}
+            measured = ((batch, figures.get(name)) for batch, figures in run.evaluations)
+            points = {batch: value for batch, value in measured if value is not None}
             if points:
                 label = for_figure(f"{run.name}, {decoding_name(decoding)}")
                 style: dict[str, Any] = {"linestyle": STYLES[decoding], "marker": "o", "markersize": 3.5}
@@ -262,7 +263,7 @@ def _lengths(runs: Sequence[RunRecord]) -> Iterator[Panel]:
     known = [(index, run) for index, run in enumerate(runs) if run.tokens_per_list]
     if not known:
         return
-    axes, texts = _new_axes("tokens of prompt and answer", "lists"), {}
+    axes, texts = _new_axes("tokens of prompt and answer", "lists"), dict[float, str]()
     bins = np.histogram_bin_edges([length for _, run in known for length in run.tokens_per_list], 30)
     for index, run in known:
         style: dict[str, Any] = {"color": color_of(index), "alpha": 0.6, "label": for_figure(run.name)}

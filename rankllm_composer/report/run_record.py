@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rankllm_composer.errors import ModelError, RunError
 from rankllm_composer.options import DECODINGS
@@ -197,9 +197,9 @@ def _time(line: Mapping[str, Any]) -> datetime | None:
 
 
 def _lengths(history: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    found = [line.get("tokens") for line in history if line.get("event") == "lengths"]
-    found = [tokens for tokens in found if isinstance(tokens, list)]
-    return tuple(filter(_is_count, found[-1])) if found else ()
+    lines = [line.get("tokens") for line in history if line.get("event") == "lengths"]
+    found = [tokens for tokens in lines if isinstance(tokens, list)]
+    return tuple(length for length in found[-1] if _is_count(length)) if found else ()
 
 
 def _objective(recipe: str) -> str:
@@ -254,7 +254,7 @@ def _is_number(value: object) -> bool:
     return is_number and not (isinstance(value, float) and math.isnan(value)) and abs(value) <= LARGEST  # type: ignore[arg-type]
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 

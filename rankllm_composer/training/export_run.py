@@ -120,8 +120,8 @@ def finished_export(run: Path) -> Path:
     if (run / CONTRACT_FILE).is_file():
         return run.resolve()
     folders = [run / "hf"]  # also where the run's folder was copied
-    if (run / RECIPE_NAME).is_file() and (folder := load_recipe(run / RECIPE_NAME).export_folder) is not None:
-        folders.append(Path(folder))
+    if (run / RECIPE_NAME).is_file() and (named := load_recipe(run / RECIPE_NAME).export_folder) is not None:
+        folders.append(Path(named))
     for folder in folders:
         if (folder / "best" / CONTRACT_FILE).is_file():
             return (folder / "best").resolve()
