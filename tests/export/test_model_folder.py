@@ -410,7 +410,7 @@ def test_current_metrics_are_on_the_card(tmp_path):
     trainer = new_trainer(new_hf_model(), "1ep", callbacks=[exporter])
     trainer.fit()
     trainer.close()
-    assert "| held-out nDCG@10 | 0.5000 |" in (tmp_path / "epoch_0" / "README.md").read_text()
+    assert "| held-out nDCG@10 | – | 0.5000 |" in (tmp_path / "epoch_0" / "README.md").read_text()
 
 
 def exports_with(folder, figures, best=None):
