@@ -194,10 +194,10 @@ def real_cases(setting: Setting) -> Iterator[Case]:
 
 
 def write_lists(setting: Setting, folder: Path, words: Sequence[str]) -> list[str]:
-    """Write queries, passages of lognormal lengths and a first-stage run; return overrides that train on them."""
+    """Write queries, passages of lognormal lengths, a first stage and a teacher's run; return overrides that train on them."""
     num_queries, median = (24, 6) if setting.reduced else (400, 70)
     random = np.random.default_rng(0)
-    docs, queries, run = [], [], []
+    docs, queries, run, teacher = [], [], [], []
     for query in range(num_queries):
         factor = random.lognormal(0, 0.35)
         queries.append({"qid": f"q{query}", "text": " ".join(random.choice(words, 6))})
@@ -205,11 +205,14 @@ def write_lists(setting: Setting, folder: Path, words: Sequence[str]) -> list[st
             count = int(min(MAX_PASSAGE_WORDS, 1 + random.lognormal(np.log(median), 0.6) * factor))
             docs.append({"docid": f"d{query}-{place}", "title": "", "text": " ".join(random.choice(words, count))})
             run.append(f"q{query} Q0 d{query}-{place} {place + 1} {NUM_PASSAGES - place} words")
+        for place, docid in enumerate(random.permutation(NUM_PASSAGES)):
+            teacher.append(f"q{query} Q0 d{query}-{docid} {place + 1} {NUM_PASSAGES - place} teacher")
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("docs", docs), ("queries", queries)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.trec").write_text("\n".join(run) + "\n")
-    paths = {"run": "run.trec", "teacher_run": "run.trec", "queries": "queries.jsonl", "docs": "docs.jsonl"}
+    for name, lines in (("run", run), ("teacher", teacher)):
+        (folder / f"{name}.trec").write_text("\n".join(lines) + "\n")
+    paths = {"run": "run.trec", "teacher_run": "teacher.trec", "queries": "queries.jsonl", "docs": "docs.jsonl"}
     source = ", ".join(f"{key}: {folder / name}" for key, name in paths.items())
     return [
         f"data.train.local={folder / 'shards'}",
