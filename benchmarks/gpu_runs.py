@@ -194,7 +194,7 @@ def real_cases(setting: Setting) -> Iterator[Case]:
 
 
 def write_lists(setting: Setting, folder: Path, words: Sequence[str]) -> list[str]:
-    """Write queries, passages of lognormal lengths, a first stage and a teacher's run; return overrides that train on them."""
+    """Write queries, passages of lognormal lengths, a first stage and a teacher; return overrides that train on it."""
     num_queries, median = (24, 6) if setting.reduced else (400, 70)
     random = np.random.default_rng(0)
     docs, queries, run, teacher = [], [], [], []

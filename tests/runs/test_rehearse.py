@@ -146,5 +146,5 @@ def test_rehearsal(recipe: Path, material: Path, tmp_path: Path):
         main(["report", str(tmp_path / "run")])
     assert not ended.value.code
     page = (tmp_path / "run" / "report.html").read_text()
-    assert all(f'<img id="{name}"' in page for name in ("positions", "losses", "learning_rate", "throughput"))
-    assert "first_token/tau" in page and "Recipe of run" in page
+    assert all(f'<figure class="{name}">' in page for name in ("positions", "losses", "learning_rate", "throughput"))
+    assert "s τ" in page and "Recipe of run" in page
