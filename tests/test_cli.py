@@ -293,13 +293,15 @@ def test_text_of_records_cannot_act_on_the_terminal(run: Run, tmp_path: Path) ->
 def test_build_info_verify(run: Run, tmp_path: Path) -> None:
     target = tmp_path / "set"
     built = run("shards", "build", "--input", RECORDS, "--output", target, "--processes", 1)
-    assert (built.code, built.out) == (0, "")
-    assert "6" in built.err
+    assert built.code == 0 and "6" in built.err
+    check, train = built.out.splitlines()
+    assert check == f"check it: rankllm-composer shards verify {target}" and f"data.train.local={target} " in train
     info = run("shards", "info", target)
     assert info.code == 0
     assert "6 in 1 shards" in info.out
     verified = run("shards", "verify", target, "--records")
-    assert verified == Outcome(0, f"{target}: no problems, 6 records in 1 shards\n", "")
+    status = f"checking {target}  0/1 shards\n"
+    assert verified == Outcome(0, f"{target}: no problems, 6 records in 1 shards\n", status)
 
     (shard,) = target.glob("*.mds*")
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
@@ -344,8 +346,9 @@ def test_errors_are_one_line(run: Run, tmp_path: Path) -> None:
         ("recipes", "copy", "rank_zephyr", tmp_path / "absent" / "x.yaml"),
     ):
         outcome = run(*arguments)
-        assert_readable_error(outcome, "error: ")
-        assert len(outcome.err.splitlines()) == 1, outcome.err
+        *status, error = outcome.err.splitlines()
+        assert_readable_error(Outcome(outcome.code, outcome.out, f"{error}\n"), "error: ")
+        assert status in ([], ["building from bad.json  0 records"]), outcome.err
 
 
 def test_traceback_on_request() -> None:
