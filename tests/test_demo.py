@@ -29,7 +29,7 @@ def test_the_demo_runs_end_to_end(tmp_path):
     assert list(figures) == ["first stage", "untrained", "trained", "oracle"]
     assert all(0.5 < value <= 1.0 for value in figures.values()) and figures["oracle"] == 1.0
     assert figures["first stage"] == pytest.approx(0.8, abs=0.03)  # chance
-    assert "nDCG@10 on 200 held-out queries" in lines[-1]
+    assert "nDCG@10 on 200 held-out queries" in lines[-2]
     assert len(metrics(tmp_path / "metrics.jsonl")) == 4
     assert read_contract(tmp_path / "untrained").objective == read_contract(tmp_path / "hf" / "epoch_0").objective
 
