@@ -20,8 +20,7 @@ def svg_of(panel: Panel) -> str:
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = content.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    text = _without(_without(text, "<metadata>", "</metadata>"), "<!--", "-->")
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", text)
     for color, variable in _THEME.items():
@@ -32,6 +31,12 @@ def svg_of(panel: Panel) -> str:
     start = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{name}">'
     assert opening is not None
     return start + text[opening.end() :].rstrip().removesuffix("</svg>") + _areas(panel, height) + "</svg>"
+
+
+def _without(text: str, start: str, end: str) -> str:
+    """A text without its parts from `start` to `end`."""
+    first, *others = text.split(start)
+    return first + "".join(other.partition(end)[2].lstrip() for other in others)
 
 
 def _areas(panel: Panel, height: float) -> str:

@@ -27,6 +27,7 @@ def test_inspect_streams_a_record_from_the_hub(tmp_path, mistral_v3_folder):
         f"model.tokenizer={mistral_v3_folder}",
     ]
     variables = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    variables["HF_HUB_OFFLINE"] = variables["HF_DATASETS_OFFLINE"] = variables["TRANSFORMERS_OFFLINE"] = "0"
     command = [sys.executable, "-m", "rankllm_composer", "inspect", "first_mistral", *overrides]
     try:
         done = subprocess.run(command, env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True)

@@ -664,7 +664,7 @@ def test_ids_of_any_kind_are_measured(name):
 
     strange = [{renamed(qid): renamed(docids) for qid, docids in run.items()} for run in (first, second)]
     grades = {renamed(qid): dict(zip(renamed(judged), judged.values())) for qid, judged in judgments.items()}
-    (plain,), (odd,) = compare_runs(first, second, judgments, [name]), compare_runs(*strange, grades, [name])
+    (plain, *_), (odd, *_) = compare_runs(first, second, judgments, [name]), compare_runs(*strange, grades, [name])
     measure = ir_measures.parse_measure(name)
     for values, own, run in ((plain.first_stage, odd.first_stage, first), (plain.reranked, odd.reranked, second)):
         scores = {qid: {docid: -float(i) for i, docid in enumerate(docids)} for qid, docids in run.items()}
@@ -813,7 +813,8 @@ def test_cranfield_first_stage_is_measured_as_published(shared):
     folder = shared / "data" / "cranfield"
     queries, run = load_queries(folder / "queries.jsonl"), load_run(folder / "bm25_top100.trec")
     judgments = load_judgments(folder / "qrels.trec")
-    (row,) = compare_runs(run, run, judgments, ["nDCG@10"])
+    row, judged = compare_runs(run, run, judgments, ["nDCG@10"])
+    assert judged.measure == "Judged@10"
     assert row.comparison.first_mean == pytest.approx(0.3576, abs=5e-5)
     assert len(load_documents(folder / "docs.jsonl", {docid for docids in run.values() for docid in docids})) <= 1400
     assert queries.keys() == run.keys()

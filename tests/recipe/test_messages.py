@@ -164,6 +164,7 @@ def test_every_key_rejects_values_of_another_type(row: Any, minimal_recipe: Path
     """Keys of mappings and sections get text; all other keys get a mapping."""
     accepts_mapping = "mapping" in row.expected or row.expected.startswith("a section")
     override = f"{row.name}=x" if accepts_mapping else f"{row.name}={{x: 1}}"
+    override = f"{row.name}=[x]" if "or its keys" in row.expected else override
     assert row.name in problems(minimal_recipe, override)
 
 

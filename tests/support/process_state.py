@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -125,7 +126,10 @@ def _is_own(registered: Any) -> bool:
 
 def _children() -> set[int]:
     """Return the numbers of this process's running children but for those that serve all tests."""
-    found = {int(number) for path in Path("/proc/self/task").glob("*/children") for number in path.read_text().split()}
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):  # of a thread that ended meanwhile
+            found.update(map(int, path.read_text().split()))
     return {child for child in found if (command := _command(child)) and not any(map(command.__contains__, _SHARED))}
 
 

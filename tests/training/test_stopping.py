@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -176,10 +177,12 @@ def test_what_is_lost_is_said(tmp_path, capsys):
 
 
 def write_checkpoint(folder: Path, batch: int) -> None:
-    """A complete checkpoint without files."""
+    """A complete checkpoint of one file."""
     folder.mkdir(parents=True)
+    (folder / "weights").write_text("w")
+    files, sha256 = {"weights": 1}, {"weights": hashlib.sha256(b"w").hexdigest()}
     manifest = Manifest(
-        batch=batch, epoch=0, num_ranks=1, is_sharded=False, weights={}, callbacks=[], files={}, sha256={}
+        batch=batch, epoch=0, num_ranks=1, is_sharded=False, weights={}, callbacks=[], files=files, sha256=sha256
     )
     (folder / MANIFEST).write_text(manifest.to_json())
 
