@@ -176,9 +176,8 @@ class ProgressLine(LoggerDestination):
         seconds = sum(duration for _, duration in self._speeds)
         if seconds > 0:
             parts.append(f"{_short(sum(tokens for tokens, _ in self._speeds) / seconds)} tokens/s")
-        if self._quality:  # the decoding that was trained for is named where there are two
-            shown = [f"{value:.3f}" + f" {name}" * (len(self._quality) > 1) for name, value in self._quality.items()]
-            parts.append(f"nDCG@10 {', '.join(shown)}")
+        if self._quality:  # of the first decoding; a line has no room for another
+            parts.append(f"nDCG@10 {next(iter(self._quality.values())):.3f}")
         if (total := self._losses.get("total")) is not None:
             parts.append(f"loss {total:.4g}")
         parts += [f"{name} {value:.3g}" for name, value in self._losses.items() if name != "total"]

@@ -252,9 +252,8 @@ def test_ranking_quality_is_shown_once_measured(tmp_path):
                 logger.log_metrics({"eval/generation/ndcg@10": torch.tensor(0.25)})
 
     lines = shown(tmp_path, io.StringIO(), "1ep", plain_seconds=0, callbacks=[Measure()]).splitlines()[1:]
-    found = [re.search(r"tokens/s(?:  (nDCG@10 .*?))?(?=  loss|$)", line) for line in lines]
-    expected = [None, "nDCG@10 0.500", "nDCG@10 0.500 first_token, 0.250 generation"]
-    assert [match and match[1] for match in found] == [*expected, expected[-1]]
+    found = [re.search(r"tokens/s(?:  (nDCG@10 \S+))?  loss", line) for line in lines]
+    assert [match and match[1] for match in found] == [None, *["nDCG@10 0.500"] * 3]  # of the first decoding
 
 
 @pytest.mark.parametrize(
