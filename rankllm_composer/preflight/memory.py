@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import torch.distributed
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,6 +27,7 @@ from rankllm_composer.data import packing
 from rankllm_composer.errors import RunError
 from rankllm_composer.model.attention import PACKED_SDPA, kernel_problem
 from rankllm_composer.model.loading import new_causal_lm
+from rankllm_composer.model.lora import check_adapter_names
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.preflight.tracking import MemoryTracker, ReplicaTracker, ShardTracker
@@ -152,9 +153,10 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     from composer.utils.parallelism import FSDP2Config
 
     dtype = torch.bfloat16 if work.frozen_precision == "bf16" else torch.float32
-    causal_lm = new_causal_lm(work.config, dtype).train()  # .to(dtype) fails on fake tensors
+    # .to(dtype) fails on fake tensors
+    causal_lm = new_causal_lm(work.config, dtype).train() if work.peft_config is None else _new_adapters(work, dtype)
     checkpoint_activations(causal_lm, work.activation_checkpointing, work.keeps_attention)
-    model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa", peft_config=work.peft_config)
+    model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa")
     if work.attention != "packed_sdpa":
         AttentionInterface.register(FAKE_KERNEL, partial(_fake_kernel, work.attention == "packed_varlen"))
         model.config._attn_implementation = FAKE_KERNEL
@@ -162,6 +164,24 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
         reshard, mixed_precision = work.reshard_after_forward, work.mixed_precision
         config = FSDP2Config(device_mesh=mesh, reshard_after_forward=reshard, mixed_precision=mixed_precision)
         prepare_fully_shard(model, config, Precision(work.precision), generate_composer_model_policy(model))
+    return model
+
+
+def _new_adapters(work: Workload, dtype: torch.dtype) -> Any:
+    """A model with adapters, built on the meta device: PEFT moves them by Module.to, which fails on fake tensors."""
+    from peft import get_peft_model
+
+    with unset_fake_temporarily(), torch.device("meta"):
+        base = new_causal_lm(work.config, dtype).train()
+        check_adapter_names(base, work.peft_config)
+        model = get_peft_model(base, work.peft_config)
+    made: dict[int, torch.Tensor] = {}  # by the weight that is replaced: some are shared
+    for module in list(model.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            fake = torch.nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
+            setattr(module, name, made.setdefault(id(weight), fake))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return model
 
 
