@@ -261,7 +261,8 @@ def counting(what: str, unit: str, total: int | None = None, done: int = 0) -> I
 
     def text() -> str:
         seconds = status.clock() - started
-        parts = [what, f"{number:,}/{total:,} {unit}" if total is not None else f"{number:,} {unit}"]
+        count = f"{number:,}/{total:,} {unit}" if total is not None else f"{number:,} {unit}"
+        parts = [shortened(what, status.width - len(count) - 2), count]
         if number > done and seconds > 0:
             speed = (number - done) / seconds
             if total is not None:
@@ -284,6 +285,14 @@ def counting(what: str, unit: str, total: int | None = None, done: int = 0) -> I
 def so_far(what: str, seconds: float) -> str:
     """A task that is being done, with its time once it takes long."""
     return f"{what} …" + (f" {in_hours(seconds)}" if seconds >= 2 else "")
+
+
+def shortened(text: str, room: int) -> str:
+    """Text without its middle where it is longer than `room` characters, such as a long path."""
+    if len(text) <= room:
+        return text
+    ends = max(0, room - 1)
+    return f"{text[: ends - ends // 2]}…{text[len(text) - ends // 2 :]}"
 
 
 def in_hours(seconds: float) -> str:

@@ -108,6 +108,13 @@ def test_a_pipe_has_a_line_per_task_and_later_ones_at_intervals(capsys, monkeypa
     assert capsys.readouterr().err.splitlines()[-1] == "records.jsonl  4,500 records  150 records/s"
 
 
+def test_a_long_path_leaves_room_for_the_count(capsys):
+    with counting(f"checking /data/{'long/' * 20}set", "shards", total=12):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) == 80 and line.startswith("checking /data/long/") and line.endswith("/long/set  0/12 shards")
+
+
 def test_what_may_be_short_has_a_line_once_it_is_long(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(status, "clock", lambda: now[0])

@@ -154,7 +154,11 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
 
     dtype = torch.bfloat16 if work.frozen_precision == "bf16" else torch.float32
     # .to(dtype) fails on fake tensors
-    causal_lm = new_causal_lm(work.config, dtype).train() if work.peft_config is None else _new_adapters(work, dtype)
+    causal_lm = (
+        new_causal_lm(work.config, dtype).train()
+        if work.peft_config is None
+        else _new_adapters(work.config, work.peft_config, dtype)
+    )
     checkpoint_activations(causal_lm, work.activation_checkpointing, work.keeps_attention)
     model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa")
     if work.attention != "packed_sdpa":
@@ -167,14 +171,14 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     return model
 
 
-def _new_adapters(work: Workload, dtype: torch.dtype) -> Any:
+def _new_adapters(config: PretrainedConfig, peft_config: PeftConfig, dtype: torch.dtype) -> Any:
     """A model with adapters, built on the meta device: PEFT moves them by Module.to, which fails on fake tensors."""
     from peft import get_peft_model
 
     with unset_fake_temporarily(), torch.device("meta"):
-        base = new_causal_lm(work.config, dtype).train()
-        check_adapter_names(base, work.peft_config)
-        model = get_peft_model(base, work.peft_config)
+        base = new_causal_lm(config, dtype).train()
+        check_adapter_names(base, peft_config)
+        model = get_peft_model(base, peft_config)
     made: dict[int, torch.Tensor] = {}  # by the weight that is replaced: some are shared
     for module in list(model.modules()):
         for name, weight in list(module.named_parameters(recurse=False)):
