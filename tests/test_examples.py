@@ -17,6 +17,7 @@ from support.small_run import small_run
 from rankllm_composer.sources.retrieval_files import load_run
 
 EXAMPLES = REPOSITORY / "examples"
+NOTEBOOK = EXAMPLES / "demo.ipynb"
 
 
 def run(name: str, *arguments: str, folder: Path) -> str:
@@ -118,3 +119,16 @@ def test_the_notebook_runs(tmp_path):
     assert "Warning" not in text and str(tmp_path) not in text
     for name in ("first stage", "untrained", "trained"):
         assert re.search(rf"{name} +0\.\d{{3}}\\n", text), name
+    stored = json.loads(NOTEBOOK.read_text())
+    assert [cell["source"] for cell in stored["cells"]] == [cell["source"] for cell in notebook["cells"]]
+
+
+def test_the_figures_of_the_stored_notebook_are_those_of_the_readme():
+    assert NOTEBOOK.stat().st_size < 300_000
+    readme = (REPOSITORY / "README.md").read_text()
+    rows = (rf"{name} +(0\.\d{{3}})\\n.*?" for name in ("first stage", "untrained", "trained"))
+    table = re.search("".join(rows), NOTEBOOK.read_text(), re.DOTALL)
+    assert table is not None
+    first_stage, untrained, trained = table.groups()
+    assert first_stage[1:] in readme and untrained[1:] in readme
+    assert any(abs(float(figure) - float(trained)) < 0.02 for figure in re.findall(r"\.9\d\d\b", readme))
