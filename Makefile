@@ -78,20 +78,16 @@ $(CPU_VERSIONS): $(CONSTRAINTS)
 demo: setup  ## train a small reranker from scratch on CPU and show what it learned
 	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(RUNS)/demo
 
-notebook: setup  ## execute examples/demo.py (ten minutes) and store it, with its output, as examples/demo.ipynb
-	$(ONE_HEAP) $(BIN)/python docs/notebook.py
+# In a folder of its own, from the start: an output that is stored shows a whole run.
+NOTEBOOK := $(RUNS)/notebook
+notebook: setup  ## execute examples/demo.py (a quarter of an hour) and store it, with its output, as examples/demo.ipynb
+	rm -rf $(NOTEBOOK) && mkdir -p $(NOTEBOOK)
+	cd $(NOTEBOOK) && $(ONE_HEAP) $(abspath $(BIN))/python $(CURDIR)/docs/notebook.py
 
-# The demo, evaluated while it trains, as its report shows it.
-PICTURE := $(RUNS)/picture
-EVAL := run: $(PICTURE)/collection/test_run.trec, judgments: $(PICTURE)/collection/qrels.trec
-EVAL := $(EVAL), queries: $(PICTURE)/collection/test_queries.jsonl, docs: $(PICTURE)/collection/docs.jsonl
-EVAL := 'data.eval={local: $(PICTURE)/windows, source: {$(EVAL), window: 4, stride: 4}}' 'evaluation={interval: 75ba}'
-
-picture: setup browser  ## draw docs/report.png: run the demo, and photograph its report in Chromium
-	$(ONE_HEAP) $(BIN)/rankllm-composer demo --folder $(PICTURE) $(EVAL) $(SET)
-	$(BIN)/rankllm-composer report $(PICTURE)
+picture: setup browser  ## draw docs/report.png: photograph the report of the run of `make notebook` in Chromium
+	$(BIN)/rankllm-composer report $(NOTEBOOK)/runs/demo
 	$$(command -v chromium || command -v chromium-browser) --headless --no-sandbox --disable-gpu --hide-scrollbars \
-	  --window-size=1000,1060 --screenshot=docs/report.png file://$(abspath $(PICTURE))/report.html
+	  --window-size=1000,1010 --screenshot=docs/report.png file://$(abspath $(NOTEBOOK))/runs/demo/report.html
 
 test:  ## run all tests on one stack, and before that a part of them on the other
 	@status=0; \

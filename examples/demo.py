@@ -50,7 +50,6 @@ build_model_folder(folder / "model", files.words)
 names = "judgments: runs/demo/collection/qrels.trec, docs: runs/demo/collection/docs.jsonl, window: 4, stride: 4"
 test = "run: runs/demo/collection/test_run.trec, queries: runs/demo/collection/test_queries.jsonl"
 overrides = [f"data.eval={{local: runs/demo/eval_shards, source: {{{test}, {names}}}}}", "evaluation={interval: 75ba}"]
-overrides += ["run.max_duration=2ep", "checkpoint.export.interval=2ep"]
 recipe = rc.load_recipe("demo", [*overrides, *os.environ.get("DEMO_OVERRIDES", "").split()])
 print(f"{recipe.objective.name}, {recipe.batch.global_lists} lists per batch, learning rate {recipe.optimizer.lr}")
 
