@@ -17,7 +17,7 @@ build_model_folder(folder / "model", files.words)
 
 names = {"run": files.train_run, "queries": files.train_queries, "docs": files.docs, "judgments": files.judgments}
 report = rc.build_shards(folder / "lists", rc.SourceOptions(**names))
-print(f"{report.stats.num_records} lists of {max(report.stats.candidates)} passages in {report.num_shards} shards")
+print(f"{report.stats.num_records} lists of {max(report.stats.candidates)} passages in {folder}/lists")
 
 overrides = [f"run.folder={folder}/run", f"model.name_or_path={folder}/model", f"data.train.local={folder}/lists"]
 overrides += ["data.train.source=null", "batch.global_lists=8", "run.max_duration=2ep", "schedule.warmup=1ba"]

@@ -76,9 +76,9 @@ def shards_verify(
         from rankllm_composer.shards.verify import verify_shards
 
     outcome = verify_shards(target, records=records, report=screen.report)
-    counts = f"{outcome.num_records:,} records in {outcome.num_shards:,} shards"
+    counts = f"{counted(outcome.num_records, 'record')} in {counted(outcome.num_shards, 'shard')}"
     if outcome.num_duplicates:
-        counts += f", {outcome.num_duplicates:,} duplicate ids ({in_one_line(outcome.duplicate_ids)})"
+        counts += f", {counted(outcome.num_duplicates, 'duplicate id')} ({in_one_line(outcome.duplicate_ids)})"
     if as_json:
         screen.say_json({"ok": not outcome.problems} | asdict(outcome))
         raise typer.Exit(2 if outcome.problems else 0)

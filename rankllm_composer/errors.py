@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rankllm_composer.escaping import for_screen
@@ -110,9 +111,17 @@ class RunError(RankLLMComposerError):
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 problem, 2 problems, 3 queries."""
-    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    """A number with its noun: 1 problem, 2 problems, 3 queries, 4 batches."""
+    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else several}"
+
+
+def shown_path(path: Path) -> str:
+    """A path as its user would write it: relative to the working folder where it is below it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (OSError, ValueError):  # the working folder is gone, or the path is elsewhere
+        return str(path)
 
 
 def shell_line(*words: object) -> str:

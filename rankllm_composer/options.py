@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, Strict, StringConstrain
 from pydantic.dataclasses import dataclass
 
 from rankllm_composer.environment import expand_path, keep_reference
-from rankllm_composer.errors import Problem, SourceError, worded
+from rankllm_composer.errors import Problem, SourceError, counted, worded
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle
 
@@ -305,7 +305,7 @@ class BatchOptions:
         microbatch = self.limits[0] or 1
         step = num_ranks * microbatch
         if self.global_lists % step:
-            factors = f"{num_ranks} ranks" + (f" of {microbatch} lists" if microbatch > 1 else "")
+            factors = counted(num_ranks, "rank") + (f" of {microbatch} lists" if microbatch > 1 else "")
             below = self.global_lists // step * step
             sizes = " or ".join(str(size) for size in (below, below + step) if size)
             remedy = f"Set batch.global_lists={sizes}, or change the number of ranks."

@@ -284,7 +284,7 @@ def test_text_of_records_cannot_act_on_the_terminal(run: Run, tmp_path: Path) ->
     source.write_text(json.dumps(records))
     outcomes.append(run("shards", "build", "--input", source, "--output", tmp_path / "bad"))
     assert [outcome.code for outcome in outcomes] == [0, 0, 0, 2]
-    assert "1 duplicate ids (\\x1b]0;title\\x07\\x9b31m\\nerror: not one of ours\\r\\u202e)" in outcomes[2].out
+    assert "1 duplicate id (\\x1b]0;title\\x07\\x9b31m\\nerror: not one of ours\\r\\u202e)" in outcomes[2].out
     for shown in (part for outcome in outcomes for part in (outcome.out, outcome.err)):
         assert all(char.isprintable() or char == "\n" for char in shown)
         assert "\nerror: not one" not in shown
@@ -298,9 +298,9 @@ def test_build_info_verify(run: Run, tmp_path: Path) -> None:
     assert check == f"check it: rankllm-composer shards verify {target}" and f"data.train.local={target} " in train
     info = run("shards", "info", target)
     assert info.code == 0
-    assert "6 in 1 shards" in info.out
+    assert "6 in 1 shard\n" in info.out
     verified = run("shards", "verify", target, "--records")
-    assert verified.code == 0 and verified.out == f"{target}: no problems, 6 records in 1 shards\n"
+    assert verified.code == 0 and verified.out == f"{target}: no problems, 6 records in 1 shard\n"
     assert verified.err.startswith("checking ") and verified.err.endswith("set  0/1 shards\n")
 
     (shard,) = target.glob("*.mds*")

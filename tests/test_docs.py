@@ -340,7 +340,6 @@ def test_every_command(docs_folder):
     assert (docs_folder / "run" / "reranked.trec").exists() and (docs_folder / "run" / "report.html").exists()
 
 
-@pytest.mark.filterwarnings("ignore::rankllm_composer.recipe.load.RecipeWarning")
 def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
     """The snippets of losses.md are executed by tests/model/test_losses_page.py."""
     monkeypatch.chdir(tmp_path)

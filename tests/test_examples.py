@@ -101,7 +101,7 @@ def test_s3(tmp_path):
 
 def test_python_only(tmp_path):
     printed = run("python_only.py", folder=tmp_path)
-    assert "32 lists of 4 passages in 1 shards" in printed
+    assert "32 lists of 4 passages in runs/python_only/lists" in printed
     assert "RerankedQuery(" in printed
 
 

@@ -223,6 +223,19 @@ def test_both_stacks_are_within_the_ranges_of_the_package(name):
         assert found is not None and need.specifier.contains(found), need
 
 
+def test_every_package_that_is_imported_is_named_in_the_package():
+    """pydantic pins pydantic-core, and both are of its own interface."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = [need for name, needs in project["optional-dependencies"].items() if name != "dev" for need in needs]
+    named = {Requirement(text).name.lower() for text in project["dependencies"] + extras}
+    owners = metadata.packages_distributions() | {"bitsandbytes": ["bitsandbytes"]}
+    imported = {name.partition(".")[0] for path in MODULES for name in modules_imported(path)}
+    imported -= {*sys.stdlib_module_names, "rankllm_composer", "pydantic_core", "annotated_types"}
+    assert "huggingface_hub" in imported
+    for name in imported:
+        assert {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners[name]} & named, name
+
+
 def test_the_constraints_match_the_installed_versions():
     """Exact versions of everything that `.[dev]` installs, without URLs."""
     pinned = metadata.version("torch").partition("+")[0] == "2.7.0"

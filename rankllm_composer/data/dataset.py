@@ -20,7 +20,7 @@ from rankllm_composer.data.exact_streaming import ExactStreamingDataset
 from rankllm_composer.data.packing import TokenizedList
 from rankllm_composer.data.shared_memory import MAKE_SPACE
 from rankllm_composer.data.streams import Stream
-from rankllm_composer.errors import PromptError, RunError, ShardError
+from rankllm_composer.errors import PromptError, RunError, ShardError, counted
 from rankllm_composer.options import BatchOptions, ObjectiveName, StreamOptions
 from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.permutations import IdentifierStyle
@@ -239,7 +239,7 @@ def build_train_data_spec(
     global_lists = dataset.batch_size * dist.get_world_size()
     if dataset.epoch_size < global_lists:
         raise ShardError(
-            f"data.train has {dataset.epoch_size} lists per epoch; expected at least one global batch of "
+            f"data.train has {counted(dataset.epoch_size, 'list')} per epoch; expected at least one global batch of "
             f"{global_lists}. Lower batch.global_lists or add lists."
         )
     batch = BatchOptions(microbatch_lists=microbatch_lists, microbatch_tokens=microbatch_tokens)

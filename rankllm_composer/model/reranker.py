@@ -12,7 +12,7 @@ from composer.utils import dist
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rankllm_composer.errors import ModelError
+from rankllm_composer.errors import ModelError, counted
 from rankllm_composer.model.attention import (
     OUR_ATTENTION,
     OWN_ATTENTION,
@@ -169,8 +169,8 @@ class ListwiseReranker(HuggingFaceModel):
         attention, expected = self.model.config._attn_implementation, num_layers(self.model.config)
         if attention in OUR_ATTENTION and calls.number != expected:
             raise ModelError(
-                f"model.name_or_path: packed attention was called {calls.number} times in {expected} layers; expected "
-                "once per layer, or lists of a pack see each other. Set batch.packing=false."
+                f"model.name_or_path: packed attention was called {counted(calls.number, 'time')} in {expected} "
+                "layers; expected once per layer, or lists of a pack see each other. Set batch.packing=false."
             )
         if calls.fallbacks and dist.get_global_rank() == 0:
             say(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rankllm_composer.errors import ModelError, first_line
+from rankllm_composer.errors import ModelError, counted, first_line
 from rankllm_composer.model.attention import OWN_ATTENTION, PACKED_SDPA, choose_attention, watch_attention
 from rankllm_composer.model.forward import head_rows, list_logits, num_layers
 from rankllm_composer.model.tiny_copy import tiny_config, tiny_model
@@ -253,9 +253,8 @@ def _try(
         ours = first_line(error).partition(". ")[0].rstrip(".")
         raise _UnfitError(ours if PACKED_SDPA in ours else "its forward pass does not take packed lists") from error
     if packs and calls.number != num_layers(model.config):
-        raise _UnfitError(
-            f"packed attention is called {calls.number} times in a copy with {num_layers(model.config)} layers"
-        )
+        called = counted(calls.number, "time")
+        raise _UnfitError(f"packed attention is called {called} in a copy with {num_layers(model.config)} layers")
     wanted = [torch.cat([expected[number] for number in group])[1::2] for group in groups]
     if any(_differ(got, right) for got, right in zip(logits, wanted)):
         scaled = getattr(tiny, "rope_scaling", None) is not None

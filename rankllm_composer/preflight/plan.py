@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import RunError, counted
 from rankllm_composer.model.flops import forward_flops, training_flops
 from rankllm_composer.preflight.hub import is_cached, published_shape, require_hub
 from rankllm_composer.preflight.list_lengths import ListLengths, measure_lists
@@ -153,8 +153,8 @@ class Plan:
         yield from (f"  advice: {sentence}" for sentence in data_advice(recipe, self.lengths.pairs))
         per_rank = batch.global_lists // self.num_ranks
         max_lists, max_tokens = batch.limits
-        limit = f"{max_tokens:,} tokens" if max_tokens else f"{max_lists} lists"
-        per_update = f"{batch.global_lists} lists per update, {per_rank} per rank"
+        limit = f"{max_tokens:,} tokens" if max_tokens else counted(max_lists or 0, "list")
+        per_update = f"{counted(batch.global_lists, 'list')} per update, {per_rank} per rank"
         yield f"batch         {per_update}, in microbatches of at most {limit}"
         yield from self._step_lines()
         yield from self._memory_lines()
@@ -203,7 +203,9 @@ class Plan:
 
     def _memory_lines(self) -> Iterator[str]:
         work, gpu = self.work, self.gpu
-        microbatch = f"a microbatch of {len(work.lengths)} lists, {sum(work.lengths):,} tokens; {work.attention}"
+        microbatch = (
+            f"a microbatch of {counted(len(work.lengths), 'list')}, {sum(work.lengths):,} tokens; {work.attention}"
+        )
         yield f"memory        per rank, at its peak: {microbatch}"
         names = {"buffers": "gathered weights and communication", "logits": "logits and loss"}
         for part, size in self.memory.at_peak.items():
@@ -281,7 +283,7 @@ def plan_recipe(
     )
     lengths = measure_lists(recipe, num_lists, sample)
     work = workload(recipe, config, lengths, num_ranks)
-    report(f"runs {config.num_hidden_layers} layers on tensors without data")
+    report(f"runs {counted(config.num_hidden_layers, 'layer')} on tensors without data")
     from rankllm_composer.preflight.memory import estimate_memory, plan_memory
     from rankllm_composer.preflight.suggestions import suggest
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rankllm_composer.errors import PromptError, RecordError
+from rankllm_composer.errors import PromptError, RecordError, counted
 from rankllm_composer.prompts.permutations import (
     IdentifierStyle,
     format_permutation,
@@ -235,7 +235,8 @@ def validate_record(record: Record, place: str = "record") -> UserTurn:
         if values is None:
             continue
         if len(values) != num_candidates:
-            raise bad(f"{what} has {len(values)} entries for {num_candidates} passages; expected one per passage")
+            found = f"{counted(len(values), 'entry')} for {counted(num_candidates, 'passage')}"
+            raise bad(f"{what} has {found}; expected one per passage")
         for value in values:
             is_too_large = isinstance(value, int | float) and not abs(value) < MAX_VALUE
             if not isinstance(value, kinds) or isinstance(value, bool) or is_too_large:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rankllm_composer.errors import RunError, shell_line
+from rankllm_composer.errors import RunError, counted, shell_line
 from rankllm_composer.escaping import in_one_line
 from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.user_turn import clean_query
@@ -173,18 +173,21 @@ def rerank_files(
     start = time.monotonic()
     ranked = rerank_run(reranker, texts, documents, first_stage, files.output, progress_bar=progress_bar)
     seconds = time.monotonic() - start
-    lines = [f"{files.output}: {len(ranked)} queries reranked by {reranker.decoding} in {seconds:.1f} s", *notes]
+    lines = [
+        f"{files.output}: {counted(len(ranked), 'query')} reranked by {reranker.decoding} in {seconds:.1f} s",
+        *notes,
+    ]
     lines += answer_statistics(ranked, reranker)
     if files.judgments is None:
         lines.append("nothing is measured without judgments (--qrels)")
-    for what, qids in (
-        ("queries have no candidates in the run", texts.keys() - first_stage.keys()),
-        ("queries of the run have no text", first_stage.keys() - texts.keys()),
-        ("reranked queries are not judged", () if grades is None else chosen.keys() - grades.keys()),
-        ("judged queries were not reranked", () if grades is None else grades.keys() - chosen.keys()),
+    for noun, what, qids in (
+        ("query", "without candidates in the run", texts.keys() - first_stage.keys()),
+        ("query", "of the run without text", first_stage.keys() - texts.keys()),
+        ("reranked query", "without judgments", () if grades is None else chosen.keys() - grades.keys()),
+        ("judged query", "not reranked", () if grades is None else grades.keys() - chosen.keys()),
     ):
         if qids:
-            lines.append(f"{len(qids)} {what}, such as {', '.join(sorted(qids)[:3])}")
+            lines.append(f"{counted(len(qids), noun)} {what}, such as {', '.join(sorted(qids)[:3])}")
     done: dict[str, Any] = {
         "output": str(files.output),
         "decoding": reranker.decoding,
@@ -197,7 +200,8 @@ def rerank_files(
     model = str(Path(folder).resolve() if Path(folder).is_dir() else folder)
     result = RerankResult(name or Path(files.first_stage).stem, model, reranker.decoding, tuple(rows))
     write_rerank_result(f"{files.output}{FIGURES_SUFFIX}", result)
-    lines += ["", f"{result.name}: {len(rows[0].reranked)} queries", comparison_table(rows), "", *query_lines(rows[0])]
+    measured = counted(len(rows[0].reranked), "query")
+    lines += ["", f"{result.name}: {measured}", comparison_table(rows), "", *query_lines(rows[0])]
     trained_in = Path(folder).parents[1] if len(Path(folder).parents) > 1 else Path()
     if (trained_in / "metrics.jsonl").is_file():
         command = ("rankllm-composer", "report", trained_in, "--reranked", f"{files.output}{FIGURES_SUFFIX}")
@@ -325,7 +329,7 @@ def answer_statistics(queries: Sequence[RerankedQuery], reranker: Reranker) -> I
             "characters; rank_llm would show every passage of these windows empty"
         )
     if num := sum(query.num_emptied for query in queries):
-        yield f"{num} passages were shown empty, as nothing of them fits the context"
+        yield f"{counted(num, 'passage')} shown empty, as nothing of them fits the context"
 
 
 def _check_output(output: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rankllm_composer.environment import FromEnvironment, as_written
-from rankllm_composer.errors import Problem, RecipeError, shell_line
+from rankllm_composer.errors import Problem, RecipeError, counted, shell_line
 from rankllm_composer.model.loss_table import RANKING_LOSSES
 from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, SourceOptions
 from rankllm_composer.prompts.client_names import describe_misread
@@ -76,7 +76,7 @@ def check_world(recipe: Recipe, world_size: int) -> None:
     """Raise RecipeError, with the nearest possible sizes, if the global batch does not divide over the ranks."""
     problems = [*recipe.batch.rank_problems(world_size)]
     if problems:
-        raise RecipeError(f"recipe {recipe.run.name} on {world_size} ranks", problems)
+        raise RecipeError(f"recipe {recipe.run.name} on {counted(world_size, 'rank')}", problems)
 
 
 def _batch(recipe: Recipe) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from rankllm_composer.errors import counted
 from rankllm_composer.options import DECODINGS
 from rankllm_composer.ranking.comparison import Comparison, RerankResult, compare
 from rankllm_composer.report.run_record import RunRecord
@@ -44,7 +45,7 @@ def _rank(run: RunRecord, measured: RerankResult) -> tuple[bool, int, bool]:
 
 def _of_result(run: RunRecord, measured: RerankResult) -> Headline:
     row = measured.comparisons[0]
-    where = f"{measured.name}, {len(row.reranked):,} queries"
+    where = f"{measured.name}, {counted(len(row.reranked), 'query')}"
     return Headline(row.measure, where, run.model_name(measured), row.comparison)
 
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rankllm_composer.errors import shell_line
+from rankllm_composer.errors import counted, shell_line
 from rankllm_composer.escaping import for_screen
 from rankllm_composer.export.published import TOLERANCE, verdict
 from rankllm_composer.options import DECODINGS
@@ -178,18 +178,19 @@ def _facts_of(run: RunRecord) -> Iterator[tuple[str, str]]:
             sizes += f", {amount(origin.trained_parameters)} of them trained"
         yield "Model", origin.model + sizes
     if origin.data:
-        per_epoch = f"; {origin.lists_per_epoch:,} lists per epoch" if origin.lists_per_epoch else ""
+        per_epoch = f"; {counted(origin.lists_per_epoch, 'list')} per epoch" if origin.lists_per_epoch else ""
         yield "Data", ", ".join(origin.data) + per_epoch
     if run.objective:
         yield "Objective", run.objective
     if last:
         tokens = f", {amount(last['tokens'])} tokens" if "tokens" in last else ""
-        yield "Trained", f"{last['batch']:,} batches{tokens}"
+        yield "Trained", f"{counted(last['batch'], 'batch')}{tokens}"
     for name in ("data/lists_trained", "data/lists_too_long"):
         if (value := last.get(name)) is not None:
             yield metric_name(name).capitalize(), f"{value:,.0f}"
     if origin.date:
-        yield "Started", origin.date + (f"; resumed {origin.num_starts - 1} times" if origin.num_starts > 1 else "")
+        resumed = f"; resumed {counted(origin.num_starts - 1, 'time')}" if origin.num_starts > 1 else ""
+        yield "Started", origin.date + resumed
     training = f"{duration(run.training_seconds)} in updates" if run.training_seconds else ""
     if origin.took or training:
         yield "Duration", ", of which ".join(filter(None, [origin.took, training]))

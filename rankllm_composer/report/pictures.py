@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rankllm_composer.errors import counted
 from rankllm_composer.escaping import for_figure
 from rankllm_composer.options import DECODINGS
 from rankllm_composer.report.wording import decoding_name, loss_name
@@ -234,7 +235,8 @@ def _query_gains(runs: Sequence[RunRecord]) -> Iterator[Panel]:
             texts = [
                 (f"query {qid}: {row.first_stage[qid]:.3f} → {row.reranked[qid]:.3f}", gain) for gain, qid in gains
             ]
-            shown.append((index, _titled(f"{measured.name}, {run.model_name(measured)}", run, runs), texts))
+            title = f"{measured.name}, {run.model_name(measured)}"
+            shown.append((index, f"{run.name}, {title}" if len(runs) > 1 else title, texts))
     yield from _sorted_bars(shown, "queries", "gain over the first stage")
 
 
@@ -269,9 +271,8 @@ def _lengths(runs: Sequence[RunRecord]) -> Iterator[Panel]:
         style: dict[str, Any] = {"color": color_of(index), "alpha": 0.6, "label": for_figure(run.name)}
         counts, *_ = axes.hist(run.tokens_per_list, bins=bins.tolist(), **style)
         centers = ((bins[:-1] + bins[1:]) / 2).tolist()
-        _note(
-            texts, run, runs, {round(place): f"{count:,.0f} lists" for place, count in zip(centers, counts)}, "about "
-        )
+        notes = {round(place): counted(round(count), "list") for place, count in zip(centers, counts)}
+        _note(texts, run, runs, notes, "about ")
     axes.set_xlim(float(bins[0]), float(bins[-1]))
     yield _panel("Tokens per training list", axes, _strips(axes, texts))
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rankllm_composer.errors import RecordError, ShardError, shell_line
+from rankllm_composer.errors import RecordError, ShardError, counted, shell_line
 from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.screen import counting, doing, say
 from rankllm_composer.shards.blocks import BlockWriter, count_duplicates, cut_blocks, quarantine_line, write_blocks
@@ -182,17 +182,21 @@ def _write_set(
         (folder / IDS_NAME).write_bytes(id_hashes.tobytes())
         names.append(IDS_NAME)
     speed = stats.num_records / (time.monotonic() - started)
-    report(f"{name}: {stats.num_records:,} records in {len(entries):,} shards, {speed:,.0f} records/s")
-    for number, what in (
-        (stats.num_quarantined, f"bad records, written to {QUARANTINE_NAME}"),
-        (stats.num_duplicates, "records with a duplicate id; they are kept (shards verify --records lists them)"),
+    found = f"{counted(stats.num_records, 'record')} in {counted(len(entries), 'shard')}"
+    report(f"{name}: {found}, {speed:,.0f} records/s")
+    for number, noun, what in (
+        (stats.num_quarantined, "bad record", f", written to {QUARANTINE_NAME}"),
+        (stats.num_duplicates, "record", " with a duplicate id; kept (shards verify --records lists them)"),
         (
             stats.num_nonstandard_prompts,
-            "nonstandard prompts, which the inference client would write differently; they are kept unchanged",
+            "nonstandard prompt",
+            ", which the inference client would write differently; kept unchanged",
         ),
-        *((number, f"dropped: {reason}") for reason, number in sorted(stats.dropped.items())),
-        *((number, what) for what, number in sorted(stats.noted.items())),
     ):
+        if number:
+            report(f"{name}: {counted(number, noun)}{what}")
+    dropped = {f"dropped: {reason}": number for reason, number in sorted(stats.dropped.items())}
+    for what, number in {**dropped, **dict(sorted(stats.noted.items()))}.items():
         if number:
             report(f"{name}: {number:,} {what}")
     return names, parse_index(text, INDEX_NAME), stats

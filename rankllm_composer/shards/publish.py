@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankllm_composer.errors import ShardError, StoreError
+from rankllm_composer.errors import ShardError, StoreError, counted
 from rankllm_composer.screen import say
 from rankllm_composer.shards.blocks import count_duplicates
 from rankllm_composer.shards.index import INDEX_NAME, Shard, dump_index, index_digest, parse_index
@@ -247,7 +247,8 @@ def merge_shards(output: str | Path, *, report: Callable[[str], None] = say) -> 
     merged = replace(first, part=None, num_parts=num_parts, stats=stats, index_sha256=index_digest(text))
     folder.write(MANIFEST_NAME, merged.to_text())
     folder.write(INDEX_NAME, text)
-    report(f"{folder.name}: {num_parts} parts, {stats.num_records:,} records in {len(entries):,} shards")
+    found = f"{counted(stats.num_records, 'record')} in {counted(len(entries), 'shard')}"
+    report(f"{folder.name}: {num_parts} parts, {found}")
     return BuildReport.of(folder.name, parse_index(text, folder.name), stats, time.monotonic() - started)
 
 

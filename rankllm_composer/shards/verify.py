@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rankllm_composer.errors import RecordError, ShardError
+from rankllm_composer.errors import RecordError, ShardError, counted
 from rankllm_composer.prompts.record import id_digest, validate_record
 from rankllm_composer.screen import counting, say
 from rankllm_composer.shards.index import (
@@ -61,7 +61,7 @@ class ShardsInfo:
     def lines(self) -> Iterator[str]:
         """Yield the summary as text."""
         yield self.target
-        yield f"records       {self.num_records:,} in {len(self.shards):,} shards"
+        yield f"records       {self.num_records:,} in {counted(len(self.shards), 'shard')}"
         num_bytes = sum(shard.published.num_bytes for shard in self.shards)
         num_raw_bytes = sum(shard.raw.num_bytes for shard in self.shards)
         yield f"bytes         {num_bytes / 2**20:,.1f} MiB ({num_raw_bytes / 2**20:,.1f} MiB uncompressed)"

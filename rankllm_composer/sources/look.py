@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rankllm_composer.errors import RankLLMComposerError
+from rankllm_composer.errors import RankLLMComposerError, counted
 from rankllm_composer.options import SourceOptions
 from rankllm_composer.prompts.permutations import parse_permutation
 from rankllm_composer.prompts.record import Record
@@ -122,7 +122,7 @@ def _counts(roles: dict[Part, _File]) -> Iterator[str]:
                 queries.setdefault(part, {})[entry.qid] = None
             if hasattr(entry, "docid"):
                 documents.setdefault(part, {})[entry.docid] = None
-        yield f"{PARTS[part]}: {number:,} entries, {len(queries.get(part, ())):,} queries"
+        yield f"{PARTS[part]}: {counted(number, 'entry')}, {counted(len(queries.get(part, ())), 'query')}"
     if "run" in roles:
         notes: list[str] = []
         load_run(roles["run"].source, "first", notes.append)

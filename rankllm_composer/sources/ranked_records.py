@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rankllm_composer.errors import counted
 from rankllm_composer.prompts.record import MAX_VALUE
 from rankllm_composer.sources.entries import QUERY_IDS, as_id, find_key, identifier, query_of
 from rankllm_composer.sources.files import Row
@@ -79,7 +80,8 @@ def _values(row: Row, key: str, number: int) -> Sequence[Any]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise row.error(f"{key} is {_shown(given)}; expected a list with one entry per passage. Write it in [ ].")
     if len(given) != number:
-        raise row.error(f"{key} has {len(given)} entries for {number} passages; expected one per passage. Correct it.")
+        found = f"{counted(len(given), 'entry')} for {counted(number, 'passage')}"
+        raise row.error(f"{key} has {found}; expected one per passage. Correct it.")
     if all(entry is None for entry in given):
         raise row.error(f"{key} holds nothing but nulls; expected a value for at least one passage. Correct it.")
     return given

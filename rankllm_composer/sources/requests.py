@@ -61,11 +61,11 @@ def write_requests(
         if found := sum(ranking.disagreement == kind for ranking in rankings.values()):
             lines.append(f"{name}: {found} of {len(rankings)} queries {what}")
     for what, qids in (
-        ("queries have no candidates in the run", texts.keys() - rankings.keys()),
-        ("queries of the run have no text", rankings.keys() - texts.keys()),
+        ("without candidates in the run", texts.keys() - rankings.keys()),
+        ("of the run without text", rankings.keys() - texts.keys()),
     ):
         if qids:
-            lines.append(f"{len(qids)} {what}, such as {', '.join(sorted(qids)[:3])}")
+            lines.append(f"{counted(len(qids), 'query')} {what}, such as {', '.join(sorted(qids)[:3])}")
     return lines
 
 

@@ -39,7 +39,7 @@ from rankllm_composer.checkpoints.safe_loading import (
 )
 from rankllm_composer.checkpoints.store import CheckpointStore
 from rankllm_composer.distributed import run_on_rank_zero
-from rankllm_composer.errors import CheckpointError
+from rankllm_composer.errors import CheckpointError, shown_path
 from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
 from rankllm_composer.screen import doing, get_logger
 from rankllm_composer.storage.atomic import write_atomic
@@ -357,7 +357,7 @@ class CheckpointFolder(Callback):
         if not checkpoints:
             return ""
         copy = "" if self.store is None else f", copied to {self.store.folder.name}"
-        return f"checkpoint {checkpoints[-1][0].name} in {self.folder}{copy}"
+        return f"checkpoint {checkpoints[-1][0].name} in {shown_path(self.folder)}{copy}"
 
 
 def _drop_unused(state_dict: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from rankllm_composer.distributed import run_on_rank_zero
-from rankllm_composer.errors import StoreError
+from rankllm_composer.errors import StoreError, counted, shown_path
 from rankllm_composer.export.model_card import CardFacts, render_card
 from rankllm_composer.export.model_folder import (
     BEST,
@@ -132,7 +132,7 @@ class ExportFolder(Callback):
         if self.best_by is not None:
             figure = figures.get(f"eval/{self.best_by}")
             if figure is None and dist.get_global_rank() == 0:
-                best = self.folder / BEST
+                best = shown_path(self.folder / BEST)
                 warn(f"best_by: no metric {self.best_by!r} at {name}; {best} is unchanged", stacklevel=2)
             if figure is not None and figure > self._best["figure"]:
                 self._best = {"figure": figure, "name": name}
@@ -173,7 +173,7 @@ class ExportFolder(Callback):
 
     def _export(self, state: State, name: str) -> None:
         target = self.folder / name
-        with doing(f"exporting {target}"):
+        with doing(f"exporting {shown_path(target)}"):
             weights = gather_full_state_dict(state.model, merge_lora=self.merge_lora, dtype=DTYPES[self.model.dtype])
             run_on_rank_zero(lambda: self._write(state, target, weights), f"export of {target}")
             run_on_rank_zero(self._tidy, f"exports in {self.folder}")
@@ -188,7 +188,7 @@ class ExportFolder(Callback):
         batch = state.timestamp.batch.value
         measured = self._measured if self._measured["batch"] == batch else {}
         changes = () if self.recipe_folder is None else read_changes(self.recipe_folder)
-        progress = f"{target.name} (after {batch} batches)"
+        progress = f"{target.name} (after {counted(batch, 'batch')})"
         facts = replace(
             self.facts,
             progress=progress,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.environment import as_written
-from rankllm_composer.errors import CheckpointError, RankLLMComposerError, RunError
+from rankllm_composer.errors import CheckpointError, RankLLMComposerError, RunError, counted
 from rankllm_composer.screen import doing
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def export_run(
         card_facts(recipe, contract, data or recorded, num_lists),
         is_adapter=adapter_config is not None,
         trained_lists=_trained_lists(run, manifest.batch),
-        progress=f"{names} (after {manifest.batch} batches)",
+        progress=f"{names} (after {counted(manifest.batch, 'batch')})",
         changes=read_changes(checkpoint.parent),
     )
     sources = [path if manifest.is_sharded else path / UNSHARDED_FILE for path, manifest in chosen]

@@ -11,7 +11,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from rankllm_composer.errors import RunError
+from rankllm_composer.errors import RunError, counted
 from rankllm_composer.escaping import in_one_line
 from rankllm_composer.screen import say
 from rankllm_composer.training.run_files import TRAINED_LISTS
@@ -178,7 +178,7 @@ class EpochGuard(Callback):
             )
         if dist.get_global_rank() == 0:
             left_out = f"{counts['too_long']:,} left out as longer than data.max_length_tokens"
-            say(f"epoch {epoch}: {counts['trained']:,} lists trained, {left_out}")
+            say(f"epoch {epoch}: {counted(counts['trained'], 'list')} trained, {left_out}")
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._counts, "total": self._total, "latest": self.latest}

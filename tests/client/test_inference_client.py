@@ -410,7 +410,7 @@ def test_written_requests_are_read_and_prompted_alike(ask_client, folders, token
     files = {"queries": tmp_path / "queries.jsonl", "docs": tmp_path / "docs.jsonl"}
     lines = write_requests(tmp_path / "my_run.trec", path, top_k=9, **files)
     assert lines[0] == f"{path}: 4 requests with 36 candidates"
-    assert lines[-1] == "1 queries have no candidates in the run, such as q4"
+    assert lines[-1] == "1 query without candidates in the run, such as q4"
     (answer,) = ask_client([("requests_of", {"path": str(path)})])
     assert answer["valid"] == {"valid": True, "record_count": 4, "errors": []}
     assert [request["query"]["qid"] for request in answer["read"]] == ["q0", "q1", "q2", "q3"]

@@ -725,9 +725,9 @@ def test_a_job_from_files_to_report(exported, tmp_path):
         older_job = RerankFiles(**files, output=tmp_path / "older.trec")
         older = rerank_files(exported, older_job, RerankOptions(client_version="0.25.7"), progress_bar=False)
     assert "windows have '[' as the model's first token" in older.text
-    assert "1 queries have no candidates in the run, such as extra" in report.text
-    assert "1 queries of the run have no text, such as nobody" in report.text
-    assert "1 judged queries were not reranked, such as absent" in report.text
+    assert "1 query without candidates in the run, such as extra" in report.text
+    assert "1 query of the run without text, such as nobody" in report.text
+    assert "1 judged query not reranked, such as absent" in report.text
     assert [row.measure for row in report.comparisons] == ["nDCG@10", "Judged@10", "AP"]
     assert comparison_table(report.comparisons) in report.text
     assert "run: 7 queries" in report.text  # the set has the run's name

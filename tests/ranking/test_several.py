@@ -63,7 +63,7 @@ def test_one_table_and_its_mean(model, folders, capsys):
     assert any(line.startswith("Judged@10  first stage") for line in lines)
     code, out, err = run(capsys, *given, "--json", "-m", "RR")
     found = json.loads(out)
-    assert code == 0 and "left: 1 queries" in err and "mean" in err
+    assert code == 0 and "left: 1 query\n" in err and "mean" in err
     assert [one["name"] for one in found["collections"]] == list(SIZES)
     values = [one["measures"][0]["second_mean"] for one in found["collections"]]
     assert found["means"]["RR"] == {"first_stage": pytest.approx(1 / 3), "reranked": pytest.approx(sum(values) / 2)}
@@ -79,7 +79,7 @@ def test_one_collection_as_json(model, folders, capsys):
     found = json.loads(out)
     assert (code, found["num_queries"], found["output"]) == (0, 1, str(folders / "x.trec"))
     assert [row["measure"] for row in found["measures"]] == ["nDCG@10", "Judged@10", "RR@10"]
-    assert "1 queries reranked by first_token" in err
+    assert "1 query reranked by first_token" in err
 
 
 def test_names_of_collections_and_their_runs(tmp_path):

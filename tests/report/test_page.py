@@ -144,7 +144,7 @@ def test_page_is_complete_and_self_contained(tmp_path):
     for value in ("batch 20 · 2", "batch 10 · first-token decoding 0.4000 · generated answers 0.2000"):
         assert value in page.values
     assert "presented 3 → ranked 3: 100%" in page.values and "window q3 (+0.200)" in page.values
-    assert "about 297 · 1 lists" in page.values
+    assert "about 297 · 1 list" in page.values
     saved = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {"quality.png", "losses-1.png", "losses-2.png", "windows-2.png"} <= saved and len(saved) == 9
     for path in (tmp_path / "pictures").iterdir():
@@ -163,6 +163,18 @@ def has_color(image: Image.Image, color: str, minimum: int = 30) -> bool:
 def axes_of(panels, title):
     (axes,) = next(panel.figure.axes for panel in panels if panel.title.startswith(title))
     return axes
+
+
+def test_starts_and_batches_are_counted(tmp_path):
+    folder = write_run(tmp_path / "one")
+    start, *others = (folder / "history.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
+    for starts, resumed in ((2, "resumed 1 time"), (3, "resumed 2 times")):
+        (folder / "history.jsonl").write_text("".join([start] * starts + others))
+        write_report([read_run(folder)], tmp_path / "report.html")
+        cells = {row[0]: row[1] for row in Page((tmp_path / "report.html").read_text()).rows if len(row) == 2}
+        assert cells["Started"] == f"27 November 2026, 23:30 UTC; {resumed}"
+        assert cells["Trained"].startswith("1 batch, ")
 
 
 def test_pictures_show_the_metrics(tmp_path):
@@ -303,6 +315,7 @@ def test_results_in_the_folder_of_a_run_are_found_also_in_a_copy(tmp_path):
     assert re.search(rf"nDCG@10 on dl20-bm25, 3 queries\s*{mean:.3f} → {mean:.3f}", page.text)
     assert f"<strong>{mean:.3f}</strong>" in (tmp_path / "report.html").read_text()
     assert "1 better, 1 equal, 1 worse; p = 1.000" in page.text
+    assert "dl20-bm25, epoch_10, first-token decoding: 1 better, 1 worse of 3" in page.titles
 
 
 def test_without_reranking_the_top_shows_the_held_out_windows(tmp_path):

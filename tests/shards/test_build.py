@@ -358,7 +358,7 @@ def test_bad_records_are_quarantined_and_counted(tmp_path):
     assert refused[0]["record"] == conversation(5, gpt="[A] > [A]")
     assert refused[1]["record"] == "{not json"
     assert any("2 bad records, written to quarantine.jsonl" in line for line in lines)
-    assert any("1 records with a duplicate id" in line for line in lines)
+    assert any("1 record with a duplicate id" in line for line in lines)
     checked = verify_shards(output, records=True)
     assert (checked.problems, checked.num_duplicates, checked.duplicate_ids) == ([], 1, ["q2"])
 

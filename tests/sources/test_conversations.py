@@ -201,7 +201,7 @@ BAD_RECORDS = {
     ),
     "an empty id": (conversation(3, id=" "), "id is empty"),
     "half a surrogate pair": (conversation(3, human=HUMAN + "\ud800"), "surrogate"),
-    "docids of another length": (conversation(3, docids=["a"]), "docids has 1 entries for 4 passages"),
+    "docids of another length": (conversation(3, docids=["a"]), "docids has 1 entry for 4 passages"),
     "grades that are no numbers": (conversation(3, grades=["high"] * 4), "high"),
     "grades that are no list": (conversation(3, grades=1), "grades is 1"),
 }

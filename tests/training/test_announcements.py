@@ -61,6 +61,8 @@ def test_a_run_announces_itself_and_the_commands_that_come_next(tmp_path, monkey
     for what in ("opening the shards", "loading the weights", "trying out a checkpoint and an export"):
         assert what in before
     assert "epoch 1  batch 1/1  ETA 0:00:00" in after and "writing the checkpoint ep0-ba1" in after
+    assert "exporting run/hf/batch_1" in output.err
+    assert "complete: checkpoint ep0-ba1 in run/checkpoints\n" in output.out
     commands = pasted(output.out)
     assert [words[1] for words in commands] == ["report", "rerank"]
     served = shlex.split(output.out.partition("serve it with rank_llm:")[2].replace("\\\n", " "))
