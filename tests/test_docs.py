@@ -340,6 +340,7 @@ def test_every_command(docs_folder):
     assert (docs_folder / "run" / "reranked.trec").exists() and (docs_folder / "run" / "report.html").exists()
 
 
+@pytest.mark.filterwarnings("error::rankllm_composer.recipe.load.RecipeWarning")
 def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys):
     """The snippets of losses.md are executed by tests/model/test_losses_page.py."""
     monkeypatch.chdir(tmp_path)

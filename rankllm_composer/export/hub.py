@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankllm_composer.errors import ModelError, StoreError, first_line
+from rankllm_composer.errors import ModelError, StoreError, first_line, shown_path
 from rankllm_composer.prompts.contract import CONTRACT_FILE
 from rankllm_composer.redaction import redact
 from rankllm_composer.storage.content import EXPORT_FILE, check_content, read_content
@@ -49,7 +49,7 @@ class Push:
     left: tuple[str, ...]  # names of files in the folder that are not pushed
 
     def lines(self, dry_run: bool) -> Iterator[str]:
-        yield f"{self.folder}: {'dry run, nothing was pushed; would be pushed' if dry_run else 'pushed'} to"
+        yield f"{shown_path(self.folder)}: {'dry run, nothing was pushed; would be pushed' if dry_run else 'pushed'} to"
         access = "private" if self.is_private else "public"
         yield f"{self.url} ({access}, {'new' if self.is_new else 'exists'}), {sum(self.files.values()) / 1e6:,.1f} MB:"
         width = max(map(len, self.files))

@@ -113,7 +113,9 @@ class Record:
         where = f"record {name!r}"
         turns = mapping.get("conversations")
         if not isinstance(turns, Sequence) or isinstance(turns, str) or len(turns) != 3:
-            found = f"{len(turns)} turns" if isinstance(turns, Sequence) and not isinstance(turns, str) else repr(turns)
+            found = repr(turns)
+            if isinstance(turns, Sequence) and not isinstance(turns, str):
+                found = counted(len(turns), "turn")
             raise PromptError(
                 f"{where}: conversations: {found}; expected exactly three turns: system, human, gpt. Write an empty "
                 "system text as an empty value."

@@ -105,10 +105,10 @@ def _remove_replaced(target: Folder, names: list[str], has_quarantine: bool, rep
     try:
         is_removed = target.remove(names if has_quarantine else [*names, QUARANTINE_NAME])
     except StoreError as error:
-        report(f"{target.name}: {len(names)} shards of the set that was replaced may be left: {error}")
+        report(f"{target.name}: {counted(len(names), 'shard')} of the set that was replaced may be left: {error}")
         return
     what = "removed" if is_removed else "this store cannot remove them here; left are"
-    report(f"{target.name}: {what} {len(names)} shards of the set that was replaced, such as {names[0]}")
+    report(f"{target.name}: {what} {counted(len(names), 'shard')} of the set that was replaced, such as {names[0]}")
 
 
 def _leftovers(target: LocalFolder) -> list[Path]:

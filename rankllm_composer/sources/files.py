@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from rankllm_composer.errors import SourceError
+from rankllm_composer.errors import SourceError, counted
 from rankllm_composer.sources.json_array import JsonArrayError, iterate_array
 
 MAX_LINE_BYTES = 1 << 26
@@ -189,7 +189,7 @@ def read_rows(path: str | Path, *, parse: bool = True) -> Iterator[Row]:
             elif number > 1:
                 cells = text.split("\t")
                 if len(cells) != len(container.columns):
-                    found = f"{text[:80]!r} has {len(cells)} columns"
+                    found = f"{text[:80]!r} has {counted(len(cells), 'column')}"
                     names = ", ".join(container.columns)
                     raise SourceError(
                         f"{place}: {found}; expected {len(container.columns)}: {names}. Correct the line."

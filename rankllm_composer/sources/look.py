@@ -134,7 +134,7 @@ def _counts(roles: dict[Part, _File]) -> Iterator[str]:
             number += 1
             if document.docid in known or number == 1:
                 documents.setdefault("docs", {})[document.docid] = None
-        yield f"documents: {number:,} entries"
+        yield f"documents: {counted(number, 'entry')}"
     for what, ids, parts in (("query", queries, _QUERY_PARTS), ("document", documents, _DOCUMENT_PARTS)):
         base = next((part for part in parts if part in ids), None)
         for part in parts:

@@ -16,7 +16,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rankllm_composer.errors import SourceError
+from rankllm_composer.errors import SourceError, counted
 from rankllm_composer.screen import report
 from rankllm_composer.sources.entries import Document, Judgment, Query, RunLine, document_of, query_of, run_line
 from rankllm_composer.sources.files import Row, read_rows
@@ -137,7 +137,7 @@ def load_documents(source: str | Path, wanted: Collection[str]) -> dict[str, str
         raise nothing_shared("document", ("the run", min(wanted)), (Path(source).name, example))
     missing = sorted(wanted - documents.keys())
     if missing:
-        found = f"{len(missing)} documents of the run are missing, such as {', '.join(missing[:3])}"
+        found = f"lacks {counted(len(missing), 'document')} of the run, such as {', '.join(missing[:3])}"
         raise SourceError(f"{source}: {found}. Give the collection that the run was made from.")
     return {docid: document.text for docid, document in documents.items()}
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
+from rankllm_composer.errors import counted
 from rankllm_composer.sources.entries import (
     Document,
     Judgment,
@@ -117,7 +118,7 @@ def _columns(line: str, number: int) -> list[str]:
 def _cut(row: Row, number: int, shape: str) -> list[str]:
     columns = _columns(row.value, number)
     if len(columns) != number:
-        found = f"{row.value.strip()[:80]!r} has {len(row.value.split())} fields"
+        found = f"{row.value.strip()[:80]!r} has {counted(len(row.value.split()), 'field')}"
         raise row.error(f"{found}; expected {number}: {shape}. Correct the line.")
     return columns
 

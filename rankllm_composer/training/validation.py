@@ -15,7 +15,7 @@ from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
-from rankllm_composer.errors import PromptError, RunError
+from rankllm_composer.errors import PromptError, RunError, counted
 from rankllm_composer.export.weights import hf_module
 from rankllm_composer.options import DECODINGS, Decoding
 from rankllm_composer.prompts.identifier_tokens import identifier_token_ids, separator_token_ids
@@ -174,7 +174,8 @@ class Validation(Callback):
             if dist.get_global_rank() == 0:
                 say(
                     f"stopped early at batch {state.timestamp.batch.value}: {self.best_by} has not risen above "
-                    f"{watched['figure']:.4f} (batch {watched['batch']}) in {watched['num_since']} evaluations"
+                    f"{watched['figure']:.4f} (batch {watched['batch']}) in "
+                    f"{counted(watched['num_since'], 'evaluation')}"
                 )
 
     def state_dict(self) -> dict[str, Any]:

@@ -469,7 +469,7 @@ def test_ir_datasets_ids(stored):
     assert load_run(source) == {"1": ["a", "b"], "2": ["c"]}  # by score, not as the lines stand
     assert load_queries("irds:rankllm-pages") == {"t": "a title"}
     assert load_documents("irds:rankllm-pages", ["p"]) == {"p": "http://x body"}
-    with pytest.raises(SourceError, match="irds:rankllm-local: 1 documents of the run are missing, such as z"):
+    with pytest.raises(SourceError, match="irds:rankllm-local: lacks 1 document of the run, such as z"):
         load_documents(source, ["a", "z"])
     with pytest.raises(SourceError, match="irds:nowhere: ir_datasets has no dataset 'nowhere'"):
         load_queries("irds:nowhere")
@@ -538,7 +538,7 @@ BAD_FILES = {
     "document missing": (
         lambda path: load_documents(path, ["1", "2"]),
         '{"docid": "1", "text": "x"}\n',
-        r"1 documents of the run are missing, such as 2",
+        r"lacks 1 document of the run, such as 2",
     ),
     "run with a document twice": (load_run, "1 Q0 a 1 2 t\n1 Q0 a 2 1 t\n", r"f:line 2: document 'a' is repeated"),
     "empty run": (load_run, "", "the file is empty; expected a first-stage run"),
@@ -589,7 +589,7 @@ def test_files_that_do_not_belong_together_are_refused_before_a_model_is_loaded(
 def test_a_bad_beir_line(tmp_path):
     (tmp_path / "f.tsv").write_text("query-id\tcorpus-id\tscore\n1 a 2\n")
     with pytest.raises(
-        SourceError, match=r"f\.tsv:line 2: '1 a 2' has 1 columns; expected 3: query-id, corpus-id, score"
+        SourceError, match=r"f\.tsv:line 2: '1 a 2' has 1 column; expected 3: query-id, corpus-id, score"
     ):
         load_judgments(tmp_path / "f.tsv")
 
