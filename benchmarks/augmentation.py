@@ -1,13 +1,12 @@
 """How do shuffled passages and other identifiers change quality and position bias?
 
-    python benchmarks/augmentation.py [--updates 1250] [--seeds 1] [--threads N] [--smollm2 FOLDER] [key=value …]
+    python benchmarks/augmentation.py [--updates 1250] [--seeds 1] [--threads N] [key=value …]
 
 Trains the demo's model from random weights. Its training lists are in a good order, like that of a first stage: sorted
 by grade, then neighbors swapped with probability 0.3. A model can copy that order instead of reading the passages.
 Held-out windows are in random order; each is ranked by its first token as presented, reversed, and in 4 more random
 orders. Rows: lists as in the shards, and with `data.train.shuffle_passages`, each with letters, as in the shards, and
-with numbers, converted when they are read. The tokenizer has one token per letter and per number. With `--smollm2`, as
-in `objectives.py`: a real model and its lists in the first stage's order.
+with numbers, converted when they are read. The tokenizer has one token per letter and per number.
 """
 
 from __future__ import annotations

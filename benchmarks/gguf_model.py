@@ -21,7 +21,9 @@ class GgufError(ValueError):
     """The file does not contain a model that can be converted."""
 
 
-def unpack_gguf_model(source: str | Path, folder: str | Path, *, end_of_turn: str, padding: str) -> Path:
+def unpack_gguf_model(
+    source: str | Path, folder: str | Path, *, end_of_turn: str, padding: str, chat_template: str | None = None
+) -> Path:
     """Write the weights (float32), configuration and tokenizer of a GGUF file to an HF folder.
 
     Args:
@@ -29,6 +31,7 @@ def unpack_gguf_model(source: str | Path, folder: str | Path, *, end_of_turn: st
         folder: written atomically; replaces an earlier result.
         end_of_turn: token that ends an answer, such as "<|im_end|>".
         padding: token for padding and for unknown text.
+        chat_template: Jinja template; None = that of the file.
     Returns:
         The absolute path of the folder.
     Raises:
@@ -42,7 +45,7 @@ def unpack_gguf_model(source: str | Path, folder: str | Path, *, end_of_turn: st
     with staged_folder(folder, mark="config.json", num_bytes=8 * source.stat().st_size) as stage:
         gguf = stage / "model.gguf"
         gguf.symlink_to(source.resolve()) if source.suffix == ".gguf" else _extract(source, gguf)
-        _convert(gguf, stage, source, end_of_turn, padding)
+        _convert(gguf, stage, source, end_of_turn, padding, chat_template)
         gguf.unlink()
     return folder
 
@@ -62,7 +65,7 @@ def _extract(archive: Path, target: Path) -> None:
         raise GgufError(f"{archive} is neither a .gguf nor a zip file. Download it again.") from error
 
 
-def _convert(gguf: Path, folder: Path, source: Path, end_of_turn: str, padding: str) -> None:
+def _convert(gguf: Path, folder: Path, source: Path, end_of_turn: str, padding: str, chat_template: str | None) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -88,7 +91,7 @@ def _convert(gguf: Path, folder: Path, source: Path, end_of_turn: str, padding: 
         pad_token=padding,
         unk_token=padding,
         clean_up_tokenization_spaces=False,
-        chat_template=original.chat_template,
+        chat_template=original.chat_template if chat_template is None else chat_template,
     )
     for settings in (model.config, model.generation_config):
         settings.eos_token_id, settings.pad_token_id = vocabulary[end_of_turn], vocabulary[padding]

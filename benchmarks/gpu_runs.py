@@ -20,7 +20,6 @@ from gpu_cases import Case, Setting, free_memory
 from gpu_speed import GIB, peak_flops
 from gpu_steps import counted_waits
 from safetensors.torch import load_file
-from trained import recipe_path
 from workload import MAX_PASSAGE_WORDS, NUM_PASSAGES, model_config
 
 from rankllm_composer.demo import Collection, CollectionOptions, build_collection, build_model_folder, invent_words
@@ -87,9 +86,9 @@ def demo(setting: Setting) -> dict[str, Any]:
     files = demo_files(setting)
     overrides = functools.partial(demo_overrides, setting, files)
     started = time.monotonic()
-    whole = train(load_recipe(recipe_path("demo"), overrides("whole")))
+    whole = train(load_recipe("demo", overrides("whole")))
     seconds = time.monotonic() - started
-    recipe = load_recipe(recipe_path("demo"), overrides("stopped"))
+    recipe = load_recipe("demo", overrides("stopped"))
     num_updates = len(batches(whole.folder))
     stopped_at = stop_after(num_updates // 2, recipe)
     resumed = train(recipe)
@@ -169,7 +168,7 @@ def waits_of_run(setting: Setting) -> dict[str, Any]:
         overrides = demo_overrides(setting, files, f"{num_updates}_updates")
         overrides += [f"run.max_duration={num_updates}ba", "schedule.warmup=1ba", "checkpoint.export=null"]
         with counted_waits(setting.device) as waits:
-            train(load_recipe(recipe_path("demo"), [*overrides, "checkpoint.interval=100ep"]))
+            train(load_recipe("demo", [*overrides, "checkpoint.interval=100ep"]))
         counts.append(waits)
     further = durations[1] - durations[0]
     added = {place: (count - counts[0][place]) / further for place, count in counts[1].items()}
@@ -236,7 +235,7 @@ def train_on_real_lists(setting: Setting, shape: str, num_lists: int, checkpoint
     config.save_pretrained(base)
     updates = 3 if setting.reduced else 12
     recipe = load_recipe(
-        recipe_path("first_mistral"),
+        "first_mistral",
         [
             *device_overrides(setting),
             *overrides,

@@ -8,8 +8,7 @@ RankNet. Metrics are of held-out windows after the last update. Losses differ in
 (ListNet's 0.1 is the published one), without a search. `ranking` alone does not learn to generate a ranking, nor to
 write the `[` that the first-token decoding of rank_llm 0.25.7 needs; 0.26.0 appends it.
 
-With `--smollm2 FOLDER`, written by `smollm2.py`, a real model instead: SmolLM2 after its warm-up, trained on the
-recipe's lists, and held-out windows of a judged collection. Each `key=value` overrides the recipe of every run.
+Each `key=value` overrides the recipe of every run.
 """
 
 from __future__ import annotations

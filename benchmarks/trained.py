@@ -22,11 +22,6 @@ NUM_TRAIN_QUERIES, NUM_TEST_QUERIES = 20000, 200
 LISTS = 16  # per update; fewer than in the demo, for more updates from the same lists
 
 
-def recipe_path(name: str) -> Path:
-    """Return the path of a recipe in `yamls/`."""
-    return Path(__file__).parents[1] / "yamls" / f"{name}.yaml"
-
-
 def prepare(folder: Path, num_train: int, with_numbers: bool) -> Collection:
     """Write the demo's collection and its model folder, without weights, into `folder`."""
     sizes = CollectionOptions(num_train_queries=num_train, num_test_queries=NUM_TEST_QUERIES)
@@ -53,34 +48,13 @@ def demo_overrides(folder: Path, files: Collection) -> list[str]:
     return [*overrides, "data.eval.shuffle=false"]
 
 
-def smollm2_overrides(folder: Path, scratch: Path) -> list[str]:
-    """Return overrides of `yamls/smollm2_cpu.yaml` that use the model and lists that `smollm2.py` wrote to `folder`."""
-    overrides = [
-        f"model.name_or_path={folder.resolve() / 'start'}",
-        "checkpoint.interval=1ep",
-        "evaluation.decodings=[first_token, generation]",
-    ]
-    for split, name in (("train", "train"), ("eval", "heldout")):
-        prefix = folder.resolve() / "collection" / name
-        overrides += source_files(
-            split,
-            scratch,
-            run=Path(f"{prefix}_run.trec"),
-            queries=Path(f"{prefix}_queries.jsonl"),
-            judgments=Path(f"{prefix}_qrels.trec"),
-            docs=Path(f"{prefix}_docs.jsonl"),
-        )
-    return overrides
-
-
-def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int, recipe: str) -> dict[str, float]:
-    """Train a recipe in a separate process.
+def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int) -> dict[str, float]:
+    """Train `yamls/demo.yaml` in a separate process.
 
     Args:
         name: name of the run; its folder is `folder / name`.
         overrides: `key=value` that override the recipe.
         threads: number of OpenMP threads.
-        recipe: name of the recipe in `yamls/`.
     Returns:
         Metrics of the last evaluation, without the prefix `eval/`.
     Raises:
@@ -91,7 +65,7 @@ def train_once(name: str, folder: Path, overrides: Sequence[str], threads: int, 
     settings = [f"run.name={name}", f"run.folder={run}", "checkpoint.export=null", "logging.progress=false"]
     settings.append(f"batch.global_lists={LISTS}")
     subprocess.run(
-        [*command, str(recipe_path(recipe)), *settings, *overrides],
+        [*command, "demo", *settings, *overrides],
         check=True,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -113,8 +87,8 @@ def compare(
 ) -> None:
     """Run the command line of a comparison: train each variant and print its metrics on held-out windows.
 
-    Uses the demo's model and lists, or those that `smollm2.py` wrote. Metrics are means over the seeds. `key=value`
-    arguments override the recipe of every variant.
+    Uses the demo's model and lists. Metrics are means over the seeds. `key=value` arguments override the recipe of
+    every variant.
 
     Args:
         description: help text of the command.
@@ -130,10 +104,8 @@ def compare(
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     parser.add_argument("--queries", type=int, default=NUM_TRAIN_QUERIES)
     parser.add_argument("--runs", default=";".join(variants))
-    parser.add_argument("--smollm2", type=Path, help="folder written by smollm2.py; use its model and lists instead")
     options, extra = parser.parse_known_args()
-    recipe = "demo" if options.smollm2 is None else "smollm2_cpu"
-    print_machine(options.threads, str(load_recipe(recipe_path(recipe)).parallelism.precision))
+    print_machine(options.threads, str(load_recipe("demo").parallelism.precision))
     print(f"{options.updates} updates of {LISTS} lists, {options.seeds} seeds, held-out windows of 4 candidates\n")
     columns = ("presented/ndcg@10", *metrics)
     print_header([first_column, *columns])
@@ -141,14 +113,11 @@ def compare(
         values: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            if options.smollm2 is None:
-                files = prepare(folder, options.queries, with_numbers)
-                if prepare_collection is not None:
-                    prepare_collection(files)
-                overrides = demo_overrides(folder, files)
-            else:
-                overrides = smollm2_overrides(options.smollm2, folder)
-            overrides += [
+            files = prepare(folder, options.queries, with_numbers)
+            if prepare_collection is not None:
+                prepare_collection(files)
+            overrides = [
+                *demo_overrides(folder, files),
                 f"run.max_duration={options.updates}ba",
                 f"schedule.warmup={min(100, options.updates // 2)}ba",
                 f"evaluation.interval={options.updates}ba",
@@ -156,7 +125,7 @@ def compare(
                 *extra,
             ]
             for seed in range(options.seeds):
-                measured = train_once(f"seed-{seed}", folder, [*overrides, f"run.seed={seed}"], options.threads, recipe)
+                measured = train_once(f"seed-{seed}", folder, [*overrides, f"run.seed={seed}"], options.threads)
                 for key in columns:
                     if key in measured:
                         values.setdefault(key, []).append(measured[key])

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import random
 import re
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.known_item import build_known_items
 from rankllm_composer.model.flops import forward_flops
 from rankllm_composer.model.loss_table import RANKING_LOSSES, WEIGHTS
-from rankllm_composer.prompts.user_turn import SYSTEM_MESSAGE
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.sources.retrieval_files import load_judgments, load_queries, load_run
 
@@ -94,154 +90,73 @@ def test_memory_allocated_again_counts_once(benchmark, events, highest):
 
 
 @pytest.fixture()
-def known_lists(tmp_path):
-    """40 known-item lists of four passages; each query is two words of one passage."""
-    rows = [{"docid": f"d{i}", "text": " ".join(f"word{i}x{k}" for k in range(9))} for i in range(12)]
-    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return build_known_items(
-        tmp_path / "docs.jsonl",
-        tmp_path / "known",
-        num_lists=40,
-        num_candidates=4,
-        ask_with="text",
-        query_words=(2, 2),
-        passage_words=5,
-    )
-
-
-def test_first_warm_up_stage_moves_from_a_short_prompt_to_the_clients(benchmark, known_lists):
-    records = list(benchmark("smollm2").known_records(known_lists, seed=1))
-    assert len(records) == len({record.id for record in records}) == 40
-    prompts = [(record.system == SYSTEM_MESSAGE, record.has_standard_prompt) for record in records]
-    assert prompts[:27] == [(False, False)] * 27 and prompts[38:] == [(True, True)] * 2
-    assert {system for system, _ in prompts[27:38]} == {True, False}
-    queries = load_queries(known_lists.queries)
-    for record in records:
-        query = queries[record.id]
-        passages = re.findall(r"^\[([A-D])\] (.+)$", record.user, re.MULTILINE)
-        around = re.sub(r"^\[[A-D]\] .+$", "", record.user, flags=re.MULTILINE)
-        assert around.count(query) == 2 and record.response.count(">") == 3
-        relevant = [name for name, text in passages if set(query.split()) <= set(text.split())]
-        assert relevant == [record.response[1]]
-
-
-def test_warm_up_trains_the_model_of_the_recipe(benchmark, known_lists, tmp_path, golden, mistral_v3_folder, capsys):
+def base_folder(golden, mistral_v3_folder, tmp_path):
+    """A tiny model with a real tokenizer."""
     base = shutil.copytree(mistral_v3_folder, tmp_path / "base")
     for path in (golden / "tiny_mistral").iterdir():
         shutil.copy(path, base)
-    smollm2 = benchmark("smollm2")
-    recipe = load_recipe(smollm2.RECIPE, ["model.config_overrides={num_hidden_layers: 1}", "batch.global_lists=4"])
-    with pytest.warns(UserWarning, match=r"unused weights \(9\): model\.layers\.1\."):
-        smollm2.warm_up(recipe, base, smollm2.known_records(known_lists, seed=1), 1e-3, tmp_path / "start")
-    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "start"))
-    assert "model.layers.1.mlp.up_proj.weight" not in after
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert after[name].dtype == torch.float32 and not torch.equal(before[name], after[name])
-    assert re.search(r"start 40 of 40 lists, loss 0\.\d+", capsys.readouterr().out)
-    assert (tmp_path / "start" / "tokenizer_config.json").exists() and not (tmp_path / "start.partial").exists()
+    return base
 
 
-@pytest.fixture()
-def judged_folder(tmp_path):
-    """A judged collection: 60 documents of three sentences, 12 queries with 24 candidates each."""
-    source, folder = random.Random(5), tmp_path / "judged"
-    folder.mkdir()
-    texts = {f"d{i}": [" ".join(f"w{source.randrange(80)}" for _ in range(8)) for _ in range(3)] for i in range(60)}
-    rows = [{"docid": docid, "title": parts[0] + " .", "text": " . ".join(parts)} for docid, parts in texts.items()]
-    queries = [
-        {"qid": f"q{i}", "text": " ".join(f"w{source.randrange(80)}" for _ in range(6)) + " ."} for i in range(12)
-    ]
-    run, grades = [], []
-    for query in queries:
-        docids = source.sample(sorted(texts), 24)
-        run += [f"{query['qid']} Q0 {docid} {place + 1} {-place} first" for place, docid in enumerate(docids)]
-        grades += [f"{query['qid']} 0 {docid} {place % 2}" for place, docid in enumerate(docids[3:7])]
+def write_judged(folder, prefixes, seed):
+    """Write a collection of 40 documents, with 6 queries of 12 candidates for each prefix of its files."""
+    source = random.Random(seed)
+    folder.mkdir(parents=True)
+    texts = {f"d{i}": " ".join(f"w{source.randrange(80)}" for _ in range(30)) for i in range(40)}
+    rows = [{"docid": docid, "title": text[:9] + ".", "text": text} for docid, text in texts.items()]
     (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
-    (folder / "bm25.trec").write_text("\n".join(run))
-    (folder / "qrels.trec").write_text("\n".join(grades))
-    return folder
+    for prefix in prefixes:
+        queries = [{"qid": f"{prefix}{i}", "text": f"w{source.randrange(80)} w{i}"} for i in range(6)]
+        chosen = {query["qid"]: source.sample(sorted(texts), 12) for query in queries}
+        run = [
+            f"{qid} Q0 {docid} {i + 1} {-i} bm25" for qid, docids in chosen.items() for i, docid in enumerate(docids)
+        ]
+        grades = [f"{qid} 0 {docid} {i % 3}" for qid, docids in chosen.items() for i, docid in enumerate(docids)]
+        (folder / f"{prefix}queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+        (folder / f"{prefix}bm25_top100.trec").write_text("\n".join(run))
+        (folder / f"{prefix}qrels.trec").write_text("\n".join(grades))
 
 
-def test_training_lists_exclude_held_out_queries(benchmark, judged_folder, tmp_path):
-    smollm2 = benchmark("smollm2")
-    recipe, folder = load_recipe(smollm2.RECIPE, []), tmp_path / "collection"
-    found = smollm2.prepare(folder, judged_folder, recipe, num_known=20, num_words=30, num_lists=200, seed=3)
-    collection = smollm2.load_collection(judged_folder)
-    trained, held_out = smollm2.split_queries(collection, 3)
-    assert len(trained) == len(held_out) == 6 and not set(trained) & set(held_out)
-    relevant = {docid for qid in held_out for docid, grade in collection.grades[qid].items() if grade}
-    assert relevant and not relevant & set(found.passages)
-    assert not any(name.startswith(f"{docid}-in-") for name in load_texts(found.known.docs) for docid in relevant)
-    assert len(list(smollm2.word_records(found))) == 30
-    assert not any(set(item.docids) & relevant for item in found.words)
-
-    queries, run = load_queries(folder / "train_queries.jsonl"), load_run(folder / "train_run.trec")
-    grades, texts = load_judgments(folder / "train_qrels.trec"), load_texts(folder / "train_docs.jsonl")
-    kinds = Counter(qid.split("-")[0] for qid in queries)
-    assert kinds == {"judged": 60, "words": 20, "text": 120} and list(run) == list(queries)
-    qids = {collection.queries[qid]: qid for qid in trained}
-    for qid, docids in run.items():
-        assert len(set(docids)) == 4 == len(grades[qid]) and set(docids) <= set(texts)
-        if qid.startswith("judged"):
-            judged, ranked = collection.grades[qids[queries[qid]]], collection.run[qids[queries[qid]]]
-            best = max(docids, key=lambda docid: grades[qid][docid])
-            assert judged.get(best, 0) == max(judged.get(docid, 0) for docid in docids)
-            assert [docid for docid in ranked[:20] if docid in docids] == docids
-        else:
-            assert not relevant & set(docids)
-    assert set(load_queries(folder / "heldout_queries.jsonl")) == set(held_out)
-    assert all(len(text.split()) == 20 and " . " in text for text in texts.values())
-
-    overrides = benchmark("trained").smollm2_overrides(tmp_path, tmp_path / "scratch")
-    data = load_recipe(smollm2.RECIPE, overrides).data
-    for split, name in ((data.train, "train"), (data.eval, "heldout")):
-        assert Path(split.source.run) == folder / f"{name}_run.trec"
-        assert all(Path(getattr(split.source, key)).exists() for key in ("run", "judgments", "queries", "docs"))
+def test_smollm2_compares_each_seed_with_the_first_stage_on_every_test_set(
+    benchmark, base_folder, tmp_path, monkeypatch, capsys
+):
+    smollm2, folder = benchmark("smollm2"), tmp_path / "runs"
+    for name, prefixes in (("nfcorpus", ("train_", "dev_", "")), ("scifact", ("train_",)), ("cranfield", ("",))):
+        write_judged(tmp_path / "data" / name, prefixes, len(name))
+    shutil.copytree(base_folder, folder / "model")  # not unpacked, since it exists
+    arguments = ["--wheel", "absent.whl", "--collections", str(tmp_path / "data"), "--folder", str(folder)]
+    arguments += ["--known-lists", "8", "--top-k", "10", "--seeds", "1", "--threads", "1"]
+    overrides = ["model.config_overrides={num_hidden_layers: 1}", "batch.global_lists=4"]
+    overrides += [f"data.{split}.source.{key}=4" for split in ("train", "eval") for key in ("window", "stride")]
+    monkeypatch.setattr(sys, "argv", ["smollm2", *arguments, *overrides])
+    smollm2.main()
+    printed = capsys.readouterr().out
+    for label in smollm2.TESTED:
+        for system in ("query likelihood", "trained, seed 1"):
+            assert re.search(rf"^\| {label} \| {system} \|( [^|]+ \|){{6}}$", printed, re.MULTILINE), printed
+    shown = load_texts(folder / "collections" / "nfcorpus" / "docs.jsonl")
+    assert all(len(text.split()) == 12 for text in shown.values())
+    for qid, docids in load_run(folder / "nfcorpus_trained_seed_1.trec").items():
+        first = load_run(tmp_path / "data" / "nfcorpus" / "bm25_top100.trec")[qid]
+        assert set(docids) == set(first) and docids[10:] == first[10:]
 
 
-def test_a_collection_that_gives_no_lists_is_an_error(benchmark):
-    word_lists = benchmark("word_lists")
-    texts = {f"d{i}": ("", "too short") for i in range(9)}
-    index = word_lists.Index({docid: text for docid, (_, text) in texts.items()})
-    passages = {docid: text for docid, (_, text) in texts.items()}
-    draws = word_lists.lists_from_texts(index, texts, passages, 4, seed=1, by_rank=True)
-    with pytest.raises(SystemExit, match="no text list in 10,000 draws"):
-        next(word_lists.skip_empty(draws, "text list"))
+def test_the_likelihood_of_a_query_is_that_of_its_tokens_after_the_passage(benchmark, base_folder):
+    module = benchmark("query_likelihood")
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    passages = ["the wing of a jet", "heat", "a shock wave in the flow past a wing"]
+    for passage, score in zip(passages, module.likelihoods(model, tokenizer, "shock wave", passages)):
+        given = tokenizer(f"{passage}\nQuery:", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        asked = tokenizer(" shock wave", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        labels = torch.cat([torch.full_like(given, -100), asked], 1)
+        with torch.no_grad():
+            loss = model(input_ids=torch.cat([given, asked], 1), labels=labels).loss
+        assert score == pytest.approx(-float(loss), rel=1e-4)
 
 
 def load_texts(path):
     return {row["docid"]: row["text"] for row in map(json.loads, path.read_text().splitlines())}
-
-
-def test_word_scores_equal_bm25(benchmark):
-    word_lists = benchmark("word_lists")
-    texts = {"a": "the wing of the jet", "b": "the jet, in a shock wave", "c": "flow past the wing", "d": "heat"}
-    index = word_lists.Index(texts)
-    split = {docid: text.replace(",", "").split() for docid, text in texts.items()}
-    mean = sum(map(len, split.values())) / 4
-
-    def bm25(query, docid):
-        score = 0.0
-        for word in set(query.split()):
-            frequency = sum(word in words for words in split.values())
-            count = split[docid].count(word)
-            score += (
-                math.log(1 + (4 - frequency + 0.5) / (frequency + 0.5))
-                * count
-                * 1.9
-                / (count + 0.9 * (0.6 + 0.4 * len(split[docid]) / mean))
-            )
-        return score
-
-    for query in ("wing jet", "the wing the", "shock heat flow past", "unheard"):
-        expected = sorted((docid for docid in texts if bm25(query, docid)), key=lambda docid: -bm25(query, docid))
-        assert index.top(query, 9) == expected
-        assert index.top(query, 9, without="a") == [docid for docid in expected if docid != "a"]
-    assert index.score_shown("wing unheard", "wing wing unheard") == pytest.approx(
-        math.log(1 + 2.5 / 2.5) * 2 * 1.9 / 2.9 + math.log(1 + 4.5 / 0.5)
-    )
-    assert word_lists.WordList("q", ["a", "b", "c"], [2.0, 7.5, 2.0]).grades() == [0, 1, 0]
 
 
 def test_workloads_are_deterministic(benchmark):
