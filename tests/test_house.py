@@ -13,6 +13,7 @@ import pytest
 import tomllib
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import rankllm_composer
 
@@ -234,6 +235,19 @@ def test_every_package_that_is_imported_is_named_in_the_package():
     assert "huggingface_hub" in imported
     for name in imported:
         assert {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners[name]} & named, name
+
+
+def test_the_exact_versions_run_on_the_first_release_of_the_python_that_the_readme_asks_for():
+    """Distributions keep an early patch release of Python for years: Debian 12 has 3.11.2."""
+    assert "CPython 3.11," in (REPOSITORY / "README.md").read_text()
+    named = exact_versions("constraints.txt") | exact_versions("constraints-current.txt")
+    needs = {
+        found.name: found.metadata["Requires-Python"]
+        for found in metadata.distributions()
+        if re.sub(r"[-_.]+", "-", found.name).lower() in named and found.metadata["Requires-Python"]
+    }
+    assert len(needs) > 100
+    assert {name: need for name, need in needs.items() if "3.11.0" not in SpecifierSet(need)} == {}
 
 
 def test_the_constraints_match_the_installed_versions():
