@@ -67,7 +67,8 @@ $(VENV)/.installed: pyproject.toml $(VERSIONS)
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_INDEX_OPTION) $(INSTALL) || \
-	  $(BIN)/python -m pip install --quiet $(PIP_INDEX_OPTION) $(INSTALL) $(CPU_HINT)
+	  { echo 'uv could not install this. Trying pip, which takes longer'; \
+	  $(BIN)/python -m pip install -qq $(PIP_INDEX_OPTION) $(INSTALL); } $(CPU_HINT)
 	@echo $(TORCH) > $@
 	@echo 'Done. To use its commands in this shell: source $(BIN)/activate'
 

@@ -3,11 +3,11 @@
     python benchmarks/cross_encoder.py --folder runs/smollm2 --minutes M [--seeds 1 2] [--lr 2e-5] [--tested]
 
 Requires sentence-transformers 6 (pip install sentence-transformers accelerate) and the folder that `smollm2.py` wrote:
-its model, collections and shards of judged lists. The cross-encoder has the same first layers and a new head that
-reads the last token, and scores a query and a passage by themselves. It is trained with LambdaLoss (NDCG-Loss2++), the
-loss that its authors recommend for graded lists, for `--minutes` minutes of training, which is what both trainings of a
-seed took by `smollm2.py`. Then it reranks the same candidates of the development queries, by which `--lr` is to be
-chosen, and with `--tested` those of the test sets.
+its model, collections and shards of judged lists. The cross-encoder has the same first layers, and scores a query and a
+passage by themselves, by the logits of "yes" and "no" after them, as the library reads causal language models. It is
+trained with LambdaLoss (NDCG-Loss2++), which by the documentation generally outperforms the other listwise losses, for
+`--minutes` minutes: what both trainings of a seed take in `smollm2.py`. Then it reranks the same candidates of the
+development queries, by which `--lr` is to be chosen, and with `--tested` those of the test sets.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import NUM_CORES, print_header, print_machine, print_row, restart_with_one_heap
-from smollm2 import CHOSEN, MEASURE, RECIPE, TESTED
+from report import NUM_CORES, print_header, print_machine, restart_with_one_heap
+from smollm2 import CHOSEN, COMPARISON, RECIPE, TESTED, print_comparison
 
-from rankllm_composer.ranking.comparison import compare_runs
 from rankllm_composer.recipe.load import load_recipe
 from rankllm_composer.shards.read import SplitRecords
-from rankllm_composer.sources.retrieval_files import load_documents, load_judgments, load_queries, load_run
+from rankllm_composer.sources.retrieval_files import load_documents, load_queries, load_run
 
 MAX_TOKENS = 96
 
@@ -112,8 +111,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     lists, config = read_lists(options.folder / "train"), load_recipe(RECIPE).model.config_overrides
     sets = {"NFCorpus, dev": CHOSEN} | (TESTED if options.tested else {})
-    columns = [f"BM25 {MEASURE}", f"reranked {MEASURE}", "won", "tied", "lost", "p"]
-    print_header(["queries", "system", "epochs", *columns], num_text=2)
+    print_header(["queries", "system", "epochs", *COMPARISON], num_text=2)
     for seed in options.seeds:
         torch.manual_seed(seed)
         model = CrossEncoder(
@@ -123,14 +121,7 @@ def main() -> None:
         for label, (name, prefix) in sets.items():
             collection = options.folder / "collections" / name
             ranked = rerank(model, collection, prefix, options.top_k)
-            first, judgments = (
-                load_run(collection / f"{prefix}bm25_top100.trec"),
-                load_judgments(collection / f"{prefix}qrels.trec"),
-            )
-            row = compare_runs(first, ranked, judgments, [MEASURE])[0].comparison
-            counts = [row.wins, row.ties, row.losses]
-            means = [f"{row.first_mean:.4f}", f"{row.second_mean:.4f}"]
-            print_row([label, f"cross-encoder, seed {seed}", f"{epochs:.1f}", *means, *counts, f"{row.p_value:.4f}"])
+            print_comparison([label, f"cross-encoder, seed {seed}", f"{epochs:.1f}"], collection, prefix, ranked)
 
 
 if __name__ == "__main__":

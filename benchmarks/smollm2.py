@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ from rankllm_composer.sources.retrieval_files import load_documents, load_judgme
 RECIPE = Path(__file__).parents[1] / "yamls" / "smollm2_cpu.yaml"
 TRAIN = Path(__file__).parents[1] / "rankllm_composer" / "train.py"
 MEASURE = "nDCG@10"
+COMPARISON = [f"BM25 {MEASURE}", f"reranked {MEASURE}", "won", "tied", "lost", "p"]
 TRAINED, CHOSEN = ("nfcorpus", "train_"), ("nfcorpus", "dev_")
 TESTED = {
     "NFCorpus, test": ("nfcorpus", ""),
@@ -100,11 +101,10 @@ def known_item_overrides(folder: Path, collection: Path, recipe: Recipe, num_lis
         folder / "lists",
         num_lists=num_lists,
         num_candidates=source.window,
-        ask_with="text",
         query_words=KNOWN_QUERY_WORDS,
         seed=seed,
     )
-    paths = {"run": files.run, "judgments": files.judgments, "queries": files.queries, "docs": files.docs}
+    paths = {"run": files.run, "judgments": files.judgments, "queries": files.queries}
     overrides = [f"data.train.source.{key}={path.resolve()}" for key, path in paths.items()]
     overrides += [f"data.train.source.depth={source.window}", f"data.train.local={folder / 'shards'}"]
     overrides += ["run.max_duration=1ep", f"optimizer.lr={KNOWN_RATE}"]
@@ -135,13 +135,15 @@ def rank_without_training(model: Path, collection: Path, prefix: str, output: Pa
     rank_by_likelihood(model, load_queries(collection / f"{prefix}queries.jsonl"), run, texts, output)
 
 
-def print_comparison(label: str, system: str, collection: Path, prefix: str, output: Path) -> None:
-    """Print a row of the table: a run against BM25 on all judged queries."""
+def print_comparison(
+    cells: Sequence[object], collection: Path, prefix: str, reranked: Mapping[str, Sequence[str]]
+) -> None:
+    """Print a row of the table: after the first cells, a run against BM25 on all judged queries."""
     first = load_run(collection / f"{prefix}bm25_top100.trec")
     judgments = load_judgments(collection / f"{prefix}qrels.trec")
-    row = compare_runs(first, load_run(output), judgments, [MEASURE])[0].comparison
+    row = compare_runs(first, reranked, judgments, [MEASURE])[0].comparison
     counts = [row.wins, row.ties, row.losses]
-    print_row([label, system, f"{row.first_mean:.4f}", f"{row.second_mean:.4f}", *counts, f"{row.p_value:.4f}"])
+    print_row([*cells, f"{row.first_mean:.4f}", f"{row.second_mean:.4f}", *counts, f"{row.p_value:.4f}"])
 
 
 def main() -> None:
@@ -180,9 +182,7 @@ def main() -> None:
         systems[f"trained, seed {seed}"] = train_once(
             judged, [*shared, f"model.name_or_path={start}", kept], options.threads
         )
-    print_header(
-        ["queries", "system", f"BM25 {MEASURE}", f"reranked {MEASURE}", "won", "tied", "lost", "p"], num_text=2
-    )
+    print_header(["queries", "system", *COMPARISON], num_text=2)
     for label, (name, prefix) in TESTED.items():
         for system, trained in systems.items():
             output = folder / f"{name}_{system.replace(' ', '_').replace(',', '')}.trec"
@@ -190,7 +190,7 @@ def main() -> None:
                 rank_without_training(model, collections / name, prefix, output, options.top_k)
             else:
                 rerank(trained, collections / name, prefix, output, recipe, options.top_k)
-            print_comparison(label, system, collections / name, prefix, output)
+            print_comparison([label, system], collections / name, prefix, load_run(output))
 
 
 if __name__ == "__main__":

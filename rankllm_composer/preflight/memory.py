@@ -153,12 +153,10 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     from composer.utils.parallelism import FSDP2Config
 
     dtype = torch.bfloat16 if work.frozen_precision == "bf16" else torch.float32
-    # .to(dtype) fails on fake tensors
-    causal_lm = (
-        new_causal_lm(work.config, dtype).train()
-        if work.peft_config is None
-        else _new_adapters(work.config, work.peft_config, dtype)
-    )
+    if work.peft_config is None:
+        causal_lm = new_causal_lm(work.config, dtype).train()  # .to(dtype) fails on fake tensors
+    else:
+        causal_lm = _new_adapters(work.config, work.peft_config, dtype)
     checkpoint_activations(causal_lm, work.activation_checkpointing, work.keeps_attention)
     model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa")
     if work.attention != "packed_sdpa":
