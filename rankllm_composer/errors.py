@@ -91,7 +91,7 @@ class PromptError(RankLLMComposerError):
 
 
 class ShardError(RankLLMComposerError):
-    """A set of shards cannot be built, is not what its index says, or cannot be trained on as asked."""
+    """A set of shards cannot be built, is not what its index says, or cannot be trained on as requested."""
 
 
 class StoreError(RankLLMComposerError):

@@ -48,21 +48,21 @@ def data_set_ids(sources: Sequence[str]) -> list[str]:
 
 
 def metadata_yaml(
-    name: str, base_model: str | None, data: Sequence[str], licence: str | None, figures: Mapping[str, float]
+    name: str, base_model: str | None, data: Sequence[str], license: str | None, figures: Mapping[str, float]
 ) -> str:
     """The metadata as YAML, without secrets.
 
     Args:
         base_model: hub id; None = none.
         data: sources of the lists.
-        licence: SPDX name of the base model's, where known.
+        license: SPDX name of the base model's, where known.
         figures: measured, by set and measure.
     """
     card = ModelCardData(
         base_model=base_model,
         datasets=data_set_ids(data) or None,
         library_name="transformers",
-        license=None if licence is None else _clean(licence),
+        license=None if license is None else _clean(license),
         pipeline_tag="text-ranking",
         tags=TAGS,
         model_name=_clean(name) if (results := list(_results(figures))) else None,

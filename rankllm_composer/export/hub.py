@@ -90,7 +90,7 @@ def push_export(folder: Path, repo: str, *, public: bool = False, dry_run: bool 
 
     Args:
         repo: NAME or OWNER/NAME.
-        dry_run: ask the hub who we are and what is there, and change nothing.
+        dry_run: check the account and the repository, and change nothing.
     Raises:
         ModelError: see `files_to_push`.
         StoreError: no token, or none that may write there; the repository is public and `public` is false; or the hub

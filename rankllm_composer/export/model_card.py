@@ -31,7 +31,7 @@ class CardFacts:
     base_model: str | None  # hub id or path of the fine-tuned model; None = trained from scratch
     contract: DecodingContract
     base_id: str | None = None  # hub id of that model, or of the one that it was itself made from
-    base_licence: str | None = None  # SPDX name, where known
+    base_license: str | None = None  # SPDX name, where known
     data: tuple[str, ...] = ()  # sources of the training lists
     num_lists: int | None = None  # of an epoch; None = not counted
     trained_lists: Mapping[str, int] = field(default_factory=dict)
@@ -50,13 +50,13 @@ def render_card(facts: CardFacts) -> str:
     """Markdown text of a card, without secrets and without paths of this machine."""
     base = None if facts.base_model is None else public_name(facts.base_model)
     parts = [
-        f"---\n{metadata_yaml(facts.name, facts.base_id, facts.data, facts.base_licence, facts.figures)}\n---",
+        f"---\n{metadata_yaml(facts.name, facts.base_id, facts.data, facts.base_license, facts.figures)}\n---",
         f"# {for_markdown(facts.name)}",
         _introduction(facts, base),
         _training(facts),
         _results_section(facts.figures, facts.first_stage, facts.published),
         _serving_of_adapter() if facts.is_adapter else _serving(facts.contract),
-        _licence(facts, base),
+        _license(facts, base),
     ]
     return redact("\n\n".join(parts) + "\n")
 
@@ -183,7 +183,7 @@ def _serving(contract: DecodingContract) -> str:
     elif "first_token" in reasons and contract.objective != "generation":
         text += f"\n\nIt generates the whole permutation, as it cannot decode by first token: {reasons['first_token']}."
     if decoding == "first_token" and contract.window_size > CLIENT_TOP_K:
-        text += f" It asks for the {CLIENT_TOP_K} likeliest tokens, so other candidates of a window keep their order."
+        text += f" It requests the {CLIENT_TOP_K} likeliest tokens, so other candidates of a window keep their order."
     if (difference := contract.unserved_words()) is not None:
         text += f"\n\n{difference}. The rankings of the first command follow the training."
     if contract.num_bos > 1:
@@ -233,14 +233,14 @@ def _given_words(contract: DecodingContract) -> int | None:
     return None if default or not contract.client.has_word_option else contract.max_passage_words
 
 
-def _licence(facts: CardFacts, base: str | None) -> str:
+def _license(facts: CardFacts, base: str | None) -> str:
     if base is None:
         text = "The weights were trained from scratch; the terms of the training data apply."
     else:
-        licence = "its licence" if facts.base_licence is None else f"its licence ({for_markdown(facts.base_licence)})"
+        license = "its license" if facts.base_license is None else f"its license ({for_markdown(facts.base_license)})"
         origin = for_markdown(base, code=True)
-        text = f"The weights derive from {origin}: {licence} and the terms of the training data apply."
-    return f"## Licence\n\n{text} rankllm-composer itself is under Apache-2.0, which says nothing about the weights."
+        text = f"The weights derive from {origin}: {license} and the terms of the training data apply."
+    return f"## License\n\n{text} rankllm-composer itself is under Apache-2.0, which says nothing about the weights."
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

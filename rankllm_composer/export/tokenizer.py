@@ -32,7 +32,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     first = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"] or {}
     if "add_prefix_space" in first:  # the class overwrites it
         keys["add_prefix_space"] = first["add_prefix_space"]
-    if isinstance(keys.get("extra_special_tokens"), list):  # transformers 4 knows them by another name
+    if isinstance(keys.get("extra_special_tokens"), list):  # transformers 4 has another name for them
         keys["additional_special_tokens"] = keys.pop("extra_special_tokens")
     path.write_text(json.dumps(keys, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

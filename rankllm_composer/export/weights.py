@@ -73,7 +73,7 @@ def _as_exported(inner: torch.nn.Module, weights: Weights, merge_lora: bool) -> 
     import peft
 
     get_adapter: Any = peft.get_peft_model_state_dict
-    # "auto" would ask a hub whether the vocabulary grew.
+    # "auto" would query a hub for whether the vocabulary grew.
     return cast(Weights, get_adapter(inner, state_dict=weights, adapter_name=adapter, save_embedding_layers=False))
 
 

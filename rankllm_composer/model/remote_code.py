@@ -10,7 +10,7 @@ from rankllm_composer.errors import ModelError
 
 @contextmanager
 def code_refused(name: str) -> Iterator[None]:
-    """Raise a ModelError that says what to do if loading stops because a model wants to run code of its own."""
+    """Raise a ModelError that says what to do if loading stops because a model requires code of its own."""
     try:
         yield
     except (ValueError, OSError) as error:

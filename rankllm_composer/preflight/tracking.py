@@ -31,7 +31,7 @@ _KINDS: dict[_RefType, str] = {  # all others are activations
 
 
 class MemoryTracker(MemTracker):
-    """A tracker that tells logits from activations."""
+    """A tracker that separates logits from activations."""
 
     def count_logits(self, enabled: bool) -> None:
         """Count new tensors as logits, or stop doing so."""
@@ -64,7 +64,7 @@ class ReplicaTracker(MemoryTracker):
     """Track a model that each rank holds in full, with or without frozen weights.
 
     torch's hooks per module fail on frozen weights and copy a snapshot per module and operation. One hook per trained
-    weight suffices to tell its gradient from activations.
+    weight suffices to separate its gradient from activations.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

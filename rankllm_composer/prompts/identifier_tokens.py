@@ -83,7 +83,7 @@ def splits_after_bracket(
 ) -> bool:
     """Whether the tokenizer joins `[` and the first identifier of an answer, which scoring needs as two tokens.
 
-    The inference client (from 0.26.0 on) ends the prompt with `[` and asks for the token that follows, so that a model
+    The inference client (from 0.26.0 on) ends the prompt with `[` and requests the token that follows, so that a model
     has to be trained on these two.
     """
     return any(found.first for found in read_identifiers(tokenizer, identifiers(num_candidates, style)))

@@ -24,7 +24,7 @@ FACTS = CardFacts(
     name="first_mistral",
     base_model="mistralai/Mistral-7B-Instruct-v0.3",
     base_id="mistralai/Mistral-7B-Instruct-v0.3",
-    base_licence="apache-2.0",
+    base_license="apache-2.0",
     contract=new_contract("combined"),
     data=("rryisthebest/rank_zephyr_training_data_alpha[train]", "mine.jsonl"),
     num_lists=40_000,
@@ -48,7 +48,7 @@ def test_a_card_describes_the_training():
         "| data | rryisthebest/rank_zephyr_training_data_alpha[train] |",
         "| data | mine.jsonl |",
         "| learning rate | 5e-06 |",
-        "its licence (apache-2.0)",
+        "its license (apache-2.0)",
         "begin with 2 beginning-of-sequence tokens",
     ):
         assert text in card

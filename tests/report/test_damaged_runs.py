@@ -121,15 +121,15 @@ MEASURED = st.dictionaries(TEXT, st.floats(-1, 1), max_size=3)
 
 @settings(max_examples=60)
 @given(MEASURED, MEASURED, TEXT, TEXT, TEXT)
-def test_a_card_of_any_names_has_no_markup_and_is_stable(tmp_path_factory, figures, published, name, base, licence):
+def test_a_card_of_any_names_has_no_markup_and_is_stable(tmp_path_factory, figures, published, name, base, license):
     facts = CardFacts(
         name=name,
         base_model=base,
-        base_licence=licence,
+        base_license=license,
         contract=new_contract("combined"),
         data=(name, base),
         hyperparameters={name: base},
-        progress=licence,
+        progress=license,
         figures=figures,
         published=published,
     )
