@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 # `make test` hands its own variables to the make commands that tests run; a shell may export the others.
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "STACK", "TORCH", "COLUMNS", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)
+os.environ["TERM"] = "xterm"  # of the terminals that tests open; that of a job may be dumb
 # Under nohup, this process and the runs that it starts would ignore SIGHUP.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # A slow machine must not fail a test: no deadline per example.

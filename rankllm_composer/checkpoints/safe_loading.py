@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,9 +51,18 @@ def data_types() -> list[Any]:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # early patch releases of Python 3.11 pickle a member of an enumeration by its name
         if name not in _INDEX_TYPES.get(module, ()):
             raise pickle.UnpicklingError(f"global {module}.{name}")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: Any) -> Enum:
+    """A member of an enumeration, and nothing else that `getattr` could return."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError("global builtins.getattr")
 
 
 def read_index(stream: BinaryIO, name: str) -> Any:

@@ -8,13 +8,13 @@ import io
 import json
 import os
 import pickle
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from rankllm_composer.checkpoints.folder import (
     MANIFEST,
@@ -236,6 +236,27 @@ def test_an_index_is_read_as_data(tmp_path):
     with pytest.raises(CheckpointError, match=r"x is damaged .*Use an earlier checkpoint"):
         read_index(io.BytesIO(b"\x80\x04garbage"), "x")
     assert not (tmp_path / "was run").exists()
+
+
+class Attribute:
+    """Is `getattr(owner, name)` when unpickled."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.reduced = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def test_members_of_enumerations_are_data_also_as_python_3_11_2_pickles_them():
+    def read(owner: object, name: str) -> object:
+        return read_index(io.BytesIO(pickle.dumps(Attribute(owner, name))), "x")
+
+    member = next(iter(_MEM_FORMAT_ENCODING))
+    assert read(_MEM_FORMAT_ENCODING, member.name) is member
+    for owner, name in ((_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro"), (PosixPath, "unlink")):
+        with pytest.raises(CheckpointError, match=r"x contains a pickle that references builtins\.getattr"):
+            read(owner, name)
 
 
 def test_torch_runs_no_payload_though_composer_would_let_it(tmp_path):
