@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rankllm_composer.errors import RunError, counted, shell_line
+from rankllm_composer.errors import RunError, counted, shell_line, shown_path
 from rankllm_composer.escaping import in_one_line
 from rankllm_composer.options import RerankOptions
 from rankllm_composer.prompts.user_turn import clean_query
@@ -168,7 +168,7 @@ def rerank_files(
         compare_runs(chosen, chosen, grades, measures)  # fails now, not after hours, if it cannot be measured
     documents = load_documents(collection, {id for docids in chosen.values() for id in docids[: options.top_k]})
     if reranker is None:
-        with doing(f"loading the model {folder}") if progress_bar else nullcontext():
+        with doing(f"loading the model {shown_path(Path(folder))}") if progress_bar else nullcontext():
             reranker = Reranker.from_pretrained(folder, options)
     start = time.monotonic()
     ranked = rerank_run(reranker, texts, documents, first_stage, files.output, progress_bar=progress_bar)
