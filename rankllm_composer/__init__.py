@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         p_listmle_loss,
     )
     from rankllm_composer.options import BuildOptions, ModelOptions, RerankOptions, SourceOptions, StreamOptions
+    from rankllm_composer.ranking.compare_files import FileComparison, compare_files
     from rankllm_composer.ranking.reranker import RankedPassage, RerankedQuery, Reranker
     from rankllm_composer.recipe.load import load_recipe
     from rankllm_composer.recipe.sections import Recipe
@@ -55,6 +56,7 @@ __all__ = [
     "BuildOptions",
     "BuildReport",
     "CheckpointError",
+    "FileComparison",
     "ListwiseReranker",
     "ModelError",
     "ModelOptions",
@@ -78,6 +80,7 @@ __all__ = [
     "adr_mse_loss",
     "approx_ndcg_loss",
     "build_shards",
+    "compare_files",
     "info_nce_loss",
     "kl_divergence_loss",
     "lambdarank_loss",
@@ -99,6 +102,7 @@ _MODULES = {
     "model.teacher_losses": "approx_ndcg_loss info_nce_loss kl_divergence_loss margin_mse_loss ndcg_loss2pp_loss "
     "p_listmle_loss",
     "options": "BuildOptions ModelOptions RerankOptions SourceOptions StreamOptions",
+    "ranking.compare_files": "FileComparison compare_files",
     "ranking.reranker": "RankedPassage RerankedQuery Reranker",
     "recipe.load": "load_recipe",
     "recipe.sections": "Recipe",

@@ -13,12 +13,12 @@ import typer
 from rankllm_composer import __version__, screen
 from rankllm_composer.cli_ranking import compare, requests, rerank
 from rankllm_composer.cli_shards import shards_app, sources_app
-from rankllm_composer.environment import expand_path
+from rankllm_composer.environment import as_written, expand_path
 from rankllm_composer.errors import RecipeError, counted, shell_line
-from rankllm_composer.recipe.bundled import find_recipe
+from rankllm_composer.recipe.bundled import find_recipe, recipe_path
 from rankllm_composer.recipe.command_line import DOES_NOT_FIT, Commands, Json
 from rankllm_composer.recipe.commands import Overrides, RecipeFile, recipes_app
-from rankllm_composer.redaction import redact
+from rankllm_composer.redaction import REDACTED, redact
 
 app = Commands(
     name="rankllm-composer",
@@ -133,6 +133,54 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
+@recipes_app.command("check")
+def recipes_check(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    num_ranks: Annotated[
+        int | None, typer.Option("--num-ranks", "-n", min=1, help="Also check that the batch divides over these ranks.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the merged recipe with the origin of each value, and everything that is wrong with it, or that a run would
+    refuse on this machine (exit code 2)."""
+    from rankllm_composer.preflight.refusals import find_refusals
+    from rankllm_composer.recipe.checks import check_world, is_secret, missing_files, warmup_warning
+    from rankllm_composer.recipe.keys import plain_tree, show
+    from rankllm_composer.recipe.load import merge_recipe
+
+    path = recipe_path(file)
+    merged = merge_recipe(path, overrides or [])
+    width = max(len(row.key) for row in merged.keys)
+    values = {row.key: REDACTED if is_secret(row.key, row.value) else as_written(row.value) for row in merged.keys}
+    for row in [] if as_json else merged.keys:
+        screen.say(f"{row.origin:<8}  {row.key:<{width}}  {show(values[row.key])}")
+    refusals = missing_files if merged.problems else find_refusals  # of a recipe with stand-ins, no others are known
+    problems = [*merged.problems, *refusals(merged.recipe)]
+    if num_ranks is not None and not merged.problems:
+        try:
+            check_world(merged.recipe, num_ranks)
+        except RecipeError as error:
+            problems += error.problems
+    warnings = [*filter(None, [*merged.warnings, warmup_warning(merged.recipe)])]
+    for sentence in warnings:
+        screen.report(f"warning: {sentence}")
+    if as_json:
+        found = [{**problem._asdict(), "message": str(problem)} for problem in problems]
+        origins = {row.key: row.origin for row in merged.keys}
+        screen.say_json(
+            {"recipe": str(path), "ok": not problems, "values": plain_tree(values), "origins": origins}
+            | {"problems": found, "warnings": warnings}
+        )
+    if problems and as_json:
+        screen.report(f"error: {RecipeError(str(path), problems)}")
+        raise typer.Exit(2)
+    if problems:
+        raise RecipeError(str(path), problems)
+    if not as_json:
+        screen.say(f"{path}: no problems")
+
+
 @app.command("train")
 def train(
     recipe: RecipeFile,
@@ -149,7 +197,6 @@ def train(
     """Train a recipe and export the model; rerun the same command to resume."""
     from rankllm_composer.launch import main as launch
     from rankllm_composer.launch import train_arguments
-    from rankllm_composer.recipe.bundled import recipe_path
     from rankllm_composer.recipe.checks import check_world
     from rankllm_composer.recipe.load import merge_recipe
 

@@ -26,7 +26,8 @@ class RankLLMComposerError(ValueError):
 class Problem(NamedTuple):
     """One thing wrong with a recipe or with options, as text "KEY is FOUND; expected EXPECTED. REMEDY"
 
-    `involved` names further dotted keys that the finding rests on.
+    `involved` names further dotted keys that the finding rests on. A finding that was worded as a whole elsewhere is
+    `found`, with an empty `expected` and `remedy`.
     """
 
     key: str
@@ -36,6 +37,8 @@ class Problem(NamedTuple):
     involved: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        if not self.expected:
+            return self.found
         return f"{self.key} is {self.found}; expected {self.expected}. {self.remedy}"
 
 

@@ -136,6 +136,8 @@ def run_here(command: list[str], folder: Path) -> str:
     if is_shipped and names_no_model:  # without published weights and data
         arguments += ["model.name_or_path=base", "data.train.source.input=records.jsonl"]
         arguments += ["data.train.local=absent", "data.max_length_tokens=1024"]
+    if arguments[:3] == ["recipes", "check", "first_mistral"]:  # a small run stands in for its own
+        arguments += ["run.folder=absent"]
     return run_cli(arguments, folder)
 
 

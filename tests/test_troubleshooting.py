@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from support import exporting, guarded_updates
@@ -22,8 +23,11 @@ from support.templates import TEMPLATES
 from support.tiny_rerankers import new_contract, new_tokenizer, record_of
 from transformers import PretrainedConfig
 
+from rankllm_composer.export.hub import push_export
 from rankllm_composer.model.attention import choose_attention
 from rankllm_composer.model.loading import load_config
+from rankllm_composer.model.lora import check_starting_adapter
+from rankllm_composer.model.loss_table import import_loss
 from rankllm_composer.model.remote_code import code_refused
 from rankllm_composer.options import ModelOptions, RerankOptions
 from rankllm_composer.prompts.chat import template_notes
@@ -31,14 +35,15 @@ from rankllm_composer.prompts.encoding import encode_record
 from rankllm_composer.prompts.identifier_tokens import check_tokenizer
 from rankllm_composer.ranking.decoding import check_not_nan
 from rankllm_composer.ranking.served_model import served_contract
+from rankllm_composer.recipe.bundled import find_recipe
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.load import load_recipe
+from rankllm_composer.recipe.packages import check_packages
 from rankllm_composer.sources.retrieval_files import load_queries, require_shared
 from rankllm_composer.training import assembly
 from rankllm_composer.training.devices import hide_gpus
 from rankllm_composer.training.dry_run import Written, check_space
 from rankllm_composer.training.guards import LossGuard
-from rankllm_composer.training.loggers import build_loggers
 from rankllm_composer.training.rendezvous import VARIABLES, meet
 from rankllm_composer.training.run import claim_run_folder, prepare_shards
 
@@ -117,11 +122,28 @@ def no_flash(tools: Tools) -> None:
 
 
 def no_bitsandbytes(tools: Tools) -> None:
-    tools.patch.setitem(sys.modules, "bitsandbytes", None)
-    tools.patch.setitem(sys.modules, "bitsandbytes.optim", None)
-    assembly.build_optimizer(
-        first_mistral("optimizer.name=adamw_8bit", "parallelism.fsdp=false"), torch.nn.Linear(2, 2)
-    )
+    tools.patch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
+    check_packages(first_mistral("optimizer.name=adamw_8bit", "parallelism.fsdp=false"))
+
+
+def no_such_recipe(tools: Tools) -> None:
+    find_recipe("mistral")
+
+
+def no_such_loss(tools: Tools) -> None:
+    import_loss("no_such_package.losses:mine")
+
+
+def no_adapter(tools: Tools) -> None:
+    check_starting_adapter(tools.folder / "adapter", {})
+
+
+def no_token(tools: Tools) -> None:
+    exporting.write(tools.folder / "export")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        tools.patch.delenv(name, raising=False)
+    tools.patch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tools.folder / "absent"))
+    push_export(tools.folder / "export", "me/mine")
 
 
 def sharded_8bit(tools: Tools) -> None:
@@ -130,7 +152,7 @@ def sharded_8bit(tools: Tools) -> None:
 
 def no_wandb(tools: Tools) -> None:
     tools.patch.setitem(sys.modules, "wandb", None)
-    build_loggers(first_mistral("logging.loggers={wandb: {}}"), tools.folder)
+    check_packages(first_mistral("logging.loggers={wandb: {}}"))
 
 
 def no_gpu(tools: Tools) -> None:
@@ -218,9 +240,13 @@ CASES: dict[str, Callable[[Tools], None]] = {
     "the chat template prints the date": printed_date,
     "it takes more than 200,000 steps": endless_template,
     "model.attention": no_flash,
-    "optimizer.name: adamw_8bit needs": no_bitsandbytes,
-    "optimizer.name is adamw_8bit": sharded_8bit,
+    "optimizer.name is adamw_8bit, which": no_bitsandbytes,
+    "optimizer.name is adamw_8bit with": sharded_8bit,
     "logging.loggers.wandb": no_wandb,
+    "expected a path with": no_such_recipe,
+    "objective.ranking_loss is": no_such_loss,
+    "model.lora.start_from": no_adapter,
+    "no token for": no_token,
     "parallelism.device is gpu": no_gpu,
     "parallelism.device is cpu": gpus_counted_before,
     "holds a run of another recipe": another_recipe,

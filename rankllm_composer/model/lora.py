@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from rankllm_composer.errors import ModelError, first_line
 
@@ -41,6 +39,8 @@ def base_of_adapter(folder: str | Path) -> str:
 
 def check_adapter_names(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     """Raise ModelError if a name of an adapter matches no layer of a model, or one that is tied to another."""
+    import torch
+
     modules = dict(model.named_modules())
     layers = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
     targets: Any = peft_config.target_modules  # type: ignore[attr-defined]
@@ -79,6 +79,42 @@ def _matched(name: str, layers: Iterable[str]) -> bool:
     return any(layer == name or layer.endswith(f".{name}") for layer in layers)
 
 
+def check_starting_adapter(folder: str | Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Check that a folder holds an adapter with these settings, without reading its weights.
+
+    Args:
+        settings: key of `model.lora` → the value here, of those that decide what an adapter computes; target_modules
+            may be all-linear, with which any layers agree.
+    Returns:
+        What PEFT has written about the adapter.
+    Raises:
+        ModelError: the folder lacks a file, or the adapter is of another kind.
+    """
+    try:
+        written: Mapping[str, Any] = json.loads(Path(folder, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        absent = {"use_rslora": False, "use_dora": False}  # in adapters of an older PEFT
+        named = {key: _plain({**absent, **written}.get(setting)) for setting, key in _KEYS.items()}
+        Path(folder, ADAPTER_WEIGHTS).open("rb").close()
+    except Exception as error:  # damaged files raise almost anything
+        raise _unreadable(folder, error) from error
+    for key, found in named.items():
+        here = _plain(settings[key])
+        if found != here and not (key == "target_modules" and here == [ALL_LINEAR]):
+            value = f"[{', '.join(found)}]" if isinstance(found, list) else str(found).lower()
+            raise ModelError(
+                f"model.lora.start_from: {folder} has {key} {value}; the recipe has {here}. Set "
+                f"'model.lora.{key}={value}'."
+            )
+    return written
+
+
+def _unreadable(folder: str | Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"model.lora.start_from: {folder} cannot be read ({first_line(error)}); expected an exported adapter with "
+        f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}. Export it with --adapter-only."
+    )
+
+
 def load_starting_adapter(model: Any, folder: str | Path) -> None:
     """Load the weights of an exported adapter into a PEFT model that has an adapter of the same kind.
 
@@ -88,21 +124,12 @@ def load_starting_adapter(model: Any, folder: str | Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    where = f"model.lora.start_from: {folder}"
-    try:
-        written = json.loads(Path(folder, ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        weights = load_file(Path(folder, ADAPTER_WEIGHTS))
-    except Exception as error:  # damaged files raise almost anything
-        raise ModelError(
-            f"{where} cannot be read ({first_line(error)}); expected an exported adapter with {ADAPTER_CONFIG} and "
-            f"{ADAPTER_WEIGHTS}. Export it with --adapter-only."
-        ) from error
     config = model.peft_config["default"]
-    for setting, key in _KEYS.items():
-        found, here = _plain(written.get(setting)), _plain(getattr(config, setting))
-        if found != here:
-            value = f"[{', '.join(found)}]" if isinstance(found, list) else str(found).lower()
-            raise ModelError(f"{where} has {key} {value}; the recipe has {here}. Set 'model.lora.{key}={value}'.")
+    written = check_starting_adapter(folder, {key: getattr(config, setting) for setting, key in _KEYS.items()})
+    try:
+        weights = load_file(Path(folder, ADAPTER_WEIGHTS))
+    except Exception as error:  # a damaged file raises almost anything
+        raise _unreadable(folder, error) from error
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     strange = sorted(
         name
@@ -111,8 +138,8 @@ def load_starting_adapter(model: Any, folder: str | Path) -> None:
     )
     if strange:
         raise ModelError(
-            f"{where}: {len(strange)} tensors do not fit the model, such as {strange[0]}. Set model.name_or_path to "
-            f"the model that it was trained on, {written.get('base_model_name_or_path')}."
+            f"model.lora.start_from: {folder}: {len(strange)} tensors do not fit the model, such as {strange[0]}. Set "
+            f"model.name_or_path to the model that it was trained on, {written.get('base_model_name_or_path')}."
         )
     if not any(parameter.is_meta for parameter in model.parameters()):  # else they come from rank 0
         set_peft_model_state_dict(model, weights)

@@ -10,8 +10,6 @@ from rankllm_composer.screen import warn
 
 REDUCTIONS = ("none", "mean", "sum")
 TARGETS = ("ranks", "self_sorted")
-RELEVANCE = ("grades", "teacher_scores")
-"""What may be known of the candidates beside their ranks: arguments of the losses that use it, (B, N), NaN = none."""
 
 
 def prepare(

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, WrapValidator
+
+from rankllm_composer.errors import ModelError, first_line
 
 OWN_LOSS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -27,6 +31,9 @@ RANKING_LOSSES: dict[str, dict[str, tuple[Any, ...] | type]] = {
     "info_nce": {"temperature": float},
 }
 """Name in a recipe → options of the loss, each with its type or the values it may have; numbers are above 0."""
+
+RELEVANCE = ("grades", "teacher_scores")
+"""What may be known of the candidates beside their ranks: arguments of the losses that use it, (B, N), NaN = none."""
 
 NEED_SCORES = ("kl_divergence", "margin_mse")
 """Losses that need a teacher's scores."""
@@ -54,6 +61,43 @@ def default_weight(loss: str, options: Mapping[str, Any]) -> float:
     if loss == "ranknet" and options.get("weighted") is False:
         return _WEIGHT_OF_PLAIN_RANKNET
     return WEIGHTS.get(loss, 1.0)
+
+
+def import_loss(name: str, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """Import a ranking loss of the user's own.
+
+    Args:
+        name: `package.module:function`.
+        options: arguments that it has to take beside those of every loss; None = not checked.
+    Raises:
+        ModelError: there is no such function, or it cannot be called so.
+    """
+    module, _, function = name.partition(":")
+    where = f"objective.ranking_loss is {name!r}"
+    if not function:
+        expected = f"one of {', '.join(RANKING_LOSSES)}, or package.module:function"
+        raise ModelError(f"{where}; expected {expected}. Correct it.")
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a module of the user's own may raise anything
+        remedy = "Install its package, or name its folder in PYTHONPATH."
+        if not isinstance(error, ImportError | AttributeError):
+            remedy = f"Correct {module}."
+        raise ModelError(f"{where}, which cannot be imported: {first_line(error)}. {remedy}") from error
+    if not callable(found):
+        raise ModelError(f"{where}; expected a function. Name one of {module}.")
+    if options is not None:
+        try:
+            signature = inspect.signature(found)
+            known = dict.fromkeys([name for name in RELEVANCE if name in signature.parameters])
+            signature.bind(None, None, mask=None, reduction="none", **known, **options)
+        except TypeError as error:
+            given = ", ".join(["scores", "ranks", "mask=", "reduction=", *(f"{option}=" for option in options)])
+            raise ModelError(
+                f"{where}, which cannot be called with ({given}): {error}. Correct the function, or "
+                "objective.ranking_loss_options."
+            ) from error
+    return found
 
 
 def _accept_own(value: Any, check: Callable[[Any], Any]) -> Any:

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 
 from rankllm_composer.model.loss_parts import (
-    RELEVANCE,
     before_worse,
     check_target,
     descending,
@@ -44,7 +43,7 @@ from rankllm_composer.model.loss_parts import (
     smooth_places,
     strict_places,
 )
-from rankllm_composer.model.loss_table import RANKING_LOSSES
+from rankllm_composer.model.loss_table import RANKING_LOSSES, RELEVANCE
 from rankllm_composer.model.teacher_losses import (
     approx_ndcg_loss,
     info_nce_loss,

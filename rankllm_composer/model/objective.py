@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rankllm_composer.errors import ModelError
-from rankllm_composer.model.loss_parts import RELEVANCE
+from rankllm_composer.model.loss_table import RELEVANCE, import_loss
 from rankllm_composer.model.losses import LOSSES
 from rankllm_composer.options import OBJECTIVES, TokenWeights
 from rankllm_composer.prompts.relevance import LEFT_OUT
@@ -30,20 +29,7 @@ def find_loss(name: str) -> Callable[..., torch.Tensor]:
     Raises:
         ModelError: there is no such function.
     """
-    if name in LOSSES:
-        return LOSSES[name]
-    module, _, function = name.partition(":")
-    if not function:
-        expected = f"one of {', '.join(LOSSES)}, or package.module:function"
-        raise ModelError(f"objective.ranking_loss is {name!r}; expected {expected}. Correct it.")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        remedy = "Install its package, or name its folder in PYTHONPATH."
-        raise ModelError(f"objective.ranking_loss is {name!r}, which cannot be imported: {error}. {remedy}") from error
-    if not callable(found):
-        raise ModelError(f"objective.ranking_loss is {name!r}; expected a function. Name one of {module}.")
-    return found
+    return LOSSES[name] if name in LOSSES else import_loss(name)
 
 
 @dataclass(frozen=True)
@@ -79,6 +65,8 @@ class Objective:
         if self.name not in OBJECTIVES:
             raise ValueError(f"objective.name is {self.name!r}; expected one of {', '.join(OBJECTIVES)}.")
         find_loss(self.ranking_loss)
+        if self.ranking_loss not in LOSSES:
+            import_loss(self.ranking_loss, self.ranking_loss_options)
 
     @property
     def trains_language_modelling(self) -> bool:

@@ -15,6 +15,7 @@ from rankllm_composer.preflight.list_lengths import ListLengths, measure_lists
 from rankllm_composer.recipe.advice import data_advice
 from rankllm_composer.recipe.checks import check_world
 from rankllm_composer.recipe.names import did_you_mean
+from rankllm_composer.recipe.packages import check_packages
 from rankllm_composer.recipe.times import explain_warmup, updates_in
 from rankllm_composer.screen import say
 from rankllm_composer.training.schedule import learning_rate_factor
@@ -253,11 +254,9 @@ def plan_recipe(
 
     Args:
         recipe: its model may be a folder that contains only config.json.
-        num_ranks: GPUs to train on.
-        gpu: a key of GPUS.
+        num_ranks, gpu: number of GPUs to train on, and a key of GPUS.
         mfu: model FLOPs utilization; None = DEFAULT_MFU.
-        num_lists: lists of `data.train`, used if neither its shards nor its source are on this machine; None =
-            `data.expected_lists`.
+        num_lists: lists of `data.train`, if its shards and source are elsewhere; None = `data.expected_lists`.
         sample: lists to tokenize, to measure their lengths.
         report: called with a line of progress.
     Raises:
@@ -273,6 +272,7 @@ def plan_recipe(
     if mfu is not None and not 0 < mfu <= 1:
         raise RunError(f"mfu is {mfu}; expected a share above 0 and up to 1. Write 40 % as 0.4.")
     check_world(recipe, num_ranks)
+    check_packages(recipe, "model.lora")
     config = _load_config(recipe)
     check_model(
         config,

@@ -32,7 +32,7 @@ from rankllm_composer.ranking.comparison import (
     write_rerank_result,
 )
 from rankllm_composer.ranking.reranker import RerankedQuery, Reranker
-from rankllm_composer.screen import counting, doing
+from rankllm_composer.screen import counting, doing, report
 from rankllm_composer.sources.hold_out import is_held_out
 from rankllm_composer.sources.retrieval_files import (
     Duplicates,
@@ -124,6 +124,7 @@ def rerank_files(
     name: str | None = None,
     progress_bar: bool = True,
     reranker: Reranker | None = None,
+    keep_progress: bool = False,
 ) -> RerankReport:
     """Rerank a run with an exported model, and compare it with the first stage if there are judgments.
 
@@ -137,6 +138,7 @@ def rerank_files(
         name: name of the set of queries and its first stage, in figures; None: the run's file name without its suffix.
         progress_bar: whether to show progress.
         reranker: the model with these options, if it is loaded already.
+        keep_progress: see `rerank_run`.
     Raises:
         ValueError: a file, the model or an option cannot be used.
     """
@@ -171,7 +173,8 @@ def rerank_files(
         with doing(f"loading the model {shown_path(Path(folder))}") if progress_bar else nullcontext():
             reranker = Reranker.from_pretrained(folder, options)
     start = time.monotonic()
-    ranked = rerank_run(reranker, texts, documents, first_stage, files.output, progress_bar=progress_bar)
+    how = {"progress_bar": progress_bar, "keep_progress": keep_progress}
+    ranked = rerank_run(reranker, texts, documents, first_stage, files.output, **how)
     seconds = time.monotonic() - start
     lines = [
         f"{files.output}: {counted(len(ranked), 'query')} reranked by {reranker.decoding} in {seconds:.1f} s",
@@ -217,6 +220,7 @@ def rerank_run(
     output: str | Path,
     *,
     progress_bar: bool = True,
+    keep_progress: bool = False,
 ) -> list[RerankedQuery]:
     """Rerank a run and write it as a TREC run; resumes a stopped job with the same settings.
 
@@ -226,6 +230,7 @@ def rerank_run(
     Args:
         queries, documents, first_stage: see `Reranker.rerank_queries`.
         output: path of the run to write; replaced if it exists.
+        keep_progress: keep the progress file too, with which the same job again only writes the run.
     Raises:
         RunError: no query has both a text and candidates; the progress file has other settings or is damaged; another
             process is writing the same output.
@@ -253,9 +258,11 @@ def rerank_run(
         "contract": json.loads(reranker.contract.to_json()),
         "input": presented.hexdigest(),
     }
-    progress = output.with_name(f"{output.name}.progress.jsonl")
+    progress = progress_file(output)
     total = sum(len(reranker.spans(len(first_stage[qid]))) for qid in qids)
-    with _kept_queries(progress, settings) as (finished, keep):
+    with _kept_queries(progress, settings, keep_progress) as (finished, keep):
+        if finished and progress_bar:
+            report(f"{output}: {len(finished)} of {len(qids)} queries are taken from the stopped job")
         done = sum(query.num_windows for query in finished.values())
         shown = counting("reranking", "windows", total, done) if progress_bar else nullcontext(int)
         remaining = {qid: queries[qid] for qid in qids if qid not in finished}
@@ -266,6 +273,11 @@ def rerank_run(
         ranked = [finished[qid] for qid in qids]
         write_run(output, {query.qid: query.docids for query in ranked})
     return ranked
+
+
+def progress_file(output: Path) -> Path:
+    """Where the finished queries of a job are kept."""
+    return output.with_name(f"{output.name}.progress.jsonl")
 
 
 def _check_ids(top_k: int, run: Mapping[str, Sequence[str]], documents: Mapping[str, str]) -> None:
@@ -346,9 +358,10 @@ def _check_output(output: Path) -> None:
 
 @contextmanager
 def _kept_queries(
-    path: Path, settings: dict[str, Any]
+    path: Path, settings: dict[str, Any], keep_file: bool
 ) -> Iterator[tuple[dict[str, RerankedQuery], Callable[[RerankedQuery], None]]]:
-    """Yield the queries that an earlier job finished, and a function to keep one more; delete the file on success."""
+    """Yield the queries that an earlier job finished, and a function to keep one more; delete the file on success
+    unless `keep_file`."""
     lock = try_lock(path)
     if lock is None:
         raise RunError(f"{path}: another process is writing this run. Wait for it, or name another output.")
@@ -364,7 +377,8 @@ def _kept_queries(
         if not complete:
             append(settings)
         yield finished, lambda query: append(dataclasses.asdict(query))
-        lock.remove()
+        if not keep_file:
+            lock.remove()
 
 
 def _read_kept(path: Path, lines: Sequence[bytes], settings: dict[str, Any]) -> dict[str, RerankedQuery]:

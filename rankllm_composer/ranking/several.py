@@ -12,7 +12,7 @@ from typing import Any
 from rankllm_composer.errors import RunError
 from rankllm_composer.options import RerankOptions
 from rankllm_composer.ranking.comparison import DEFAULT_MEASURES, Comparison, table_of
-from rankllm_composer.ranking.rerank import RerankFiles, RerankReport, rerank_files
+from rankllm_composer.ranking.rerank import RerankFiles, RerankReport, progress_file, rerank_files
 from rankllm_composer.ranking.reranker import Reranker
 from rankllm_composer.screen import doing, report
 from rankllm_composer.sources.retrieval_files import IRDS, Duplicates
@@ -149,6 +149,8 @@ def rerank_several(
 ) -> SeveralReport:
     """Rerank the first-stage run of each collection, and measure it.
 
+    What is finished is kept until all collections are, so that a stopped job resumes with the same settings.
+
     Args:
         model: as in `Reranker.from_pretrained`; loaded once.
         collections: see `collections_of`.
@@ -177,7 +179,10 @@ def rerank_several(
             judgments=one.source,
             duplicates=duplicates,
         )
-        found = rerank_files(model, files, options, measures=measures, name=one.name, reranker=reranker)
+        how: dict[str, Any] = {"name": one.name, "reranker": reranker, "keep_progress": True}
+        found = rerank_files(model, files, options, measures=measures, **how)
         say(found.text)
         reports.append(found)
+    for found in reports:
+        progress_file(Path(found.output)).unlink(missing_ok=True)
     return SeveralReport(tuple(reports))

@@ -21,6 +21,7 @@ from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT
 from rankllm_composer.recipe.evaluation_rules import evaluation_problems
 from rankllm_composer.recipe.keys import plain_tree, show
+from rankllm_composer.recipe.packages import CATALOG, SOURCE_FILES
 from rankllm_composer.recipe.places import argument_problems, place_problems, template_problems
 from rankllm_composer.recipe.resume import acceptance_problems
 from rankllm_composer.recipe.sections import Recipe, Split
@@ -301,10 +302,10 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if value is not None and value.startswith(("/", "./", "../", "~")):
             yield f"model.{name}", value
     for section, split in named_splits(recipe):
-        for name in ("input", "run", "judgments", "teacher_run", "queries", "docs"):
+        for name in SOURCE_FILES:
             value = getattr(split.source, name, None)
             is_id = name == "input" and value is not None and not value.endswith((".json", ".jsonl"))
-            if value is not None and "://" not in value and not is_id:
+            if value is not None and "://" not in value and not value.startswith(CATALOG) and not is_id:
                 yield f"{section}.source.{name}", value
 
 

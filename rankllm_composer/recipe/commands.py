@@ -8,12 +8,10 @@ from typing import Annotated
 
 import typer
 
-from rankllm_composer.environment import as_written
-from rankllm_composer.errors import RecipeError, RunError
-from rankllm_composer.recipe.bundled import find_recipe, recipe_folder, recipe_names, recipe_path
-from rankllm_composer.recipe.command_line import Commands, Json
-from rankllm_composer.redaction import REDACTED
-from rankllm_composer.screen import report, say, say_json
+from rankllm_composer.errors import RunError
+from rankllm_composer.recipe.bundled import find_recipe, recipe_folder, recipe_names
+from rankllm_composer.recipe.command_line import Commands
+from rankllm_composer.screen import say
 
 SCHEMA_NAME = "recipe.schema.json"
 
@@ -77,51 +75,6 @@ def _renamed(text: str, old: str, new: str) -> str:
     line = re.compile(rf"(?m)^  name: {re.escape(old)}( +)(?=#)")
     text = line.sub(lambda found: f"  name: {name} ".ljust(len(found[0])), text, count=1)
     return re.sub(rf"(?m)(; null = runs/){re.escape(old)}(?=/|$)", rf"\g<1>{name}", text)
-
-
-@recipes_app.command("check")
-def recipes_check(
-    file: RecipeFile,
-    overrides: Overrides = None,
-    num_ranks: Annotated[
-        int | None, typer.Option("--num-ranks", "-n", min=1, help="Also check that the batch divides over these ranks.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Print the merged recipe with the origin of each value, and everything that is wrong with it (exit code 2)."""
-    from rankllm_composer.recipe.checks import check_world, is_secret, missing_files, warmup_warning
-    from rankllm_composer.recipe.keys import plain_tree, show
-    from rankllm_composer.recipe.load import merge_recipe
-
-    path = recipe_path(file)
-    merged = merge_recipe(path, overrides or [])
-    width = max(len(row.key) for row in merged.keys)
-    values = {row.key: REDACTED if is_secret(row.key, row.value) else as_written(row.value) for row in merged.keys}
-    for row in [] if as_json else merged.keys:
-        say(f"{row.origin:<8}  {row.key:<{width}}  {show(values[row.key])}")
-    problems = [*merged.problems, *missing_files(merged.recipe)]
-    if num_ranks is not None and not merged.problems:
-        try:
-            check_world(merged.recipe, num_ranks)
-        except RecipeError as error:
-            problems += error.problems
-    warnings = [*filter(None, [*merged.warnings, warmup_warning(merged.recipe)])]
-    for sentence in warnings:
-        report(f"warning: {sentence}")
-    if as_json:
-        found = [{**problem._asdict(), "message": str(problem)} for problem in problems]
-        origins = {row.key: row.origin for row in merged.keys}
-        say_json(
-            {"recipe": str(path), "ok": not problems, "values": plain_tree(values), "origins": origins}
-            | {"problems": found, "warnings": warnings}
-        )
-    if problems and as_json:
-        report(f"error: {RecipeError(str(path), problems)}")
-        raise typer.Exit(2)
-    if problems:
-        raise RecipeError(str(path), problems)
-    if not as_json:
-        say(f"{path}: no problems")
 
 
 @recipes_app.command("keys")

@@ -178,21 +178,13 @@ def build_peft_config(recipe: Recipe) -> Any:
 
 
 def build_optimizer(recipe: Recipe, model: ListwiseReranker) -> torch.optim.Optimizer:
-    """Build AdamW over the trained weights.
-
-    Raises:
-        RunError: adamw_8bit without bitsandbytes.
-    """
+    """Build AdamW over the trained weights; `check_packages` knows what adamw_8bit needs."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options = optimizer_options(recipe)
     if recipe.optimizer.name == "adamw":
         return torch.optim.AdamW(weights, fused=True, **options)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise RunError(
-            "optimizer.name: adamw_8bit needs bitsandbytes. Install the `bitsandbytes` extra, or use adamw."
-        ) from error
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(weights, **options)
 
 

@@ -45,6 +45,7 @@ from rankllm_composer.screen import doing, get_logger
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.content import sha256_of
 from rankllm_composer.storage.patience import PATIENCE_SECONDS
+from rankllm_composer.training.folders import not_resumed, recipe_of_checkpoints
 from rankllm_composer.training.progress import ends_epoch
 
 log = get_logger(__name__)
@@ -171,9 +172,7 @@ class CheckpointFolder(Callback):
         path, text = self.folder / RECIPE_NAME, self.recipe_yaml
         if text is None:
             return
-        if path.exists():
-            existing = path.read_text(errors="replace")
-            text = check_same_recipe(existing, text, f"checkpoint.folder: {self.folder}", self._batches_trained)
+        text = recipe_of_checkpoints(self.folder, text, self._batches_trained)
         if self.store is not None:
             remote = self.store.folder
             if (stored := remote.read(RECIPE_NAME)) is not None:
@@ -218,10 +217,7 @@ class CheckpointFolder(Callback):
             return None
         path, manifest = checkpoints[-1]
         if not self.resume:
-            raise CheckpointError(
-                f"run.autoresume is false, but {path} is a checkpoint of this run. Set it to true to resume, or choose "
-                "another run.name or run.folder."
-            )
+            raise not_resumed(path)
         check_same_model(manifest, weight_shapes(state.model), state.fsdp_sharded_state_dict_enabled, path)
         if manifest.is_sharded:
             holds_only_data(path / INDEX_NAME)

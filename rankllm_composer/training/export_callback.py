@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from rankllm_composer.distributed import run_on_rank_zero
-from rankllm_composer.errors import StoreError, counted, shown_path
+from rankllm_composer.errors import counted, shown_path
 from rankllm_composer.export.model_card import CardFacts, render_card
 from rankllm_composer.export.model_folder import (
     BEST,
@@ -35,11 +34,11 @@ from rankllm_composer.prompts.client_names import warn_misread
 from rankllm_composer.recipe.resume import read_changes
 from rankllm_composer.recipe.sections import Export
 from rankllm_composer.screen import doing, get_logger, warn
+from rankllm_composer.training.folders import EXPORT_NAME, export_of_another_run
 from rankllm_composer.training.guards import EpochGuard
 from rankllm_composer.training.progress import ends_epoch
 
 log = get_logger(__name__)
-_NAME = re.compile(r"(epoch|batch)_\d+")
 
 
 class ExportFolder(Callback):
@@ -225,11 +224,8 @@ class ExportFolder(Callback):
     def _check_own(self) -> None:
         """Refuse a folder with exports of another run, which this one would replace."""
         for name, content in exports_in(self.folder).items():
-            if _NAME.fullmatch(name) and (content is None or content.run != self._run):
-                raise StoreError(
-                    f"checkpoint.export.folder: {self.folder / name} is the export of another run. Move it away, or "
-                    "choose another checkpoint.export.folder."
-                )
+            if EXPORT_NAME.fullmatch(name) and (content is None or content.run != self._run):
+                raise export_of_another_run(self.folder / name)
 
     # --- state --------------------------------------------------------------------------------------------------------
 

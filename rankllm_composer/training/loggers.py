@@ -53,10 +53,10 @@ def _logger_options(name: str, given: Mapping[str, Any], folder: Path) -> dict[s
 
 
 def build_named(section: str, name: str, kind: type, options: dict[str, Any]) -> Any:
-    """Build a Composer logger or callback with the options of the recipe.
+    """Build a Composer logger or callback with the options of the recipe; its library is there, see `check_packages`.
 
     Raises:
-        RunError: its library is not installed, or an option is not among its arguments.
+        RunError: an option is not among its arguments.
     """
     key, allowed = f"logging.{section}.{name}", inspect.signature(kind).parameters
     unknown = [option for option in options if option not in allowed]
@@ -65,7 +65,4 @@ def build_named(section: str, name: str, kind: type, options: dict[str, Any]) ->
             f"{key} has unknown options ({', '.join(unknown)}); expected arguments of Composer's {kind.__name__}: "
             f"{', '.join(allowed)}."
         )
-    try:
-        return kind(**options)
-    except ImportError as error:
-        raise RunError(f"{key}: its library is not installed. Install the `loggers` extra, or remove {key}.") from error
+    return kind(**options)

@@ -6,18 +6,19 @@ import contextlib
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankllm_composer.errors import RunError, shell_line
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
-from rankllm_composer.recipe.resume import RECIPE_NAME, check_same_recipe
+from rankllm_composer.recipe.resume import RECIPE_NAME
 from rankllm_composer.screen import doing, report, say
 from rankllm_composer.storage.atomic import write_atomic
 from rankllm_composer.storage.locks import FileLock, try_lock
+from rankllm_composer.training.folders import recipe_of_run, unwritable
 
 if TYPE_CHECKING:
     from rankllm_composer.recipe.sections import Recipe, Split
@@ -164,6 +165,7 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch, dry_run: bool) -> None:
     from rankllm_composer.distributed import run_on_rank_zero
     from rankllm_composer.recipe.checks import check_world
     from rankllm_composer.recipe.load import recipe_to_yaml
+    from rankllm_composer.recipe.packages import check_packages
     from rankllm_composer.training.announcements import describe_outputs
     from rankllm_composer.training.assembly import choose_device
     from rankllm_composer.training.checkpoint_callback import CheckpointFolder
@@ -188,6 +190,7 @@ def _run_recipe(recipe: Recipe, watch: PeerWatch, dry_run: bool) -> None:
         del store
     watch.start(recipe.parallelism.dist_timeout_seconds)
     check_world(recipe, dist.get_world_size())
+    check_packages(recipe)
     folder = Path(recipe.run_folder)
     rank, num_ranks = dist.get_global_rank(), dist.get_world_size()
     with contextlib.ExitStack() as stack:
@@ -267,7 +270,6 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
     Raises:
         RunError: another process trains in the folder, it holds a run of another recipe, or it cannot be written.
     """
-    path = folder / RECIPE_NAME
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -278,26 +280,7 @@ def claim_run_folder(folder: Path, recipe_yaml: str, wait_seconds: float = 0.0) 
                     "run.folder."
                 )
             stack.enter_context(lock)
-            if path.exists():
-                trained = partial(_batches_trained, folder)
-                recipe_yaml = check_same_recipe(path.read_text(), recipe_yaml, f"run.folder: {folder}", trained)
-            write_atomic(path, recipe_yaml)
+            write_atomic(folder / RECIPE_NAME, recipe_of_run(folder, recipe_yaml))
         except OSError as error:
-            raise RunError(
-                f"run.folder: {folder} cannot be written ({error.strerror}). Free space, correct the permissions, or "
-                "choose another folder."
-            ) from error
+            raise unwritable(folder, error.strerror) from error
         yield
-
-
-def _batches_trained(folder: Path, recipe: Mapping[str, Any]) -> int | None:
-    """Batches of the newest checkpoint of the run in a folder; None if it left neither checkpoint nor export."""
-    from rankllm_composer.checkpoints.folder import complete_checkpoints
-    from rankllm_composer.storage.object_store import is_remote
-
-    given = recipe.get("checkpoint.folder")
-    checkpoints = complete_checkpoints(folder / "checkpoints" if given is None or is_remote(given) else Path(given))
-    if checkpoints:
-        return checkpoints[-1][1].batch
-    exports = Path(recipe.get("checkpoint.export.folder") or folder / "hf")
-    return 0 if any(exports.glob("*/reranker.json")) else None

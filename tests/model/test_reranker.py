@@ -100,6 +100,7 @@ def wrong(scores, ranks, *, mask, reduction):
 
 def test_a_loss_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "own_losses_of_a_test.py").write_text(OWN_LOSS)
+    (tmp_path / "broken_loss_of_a_test.py").write_text("def loss(:")
     monkeypatch.syspath_prepend(tmp_path)
     sequences = random_sequences("combined")
     own = Objective("ranking", ranking_loss="own_losses_of_a_test:first", ranking_loss_options={"scale": 2.0})
@@ -115,9 +116,13 @@ def test_a_loss_of_the_users_own(tmp_path, monkeypatch):
         "no_such_package.losses:loss": "cannot be imported: No module named 'no_such_package'. Install its package",
         "first": "expected one of .*, or package.module:function",
         "own_losses_of_a_test:__name__": r"expected a function\. Name one of own_losses_of_a_test\.",
+        "own_losses_of_a_test:first": r"called with \(scores, ranks, mask=, reduction=\): missing .*'scale'\.",
+        "broken_loss_of_a_test:loss": r"cannot be imported: invalid syntax .*\. Correct broken_loss_of_a_test\.",
     }.items():
         with pytest.raises(ModelError, match=message):
             Objective("ranking", ranking_loss=name)
+    with pytest.raises(ModelError, match=r"got an unexpected keyword argument 'scales'\. Correct the function, or obj"):
+        Objective("ranking", ranking_loss="own_losses_of_a_test:wrong", ranking_loss_options={"scales": 2.0})
     del sys.modules["own_losses_of_a_test"]
 
 

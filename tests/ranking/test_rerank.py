@@ -238,7 +238,9 @@ def test_progress_counts_windows_and_resumes(tmp_path, capsys):
     with pytest.raises(Killed):
         run_job(tmp_path, DyingReranker(8), progress_bar=True)
     ranked = run_job(tmp_path, KnownReranker(), progress_bar=True)
-    found = re.findall(r"reranking  (\d+)/(\d+) windows$", capsys.readouterr().err, re.MULTILINE)
+    shown = capsys.readouterr().err
+    found = re.findall(r"reranking  (\d+)/(\d+) windows$", shown, re.MULTILINE)
+    assert re.search(r"out\.trec: \d+ of \d+ queries are taken from the stopped job$", shown, re.MULTILINE)
     (stopped, total), (resumed, same) = [tuple(map(int, numbers)) for numbers in found]
     assert total == same == sum(query.num_windows for query in ranked)
     assert stopped == 0 < resumed < total

@@ -72,6 +72,32 @@ def test_one_table_and_its_mean(model, folders, capsys):
         assert (folders / "out" / f"{name}.trec.figures.json").is_file()
 
 
+def test_a_repeated_command_takes_finished_collections_from_the_stopped_job(model, folders, capsys):
+    sets = ",".join(str(folders / name) for name in SIZES)
+    given = ("--model", model, "--beir", sets, "--first-stage", folders / "runs", "-o", folders / "out")
+    broken = folders / "right" / "corpus.jsonl"
+    content = broken.read_text()
+    broken.write_text("{")
+    code, _, err = run(capsys, *given)
+    assert code == 2 and "corpus.jsonl:line 1: invalid JSON" in err
+    written = folders / "out" / "left.trec"
+    kept = written.with_name("left.trec.progress.jsonl")
+    first, known = written.read_bytes(), kept.read_bytes()
+    lines = [json.loads(line) for line in known.splitlines()]
+    lines[1]["docids"] = lines[1]["docids"][::-1]  # what no model decodes
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    broken.write_text(content)
+    code, out, err = run(capsys, *given)
+    assert code == 0 and f"{written}: 1 of 1 queries are taken from the stopped job" in err
+    assert "right.trec: 1 of 1" not in err and "mean" in out
+    assert load_run(written)["q"] == lines[1]["docids"] and written.read_bytes() != first
+    assert not [*(folders / "out").glob("*.progress.jsonl")]
+    assert run(capsys, *given)[2].count("are taken from") == 0 and written.read_bytes() == first
+    kept.write_bytes(known)
+    code, _, err = run(capsys, *given, "--passes", "2")
+    assert code == 2 and "is from a stopped job with other settings (passes)" in err
+
+
 def test_one_collection_as_json(model, folders, capsys):
     place = folders / "left"
     given = ("--queries", place, "--docs", place, "--run", folders / "runs" / "run.beir-v1.0.0-left.bm25.txt")
