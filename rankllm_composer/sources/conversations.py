@@ -12,11 +12,12 @@ from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import FOR_PASSAGES, SourceOptions
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import Record, repair_answer, validate_record
+from rankllm_composer.prompts.user_turn import clean_query
 from rankllm_composer.sources.files import Row, parse_json, read_rows
 from rankllm_composer.sources.layouts import layout_of
 from rankllm_composer.sources.lists import NUMBERED, described_client, record_of_graded_list, record_of_ranked_list
 from rankllm_composer.sources.ranked_records import RankedList, is_ranked_list
-from rankllm_composer.sources.records import Item, Made, Noted, RecordSource, describe_file
+from rankllm_composer.sources.records import Item, Made, Noted, RecordSource, describe_file, of_query
 from rankllm_composer.sources.training_layouts import FIRST, HISTORY, Conversation, is_graded_list, is_history
 
 _FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt", ".gz", ".zst")
@@ -94,9 +95,9 @@ class FileSource:
 
     def _made(self, found: Any, place: str) -> list[Made]:
         if isinstance(found, RankedList):
-            return record_of_ranked_list(found, self.options, place, self.client)
+            return of_query(record_of_ranked_list(found, self.options, place, self.client), clean_query(found.query))
         if not isinstance(found, Conversation):
-            return record_of_graded_list(found, self.options, place, self.client)
+            return of_query(record_of_graded_list(found, self.options, place, self.client), clean_query(found.query))
         noted: list[Made] = [(place, Noted(NUMBERED))] if found.is_numbered else []
         return [*noted, *_record_from_layout(found.fields, place, self.options.answers == "lenient")]
 

@@ -47,12 +47,17 @@ class HeldOut:
         return self.source.items()
 
     def records(self, item: Item) -> list[Made]:
-        """Return what the source makes of an item, less the records of the other side."""
-        found = self.source.records(item)
-        return [(place, made) for place, made in found if not isinstance(made, Record) or self._has(made)]
+        """Return what the source makes of an item, less what belongs to the other side.
 
-    def _has(self, record: Record) -> bool:
-        return is_held_out(record.turn.query, self.share) == self.is_held_out
+        A note without a query is on a record of the item; a query without a text counts among those to train on.
+        """
+        found = self.source.records(item)
+        queries = [made.turn.query if isinstance(made, Record) else made.query for _, made in found]
+        known = next(filter(None, queries), None)
+        return [made for made, query in zip(found, queries) if self._has(query or known)]
+
+    def _has(self, query: str | None) -> bool:
+        return (query is not None and is_held_out(query, self.share)) == self.is_held_out
 
 
 def is_held_out(query: str, share: float) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from rankllm_composer.errors import RecordError
 from rankllm_composer.options import SourceOptions
@@ -21,20 +21,29 @@ from rankllm_composer.screen import warn
 from rankllm_composer.storage.scratch import scratch_folder
 
 
-class Dropped(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Dropped:
     """A list that a source leaves out by its own rules; `reason` is the name it is counted under."""
 
     reason: str
+    query: str | None = field(default=None, compare=False)  # its text in a prompt, where it is known
 
 
-class Noted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Noted:
     """Something to know about a list or query that is kept; `what` is the name it is counted under."""
 
     what: str
+    query: str | None = field(default=None, compare=False)
 
 
 Made = tuple[str, "Record | Dropped | Noted"]
 """What a source makes of an item, with its place."""
+
+
+def of_query(made: list[Made], query: str) -> list[Made]:
+    """What was made of a query, with its text in a prompt wherever there is no record."""
+    return [(place, one if isinstance(one, Record) else replace(one, query=query)) for place, one in made]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,10 @@ from rankllm_composer.errors import RecordError, SourceError
 from rankllm_composer.options import FROM_RUN, SourceOptions
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import MAX_VALUE, OrderedBy, Record
-from rankllm_composer.prompts.user_turn import truncate_passage
+from rankllm_composer.prompts.user_turn import clean_query, truncate_passage
 from rankllm_composer.sources.entries import Judgment, Permutation, RunLine
 from rankllm_composer.sources.lists import by_value, candidate_lists, described_client, make_record, word_limit
-from rankllm_composer.sources.records import Dropped, Item, Made, Noted, describe_file
+from rankllm_composer.sources.records import Dropped, Item, Made, Noted, describe_file, of_query
 from rankllm_composer.sources.retrieval_files import (
     DISAGREEMENTS,
     IRDS,
@@ -111,15 +111,16 @@ class TrecSource:
 
     def records(self, item: Item) -> list[Made]:
         """Build the lists of one query."""
+        number, qid = item.raw
         with closing(_Files(self)) as files:
-            return self._lists(files, item)
+            query = files.query(number, qid)
+            if query is None:
+                return [(item.place, Dropped("queries of the run that are not in the queries file"))]
+            return of_query(self._lists(files, item, query), clean_query(query))
 
-    def _lists(self, files: _Files, item: Item) -> list[Made]:
+    def _lists(self, files: _Files, item: Item, query: str) -> list[Made]:
         number, qid = item.raw
         options = self.options
-        query = files.query(number, qid)
-        if query is None:
-            return [(item.place, Dropped("queries of the run that are not in the queries file"))]
         ranking = files.ranking("run", number, qid)
         candidates = ranking.docids[: options.depth]
         if len(candidates) < 2:

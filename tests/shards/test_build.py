@@ -19,7 +19,7 @@ from support.small_disk import fill, small_disk
 from support.synthetic_records import conversation, write_jsonl
 
 from rankllm_composer.errors import RecordError, ShardError, SourceError
-from rankllm_composer.options import SourceOptions
+from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.prompts import user_turn
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.blocks import write_blocks
@@ -107,6 +107,33 @@ def test_held_out_queries_are_a_second_set(source, whole, tmp_path):
     assert queries[0].isdisjoint(queries[1]) and 0.1 < len(queries[1]) / len(queries[0] | queries[1]) < 0.5
     build_from_file(tmp_path / "again", source, hold_out=0.5, **SMALL)
     assert {record.id for record in held_out} <= {record.id for record in records_of(tmp_path / "again-held-out")}
+
+
+def test_what_is_left_out_counts_on_the_side_of_its_query(tmp_path):
+    """Every list of a run is trained, held out or left out, once."""
+    qids = [f"q{number}" for number in range(40)]
+    lines = {
+        "run.trec": [f"{qid} Q0 d{doc} 1 {-(doc % 2)} x" for qid in (*qids, "absent") for doc in range(4)],
+        "queries.jsonl": [json.dumps({"id": qid, "text": f"words [{qid[1:]}] of {qid}"}) for qid in qids],
+        "docs.jsonl": [json.dumps({"id": f"d{doc}", "text": f"text {doc}"}) for doc in range(4)],
+        "qrels.trec": [f"{qid} 0 d{number % 4} {number % 2}" for number, qid in enumerate(qids)],
+        "lists.jsonl": [
+            json.dumps({"id": qid, "query": f"words of {qid}", "passages": ["a", "b"], "scores": [number % 3, 0]})
+            for number, qid in enumerate(qids)
+        ],
+    }
+    for name, content in lines.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in content))
+    made = {role: str(tmp_path / name) for role, name in zip(("run", "queries", "docs", "judgments"), lines)}
+    for name, files in (("run", made), ("lists", {"input": str(tmp_path / "lists.jsonl")})):
+        source = SourceOptions(**files)
+        whole = build_shards(tmp_path / name, source, report=str).stats
+        build_shards(tmp_path / f"{name}-split", source, BuildOptions(hold_out=0.4), report=str)
+        train, held_out = (shards_info(tmp_path / f"{name}-split{side}").manifest.stats for side in ("", "-held-out"))
+        assert train.num_records + held_out.num_records == whole.num_records > 0
+        assert train.dropped + held_out.dropped == whole.dropped and train.noted + held_out.noted == whole.noted
+        assert 0 < held_out.dropped.total() < whole.dropped.total()
+        assert "queries of the run that are not in the queries file" not in held_out.dropped
 
 
 SCORED = {"scores": (0.1 + 0.2, None), "ordered_by": "scores"}
