@@ -97,9 +97,12 @@ def inspect(
     if (recipe is None) == (model is None):
         raise ValueError("inspect: pass exactly one of RECIPE and --model")
     if model is not None:
-        found: Any = inspect_folder(model, trust_remote_code=trust_remote_code)
+        with screen.doing(f"checking {model}", is_short=True):
+            found: Any = inspect_folder(model, trust_remote_code=trust_remote_code)
     else:
-        found = inspect_recipe(load_recipe(str(recipe), overrides or []), record, loss=loss)
+        loaded = load_recipe(str(recipe), overrides or [])
+        with screen.doing(f"reading record {record} and the tokenizer", is_short=True):
+            found = inspect_recipe(loaded, record, loss=loss)
     for line in found.lines(sys.stdout.isatty()):
         screen.say(line, escaped=True)
     if found.problems:
@@ -156,7 +159,8 @@ def recipes_check(
     for row in [] if as_json else merged.keys:
         screen.say(f"{row.origin:<8}  {row.key:<{width}}  {show(values[row.key])}")
     refusals = missing_files if merged.problems else find_refusals  # of a recipe with stand-ins, no others are known
-    problems = [*merged.problems, *refusals(merged.recipe)]
+    with screen.doing("looking at files and folders", is_short=True):
+        problems = [*merged.problems, *refusals(merged.recipe)]
     if num_ranks is not None and not merged.problems:
         try:
             check_world(merged.recipe, num_ranks)

@@ -25,6 +25,9 @@ Measures = Annotated[
 ]
 
 
+READING = "reading and measuring the runs"
+
+
 @with_options(window_size="window")
 def rerank(
     model: Annotated[str, typer.Option(help="Exported folder, with reranker.json, or any HF folder or id.")],
@@ -43,9 +46,10 @@ def rerank(
         Path | None, typer.Option(help="Judgments: file, BEIR folder or irds:ID; compares with the first stage.")
     ] = None,
     beir: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Several test collections in one table, with commas between: sets of BEIR, BEIR folders or irds:ID."
+            help="Test collections in one table, with commas between or repeated: sets of BEIR, BEIR folders or "
+            "irds:ID; with --run, as they have none."
         ),
     ] = None,
     duplicates: Twice = "stop",
@@ -67,11 +71,11 @@ def rerank(
         from rankllm_composer.ranking.rerank import RerankFiles, rerank_files
         from rankllm_composer.ranking.several import collections_of, rerank_several
 
-    if beir is None and qrels is None and (card or name is not None or measure):
+    if not beir and qrels is None and (card or name is not None or measure):
         raise ValueError("rerank: --card, --name and --measure need --qrels, as nothing is measured without judgments")
-    if beir is None and run is None:
+    if not beir and run is None:
         raise ValueError("rerank: --run is missing; expected a first-stage run, or --beir. Add one of the two.")
-    if beir is not None and any(given is not None for given in (queries, docs, qrels, name, held_out)):
+    if beir and any(given is not None for given in (queries, docs, qrels, name, held_out)):
         raise ValueError(
             "rerank: --beir names queries, documents and judgments. Leave out their options, --name and --held-out."
         )
@@ -80,9 +84,10 @@ def rerank(
         raise ValueError(f"{page}: no model card that can be written. Rerank an exported folder, or leave out --card.")
     kept, measures = _checked_duplicates(duplicates), measure or DEFAULT_MEASURES
     say: Any = screen.report if as_json else screen.say
-    if beir is not None:
-        sets = collections_of([one.strip() for one in beir.split(",")], run)
-        several = rerank_several(model, sets, output, options, measures=measures, duplicates=kept, say=say)
+    if beir:
+        sets = collections_of([name for name in map(str.strip, ",".join(beir).split(",")) if name], run)
+        with screen.doing(READING, is_short=True):
+            several = rerank_several(model, sets, output, options, measures=measures, duplicates=kept, say=say)
         reports, fields = several.reports, several.fields()
         for line in several.lines():
             say(line)
@@ -93,7 +98,8 @@ def rerank(
 
             inputs["hold_out"] = held_out_share(held_out)
         files = RerankFiles(first_stage=str(run), output=output, **inputs)
-        report = rerank_files(model, files, options, measures=measures, name=name)
+        with screen.doing(READING, is_short=True):
+            report = rerank_files(model, files, options, measures=measures, name=name)
         reports, fields = (report,), report.fields()
         say(report.text)
     for report in reports:
@@ -120,10 +126,12 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare runs or rerankings query by query: means, wins, ties and losses, and the p of a paired test."""
-    from rankllm_composer.ranking.compare_files import compare_files, write_queries
-    from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
+    with screen.loading():
+        from rankllm_composer.ranking.compare_files import compare_files, write_queries
+        from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
 
-    found = compare_files(systems, qrels, measures=measure or DEFAULT_MEASURES, complete=complete)
+    with screen.doing(READING, is_short=True):
+        found = compare_files(systems, qrels, measures=measure or DEFAULT_MEASURES, complete=complete)
     if per_query is not None:
         write_queries(per_query, found)
     if as_json:
@@ -148,7 +156,9 @@ def requests(
     from rankllm_composer.sources.requests import write_requests
 
     kept = _checked_duplicates(duplicates)
-    for line in write_requests(run, output, queries=queries, docs=docs, top_k=top_k, duplicates=kept):
+    with screen.doing(f"reading the files and writing {output}", is_short=True):
+        lines = write_requests(run, output, queries=queries, docs=docs, top_k=top_k, duplicates=kept)
+    for line in lines:
         screen.say(line)
 
 

@@ -29,8 +29,9 @@ def sources_look(
     """Print what files are taken for, what joins with what and how many ids match, and one list made from them."""
     from rankllm_composer.sources.look import look
 
-    for line in look(files):
-        screen.say(line)
+    with screen.doing("reading the files", is_short=True):
+        for line in look(files):
+            screen.say(line)
 
 
 @shards_app.command("build")

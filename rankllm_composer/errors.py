@@ -119,6 +119,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else several}"
 
 
+def counted_as(number: int, phrase: str) -> str:
+    """A number with a phrase that begins with its noun in the plural: 1 query without text, 3 queries without text."""
+    noun, space, rest = phrase.partition(" ")
+    one = f"{noun[:-3]}y" if noun.endswith("ies") else noun.removesuffix("s")
+    return f"{number:,} {one if number == 1 else noun}{space}{rest}"
+
+
 def shown_path(path: Path) -> str:
     """A path as its user would write it: relative to the working folder where it is below it."""
     try:

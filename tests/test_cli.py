@@ -468,7 +468,14 @@ def test_recipes_check_checks_ranks_and_warns(run: Run) -> None:
 
 
 def test_recipes_check_of_a_missing_recipe(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_readable_error(run("recipes", "check", tmp_path / "absent.yaml"), "recipe is not a file")
+    (tmp_path / "mine.yaml").touch()
+    for file, remedy in (
+        ("mien.yaml", f"Did you mean {tmp_path / 'mine.yaml'}?"),
+        ("mine.yml", f"Did you mean {tmp_path / 'mine.yaml'}?"),
+        ("first_mistral.yaml", "Did you mean first_mistral?"),
+        ("absent.yaml", "`rankllm-composer recipes list` lists those of the package."),
+    ):
+        assert_readable_error(run("recipes", "check", tmp_path / file), "recipe is not a file", remedy)
     assert_readable_error(run("recipes", "check", "absent"), "recipe is absent; expected a path", "rank_zephyr")
     for name, meant in (("mistral", "first_mistral"), ("FirstMistral", "first_mistral"), ("zephyr", "rank_zephyr")):
         assert_readable_error(run("recipes", "check", name), f"Did you mean {meant}?")

@@ -12,6 +12,7 @@ import pytest
 from support.child_process import in_a_child
 
 from rankllm_composer import screen
+from rankllm_composer.cli import main
 from rankllm_composer.screen import StatusLine, counting, doing, loading, report, say, status
 
 DRAW = "\r\x1b[K"
@@ -58,6 +59,32 @@ def test_a_task_is_drawn_in_place_and_leaves_nothing(monkeypatch):
     drawn = [part for part in re.split(r"\r\x1b\[K|\n", text) if part]
     assert drawn[0] == ("loading the weights of " + "x" * 100)[:79] and drawn[:2] == [drawn[0], "a warning"]
     assert set(drawn[2:]) == {drawn[0]}
+
+
+def test_commands_that_read_large_files_say_so(monkeypatch, tmp_path):
+    for name, content in {
+        "run.trec": "q Q0 a 1 2 x\nq Q0 b 2 1 x\n",
+        "qrels.trec": "q 0 a 1\n",
+        "queries.jsonl": '{"id": "q", "text": "one"}\n',
+        "docs.jsonl": '{"id": "a", "text": "two"}\n{"id": "b", "text": "three"}\n',
+    }.items():
+        (tmp_path / name).write_text(content)
+    run, qrels, queries, docs = (
+        str(tmp_path / name) for name in ("run.trec", "qrels.trec", "queries.jsonl", "docs.jsonl")
+    )
+    out = str(tmp_path / "requests.jsonl")
+    for command, shown in (
+        (["compare", run, run, "--qrels", qrels], "reading and measuring the runs …"),
+        (["requests", "--run", run, "--queries", queries, "--docs", docs, "-o", out], "reading the files and writing"),
+        (["sources", "look", run, qrels, queries, docs], "reading the files …"),
+    ):
+
+        def work(command: list[str] = command) -> None:
+            with pytest.raises(SystemExit) as ended:
+                main(command)
+            assert not ended.value.code
+
+        assert f"{DRAW}{shown}" in written_on_a_terminal(monkeypatch, work), command
 
 
 def test_a_terminal_is_redrawn_by_itself(monkeypatch):

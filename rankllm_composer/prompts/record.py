@@ -176,7 +176,7 @@ def repair_answer(record: Record, *, lenient: bool = False) -> tuple[Record, tup
             answer = format_permutation(parsed.permutation, style)
             found = {
                 "answers with a thought before them, which is left out": "</think>" in record.response,
-                "answers that repeat an identifier, of which the first counts": parsed.num_repeated,
+                "answers with a repeated identifier, of which the first counts": parsed.num_repeated,
                 "answers that omit candidates, which follow in their order": parsed.num_missing,
             }
             others = "answers with other text, of which the identifiers are read as the client does"

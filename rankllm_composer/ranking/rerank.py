@@ -161,8 +161,8 @@ def rerank_files(
     if files.hold_out is not None:
         trained = {qid for qid, text in texts.items() if not is_held_out(clean_query(text), files.hold_out)}
         if len(trained) == len(texts):
-            raise RunError(f"{run}: none of {len(texts)} queries was held out. Build lists with a larger --hold-out.")
-        notes.append(f"{len(texts) - len(trained)} of {len(texts)} queries were held out")
+            raise RunError(f"{run}: none of its queries {_sample(texts)} was held out. Build with a larger --hold-out.")
+        notes.append(f"{len(texts) - len(trained)} of {counted(len(texts), 'query')} held out")
         texts, first_stage = _without(texts, trained), _without(first_stage, trained)
         grades = None if grades is None else _without(grades, trained)
     chosen = {qid: first_stage[qid] for qid in texts if qid in first_stage}
@@ -240,7 +240,7 @@ def rerank_run(
     qids = [qid for qid in queries if qid in first_stage]
     if not qids:
         raise RunError(
-            f"run: none of its {len(first_stage)} queries is among the {len(queries)} queries given. Check that both "
+            f"run: none of its queries {_sample(first_stage)} is among those given {_sample(queries)}. Check that both "
             "are of the same collection."
         )
     _check_ids(reranker.options.top_k, {qid: first_stage[qid] for qid in qids}, documents)
@@ -262,7 +262,7 @@ def rerank_run(
     total = sum(len(reranker.spans(len(first_stage[qid]))) for qid in qids)
     with _kept_queries(progress, settings, keep_progress) as (finished, keep):
         if finished and progress_bar:
-            report(f"{output}: {len(finished)} of {len(qids)} queries are taken from the stopped job")
+            report(f"{output}: {counted(len(finished), 'query')} of {len(qids)} taken from the stopped job")
         done = sum(query.num_windows for query in finished.values())
         shown = counting("reranking", "windows", total, done) if progress_bar else nullcontext(int)
         remaining = {qid: queries[qid] for qid in qids if qid not in finished}
@@ -305,6 +305,10 @@ def write_run(path: Path, rankings: Mapping[str, Sequence[str]]) -> None:
         for rank, docid in enumerate(docids, start=1)
     )
     write_atomic(path, "".join(lines))
+
+
+def _sample(known: Collection[str]) -> str:
+    return f"({len(known):,}, such as {next(iter(known))!r})" if known else "(0)"
 
 
 def _without(known: Mapping[str, Value], qids: Collection[str]) -> dict[str, Value]:

@@ -85,8 +85,8 @@ def collections_of(names: Sequence[str], runs: str | Path | None) -> list[Collec
     Args:
         names: sets of BEIR, folders in BEIR's layout or irds:ID.
         runs: a folder with one run per collection, in whose file name the collection's stands, such as those of
-            Anserini (run.beir-v1.0.0-scifact.bm25.txt); or a path with {} for the name; None for the run that the
-            ir_datasets data set itself has.
+            Anserini (run.beir-v1.0.0-scifact.bm25.txt); or a path with {} for the name; None for the run that irds:ID
+            itself has.
     Raises:
         RunError: a name is unknown, or there is no run for it, or several.
     """
@@ -95,6 +95,11 @@ def collections_of(names: Sequence[str], runs: str | Path | None) -> list[Collec
     found = []
     for given in names:
         name, source = _source(given)
+        if runs is None and not given.startswith(IRDS):
+            raise RunError(
+                f"run is missing, and {given} has no first-stage run of its own; expected a folder with a run per test "
+                "collection, or a path with {} for its name. Name it with --run."
+            )
         found.append(Collection(name, source, source if runs is None else _run_of(name, runs)))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -75,8 +76,11 @@ HELP: Mapping[str, Help] = {
     "requests": Help(
         ("requests --run bm25.trec --queries queries.jsonl --docs docs.jsonl -o requests.jsonl",), "serving.md"
     ),
-    "export": Help(("export runs/x --output exported --checkpoint ep1-ba200",), "serving.md"),
-    "report": Help(("report runs/a runs/b --output report.html",), "planning.md"),
+    "export": Help(
+        ("export runs/x --output exported --checkpoint ep1-ba200", "export runs/x --push me/reranker --dry-run"),
+        "serving.md",
+    ),
+    "report": Help(("report runs/a", "report runs/a runs/b --output report.html"), "own-data.md"),
     "demo": Help(("demo --folder runs/demo",), "own-data.md"),
 }
 """Words of a command → the end of its help."""
@@ -135,7 +139,9 @@ class Command(TyperCommand):
                     formatter.write(f"{'':{formatter.current_indent}}{program} {example}\n")
         if others:
             with formatter.section("Other names of these options are accepted, too"):
-                formatter.write_text(", ".join(others))
+                indent = " " * formatter.current_indent
+                how: Any = {"initial_indent": indent, "subsequent_indent": indent, "break_on_hyphens": False}
+                formatter.write(f"{textwrap.fill(', '.join(others), formatter.width, **how)}\n")
         if found is not None:
             with formatter.section("Exit codes"):
                 formatter.write_text("; ".join((*EXITS, *found.exits)))

@@ -15,10 +15,11 @@ from yaml import MarkedYAMLError, YAMLError
 
 from rankllm_composer.environment import FromEnvironment
 from rankllm_composer.errors import Problem, RecipeError, first_line
-from rankllm_composer.recipe.bundled import recipe_path
+from rankllm_composer.recipe.bundled import recipe_names, recipe_path
 from rankllm_composer.recipe.checks import contradictions, surprises, without_effect
 from rankllm_composer.recipe.interpolation import resolve
 from rankllm_composer.recipe.keys import default_tree, find_key, plain_tree, show
+from rankllm_composer.recipe.names import nearest
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.recipe.validate import dotted, validate
 from rankllm_composer.screen import warn
@@ -125,7 +126,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
-        raise refuse("not a file", "`rankllm-composer recipes list` lists those of the package.") from None
+        beside = {file.stem: str(file) for ending in ("yaml", "yml") for file in path.parent.glob(f"*.{ending}")}
+        known = {name: name for name in recipe_names()} | beside
+        otherwise = "`rankllm-composer recipes list` lists those of the package."
+        near = nearest(path.stem, known)
+        raise refuse("not a file", otherwise if near is None else f"Did you mean {known[near]}?") from None
     except MarkedYAMLError as error:
         place = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise refuse(f"not valid YAML ({error.problem}{place})", "Correct it.") from None

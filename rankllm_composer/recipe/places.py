@@ -9,6 +9,7 @@ from typing import Any
 from rankllm_composer.environment import as_written
 from rankllm_composer.errors import Problem
 from rankllm_composer.recipe.keys import describe_keys, plain_tree
+from rankllm_composer.recipe.names import did_you_mean
 from rankllm_composer.recipe.sections import Recipe
 from rankllm_composer.recipe.validate import dotted, shown
 
@@ -95,7 +96,7 @@ def argument_problems(recipe: Recipe) -> Iterator[Problem]:
                 key = f"logging.{section}.{name}.{argument}"
                 if argument not in known:
                     expected = f"one of {', '.join(known)}" if known else f"no arguments, as {name} has none"
-                    yield Problem(key, "an unknown argument", expected, "Remove it.")
+                    yield Problem(key, "an unknown argument", expected, did_you_mean(argument, known, "Remove it."))
                 elif not _is_of(value, known[argument]):
                     yield Problem(key, shown(value), _WORDS[known[argument]], "Correct or remove it.")
                 elif argument == "time_unit" and value not in TIME_UNITS:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rankllm_composer.errors import RecordError, ShardError, counted, shell_line
+from rankllm_composer.errors import RecordError, ShardError, counted, counted_as, shell_line
 from rankllm_composer.options import BuildOptions, SourceOptions
 from rankllm_composer.screen import counting, doing, say
 from rankllm_composer.shards.blocks import BlockWriter, count_duplicates, cut_blocks, quarantine_line, write_blocks
@@ -168,8 +168,9 @@ def _write_set(
             advance(written.stats.num_records)
     stats.num_duplicates = count_duplicates(id_hashes)
     if not entries and planned.part is None:
-        counts = {"bad": stats.num_quarantined, **stats.dropped}
-        listed = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+        listed = ", ".join(
+            [f"{stats.num_quarantined:,} bad", *(counted_as(number, what) for what, number in stats.dropped.items())]
+        )
         raise ShardError(f"{name}: no record is left to build from ({listed}). Check that it is the right source.")
     text = dump_index(entries)
     names = [(entry["zip_data"] or entry["raw_data"])["basename"] for entry in entries] + [MANIFEST_NAME]
@@ -195,8 +196,7 @@ def _write_set(
     ):
         if number:
             report(f"{name}: {counted(number, noun)}{what}")
-    dropped = {f"dropped: {reason}": number for reason, number in sorted(stats.dropped.items())}
-    for what, number in {**dropped, **dict(sorted(stats.noted.items()))}.items():
-        if number:
-            report(f"{name}: {number:,} {what}")
+    for counts, fate in ((stats.dropped, "left out: "), (stats.noted, "")):
+        for what, number in sorted(counts.items()):
+            report(f"{name}: {fate}{counted_as(number, what)}")
     return names, parse_index(text, INDEX_NAME), stats

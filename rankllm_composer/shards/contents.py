@@ -104,7 +104,7 @@ def read_contents(sets: Sequence[tuple[str, str | None]]) -> SetContents:
             continue
         pairs += manifest.stats.pairs
         sources += source_names(manifest.source)
-        left_out += manifest.stats.dropped + Counter({"bad records": manifest.stats.num_quarantined})
+        left_out += manifest.stats.dropped + Counter({"records with errors": manifest.stats.num_quarantined})
         options = manifest.source.get("options")
         if isinstance(options, Mapping) and {"window", "stride"} <= options.keys():
             client = options.get("client_version", UNNAMED_CLIENT)

@@ -204,5 +204,5 @@ def _record_from_layout(fields: Mapping[str, Any], place: str, lenient: bool) ->
 
 SEVERAL_READINGS = (
     "prompts in the client's words with several readings, because a line in a passage opens like the next passage; "
-    "they are kept, but cannot be shuffled or renamed"
+    "kept, but never shuffled or renamed"
 )

@@ -129,8 +129,12 @@ def layout_of(row: Row, part: Part) -> Layout:
     if not found:
         raise row.error(f"found {describe_value(row.value)}; {expected}. Convert the file or name another.")
     held = " and ".join(PARTS[name] for name in found[0].readers)
-    what = f"{found[0].name}, read as {held}" if held else f"{found[0].name}, which are not read"
-    raise row.error(f"found {what}; {expected}. Convert the file or name another.")
+    what, remedy = found[0].name, "Convert the file or name another."
+    if held and part == "records" and isinstance(row.value, Mapping):  # perhaps a list whose keys have other names
+        what += f" ({describe_value(row.value)})"
+        remedy = "Write the keys query, passages and ranking, scores or grades, or convert the file."
+    what += f", read as {held}" if held else ", which are not read"
+    raise row.error(f"found {what}; {expected}. {remedy}")
 
 
 def describe_value(value: Any) -> str:

@@ -134,4 +134,4 @@ IN_ORDER = (
     "lists whose passages stand in the order of the answer; if most do, a model learns to keep the order: set "
     "data.train.shuffle_passages"
 )
-NUMBERED = "records without an id; they are numbered"
+NUMBERED = "records without an id, numbered instead"

@@ -12,11 +12,12 @@ Every function raises a SourceError that names file and line if a file cannot be
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rankllm_composer.errors import SourceError, counted
+from rankllm_composer.errors import SourceError, counted, first_line
 from rankllm_composer.screen import report
 from rankllm_composer.sources.entries import Document, Judgment, Query, RunLine, document_of, query_of, run_line
 from rankllm_composer.sources.files import Row, read_rows
@@ -211,13 +212,32 @@ def _wanted_documents(source: str | Path, wanted: Collection[str]) -> Iterator[D
     if not str(source).startswith(IRDS):
         yield from read_part(source, "docs")
         return
-    stored = _ir_dataset(str(source), "docs").docs_store().get_many(sorted(wanted))
+    dataset = _ir_dataset(str(source), "docs")
+    with _fetching(str(source), "docs"):
+        stored = dataset.docs_store().get_many(sorted(wanted))
     for docid, item in stored.items():
         yield document_of(Row(str(source), 0, None, 0), docid, _fields(item))
 
 
+@contextmanager
+def _fetching(source: str, part: Part) -> Iterator[None]:
+    """Say what to do where ir_datasets cannot download a part."""
+    try:
+        yield
+    except OSError as error:  # those of requests, and of the disk
+        raise SourceError(
+            f"{source}: ir_datasets cannot fetch {PARTS[part]} ({type(error).__name__}: {first_line(error)}). Check "
+            "network and disk, copy ~/.ir_datasets (or IR_DATASETS_HOME) from a machine that has it, or give files."
+        ) from error
+
+
 def _read_ir_dataset(source: str, part: Part) -> Iterator[Any]:
     """The entries of a part of an ir_datasets dataset."""
+    with _fetching(source, part):
+        yield from _entries(source, part)
+
+
+def _entries(source: str, part: Part) -> Iterator[Any]:
     row = Row(source, 0, None, 0)
     if part == "queries":
         for item in _ir_dataset(source, "queries").queries_iter():

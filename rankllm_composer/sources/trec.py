@@ -115,7 +115,7 @@ class TrecSource:
         with closing(_Files(self)) as files:
             query = files.query(number, qid)
             if query is None:
-                return [(item.place, Dropped("queries of the run that are not in the queries file"))]
+                return [(item.place, Dropped("queries of the run that the queries file lacks"))]
             return of_query(self._lists(files, item, query), clean_query(query))
 
     def _lists(self, files: _Files, item: Item, query: str) -> list[Made]:

@@ -14,7 +14,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from rankllm_composer.environment import as_written
-from rankllm_composer.errors import RankLLMComposerError, counted, shell_line
+from rankllm_composer.errors import RankLLMComposerError, counted, counted_as, shell_line
 from rankllm_composer.export.model_card import serving_command
 from rankllm_composer.export.weights import hf_module
 from rankllm_composer.model.attention import slower_because
@@ -93,7 +93,7 @@ class Banner(Callback):
     def _lists(self) -> str:
         keys = self.recipe
         fate = "stop the run" if keys.data.too_long == "refuse" else "are left out and counted"
-        left_out = ", ".join(f"{number:,} {what}" for what, number in self.contents.left_out.items() if number)
+        left_out = ", ".join(counted_as(number, what) for what, number in self.contents.left_out.items() if number)
         return (
             f"{self.epoch_size:,} per epoch, {keys.batch.global_lists:,} per update; those over "
             f"{keys.data.max_length_tokens:,} tokens {fate}"

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import socket
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -240,7 +241,7 @@ def test_progress_counts_windows_and_resumes(tmp_path, capsys):
     ranked = run_job(tmp_path, KnownReranker(), progress_bar=True)
     shown = capsys.readouterr().err
     found = re.findall(r"reranking  (\d+)/(\d+) windows$", shown, re.MULTILINE)
-    assert re.search(r"out\.trec: \d+ of \d+ queries are taken from the stopped job$", shown, re.MULTILINE)
+    assert re.search(r"out\.trec: \d+ quer(y|ies) of \d+ taken from the stopped job$", shown, re.MULTILINE)
     (stopped, total), (resumed, same) = [tuple(map(int, numbers)) for numbers in found]
     assert total == same == sum(query.num_windows for query in ranked)
     assert stopped == 0 < resumed < total
@@ -310,7 +311,8 @@ def test_a_damaged_or_busy_progress_file_is_refused(tmp_path):
 
 def test_queries_that_do_not_match_the_run(tmp_path):
     tokenizer = new_tokenizer()
-    with pytest.raises(RunError, match="none of its 1 queries is among the 1 queries given"):
+    shared = r"none of its queries \(1, such as 'b'\) is among those given \(1, such as 'a'\)\. Check that both"
+    with pytest.raises(RunError, match=shared):
         reranker = Reranker(KnownReranker(), tokenizer, new_contract(tokenizer))
         reranker.rerank_run({"b": ["d"]}, {"a": "x"}, {}, tmp_path / "out.trec")
 
@@ -369,9 +371,9 @@ def test_only_queries_that_a_build_held_out_are_reranked(exported, tmp_path):
     report = rerank_files(exported, job, progress_bar=False)
     reranked = {query.qid for query in report.queries}
     assert qids[1] <= reranked and reranked.isdisjoint(qids[0]) and 0 < len(reranked) < len(SIZES)
-    assert f"{len(reranked)} of 7 queries were held out" in report.text and "not reranked" not in report.text
+    assert f"{len(reranked)} of 7 queries held out" in report.text and "not reranked" not in report.text
     assert held_out_share(tmp_path / "lists-held-out") == 0.5
-    with pytest.raises(RunError, match=r"run\.trec: none of 7 queries was held out\. Build lists with a larger"):
+    with pytest.raises(RunError, match=r"none of its queries \(7, such as '.+'\) was held out\. Build"):
         rerank_files(exported, RerankFiles(**files, output=tmp_path / "none.trec", hold_out=1e-9))
     with pytest.raises(ShardError, match=r"all: its build held out no queries; expected a set of .*hold-out`\. Name"):
         held_out_share(tmp_path / "all")
@@ -427,13 +429,14 @@ class PageDoc(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Two data sets registered with the real ir_datasets: one of all four parts, one of pages and topics alone."""
+    """Data sets of the real ir_datasets: one of all four parts, one of pages and topics alone, one out of reach."""
     home = tmp_path_factory.mktemp("irds")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IR_DATASETS_HOME", str(home))
         import ir_datasets
         from ir_datasets.datasets.base import Dataset
         from ir_datasets.formats import TrecQrels, TrecScoredDocs, TsvDocs, TsvQueries
+        from ir_datasets.util import Cache, RequestsDownload
 
         parts = {
             "docs": "a\tone\nb\ttwo [12]\nc\tthree\n",
@@ -456,7 +459,12 @@ def stored(tmp_path_factory):
             TsvDocs(LocalFile(home / "pages"), doc_cls=PageDoc, namespace="pages", lang="en"),
             TsvQueries(LocalFile(home / "topics"), query_cls=TopicQuery, lang="en"),
         )
-        for name, dataset in (("rankllm-local", whole), ("rankllm-pages", pages)):
+        with socket.socket() as closed:  # a port that nobody listens on
+            closed.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+        far = Cache(RequestsDownload(url, tries=1), home / "far")
+        absent = Dataset(TsvDocs(far, namespace="absent", lang="en"), TsvQueries(far, lang="en"))
+        for name, dataset in (("rankllm-local", whole), ("rankllm-pages", pages), ("rankllm-absent", absent)):
             if name not in ir_datasets.registry:
                 ir_datasets.registry.register(name, dataset)
         yield
@@ -478,6 +486,12 @@ def test_ir_datasets_ids(stored):
     for load, part in ((load_judgments, "qrels"), (load_run, "scoreddocs")):
         with pytest.raises(SourceError, match=f"irds:rankllm-pages: the dataset has no {part}"):
             load("irds:rankllm-pages")
+
+
+def test_ir_datasets_that_cannot_be_downloaded(stored):
+    for load in (load_queries, lambda source: load_documents(source, ["a"])):
+        with pytest.raises(SourceError, match=r"irds:rankllm-absent: ir_datasets cannot fetch .* \(ConnectionError: "):
+            load("irds:rankllm-absent")
 
 
 def test_ir_datasets_without_the_package(monkeypatch):

@@ -61,6 +61,8 @@ def test_one_table_and_its_mean(model, folders, capsys):
     assert (left[0], right[0], mean[0]) == ("left", "right", "mean") and left[1] == right[1] == mean[1] == "0.5000"
     assert float(mean[3]) == pytest.approx((float(left[3]) + float(right[3])) / 2, abs=1e-4)
     assert any(line.startswith("Judged@10  first stage") for line in lines)
+    apart = [word for name in SIZES for word in ("--beir", f"{folders / name},")]
+    given = (*given[:2], *apart, *given[4:])
     code, out, err = run(capsys, *given, "--json", "-m", "RR")
     found = json.loads(out)
     assert code == 0 and "left: 1 query\n" in err and "mean" in err
@@ -88,11 +90,11 @@ def test_a_repeated_command_takes_finished_collections_from_the_stopped_job(mode
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
     broken.write_text(content)
     code, out, err = run(capsys, *given)
-    assert code == 0 and f"{written}: 1 of 1 queries are taken from the stopped job" in err
-    assert "right.trec: 1 of 1" not in err and "mean" in out
+    assert code == 0 and f"{written}: 1 query of 1 taken from the stopped job" in err
+    assert "right.trec: 1 query of 1" not in err and "mean" in out
     assert load_run(written)["q"] == lines[1]["docids"] and written.read_bytes() != first
     assert not [*(folders / "out").glob("*.progress.jsonl")]
-    assert run(capsys, *given)[2].count("are taken from") == 0 and written.read_bytes() == first
+    assert run(capsys, *given)[2].count("taken from the stopped") == 0 and written.read_bytes() == first
     kept.write_bytes(known)
     code, _, err = run(capsys, *given, "--passes", "2")
     assert code == 2 and "is from a stopped job with other settings (passes)" in err
@@ -118,8 +120,10 @@ def test_names_of_collections_and_their_runs(tmp_path):
     assert (fever.source, fever.run.name) == ("irds:beir/fever/test", "run.beir.bm25-flat.fever.txt")
     assert (climate.source, climate.run.name) == ("irds:beir/climate-fever", "run.beir.bm25-flat.climate-fever.txt")
     assert (pattern.name, pattern.run) == ("antique-test", tmp_path / "antique-test.trec")
-    (own,) = collections_of(["cqadupstack/android"], None)
-    assert (own.name, own.source, own.run) == ("cqadupstack-android", "irds:beir/cqadupstack/android", own.source)
+    (forum,) = collections_of(["cqadupstack/android"], tmp_path / "{}")
+    assert (forum.name, forum.source) == ("cqadupstack-android", "irds:beir/cqadupstack/android")
+    (own,) = collections_of(["irds:a/b"], None)
+    assert own.run == own.source == "irds:a/b"
     for names, runs, message in (
         (["nfcorpu"], None, "Did you mean nfcorpus"),
         (["cqadupstack"], None, "cqadupstack/FORUM"),
@@ -127,6 +131,7 @@ def test_names_of_collections_and_their_runs(tmp_path):
         (["scidocs"], tmp_path, r"holds 2 files with scidocs in their names \(scidocs-a, scidocs-b\)"),
         (["nq"], tmp_path, "holds 0 files with nq in their names"),
         (["nq"], tmp_path / "absent", "which is no folder"),
+        (["nq"], None, "run is missing, and nq has no first-stage run of its own; expected a folder"),
     ):
         with pytest.raises(RunError, match=message):
             collections_of(names, runs)
@@ -136,7 +141,8 @@ def test_ir_datasets_knows_every_collection():
     registry = pytest.importorskip("ir_datasets").registry
     for name, part in BEIR_SPLITS.items():
         forum = "android" if name == "cqadupstack" else None
-        assert "/".join(filter(None, ("beir", name, forum, part))) in registry, name
+        known = "/".join(filter(None, ("beir", name, forum, part)))
+        assert known in registry and not registry[known].has_scoreddocs(), name
 
 
 def test_what_contradicts_is_refused(model, folders, capsys):

@@ -156,7 +156,7 @@ def test_names_that_are_no_folder_of_their_own_are_refused(minimal_recipe: Path,
         (["checkpoint.folder=https://b/run"], "checkpoint.folder", "Use one of these stores"),
         (["run.seed=4294967296"], "run.seed", "Correct it"),
         (["data.train.source.seed=4294967296"], "data.train.source.seed", "Correct it"),
-        (["logging.loggers={wandb: {projet: x}}"], "logging.loggers.wandb.projet", "Remove it"),
+        (["logging.loggers={wandb: {projet: x}}"], "logging.loggers.wandb.projet", "Did you mean project?"),
         (
             ["logging.loggers={tensorboard: {flush_interval: 0}}"],
             "logging.loggers.tensorboard.flush_interval",

@@ -133,7 +133,7 @@ def test_what_is_left_out_counts_on_the_side_of_its_query(tmp_path):
         assert train.num_records + held_out.num_records == whole.num_records > 0
         assert train.dropped + held_out.dropped == whole.dropped and train.noted + held_out.noted == whole.noted
         assert 0 < held_out.dropped.total() < whole.dropped.total()
-        assert "queries of the run that are not in the queries file" not in held_out.dropped
+        assert "queries of the run that the queries file lacks" not in held_out.dropped
 
 
 SCORED = {"scores": (0.1 + 0.2, None), "ordered_by": "scores"}

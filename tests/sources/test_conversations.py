@@ -117,7 +117,7 @@ WHITE_SPACE = ["[B] > [A] > [D] > [C]\n", " [B] > [A] > [D] > [C]", "[B]>[A]>[D]
 LENIENT = {
     "Sure! Here it is: [B] > [A] > [D] > [C]": ("BADC", "other text"),
     "<think>[C] is best</think>\n[B] > [A] > [D] > [C]": ("BADC", "a thought before them"),
-    "[B] > [B] > [A] > [D] > [C]": ("BADC", "repeat an identifier"),
+    "[B] > [B] > [A] > [D] > [C]": ("BADC", "with a repeated identifier"),
     "[D] > [B]": ("DBAC", "omit candidates"),
     "B > A > D > C": ("BADC", "other text"),
     "[B] > [A] > [D] > [C] > [E]": ("BADC", "other text"),
@@ -162,7 +162,7 @@ def test_numbers_before_the_answer_are_read_as_the_client_does(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [conversation(3, human=human, gpt="1. [1] > [2]")])
     response, noted = answer_of(path, "lenient")
     assert response == "[1] > [2] > [3] > [4]" and [what.split(",")[0] for what in noted] == [
-        "answers that repeat an identifier",
+        "answers with a repeated identifier",
         "answers that omit candidates",
     ]
 

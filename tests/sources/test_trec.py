@@ -180,10 +180,7 @@ def test_queries_that_make_no_list_are_counted(tmp_path):
     )
     records, dropped = build(tmp_path, files=files)
     assert [record.qid for _, record in records] == ["q1", "q2"]
-    assert dropped == {
-        "queries of the run that are not in the queries file": 1,
-        "queries with fewer than two candidates": 2,
-    }
+    assert dropped == {"queries of the run that the queries file lacks": 1, "queries with fewer than two candidates": 2}
 
 
 def test_the_scores_are_the_order_and_depth_cuts_it(tmp_path):

@@ -110,7 +110,12 @@ NOT_READ = {
     ),
     "candidates": (
         {"query": {"text": "a", "qid": "1"}, "candidates": []},
-        "found queries with their candidates, read as a first-stage run",
+        "found queries with their candidates (an object with the keys 'query', 'candidates'), read as a first-stage",
+    ),
+    "a list under other names": (
+        {"question": "a", "docs": ["b", "c"], "ranking": [2, 1]},
+        "(an object with the keys 'question', 'docs', 'ranking'), read as queries; expected training records in a "
+        "layout of docs/what-it-reads.md. Write the keys query, passages and ranking, scores or grades, or convert",
     ),
     "a record with earlier turns": (
         {"instruction": "a", "output": "b", "history": [["c", "d"]]},

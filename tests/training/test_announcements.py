@@ -85,7 +85,9 @@ def test_a_run_announces_itself_and_the_commands_that_come_next(tmp_path, monkey
 
 def test_what_is_left_out_and_not_trained_is_in_the_banner(capsys):
     recipe = load_recipe(REPOSITORY / "yamls" / "first_mistral_lora.yaml", ["data.max_length_tokens=2048"])
-    contents = SetContents({("letters", 20): 90}, left_out={"bad records": 3, "queries without relevant": 7, "none": 0})
+    contents = SetContents(
+        {("letters", 20): 90}, left_out={"records with errors": 1, "queries without relevant": 7, "none": 0}
+    )
     model = new_hf_model()
     for weight in list(model.parameters())[1:]:
         weight.requires_grad_(False)
@@ -98,7 +100,7 @@ def test_what_is_left_out_and_not_trained_is_in_the_banner(capsys):
     )
     assert lines["lists"] == (
         "88 per epoch, 128 per update; those over 2,048 tokens are left out and counted; "
-        "left out when the shards were built: 3 bad records, 7 queries without relevant"
+        "left out when the shards were built: 1 record with errors, 7 queries without relevant"
     )
     assert lines["precision"] == "bfloat16, weights in float32"
 
