@@ -128,10 +128,9 @@ def compare(
     """Compare runs or rerankings query by query: means, wins, ties and losses, and the p of a paired test."""
     with screen.loading():
         from rankllm_composer.ranking.compare_files import compare_files, write_queries
-        from rankllm_composer.ranking.comparison import DEFAULT_MEASURES
 
     with screen.doing(READING, is_short=True):
-        found = compare_files(systems, qrels, measures=measure or DEFAULT_MEASURES, complete=complete)
+        found = compare_files(systems, qrels, measures=measure, complete=complete)
     if per_query is not None:
         write_queries(per_query, found)
     if as_json:

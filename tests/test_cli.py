@@ -401,7 +401,7 @@ def test_recipes_check_prints_every_value_with_its_origin(run: Run, path: Path) 
 
 def test_recipes_check_of_a_valid_recipe(run: Run) -> None:
     outcome = run("recipes", "check", "rank_zephyr", "--num-ranks", 8)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.code == 0 and "warning" not in outcome.err
     assert outcome.out.endswith("rank_zephyr.yaml: no problems\n")
 
 
@@ -464,7 +464,8 @@ def test_recipes_check_checks_ranks_and_warns(run: Run) -> None:
     assert_readable_error(run("recipes", "check", "rank_zephyr", "-n", 7), "is 256; expected a multiple of 7 (7 ranks)")
     outcome = run("recipes", "check", "rank_zephyr", "objective.ranking_weight=3")
     assert outcome.code == 0
-    assert outcome.err == "warning: objective.ranking_weight = 3.0 has no effect: objective.name is generation\n"
+    assert outcome.err.count("warning") == 1
+    assert outcome.err.endswith("warning: objective.ranking_weight = 3.0 has no effect: objective.name is generation\n")
 
 
 def test_recipes_check_of_a_missing_recipe(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

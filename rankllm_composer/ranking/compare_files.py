@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rankllm_composer.ranking.comparison import (
     compare,
     compare_runs,
     comparison_table,
+    parse_measure,
     query_lines,
     read_rerank_result,
 )
@@ -53,7 +54,7 @@ def compare_files(
     files: Sequence[str | Path],
     judgments: str | Path | None = None,
     *,
-    measures: Sequence[str] = DEFAULT_MEASURES,
+    measures: Sequence[str] | None = None,
     complete: bool = False,
     notes: Callable[[str], object] = report,
 ) -> list[FileComparison]:
@@ -62,8 +63,8 @@ def compare_files(
     Args:
         files: runs in any layout, or all of them results of `rerank`, OUTPUT.figures.json, whose reranked runs count.
         judgments: of the runs; None for results, which hold their measures.
-        measures: of the runs, by their names in ir-measures or trec_eval.
-        complete: as trec_eval's -c: every judged query counts, with 0 where a run lacks it.
+        measures: by their names in ir-measures or trec_eval; None: DEFAULT_MEASURES of runs, all of results.
+        complete: of runs, as trec_eval's -c: every judged query counts, with 0 where a run lacks it.
         notes: called with a line for the user where a run's ranks differ from the order of its scores.
     Raises:
         RunError: fewer than two files, runs without judgments, results with other measures, or no common queries.
@@ -73,8 +74,15 @@ def compare_files(
         raise RunError(f"compare is given {counted(len(files), 'file')}; expected two or more. Name them.")
     names = [Path(file).name for file in files]
     names = names if len(set(names)) == len(names) else list(map(str, files))
-    if all(map(_is_result, files)):
-        values = [{row.measure: row.reranked for row in read_rerank_result(file).comparisons} for file in files]
+    results = list(map(_is_result, files))
+    if any(results) and (not all(results) or judgments is not None or complete):
+        raise RunError(
+            f"{names[results.index(True)]} holds the values of each query and no ranking; expected runs with --qrels, "
+            "or nothing but such results, without --qrels and --complete. Name the reranked runs in their place."
+        )
+    if all(results):
+        named = {name for measure in measures or () for name in map(str, parse_measure(measure))}
+        values = [_values(name, file, named) for name, file in zip(names, files)]
         return [_of_results((names[0], values[0]), other) for other in zip(names[1:], values[1:])]
     if judgments is None:
         raise RunError(
@@ -86,6 +94,7 @@ def compare_files(
     for name, run in zip(names, runs):
         require_shared("query", (Path(judgments).name, grades), (name, run))
     first = names[0], runs[0]
+    measures = measures or DEFAULT_MEASURES
     return [_of_runs(first, other, grades, measures, complete) for other in zip(names[1:], runs[1:])]
 
 
@@ -106,6 +115,17 @@ def _of_runs(
         one, other = ({qid: run.get(qid, ()) for qid in grades} for run in (one, other))
     rows = compare_runs(one, other, grades, measures)
     return FileComparison(first[0], second[0], tuple(rows), tuple(notes))
+
+
+def _values(name: str, file: str | Path, named: Collection[str]) -> dict[str, dict[str, float]]:
+    """The reranked values of a result by measure, of those that are named, or of all."""
+    found = {row.measure: row.reranked for row in read_rerank_result(file).comparisons}
+    missing = sorted(set(named) - found.keys())
+    if missing:
+        raise RunError(
+            f"{name} lacks {', '.join(missing)}; it has {', '.join(found)}. Name one of these, or rerank again."
+        )
+    return {measure: values for measure, values in found.items() if not named or measure in named}
 
 
 def _of_results(first: Named, second: Named) -> FileComparison:

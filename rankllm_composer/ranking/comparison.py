@@ -171,7 +171,7 @@ def compare_runs(
     Raises:
         RunError: no query is judged and in both runs, or a measure cannot be computed with ir-measures.
     """
-    parsed = _with_judged([measure for name in measures for measure in _parse_measure(name)])
+    parsed = _with_judged([measure for name in measures for measure in parse_measure(name)])
     qids = [qid for qid in reranked if qid in first_stage and qid in judgments]
     if not qids:
         raise RunError(
@@ -199,7 +199,7 @@ def _with_judged(measures: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def _parse_measure(name: str) -> list[Any]:
+def parse_measure(name: str) -> list[Any]:
     """The measures that a name stands for: nDCG@10, ndcg@10 or trec_eval's ndcg_cut_10, ndcg_cut.5,10 or map."""
     import ir_measures
 

@@ -47,7 +47,7 @@ def test_two_runs_are_compared_by_every_measure(files, capsys):
     """Of trec_eval's and of ir-measures' names, with the share of judged documents beside nDCG."""
     given = (files / "a.trec", files / "b.trec", "--judgments", files / "qrels")
     code, out, err = run(capsys, *given, "-m", "recip_rank", "-m", "ndcg@2", "--per-query", files / "values.tsv")
-    assert (code, err) == (0, "")
+    assert code == 0 and "error" not in err
     lines = out.splitlines()
     assert lines[0] == "A = a.trec, B = b.trec: 3 queries"
     assert lines[1] == "1 judged query in neither run, such as q4: left out; --complete counts 0 for it"
@@ -83,7 +83,15 @@ def test_results_of_rerank_are_compared_without_judgments(tmp_path, capsys):
     (found,) = compare_files(pair)
     assert (found.comparisons[0].comparison.first_mean, found.comparisons[0].comparison.second_mean) == (0.375, 0.625)
     assert found.notes == ("nDCG@10: 1 query only in one of the two, left out",)
-    assert "0.3750 → 0.6250" in run(capsys, *pair)[1]
+    assert (
+        "0.3750 → 0.6250" in run(capsys, *pair)[1] and "0.3750 → 0.6250" in run(capsys, *pair, "-m", "ndcg_cut_10")[1]
+    )
+    code, _, err = run(capsys, *pair, "-m", "RR@10")
+    assert code == 2 and "old.figures.json lacks RR@10; it has nDCG@10. Name one of these" in err
+    write_run(tmp_path / "a.trec", {"1": "ax"})
+    for given in ((*pair, "--qrels", "q"), (*pair, "-c"), (pair[0], tmp_path / "a.trec", "--qrels", "q")):
+        code, _, err = run(capsys, *given)
+        assert code == 2 and "old.figures.json holds the values of each query and no ranking; expected runs" in err
 
 
 def test_what_cannot_be_compared_is_refused(files, capsys):
