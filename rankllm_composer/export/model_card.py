@@ -119,7 +119,7 @@ def _training(facts: CardFacts) -> str:
     else:
         rows.append(("lists trained", "not counted"))
     rows += [("data", public_name(source)) for source in facts.data]
-    rows += [(key, str(value)) for key, value in facts.hyperparameters.items()]
+    rows += [(key, "none" if value is None else str(value)) for key, value in facts.hyperparameters.items()]
     rows += [("changed", change) for change in facts.changes]
     return "## Training\n\n" + _table(("setting", "value"), rows)
 

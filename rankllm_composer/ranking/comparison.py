@@ -214,7 +214,7 @@ def parse_measure(name: str) -> list[Any]:
     except (NameError, ValueError, TypeError, SyntaxError) as error:
         raise RunError(
             f"measure is {name!r}; expected a name of ir-measures, such as nDCG@10, RR@10, AP or P@5, or of trec_eval "
-            f"({first_line(error)}). Correct the name."
+            f"({first_line(error)}). Correct the name; give several one by one."
         ) from error
     for measure in found:
         cutoff = measure.params.get("cutoff", 1)

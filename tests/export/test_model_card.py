@@ -30,7 +30,7 @@ FACTS = CardFacts(
     num_lists=40_000,
     trained_lists={"total": 119_808, "too_long": 3},
     losses={"language modelling": 1.0, "ranknet": 10.0},
-    hyperparameters={"learning rate": 5e-6, "global batch": 128},
+    hyperparameters={"learning rate": 5e-6, "global batch": 128, "NEFTune alpha": None},
     progress="epoch_2 (after 936 batches)",
 )
 
@@ -48,6 +48,7 @@ def test_a_card_describes_the_training():
         "| data | rryisthebest/rank_zephyr_training_data_alpha[train] |",
         "| data | mine.jsonl |",
         "| learning rate | 5e-06 |",
+        "| NEFTune alpha | none |",
         "its license (apache-2.0)",
         "begin with 2 beginning-of-sequence tokens",
     ):
