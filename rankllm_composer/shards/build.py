@@ -61,7 +61,8 @@ def build_shards(
     opened = open_source(source, options.client_version)
     if not options.hold_out:
         return build_from(opened, output, source.on_error, options, report)
-    build_from(HeldOut(opened, options.hold_out, True), held_out(output), source.on_error, options, report)
+    apart = HeldOut(opened, options.hold_out, True, skips_bad=source.on_error == "quarantine")
+    build_from(apart, held_out(output), source.on_error, options, report)
     return build_from(HeldOut(opened, options.hold_out, False), output, source.on_error, options, report)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankllm_composer.errors import RecordError
 from rankllm_composer.prompts.record import Record, record_key
 from rankllm_composer.sources.records import Item, Made, RecordSource
 
@@ -22,11 +23,13 @@ class HeldOut:
         source: the source.
         share: share of the queries that are held out, 0 to 1.
         is_held_out: which side: the held-out queries, or the others.
+        skips_bad: leave bad records, whose query is not known, to the other side.
     """
 
     source: RecordSource
     share: float
     is_held_out: bool
+    skips_bad: bool = False
 
     @property
     def name(self) -> str:
@@ -51,7 +54,12 @@ class HeldOut:
 
         A note without a query is on a record of the item; a query without a text counts among those to train on.
         """
-        found = self.source.records(item)
+        try:
+            found = self.source.records(item)
+        except RecordError:
+            if self.skips_bad:
+                return []
+            raise
         queries = [made.turn.query if isinstance(made, Record) else made.query for _, made in found]
         known = next(filter(None, queries), None)
         return [made for made, query in zip(found, queries) if self._has(query or known)]

@@ -122,16 +122,19 @@ def test_what_is_left_out_counts_on_the_side_of_its_query(tmp_path):
             for number, qid in enumerate(qids)
         ],
     }
+    lines["lists.jsonl"].append("{}")
     for name, content in lines.items():
         (tmp_path / name).write_text("".join(f"{line}\n" for line in content))
     made = {role: str(tmp_path / name) for role, name in zip(("run", "queries", "docs", "judgments"), lines)}
     for name, files in (("run", made), ("lists", {"input": str(tmp_path / "lists.jsonl")})):
-        source = SourceOptions(**files)
+        source = SourceOptions(**files, on_error="quarantine")
         whole = build_shards(tmp_path / name, source, report=str).stats
         build_shards(tmp_path / f"{name}-split", source, BuildOptions(hold_out=0.4), report=str)
         train, held_out = (shards_info(tmp_path / f"{name}-split{side}").manifest.stats for side in ("", "-held-out"))
         assert train.num_records + held_out.num_records == whole.num_records > 0
         assert train.dropped + held_out.dropped == whole.dropped and train.noted + held_out.noted == whole.noted
+        assert (train.num_quarantined, held_out.num_quarantined) == (whole.num_quarantined, 0)
+        assert whole.num_quarantined == (name == "lists")
         assert 0 < held_out.dropped.total() < whole.dropped.total()
         assert "queries of the run that the queries file lacks" not in held_out.dropped
 
