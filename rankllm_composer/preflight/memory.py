@@ -7,11 +7,10 @@ on 512 ranks takes one CPU process. Nothing is computed; torch's memory trackers
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +29,7 @@ from rankllm_composer.model.loading import new_causal_lm
 from rankllm_composer.model.lora import check_adapter_names
 from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
+from rankllm_composer.preflight.layers import FewLayers
 from rankllm_composer.preflight.tracking import MemoryTracker, ReplicaTracker, ShardTracker
 from rankllm_composer.prompts.encoding import EncodedRecord
 
@@ -79,74 +79,42 @@ class Memory:
         return max(sum(self.at_peak.values()), sum(self.held.values()))
 
 
-def plan_memory(work: Workload) -> Memory:
+def plan_memory(work: Workload, *, few_layers: bool = True) -> Memory:
     """Predict the memory of one rank during any update after the first, in a process without a process group.
+
+    Args:
+        few_layers: whether to run one of equal layers for all, in a fraction of the time; False = run all.
 
     Not included: what CUDA and NCCL allocate for themselves, fragmentation, embedding noise, and what torch.compile
     saves or adds.
     """
     with _quiet_composer(), fake_process_group(work.num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        model = _build_model(work, mesh)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model, layers = _build_model(work, mesh, few_layers)
+        counted = layers.weights(model)
+        weights = [(weight, times) for weight, times in counted if isinstance(weight, torch.nn.Parameter)]
+        trained = [(weight, times) for weight, times in weights if weight.requires_grad]
         tracker = ShardTracker(model) if work.fsdp else ReplicaTracker(model)
         tracker.count_logits_of(model.output_head)
         with tracker:
+            tracker.begin_at_layers(layers.kept)
             batch = _microbatch(work)
             outputs = _forward_and_backward(model, batch, work, tracker) if work.accumulates else None
             tracker.reset_mod_stats()
             outputs = _forward_and_backward(model, batch, work, tracker)
-        at_peak, at_update = tracker.bytes_by_part("peak"), tracker.bytes_by_part("current")
+            tracker.end()
         del outputs
-        at_peak["optimizer"] = at_update["optimizer"] = sum(_optimizer_bytes(work, weight) for weight in trained)
+        left_out = sum((times - 1) * _shard(weight).nbytes for weight, times in counted)
+        at_peak, at_update = layers.whole(tracker.sections, left_out)
+        at_peak["optimizer"] = at_update["optimizer"] = sum(n * _optimizer_bytes(work, weight) for weight, n in trained)
         if not work.fsdp and work.num_ranks > 1:  # DDP copies gradients into buckets
-            at_peak["buffers"] = at_update["buffers"] = sum(weight.nbytes for weight in trained)
+            at_peak["buffers"] = at_update["buffers"] = sum(times * weight.nbytes for weight, times in trained)
         held = ("weights", "gradients", "optimizer") + (() if work.fsdp else ("buffers",))
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        num_trained = sum(parameter.numel() for parameter in trained)
+        num_parameters = sum(times * weight.numel() for weight, times in weights)
+        num_trained = sum(times * weight.numel() for weight, times in trained)
         return Memory(at_peak, {part: at_update[part] for part in held}, num_parameters, num_trained)
 
 
-FEW_LAYERS = (3, 4)
-"""Numbers of layers from which `estimate_memory` extrapolates."""
-
-
-def estimate_memory(work: Workload) -> Memory:
-    """Predict as `plan_memory` does, of a model with many equal layers from two with few, in a fraction of the time."""
-    few, more = FEW_LAYERS
-    num_layers, share = int(work.config.num_hidden_layers), work.activation_checkpointing
-    if num_layers <= 2 * more or share not in (0, 1) or not _has_equal_layers(work.config):
-        return plan_memory(work)
-    one, other = (plan_memory(replace(work, config=_with_layers(work.config, number))) for number in FEW_LAYERS)
-
-    def at(first: int, second: int) -> int:
-        return first + (second - first) * (num_layers - few)
-
-    return Memory(
-        {part: at(size, other.at_peak[part]) for part, size in one.at_peak.items()},
-        {part: at(size, other.held[part]) for part, size in one.held.items()},
-        at(one.num_parameters, other.num_parameters),
-        at(one.num_trained, other.num_trained),
-    )
-
-
-def _has_equal_layers(config: PretrainedConfig) -> bool:
-    """Whether all decoder layers have the same weights and the same attention, as far as the configuration says."""
-    fields = config.to_dict()
-    kinds = [value for value in fields.values() if isinstance(value, list) and len(value) == config.num_hidden_layers]
-    mixed = any(fields.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    return not mixed and all(value.count(value[0]) == len(value) for value in kinds)
-
-
-def _with_layers(config: PretrainedConfig, number: int) -> PretrainedConfig:
-    shorter = copy.deepcopy(config)
-    for name, value in vars(shorter).items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(shorter, name, value[:number])
-    shorter.num_hidden_layers = number
-    return shorter
-
-
-def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
+def _build_model(work: Workload, mesh: DeviceMesh, few_layers: bool) -> tuple[ListwiseReranker, FewLayers]:
     from composer.core.precision import Precision
     from composer.distributed.fsdp2 import prepare_fully_shard
     from composer.distributed.fsdp2_utils import generate_composer_model_policy
@@ -158,6 +126,7 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
     else:
         causal_lm = _new_adapters(work.config, work.peft_config, dtype)
     checkpoint_activations(causal_lm, work.activation_checkpointing, work.keeps_attention)
+    layers = FewLayers(causal_lm, few_layers)
     model = ListwiseReranker(causal_lm, None, work.objective, attention="packed_sdpa")
     if work.attention != "packed_sdpa":
         AttentionInterface.register(FAKE_KERNEL, partial(_fake_kernel, work.attention == "packed_varlen"))
@@ -166,7 +135,7 @@ def _build_model(work: Workload, mesh: DeviceMesh) -> ListwiseReranker:
         reshard, mixed_precision = work.reshard_after_forward, work.mixed_precision
         config = FSDP2Config(device_mesh=mesh, reshard_after_forward=reshard, mixed_precision=mixed_precision)
         prepare_fully_shard(model, config, Precision(work.precision), generate_composer_model_policy(model))
-    return model
+    return model, layers
 
 
 def _new_adapters(config: PretrainedConfig, peft_config: PeftConfig, dtype: torch.dtype) -> Any:
@@ -210,16 +179,23 @@ def _forward_and_backward(
     model: ListwiseReranker, batch: dict[str, Any], work: Workload, tracker: MemoryTracker
 ) -> dict[str, torch.Tensor]:
     """Process one microbatch as Composer's Trainer does; it keeps the outputs until the next forward pass."""
+    tracker.begin(None)
     with torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "amp_bf16"):
         outputs: dict[str, torch.Tensor] = model(batch)
         tracker.count_logits(True)
         loss = model.loss(outputs, batch)["total"]
+    tracker.begin(None)  # without the weights that autocast had converted
     loss.backward()  # type: ignore[no-untyped-call]
     tracker.count_logits(False)
     return outputs
 
 
-def _optimizer_bytes(work: Workload, weight: torch.nn.Parameter) -> int:
+def _shard(weight: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _optimizer_bytes(work: Workload, weight: torch.Tensor) -> int:
     """Bytes of optimizer state for this rank's shard of a weight.
 
     Source:
@@ -227,7 +203,7 @@ def _optimizer_bytes(work: Workload, weight: torch.nn.Parameter) -> int:
         averages of one byte per element, each with a float32 maximum per block of 256 and 256 float32 quantiles;
         float32 averages for weights below 4,096 elements.
     """
-    shard = weight.to_local() if isinstance(weight, DTensor) else weight
+    shard = _shard(weight)
     if work.optimizer == "adamw_8bit" and shard.numel() >= 4096:
         num_blocks = -(-shard.numel() // 256)
         return 2 * (shard.numel() + 4 * num_blocks + 4 * 256)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankllm_composer.errors import RunError, counted
 from rankllm_composer.model.flops import forward_flops, training_flops
+from rankllm_composer.preflight.gpus import GPUS, RESERVE, Gpu
 from rankllm_composer.preflight.hub import is_cached, published_shape, require_hub
 from rankllm_composer.preflight.list_lengths import ListLengths, measure_lists
 from rankllm_composer.recipe.advice import data_advice
@@ -28,46 +29,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MFU = 0.4
 """Assumed model FLOPs utilization: the share of the GPU's peak that training reaches. Not measured."""
-
-RESERVE = 0.1
-"""Assumed share of GPU memory for CUDA, NCCL and fragmentation. Not measured."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU model: its memory, and its peak of dense bfloat16 operations per second."""
-
-    memory_bytes: int
-    bf16_flops: float
-
-    @property
-    def usable_bytes(self) -> int:
-        """Memory less the reserve."""
-        return int(self.memory_bytes * (1 - RESERVE))
-
-
-# Operations: dense bfloat16 tensor-core peaks (no sparsity) of NVIDIA's data sheets of each card (H100 2023, H200 2024,
-# A100 2021, L40S, L4, A10 and B200 in DGX B200 2024), and of the GA102, AD102 and GB202 whitepapers for RTX 3090, 4090
-# and 5090 (float32 accumulation).
-# Memory: GiB that PyTorch reports as total capacity in its out-of-memory message, rounded down; less than the nominal
-# size.
-GPUS = {
-    name: Gpu(int(gibibytes * 2**30), teraflops * 1e12)
-    for name, gibibytes, teraflops in (
-        ("h100-80gb", 79.1, 989.4),
-        ("h100-pcie-80gb", 79.1, 756.0),
-        ("h200-141gb", 139.7, 989.4),
-        ("a100-80gb", 79.1, 312.0),
-        ("a100-40gb", 39.3, 312.0),
-        ("l40s-48gb", 44.3, 362.0),
-        ("a10-24gb", 21.9, 125.0),
-        ("l4-24gb", 21.9, 121.0),
-        ("rtx3090-24gb", 23.5, 71.0),
-        ("rtx4090-24gb", 23.5, 165.2),
-        ("b200-180gb", 178.3, 2250.0),
-        ("rtx5090-32gb", 31.3, 209.5),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -225,19 +186,34 @@ class Plan:
             yield f"  no suggestion makes it fit: use larger GPUs, shorter lists (data.max_length_tokens){lora}"
 
     def _time_lines(self) -> Iterator[str]:
-        yield f"FLOPs         {self.flops_per_list:.3g} per list, forward and backward, without recomputation"
+        per_list = f"{_flop(self.flops_per_list)} per list"
+        yield f"FLOPs         {per_list}, forward and backward, without recomputation"
         if self.num_flops is None or self.num_hours is None:
-            per = self._hours(10_000 * self.flops_per_list)
-            yield f"time          {per:,.2f} hours for each 10,000 lists: pass --lists, or set data.expected_lists"
+            per = _time(self._hours(10_000 * self.flops_per_list))
+            yield f"time          {per} for each 10,000 lists: pass --lists, or set data.expected_lists"
             return
-        yield f"              {self.num_flops:.3g} in total"
+        yield f"              {_flop(self.num_flops)} in total"
         mfu = f"{DEFAULT_MFU:.0%} (the default, not measured)" if self.mfu is None else f"{self.mfu:.0%} (given)"
-        hours = f"{self.num_hours:,.2f} hours, {self.num_hours * self.num_ranks:,.1f} GPU hours"
-        yield f"time          {hours}, at an MFU of {mfu} of {self.gpu.bf16_flops / 1e12:,.0f} TFLOP/s"
+        gpu_hours = self.num_hours * self.num_ranks
+        gpu_time = f"{gpu_hours:,.1f} GPU hours" if gpu_hours >= 0.1 else "less than 0.1 GPU hours"
+        speed = f"an MFU of {mfu} of {self.gpu.bf16_flops / 1e12:,.0f} TFLOP/s"
+        yield f"time          {_time(self.num_hours)}, {gpu_time}, at {speed}"
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+    return f"{size / 2**20:,.1f} MiB" if 0 < size < 2**30 / 100 else f"{size / 2**30:,.2f} GiB"
+
+
+def _flop(number: float) -> str:
+    """185e12 → "185.0 TFLOP"."""
+    power = min(6, max(2, int(math.log10(max(1, number))) // 3))
+    return f"{number / 1000**power:,.1f} {' kMGTPE'[power]}FLOP"
+
+
+def _time(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.2f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else "less than a minute"
 
 
 def plan_recipe(
@@ -283,12 +259,12 @@ def plan_recipe(
     )
     lengths = measure_lists(recipe, num_lists, sample)
     work = workload(recipe, config, lengths, num_ranks)
-    report(f"runs {counted(config.num_hidden_layers, 'layer')} on tensors without data")
-    from rankllm_composer.preflight.memory import estimate_memory, plan_memory
+    report("runs an update on tensors without data")
+    from rankllm_composer.preflight.memory import plan_memory
     from rankllm_composer.preflight.suggestions import suggest
 
     def plan_changed(changed: Recipe, ranks: int) -> Memory:
-        return estimate_memory(workload(changed, config, lengths, ranks))
+        return plan_memory(workload(changed, config, lengths, ranks))
 
     memory, usable = plan_memory(work), GPUS[gpu].usable_bytes
     suggestions = () if memory.peak <= usable else suggest(recipe, num_ranks, usable, plan_changed, report)

@@ -19,6 +19,7 @@ from rankllm_composer.shards.prepared import find_difference
 from rankllm_composer.shards.unpack import difference, unpack
 from rankllm_composer.sources.conversations import is_dataset_id
 from rankllm_composer.sources.records import open_source, read_records
+from rankllm_composer.sources.retrieval_files import IRDS
 from rankllm_composer.storage.object_store import Folder, LocalFolder, inside, open_folder
 from rankllm_composer.storage.scratch import scratch_folder
 
@@ -67,12 +68,14 @@ class SplitRecords:
         if source is None:
             remedy = "Build them with rankllm-composer shards build, or set data.train.source."
             raise _AbsentError(f"data.train: there are no shards in {missing} and no source. {remedy}")
-        if source.input is not None and not Path(source.input).exists() and is_dataset_id(source.input) and fetch:
-            fetch(source.input)
-        elif source.input is not None and not Path(source.input).exists():
+        key, name = ("run", source.run or "") if source.input is None else ("input", source.input)
+        is_absent = not name.startswith(IRDS) and not Path(name).exists()
+        if is_absent and key == "input" and is_dataset_id(name) and fetch:
+            fetch(name)
+        elif is_absent:
             raise _AbsentError(
-                f"data.train.source.input: {source.input} is not on this machine, and there are no shards in "
-                f"{missing}. Build them with rankllm-composer shards build, or name a local file (.json, .jsonl)."
+                f"data.train.source.{key}: {name} is not on this machine, and there are no shards in {missing}. "
+                "Build them with rankllm-composer shards build where it is, or name a file that is here."
             )
         self._records = open_source(source, client)
         self.place = f"{source.input or source.run} (no shards in {missing} yet)"

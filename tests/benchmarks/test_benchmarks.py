@@ -209,6 +209,7 @@ RUNS = {
         r"\| 2 ranks, 1 thread each, FSDP2 \|( [^|]+ \|){4}",
     ),
     "plan_vs_measured": ({"CASES": {"LoRA on one rank": None}}, [], r"LoRA on one rank +[\d.]+ +[\d.]+ +[+-]\d\.\d%"),
+    "plan_seconds": ({"LIMIT": 1000}, ["first_mistral"], r"first_mistral +[\d.]+ +[\d.]+\n"),
     "objectives": (
         {},
         ["--updates", "2", "--queries", "64", "--threads", "1", "--runs", "combined, ListNet"],

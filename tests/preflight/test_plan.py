@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import LoraConfig
 from support.launching import REPOSITORY
 from support.list_shards import build_from_file
 from support.synthetic_records import conversation, write_jsonl
 from support.toy_recipe import MISTRAL_7B, TOY
-from transformers import AutoModelForCausalLM, MistralConfig
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
 from rankllm_composer.cli import main
 from rankllm_composer.data import packing
@@ -24,7 +26,7 @@ from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations
 from rankllm_composer.options import ModelOptions
 from rankllm_composer.preflight.hub import SHAPES, published_shape
-from rankllm_composer.preflight.memory import Memory, Workload, estimate_memory, placeholder_lists, plan_memory
+from rankllm_composer.preflight.memory import Memory, Workload, placeholder_lists, plan_memory
 from rankllm_composer.preflight.plan import GPUS, Gpu, plan_recipe
 from rankllm_composer.preflight.suggestions import suggest
 from rankllm_composer.preflight.tracking import ReplicaTracker
@@ -218,7 +220,7 @@ def test_updates_learning_rate_and_hours(toy_folder):
     assert "warning: schedule.warmup is 50ba, 50 updates, but the run has 9 " in "\n".join(short.lines())
     unknown = plan_recipe(toy_recipe(toy_folder, "data.expected_lists=null"), 8, report=quiet)
     assert unknown.num_steps is unknown.num_hours is None
-    assert "hours for each 10,000 lists: pass --lists" in "\n".join(unknown.lines())
+    assert "time          less than a minute for each 10,000 lists: pass --lists" in "\n".join(unknown.lines())
 
 
 def test_local_lists_are_counted_and_measured(toy_folder, tmp_path, mistral_v3_folder):
@@ -317,12 +319,69 @@ def test_no_key_is_suggested_twice(toy_folder):
     assert suggested(4) == ["batch.microbatch_tokens=128 and model.lora.rank=16 and 64 GPUs"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"fsdp": False, "activation_checkpointing": 1.0, "lengths": (40,)}], ids=str)
-def test_the_estimate_from_few_layers_is_that_of_all(changes):
-    work = dataclasses.replace(toy_work(), config=MistralConfig(**TOY | {"num_hidden_layers": 12}), **changes)
-    whole, estimate = plan_memory(work), estimate_memory(work)
-    assert estimate.peak == pytest.approx(whole.peak, rel=0.01)
-    assert (estimate.num_parameters, estimate.held) == (whole.num_parameters, whole.held)
+ADAPTERS = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+IN_HALVES = {"precision": "amp_bf16", "attention": "packed_varlen"}  # autocast keeps what it converts until the loss
+GEMMA = Gemma3TextConfig(
+    **TOY | {"num_hidden_layers": 9, "head_dim": 16, "sliding_window": 16}, layer_types=None, sliding_window_pattern=3
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_ranks": 4, "activation_checkpointing": 0.5},
+        IN_HALVES | {"fsdp": False, "activation_checkpointing": 1.0},
+        IN_HALVES | {"fsdp": False, "num_ranks": 2, "accumulates": False},
+        IN_HALVES | {"fsdp": False, "peft_config": ADAPTERS, "frozen_precision": "bf16"},
+        {"config": GEMMA, "num_ranks": 2},
+    ],
+    ids=["half recomputed", "all recomputed", "copies", "LoRA", "layers that alternate"],
+)
+def test_few_layers_tell_the_memory_of_all(changes):
+    work = dataclasses.replace(toy_work(), config=MistralConfig(**TOY | {"num_hidden_layers": 10}))
+    work = dataclasses.replace(work, **changes)
+    few, whole = plan_memory(work), plan_memory(work, few_layers=False)
+    assert few.peak == pytest.approx(whole.peak, rel=0.003)  # Python frees a few small tensors at one time or another
+    assert (few.held, few.num_parameters, few.num_trained) == (whole.held, whole.num_parameters, whole.num_trained)
+
+
+def test_a_plan_does_not_take_longer_for_more_layers():
+    """Modules that run, by torch's hook for all; and the bytes of layers that did not run, by arithmetic."""
+    ran: list[str] = []
+    runs, memories = [], []
+    handle = register_module_forward_pre_hook(lambda module, _: ran.append(type(module).__name__))
+    try:
+        for num_layers in (12, 60):
+            config = MistralConfig(**TOY | {"num_hidden_layers": num_layers})
+            memories.append(plan_memory(dataclasses.replace(toy_work(fsdp=False), config=config)))
+            runs.append(list(ran))
+            ran.clear()
+    finally:
+        handle.remove()
+    assert runs[0] == runs[1] and 0 < runs[0].count("MistralDecoderLayer") <= 2 * 5
+    one_layer = sum(map(math.prod, shapes(TOY | {"num_hidden_layers": 1}))) - sum(
+        map(math.prod, shapes(TOY | {"num_hidden_layers": 0}))
+    )
+    assert memories[1].num_parameters - memories[0].num_parameters == 48 * one_layer
+    for part in ("weights", "gradients"):
+        assert memories[1].held[part] - memories[0].held[part] == 48 * one_layer * 4
+    assert config.num_hidden_layers == 60
+
+
+def test_small_and_large_figures_are_readable(toy_folder):
+    found = plan_recipe(toy_recipe(toy_folder), 8, num_lists=300, report=quiet)
+    text = "\n".join(found.lines())
+    assert "less than a minute, less than 0.1 GPU hours, at an MFU" in text and "e+" not in text
+    assert f"FLOPs         {found.flops_per_list / 1e6:,.1f} MFLOP per list" in text
+    many = "\n".join(dataclasses.replace(found, num_steps=10**6, flops_per_list=185 * 10**12).lines())
+    assert "185.0 TFLOP per list" in many and "23,680.0 EFLOP in total" in many
+
+
+def test_a_plan_needs_no_run_that_lists_would_be_made_from(toy_folder, tmp_path):
+    recipe = toy_recipe(
+        toy_folder, f"data.train.source={{run: {tmp_path / 'absent.trec'}, judgments: {tmp_path / 'absent.qrels'}}}"
+    )
+    assert plan_recipe(recipe, 8, report=quiet).lengths.num_lists == 40_000
 
 
 def test_shapes_are_those_of_the_published_models():
