@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "heap": ["--repeats", "1"],
     "recomputation": ["--shape", "mistral-30m", "--repeats", "1", "--threads", "1"],
     "plan_vs_measured": [],
+    "plan_seconds": [],
     "input_pipeline": [],
     "shard_build": ["--processes", "1"],
 }
