@@ -9,8 +9,8 @@ The export with the best nDCG@10 on windows of the development queries reranks t
 for the test queries of NFCorpus and, without any training on them, for SciFact's training queries and Cranfield's
 queries. Test queries are read only after everything is chosen.
 
-Each `key=value` overrides the recipe of the second training. A training whose result exists is not repeated; use
-another `--folder` for other settings. Passages are a title and text, truncated to the recipe's words, in training and
+Each `key=value` overrides the recipe of both trainings. Run again, the same command continues a training that was
+stopped and does not repeat one that has ended; use another `--folder` for other settings. Passages are a title and text, truncated to the recipe's words, in training and
 in reranking.
 
 FOLDER contains nfcorpus, scifact and cranfield, each with docs.jsonl and, with the prefix of the split, queries.jsonl,
@@ -79,17 +79,13 @@ def source_overrides(split: str, collection: Path, prefix: str) -> list[str]:
 
 
 def train_once(folder: Path, overrides: Sequence[str], threads: int) -> Path:
-    """Train the recipe in `folder` unless it was, and return its best export."""
-    best = folder / "hf" / "best"
-    if best.exists():
-        print(f"{folder.name}: using the model that exists", flush=True)
-        return best.resolve()
+    """Train the recipe in `folder`, or what is left of a training that was stopped, and return its best export."""
     started = time.monotonic()
     command = [sys.executable, "-m", "composer.cli.launcher", "-n", "1", str(TRAIN), str(RECIPE), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     subprocess.run([*command, f"run.folder={folder}", f"run.name={folder.name}"], check=True, env=environment)
-    print(f"\n{folder.name}: {(time.monotonic() - started) / 60:.0f} minutes\n", flush=True)
-    return best.resolve()
+    print(f"\n{folder.name}: {(time.monotonic() - started) / 60:.0f} min\n", flush=True)
+    return (folder / "hf" / "best").resolve()
 
 
 def known_item_overrides(folder: Path, collection: Path, recipe: Recipe, num_lists: int, seed: int) -> list[str]:
