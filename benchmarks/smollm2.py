@@ -52,7 +52,7 @@ TESTED = {
     "SciFact, train queries": ("scifact", "train_"),
     "Cranfield": ("cranfield", ""),
 }
-KNOWN_RATE = 4e-4
+KNOWN_RATE = 1.2e-4
 KNOWN_QUERY_WORDS = (3, 6)
 PLAIN_CHAT = "{% for message in messages %}{{ message['content'] }}{{ '\\n' }}{% endfor %}"
 """Chat template of turns without marks: the answer follows the query as an identifier follows its passage."""
@@ -103,7 +103,7 @@ def known_item_overrides(folder: Path, collection: Path, recipe: Recipe, num_lis
     paths = {"run": files.run, "judgments": files.judgments, "queries": files.queries}
     overrides = [f"data.train.source.{key}={path.resolve()}" for key, path in paths.items()]
     overrides += [f"data.train.source.depth={source.window}", f"data.train.local={folder / 'shards'}"]
-    overrides += ["run.max_duration=1ep", f"optimizer.lr={KNOWN_RATE}"]
+    overrides += ["run.max_duration=1ep", f"optimizer.lr={KNOWN_RATE}", "schedule.warmup=0.5dur"]
     overrides += [f"{key}.interval=1ep" for key in ("checkpoint.export", "evaluation")]
     return overrides
 
@@ -174,10 +174,8 @@ def main() -> None:
         shared = [*sources, *overrides, f"run.seed={seed}"]
         lists = known_item_overrides(known, collections / TRAINED[0], recipe, options.known_lists, seed)
         start = train_once(known, [*shared, f"model.name_or_path={model}", *lists], options.threads)
-        kept = "model.config_overrides={}"  # the layers left out are not in the folder of the first training
-        systems[f"trained, seed {seed}"] = train_once(
-            judged, [*shared, f"model.name_or_path={start}", kept], options.threads
-        )
+        judged_overrides = [*shared, f"model.name_or_path={start}"]
+        systems[f"trained, seed {seed}"] = train_once(judged, judged_overrides, options.threads)
     print_header(["queries", "system", *COMPARISON], num_text=2)
     for label, (name, prefix) in TESTED.items():
         for system, trained in systems.items():
