@@ -2,12 +2,12 @@
 
     python benchmarks/cross_encoder.py --folder runs/smollm2 --minutes M [--seeds 1 2] [--lr 2e-5] [--tested]
 
-Requires sentence-transformers 6 (pip install sentence-transformers accelerate) and the folder that `smollm2.py` wrote:
-its model, collections and shards of judged lists. The cross-encoder is made from the same model, and scores a query and a
-passage by themselves, by the logits of "yes" and "no" after them, as the library reads causal language models. It is
-trained with LambdaLoss (NDCG-Loss2++), which by the documentation generally outperforms the other listwise losses, for
-`--minutes` minutes: what both trainings of a seed take in `smollm2.py`. Then it reranks the same candidates of the
-development queries, by which `--lr` is to be chosen, and with `--tested` those of the test sets.
+Requires sentence-transformers 6 (pip install sentence-transformers accelerate) and the folder that `smollm2.py`
+wrote: its model, collections and shards of judged lists. The cross-encoder is made from the same model, and scores a
+query and a passage by themselves, by the logits of "yes" and "no" after them, as the library reads causal language
+models. It is trained with LambdaLoss (NDCG-Loss2++), which by the documentation generally outperforms the other
+listwise losses, for `--minutes` minutes: what both trainings of a seed take in `smollm2.py`. Then it reranks the same
+candidates of the development queries, by which `--lr` is to be chosen, and with `--tested` those of the test sets.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ for the test queries of NFCorpus and, without any training on them, for SciFact'
 queries. Test queries are read only after everything is chosen.
 
 Each `key=value` overrides the recipe of both trainings. Run again, the same command continues a training that was
-stopped and does not repeat one that has ended; use another `--folder` for other settings. Passages are a title and text, truncated to the recipe's words, in training and
-in reranking.
+stopped and does not repeat one that has ended; use another `--folder` for other settings. Passages are a title and
+text, truncated to the recipe's words, in training and in reranking.
 
 FOLDER contains nfcorpus, scifact and cranfield, each with docs.jsonl and, with the prefix of the split, queries.jsonl,
 qrels.trec and bm25_top100.trec (nfcorpus: train_, dev_ and none; scifact: train_; cranfield: none).

@@ -7,6 +7,7 @@ on 512 ranks takes one CPU process. Nothing is computed; torch's memory trackers
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -88,7 +89,8 @@ def plan_memory(work: Workload, *, few_layers: bool = True) -> Memory:
     Not included: what CUDA and NCCL allocate for themselves, fragmentation, embedding noise, and what torch.compile
     saves or adds.
     """
-    with _quiet_composer(), fake_process_group(work.num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    quiet, fake = _quiet_composer(), FakeTensorMode(allow_non_fake_inputs=True)
+    with quiet, _no_collections(), fake_process_group(work.num_ranks) as mesh, fake:
         model, layers = _build_model(work, mesh, few_layers)
         counted = layers.weights(model)
         weights = [(weight, times) for weight, times in counted if isinstance(weight, torch.nn.Parameter)]
@@ -224,6 +226,19 @@ def fake_process_group(num_ranks: int) -> Iterator[DeviceMesh]:
         yield init_device_mesh("cpu", (num_ranks,))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Leave tensors in reference cycles alone, which Python would free at one time or another."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

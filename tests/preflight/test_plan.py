@@ -341,8 +341,9 @@ def test_few_layers_tell_the_memory_of_all(changes):
     work = dataclasses.replace(toy_work(), config=MistralConfig(**TOY | {"num_hidden_layers": 10}))
     work = dataclasses.replace(work, **changes)
     few, whole = plan_memory(work), plan_memory(work, few_layers=False)
-    assert few.peak == pytest.approx(whole.peak, rel=0.003)  # Python frees a few small tensors at one time or another
-    assert (few.held, few.num_parameters, few.num_trained) == (whole.held, whole.num_parameters, whole.num_trained)
+    if work.config is GEMMA:  # what is freed at a change of kind differs a little with the kinds beside it
+        assert few.at_peak.pop("activations") == pytest.approx(whole.at_peak.pop("activations"), rel=0.003)
+    assert few == whole
 
 
 def test_a_plan_does_not_take_longer_for_more_layers():
