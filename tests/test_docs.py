@@ -379,8 +379,13 @@ def check_demo(text: str) -> None:
 
 
 def shape(line: str) -> str:
-    """Replace the numbers of a line by #."""
-    return " ".join(re.sub(r"\d[\d,.]*(e[+-]\d+)?|[▁-█]+", "#", line).split())
+    """Replace the numbers of a line by #, and units that depend on their size by the smallest."""
+    units = {"[TPEZ]FLOP": "GFLOP", "[KG]iB": "MiB", "less than a minute": "# minutes", "less than #": "#"}
+    units |= {"# hours(?=, # GPU)": "# minutes"}
+    text = re.sub(r"\d[\d,.]*(e[+-]\d+)?|[▁-█]+", "#", line)
+    for larger, smallest in units.items():
+        text = re.sub(larger, smallest, text)
+    return " ".join(text.split())
 
 
 # (page, index of the block) → its check; None: the output of the command before it, which test_every_command compares.

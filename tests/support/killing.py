@@ -72,9 +72,10 @@ class Run:
                 start_new_session=True,
                 env=environment,
             )
-        if on_terminal:
-            os.close(slave)
-            threading.Thread(target=self._copy_terminal, args=[output], daemon=True).start()
+        self._copying: tuple[int, threading.Thread] | None = None
+        if on_terminal:  # open here until the run has ended: without any writer, reading from it fails
+            self._copying = (slave, threading.Thread(target=self._copy_terminal, args=[output], daemon=True))
+            self._copying[1].start()
         else:
             output.close()
 
@@ -85,7 +86,17 @@ class Run:
                 output.flush()
 
     def close_terminal(self) -> None:
+        self._stop_writing()
         os.close(self._terminal)
+
+    def _stop_writing(self) -> threading.Thread | None:
+        """Close this end of the terminal that the run writes to; the thread that copies it ends with the run."""
+        if self._copying is None:
+            return None
+        slave, thread = self._copying
+        self._copying = None
+        os.close(slave)
+        return thread
 
     def output(self) -> str:
         return self._output.read_text(errors="replace")
@@ -159,6 +170,8 @@ class Run:
         while left := [process.pid for process in processes_of_session(self.process.pid)]:
             assert time.monotonic() < deadline, f"left behind: {left}\n{self.output()}"
             time.sleep(0.05)
+        if (copying := self._stop_writing()) is not None:
+            copying.join(60)
         return code
 
 
