@@ -37,7 +37,7 @@ def find_refusals(recipe: Recipe) -> Iterator[Problem]:
 def _from_environment(value: Any) -> Iterator[FromEnvironment]:
     """The texts anywhere in a recipe that hold the value of an environment variable."""
     if isinstance(value, FromEnvironment):
-        yield value
+        yield from [value] if value else ()  # an empty one is everywhere
     elif isinstance(value, Iterable) and not isinstance(value, str):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _from_environment(part)

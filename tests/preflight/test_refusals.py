@@ -120,6 +120,12 @@ def test_an_adapter_to_start_from(found: Found, tmp_path: Path) -> None:
     assert found(given % 4, "model.lora.rank=8") == {}  # the remedy
 
 
+def test_an_empty_variable_leaves_the_messages_readable(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    message = found("logging.loggers={wandb: {project: '${oc.env:EMPTY}'}}", "objective.ranking_loss=nowhere:loss")
+    assert "'nowhere:loss', which cannot be imported" in message["objective.ranking_loss"]
+
+
 def test_folders_of_another_run(recipe: Path, found: Found, tmp_path: Path) -> None:
     run = tmp_path / "run"
     before, after = (recipe_to_yaml(load_recipe(recipe, [f"optimizer.lr={lr}"])) for lr in (1, 2))
