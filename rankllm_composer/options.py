@@ -17,6 +17,9 @@ from rankllm_composer.errors import Problem, SourceError, counted, worded
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.permutations import MAX_CANDIDATES, IdentifierStyle
 
+IRDS = "irds:"
+"""How the id of a data set of ir_datasets begins."""
+
 ObjectiveName = Literal["generation", "ranking", "combined"]
 """What a model is trained for: language modeling of the permutation, a ranking loss, or both."""
 

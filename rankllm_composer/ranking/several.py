@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import RunError
-from rankllm_composer.options import RerankOptions
+from rankllm_composer.options import IRDS, RerankOptions
 from rankllm_composer.ranking.comparison import DEFAULT_MEASURES, Comparison, table_of
 from rankllm_composer.ranking.rerank import RerankFiles, RerankReport, progress_file, rerank_files
 from rankllm_composer.ranking.reranker import Reranker
 from rankllm_composer.screen import doing, report
-from rankllm_composer.sources.retrieval_files import IRDS, Duplicates
+from rankllm_composer.sources.retrieval_files import Duplicates
 
 BEIR_SPLITS = {
     "arguana": "",

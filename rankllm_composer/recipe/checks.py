@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 from rankllm_composer.environment import FromEnvironment, as_written
 from rankllm_composer.errors import Problem, RecipeError, counted, shell_line
 from rankllm_composer.model.loss_table import RANKING_LOSSES
-from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, SourceOptions
+from rankllm_composer.options import FOR_PASSAGES, FROM_RUN, IRDS, SourceOptions
 from rankllm_composer.prompts.client_names import describe_misread
 from rankllm_composer.prompts.clients import CLIENTS, CURRENT_CLIENT
 from rankllm_composer.recipe.evaluation_rules import evaluation_problems
 from rankllm_composer.recipe.keys import plain_tree, show
-from rankllm_composer.recipe.packages import CATALOG, SOURCE_FILES
+from rankllm_composer.recipe.packages import SOURCE_FILES
 from rankllm_composer.recipe.places import argument_problems, place_problems, template_problems
 from rankllm_composer.recipe.resume import acceptance_problems
 from rankllm_composer.recipe.sections import Recipe, Split
@@ -305,7 +305,7 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for name in SOURCE_FILES:
             value = getattr(split.source, name, None)
             is_id = name == "input" and value is not None and not value.endswith((".json", ".jsonl"))
-            if value is not None and "://" not in value and not value.startswith(CATALOG) and not is_id:
+            if value is not None and "://" not in value and not value.startswith(IRDS) and not is_id:
                 yield f"{section}.source.{name}", value
 
 

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from rankllm_composer.errors import Problem, RecipeError
+from rankllm_composer.options import IRDS
 from rankllm_composer.recipe.sections import Recipe
 
 SOURCE_FILES = ("input", "run", "judgments", "teacher_run", "queries", "docs")
 """Keys of a source that name a file, a folder or a data set."""
-
-CATALOG = "irds:"
-"""How the id of a data set of ir_datasets begins."""
 
 
 class _Need(NamedTuple):
@@ -54,6 +52,6 @@ def _needs(recipe: Recipe) -> Iterator[_Need]:
         source = None if split is None else split.source
         for part in SOURCE_FILES if source is not None else ():
             value = getattr(source, part)
-            if isinstance(value, str) and value.startswith(CATALOG):
+            if isinstance(value, str) and value.startswith(IRDS):
                 key = f"data.{name}.source.{part}"
                 yield _Need(key, f"'{value}'", "ir_datasets", "Install the `irds` extra", "give files")

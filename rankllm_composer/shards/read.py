@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rankllm_composer.errors import ShardError
-from rankllm_composer.options import SourceOptions
+from rankllm_composer.options import IRDS, SourceOptions
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.shards.index import INDEX_NAME, Shard, ShardFile, record_from_sample
@@ -19,7 +19,6 @@ from rankllm_composer.shards.prepared import find_difference
 from rankllm_composer.shards.unpack import difference, unpack
 from rankllm_composer.sources.conversations import is_dataset_id
 from rankllm_composer.sources.records import open_source, read_records
-from rankllm_composer.sources.retrieval_files import IRDS
 from rankllm_composer.storage.object_store import Folder, LocalFolder, inside, open_folder
 from rankllm_composer.storage.scratch import scratch_folder
 

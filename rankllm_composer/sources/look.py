@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import RankLLMComposerError, counted
-from rankllm_composer.options import SourceOptions
+from rankllm_composer.options import IRDS, SourceOptions
 from rankllm_composer.prompts.permutations import parse_permutation
 from rankllm_composer.prompts.record import Record
 from rankllm_composer.sources.conversations import open_conversations
 from rankllm_composer.sources.files import container_of, read_rows
 from rankllm_composer.sources.layouts import PARTS, Part, describe_value, layouts_of
 from rankllm_composer.sources.records import RecordSource, open_source
-from rankllm_composer.sources.retrieval_files import BEIR_FILES, IRDS, file_of, load_run, read_part
+from rankllm_composer.sources.retrieval_files import BEIR_FILES, file_of, load_run, read_part
 
 _QUERY_PARTS: tuple[Part, ...] = ("run", "teacher", "queries", "judgments")
 _DOCUMENT_PARTS: tuple[Part, ...] = ("run", "teacher", "docs", "judgments")

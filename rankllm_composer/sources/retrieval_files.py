@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rankllm_composer.errors import SourceError, counted, first_line
+from rankllm_composer.options import IRDS
 from rankllm_composer.screen import report
 from rankllm_composer.sources.entries import Document, Judgment, Query, RunLine, document_of, query_of, run_line
 from rankllm_composer.sources.files import Row, read_rows
 from rankllm_composer.sources.layouts import PARTS, Layout, Part, layout_of, layouts_of
 
-IRDS = "irds:"
 Duplicates = Literal["stop", "first"]
 BEIR_FILES: dict[Part, str] = {"queries": "queries.jsonl", "docs": "corpus.jsonl", "judgments": "qrels/test.tsv"}
 """Files of a folder in BEIR's layout."""

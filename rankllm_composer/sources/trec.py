@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rankllm_composer.errors import RecordError, SourceError
-from rankllm_composer.options import FROM_RUN, SourceOptions
+from rankllm_composer.options import FROM_RUN, IRDS, SourceOptions
 from rankllm_composer.prompts.clients import CURRENT_CLIENT, ClientVersion
 from rankllm_composer.prompts.record import MAX_VALUE, OrderedBy, Record
 from rankllm_composer.prompts.user_turn import clean_query, truncate_passage
@@ -26,7 +26,6 @@ from rankllm_composer.sources.lists import by_value, candidate_lists, described_
 from rankllm_composer.sources.records import Dropped, Item, Made, Noted, describe_file, of_query
 from rankllm_composer.sources.retrieval_files import (
     DISAGREEMENTS,
-    IRDS,
     Ranking,
     file_of,
     nothing_shared,

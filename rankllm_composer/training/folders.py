@@ -66,9 +66,6 @@ def recipe_of_run(folder: Path, recipe_yaml: str) -> str:
     Raises:
         RunError: the folder holds a run of another recipe.
     """
-    path = folder / RECIPE_NAME
-    if not path.exists():
-        return recipe_yaml
 
     def trained(recipe: Mapping[str, Any]) -> int | None:
         """Batches of the newest checkpoint of the run in a folder; None if it left neither checkpoint nor export."""
@@ -79,7 +76,7 @@ def recipe_of_run(folder: Path, recipe_yaml: str) -> str:
         exports = Path(recipe.get("checkpoint.export.folder") or folder / "hf")
         return 0 if any(exports.glob("*/reranker.json")) else None
 
-    return check_same_recipe(path.read_text(), recipe_yaml, f"run.folder: {folder}", trained)
+    return _with_changes(folder, recipe_yaml, "run.folder", trained)
 
 
 def recipe_of_checkpoints(
@@ -92,15 +89,18 @@ def recipe_of_checkpoints(
     Raises:
         RunError: they are of a run of another recipe.
     """
-    path = folder / RECIPE_NAME
-    if not path.exists():
-        return recipe_yaml
 
     def newest(_: Mapping[str, Any]) -> int | None:
         return max((manifest.batch for _, manifest in complete_checkpoints(folder)), default=None)
 
-    existing, place = path.read_text(errors="replace"), f"checkpoint.folder: {folder}"
-    return check_same_recipe(existing, recipe_yaml, place, trained or newest)
+    return _with_changes(folder, recipe_yaml, "checkpoint.folder", trained or newest)
+
+
+def _with_changes(folder: Path, recipe_yaml: str, key: str, trained: Callable[[Mapping[str, Any]], int | None]) -> str:
+    path = folder / RECIPE_NAME
+    if not path.exists():
+        return recipe_yaml
+    return check_same_recipe(path.read_text(errors="replace"), recipe_yaml, f"{key}: {folder}", trained)
 
 
 def not_resumed(checkpoint: Path) -> CheckpointError:
