@@ -115,7 +115,7 @@ class StatusLine:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew, as in a forked process, which has neither the thread nor a free lock."""
+        """Start over, as in a forked process, which has neither the thread nor a free lock."""
         self._lock = threading.RLock()
         self._tasks: list[Callable[[], str]] = []
         self._is_drawn = False

@@ -39,7 +39,7 @@ _KINDS: dict[_RefType, str] = {  # all others are activations
 class Section:
     """A part of a step: a layer's forward or backward pass, until the next one begins, or what comes between them.
 
-    `freed` is what was freed of other layers' tensors, except neighbours'; all arrays are bytes by part, as in PARTS.
+    `freed` is what was freed of other layers' tensors, except neighbors'; all arrays are bytes by part, as in PARTS.
     """
 
     direction: Literal["forward", "backward"] | None
