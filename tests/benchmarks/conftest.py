@@ -21,5 +21,6 @@ def benchmark(monkeypatch):
     yield importlib.import_module
     signal.signal(signal.SIGTERM, handler)  # some run as programs do, which end with their process
     torch.set_num_threads(num_threads)
-    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
-        del sys.modules[name]
+    for name, module in list(sys.modules.items()):  # reading an attribute of a lazy module imports others
+        if str(FOLDER) in str(vars(module).get("__file__", "")):
+            del sys.modules[name]

@@ -80,8 +80,10 @@ class Run:
             output.close()
 
     def _copy_terminal(self, output: BinaryIO) -> None:
+        readable = select.poll()  # select.select takes no descriptor above 1,023, which a long session reaches
+        readable.register(self._terminal, select.POLLIN)
         with contextlib.suppress(OSError):
-            while select.select([self._terminal], [], []) and (text := os.read(self._terminal, 4096)):
+            while readable.poll() and (text := os.read(self._terminal, 4096)):
                 output.write(text)
                 output.flush()
 
