@@ -1,4 +1,4 @@
-"""Train a model with several settings and compare the results; used by `objectives.py` and `augmentation.py`."""
+"""Train a model with several settings and compare the results; used by objectives.py, augmentation.py, ties.py."""
 
 from __future__ import annotations
 

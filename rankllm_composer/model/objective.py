@@ -36,7 +36,7 @@ def find_loss(name: str) -> Callable[..., torch.Tensor]:
 class Objective:
     """The loss of a global batch of lists.
 
-        generation: language_modelling_weight * mean over target tokens of -w * log p(token)
+        generation: language_modelling_weight * mean over target tokens of -w * log p(token, or one tied with it)
         ranking:    ranking_weight * mean over lists of ranking_loss(identifier scores, ranks, grades, teacher's scores)
         combined:   the sum of the two
 
@@ -89,12 +89,13 @@ class Objective:
         parts: dict[str, torch.Tensor] = {}
         total = logits.new_zeros((), dtype=torch.float32)
         if self.trains_language_modelling:
-            if self.token_weights == "equal":
-                nats = F.cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
-            else:
-                per_token = F.cross_entropy(logits.float(), batch["target_ids"], reduction="none")
-                nats = (per_token * weights_by_rank(batch)).sum()
-            parts["language_modelling"] = nats * batch["language_modelling_scale"]
+            nats = F.cross_entropy(logits.float(), batch["target_ids"], reduction="none")  # (R,)
+            if batch["record_ids"]:
+                named = find_named(batch)
+                nats = nats - tie_allowance(logits, batch, named)
+                if self.token_weights == "by_rank":
+                    nats = nats * weights_by_rank(named)
+            parts["language_modelling"] = nats.sum() * batch["language_modelling_scale"]
             total = total + self.language_modelling_weight * parts["language_modelling"]
         if self.trains_ranking:
             loss = partial(find_loss(self.ranking_loss), **self.ranking_loss_options)
@@ -113,19 +114,60 @@ class Objective:
         return {"total": total, **parts}
 
 
-def weights_by_rank(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return the (R,) weights of the target tokens: 1 + 1 / log2(r + 1) for the identifier at place r, otherwise 1."""
+@dataclass(frozen=True)
+class Named:
+    """The candidates that answers name, token by token.
+
+    Attributes:
+        lists: (R,) int64, the list of each target token.
+        candidates: (R, N) bool, True for the candidate whose identifier the token is.
+        earlier: (R, N) bool, True for candidates that the answer has named before.
+    """
+
+    lists: torch.Tensor
+    candidates: torch.Tensor
+    earlier: torch.Tensor
+
+
+def find_named(batch: Mapping[str, Any]) -> Named:
+    """Find the identifiers among the target tokens of lists; there are none where they are several tokens."""
     targets, first = batch["target_ids"], batch["score_rows"]  # (R,), and (S,) rows of the lists' first identifiers
-    weights = torch.ones(len(targets), dtype=torch.float32, device=targets.device)
-    if not len(first):
-        return weights
     rows = torch.arange(len(targets), device=targets.device)
-    lists = (torch.searchsorted(first, rows, right=True) - 1).clamp(min=0)  # (R,)
-    named = (targets.unsqueeze(1) == batch["identifier_token_ids"][lists]) & batch["candidate_mask"][lists]  # (R, N)
-    is_identifier = named.any(dim=1) & (rows >= first[lists])
-    counted = is_identifier.cumsum(dim=0)
-    places = counted - counted[first][lists] + is_identifier[first][lists].long()  # (R,), from 1
-    return torch.where(is_identifier, 1.0 + 1.0 / torch.log2(places.clamp(min=1) + 1.0), weights)
+    lists = torch.searchsorted(batch["cu_seqlens"][1:], batch["logit_positions"].to(torch.int32), right=True)
+    candidates = (targets.unsqueeze(1) == batch["identifier_token_ids"][lists]) & batch["candidate_mask"][lists]
+    candidates = candidates & (rows >= first[lists]).unsqueeze(1)
+    before = candidates.long().cumsum(dim=0) - candidates.long()  # (R, N)
+    return Named(lists, candidates, before > before[first][lists])
+
+
+def tie_allowance(logits: torch.Tensor, batch: Mapping[str, Any], named: Named) -> torch.Tensor:
+    """Return how many nats less than cross-entropy an answer costs as it may name tied candidates in any order.
+
+    At an identifier, every tied candidate that the answer has not named yet is as right: the loss is -log of the sum
+    of their probabilities, which is the cross-entropy less log(sum / own probability). Without ties, that is exactly 0.
+
+    Args:
+        logits: (R, V) at the batch's logit positions.
+    Returns:
+        (R,) float32, 0 or more.
+    """
+    ranks, grades = batch["ranks"], batch["grades"]  # (S, N); lists that grades order have them
+    tied = grades.unsqueeze(2) == grades.unsqueeze(1)  # (S, N, N)
+    tied |= grades.isnan().unsqueeze(2) & (ranks.unsqueeze(2) == ranks.unsqueeze(1))
+    tied &= batch["candidate_mask"].unsqueeze(1)
+    equals = (named.candidates.unsqueeze(2) & tied[named.lists]).any(dim=1)  # (R, N)
+    right = named.candidates | (equals & ~named.earlier)
+    scores = logits.gather(1, batch["identifier_token_ids"][named.lists]).float()  # (R, N)
+    # The lowest finite number instead of -inf, which has no gradient where a token is no identifier.
+    total = torch.where(right, scores, torch.finfo(scores.dtype).min).logsumexp(dim=1)
+    own = torch.where(named.candidates, scores, 0.0).sum(dim=1)
+    return torch.where(named.candidates.any(dim=1), total - own, 0.0)
+
+
+def weights_by_rank(named: Named) -> torch.Tensor:
+    """Return the (R,) weights of the target tokens: 1 + 1 / log2(r + 1) for the identifier at place r, otherwise 1."""
+    places = named.earlier.sum(dim=1) + 1
+    return torch.where(named.candidates.any(dim=1), 1.0 + 1.0 / torch.log2(places + 1.0), 1.0)
 
 
 def identifier_scores(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -212,8 +212,8 @@ class Objective:
     )
     ranking_loss_options: dict[str, Any] = option("Arguments of that loss, such as {weighted: true}.", {})
     ties: Ties = option(
-        "Candidates of equal grade or score: tied = no preference, and their order in the answer is drawn again in "
-        "each epoch; ordered = as the answer lists them.",
+        "Candidates of equal grade or score: tied = no preference, and an answer may name them in any order; "
+        "ordered = as the answer lists them.",
         "tied",
     )
     unjudged: Unjudged = option(

@@ -220,6 +220,11 @@ RUNS = {
         ["--updates", "2", "--queries", "64", "--threads", "1", "--runs", "passages shuffled"],
         r"\| passages shuffled \|( -?\d[^|]* \|){7}",
     ),
+    "ties": (
+        {},
+        ["--updates", "2", "--queries", "64", "--threads", "1", "--runs", "generation, tied"],
+        r"\| generation, tied \|( -?\d[^|]* \|){5}",
+    ),
     "shard_build": ({}, ["--records", "12", "--processes", "1"], r"\| 12 \|( [^|]+ \|){10}"),
     "input_pipeline": (
         {"run_in_process": lambda function, *given, threads: function(*given)},

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from rankllm_composer.model.objective import Objective
 from rankllm_composer.model.reranker import ListwiseReranker, checkpoint_activations, decoder_layers
 from rankllm_composer.options import OBJECTIVES, ModelOptions
 from rankllm_composer.prompts.encoding import EncodedRecord, encode_record
+from rankllm_composer.prompts.relevance import Relevance
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -73,6 +75,53 @@ def test_token_weights_by_rank():
     unsplit, split = new_model("mistral"), new_model("mistral")
     parts = packed_losses(split, sequences, objective, limit={"max_lists": 2})
     assert_same_step(split, unsplit, parts, packed_losses(unsplit, sequences, objective))
+
+
+@pytest.mark.parametrize("token_weights", ["equal", "by_rank"])
+def test_an_answer_may_name_tied_candidates_in_any_order(token_weights):
+    values = {"CABD": [1, 0, 2, 0], "BA": [0, 1], "BCA": [1, 1, 1], "ACB": None}  # C: A and B or D is as right, …
+    sequences = [graded(answered(order, len(order)), grades) for order, grades in values.items()]
+    by_scores = replace(sequences[2].relevance, grades=np.full(3, np.nan, np.float32))  # tied by the teacher's scores
+    sequences[2] = replace(sequences[2], relevance=by_scores)
+    (batch,) = split_batch({"sequences": sequences}, max_lists=4)
+    logits = torch.randn(len(batch["target_ids"]), 96)
+    nats, row = [], 0
+    for order, grades in values.items():
+        named = ""
+        for token in [91, *(token for name in order for token in (ord(name), 62))]:
+            right, weight = [token], 1.0
+            if chr(token) in order:
+                if grades is not None:
+                    equals = [name for name in order if grades[ord(name) - 65] == grades[token - 65]]
+                    right = [ord(name) for name in equals if name not in named]
+                named += chr(token)
+                weight += 1 / math.log2(len(named) + 1) if token_weights == "by_rank" else 0
+            nats.append(-weight * float(logits[row].double().softmax(0)[right].sum().log()))
+            row += 1
+    objective = Objective("generation", token_weights=token_weights)
+    assert float(objective(logits, batch)["total"]) == pytest.approx(sum(nats) / len(nats), rel=1e-6)
+
+
+def test_an_order_of_equals_has_no_gradient():
+    sequences = [graded(answered(order, 3), [0, 1, 0]) for order in ("BAC", "BCA")]
+    gradients = []
+    for sequence in sequences:
+        (batch,) = split_batch({"sequences": [sequence]}, max_lists=1)
+        logits = torch.zeros(len(batch["target_ids"]), 96, requires_grad=True)
+        Objective("generation")(logits, batch)["total"].backward()
+        gradients.append(logits.grad)
+    at_second = [gradient[3] for gradient in gradients]  # of the identifiers
+    torch.testing.assert_close(*at_second)
+    assert float(at_second[0][65]) == pytest.approx(float(at_second[0][67])) and at_second[0][65] < 0
+
+
+def graded(sequence: TokenizedList, grades: list[int] | None) -> TokenizedList:
+    """The list with grades that order it, or with its answer's strict order."""
+    unknown, ranks = np.full(len(sequence.encoded.ranks), np.nan, np.float32), sequence.encoded.ranks
+    if grades is None:
+        return replace(sequence, relevance=Relevance(ranks, unknown, unknown))
+    tied_ranks = np.array([sum(other > grade for other in grades) for grade in grades])
+    return replace(sequence, relevance=Relevance(tied_ranks, np.array(grades, np.float32), unknown))
 
 
 def answered(order: str, num_candidates: int) -> TokenizedList:

@@ -95,8 +95,14 @@ def plain_losses(
         item = sequence.encoded
         ids = torch.from_numpy(item.input_ids.astype(np.int64))
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        identifiers, named = item.identifier_token_ids.tolist(), set()
         for place in range(item.response_start, len(ids)):
-            token_losses.append(-F.log_softmax(logits[place - 1], -1)[ids[place]])
+            right = {int(ids[place])}
+            if place > item.score_position and int(ids[place]) in identifiers:
+                equals = _equals(sequence.relevance, identifiers.index(ids[place]))
+                right |= {identifiers[i] for i in equals} - named
+                named.add(int(ids[place]))
+            token_losses.append(-F.log_softmax(logits[place - 1], -1)[sorted(right)].exp().sum().log())
         scores = logits[item.score_position][torch.from_numpy(item.identifier_token_ids.astype(np.int64))]
         loss, relevance = list_loss or LOSSES[objective.ranking_loss], sequence.relevance
         options = dict(objective.ranking_loss_options)
@@ -110,6 +116,12 @@ def plain_losses(
         parts["ranking"] = torch.stack(list_losses).mean()
     weights = {"language_modelling": objective.language_modelling_weight, "ranking": objective.ranking_weight}
     return {"total": sum(weights[name] * value for name, value in parts.items()), **parts}
+
+
+def _equals(relevance: Relevance, candidate: int) -> list[int]:
+    """The candidates of equal grade in a list that grades order, or else of equal rank."""
+    values = relevance.ranks if np.isnan(relevance.grades[candidate]) else relevance.grades
+    return [i for i, value in enumerate(values) if value == values[candidate]]
 
 
 def packed_losses(model: torch.nn.Module, sequences: list[TokenizedList], objective: Objective, **options) -> dict:
