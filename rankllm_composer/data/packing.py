@@ -101,6 +101,7 @@ def pack(sequences: list[TokenizedList]) -> dict[str, Any]:
         cu_seqlens: (S + 1,) int32.
         logit_positions: (R,) int64, positions in T whose logits the loss needs.
         target_ids: (R,) int64, the token to predict there; -100 = none.
+        target_lists: (R,) int64, the sequence that it belongs to.
         score_rows: (S,) int64, which of the R rows holds the identifier scores of a list.
         identifier_token_ids, ranks: (S, N) int64; candidate_mask: (S, N) bool.
         grades, teacher_scores: (S, N) float32, NaN = none; see `Relevance`.
@@ -123,7 +124,7 @@ def _pack(sequences: list[TokenizedList]) -> dict[str, Any]:
     identifier_token_ids, ranks = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     candidate_mask, grades = np.zeros(shape, bool), np.full(shape, np.nan, np.float32)
     teacher_scores = grades.copy()
-    positions, targets, score_rows, num_rows = [], [], [], 0
+    positions, targets, target_lists, score_rows, num_rows = [], [], [], [], 0
     for index, (sequence, item) in enumerate(zip(sequences, encoded)):
         length, count = lengths[index], len(item.ranks)
         if item.response_start < length:
@@ -133,6 +134,7 @@ def _pack(sequences: list[TokenizedList]) -> dict[str, Any]:
             rows = np.array([item.score_position])
             targets.append(np.array([IGNORED_TARGET]))
         positions.append(starts[index] + rows)
+        target_lists.append(np.full(len(rows), index))
         score_rows.append(num_rows + item.score_position - rows[0])
         num_rows += len(rows)
         ranks[index, :count] = item.ranks
@@ -155,6 +157,7 @@ def _pack(sequences: list[TokenizedList]) -> dict[str, Any]:
         "cu_seqlens": starts.astype(np.int32),
         "logit_positions": np.zeros(1, np.int64) if empty else joined(positions),
         "target_ids": np.array([IGNORED_TARGET]) if empty else joined(targets),
+        "target_lists": np.zeros(1, np.int64) if empty else joined(target_lists),
         "score_rows": np.array(score_rows, np.int64),
         "identifier_token_ids": identifier_token_ids,
         "scored_token_ids": scored_token_ids,

@@ -119,25 +119,23 @@ class Named:
     """The candidates that answers name, token by token.
 
     Attributes:
-        lists: (R,) int64, the list of each target token.
-        candidates: (R, N) bool, True for the candidate whose identifier the token is.
+        candidates: (R, N) bool, True for the candidate whose identifier the target token is.
         earlier: (R, N) bool, True for candidates that the answer has named before.
     """
 
-    lists: torch.Tensor
     candidates: torch.Tensor
     earlier: torch.Tensor
 
 
 def find_named(batch: Mapping[str, Any]) -> Named:
     """Find the identifiers among the target tokens of lists; there are none where they are several tokens."""
-    targets, first = batch["target_ids"], batch["score_rows"]  # (R,), and (S,) rows of the lists' first identifiers
+    targets, lists = batch["target_ids"], batch["target_lists"]  # (R,)
+    first = batch["score_rows"]  # (S,), rows of the lists' first identifiers
     rows = torch.arange(len(targets), device=targets.device)
-    lists = torch.searchsorted(batch["cu_seqlens"][1:], batch["logit_positions"].to(torch.int32), right=True)
     candidates = (targets.unsqueeze(1) == batch["identifier_token_ids"][lists]) & batch["candidate_mask"][lists]
     candidates = candidates & (rows >= first[lists]).unsqueeze(1)
     before = candidates.long().cumsum(dim=0) - candidates.long()  # (R, N)
-    return Named(lists, candidates, before > before[first][lists])
+    return Named(candidates, before > before[first][lists])
 
 
 def tie_allowance(logits: torch.Tensor, batch: Mapping[str, Any], named: Named) -> torch.Tensor:
@@ -151,13 +149,13 @@ def tie_allowance(logits: torch.Tensor, batch: Mapping[str, Any], named: Named) 
     Returns:
         (R,) float32, 0 or more.
     """
-    ranks, grades = batch["ranks"], batch["grades"]  # (S, N); lists that grades order have them
+    lists, ranks, grades = batch["target_lists"], batch["ranks"], batch["grades"]  # (S, N); those of a list may be NaN
     tied = grades.unsqueeze(2) == grades.unsqueeze(1)  # (S, N, N)
     tied |= grades.isnan().unsqueeze(2) & (ranks.unsqueeze(2) == ranks.unsqueeze(1))
     tied &= batch["candidate_mask"].unsqueeze(1)
-    equals = (named.candidates.unsqueeze(2) & tied[named.lists]).any(dim=1)  # (R, N)
+    equals = (named.candidates.unsqueeze(2) & tied[lists]).any(dim=1)  # (R, N)
     right = named.candidates | (equals & ~named.earlier)
-    scores = logits.gather(1, batch["identifier_token_ids"][named.lists]).float()  # (R, N)
+    scores = logits.gather(1, batch["identifier_token_ids"][lists]).float()  # (R, N)
     # The lowest finite number instead of -inf, which has no gradient where a token is no identifier.
     total = torch.where(right, scores, torch.finfo(scores.dtype).min).logsumexp(dim=1)
     own = torch.where(named.candidates, scores, 0.0).sum(dim=1)

@@ -12,7 +12,6 @@ FEW_PAIRS = 1000
 """Sets with fewer pairs of candidates say nothing."""
 
 _MANY_TIES = 0.3
-_MOSTLY_TIES = 0.5
 _GOOD_ORDER = 0.8
 
 
@@ -23,17 +22,14 @@ def data_advice(recipe: Recipe, pairs: Mapping[str, int]) -> Iterator[str]:
         recipe: the recipe.
         pairs: pairs of candidates of the lists as `prompts.relevance.count_pairs` counts them.
     """
-    objective, split = recipe.objective, recipe.data.train
+    split = recipe.data.train
     total, tied = sum(pairs.values()), pairs.get("tied", 0)
     if total < FEW_PAIRS:
         return
-    share = f"{tied / total:.0%} of the pairs of candidates in data.train are tied by grades or scores"
-    if objective.ties == "ordered" and tied >= _MANY_TIES * total:
-        yield f"{share}; objective.ties=ordered trains them in the order of the first stage. Set objective.ties=tied."
-    elif objective.name == "generation" and tied >= _MOSTLY_TIES * total:
+    if recipe.objective.ties == "ordered" and tied >= _MANY_TIES * total:
         yield (
-            f"{share}, so most of the answer that objective.name=generation learns is drawn at random in each epoch. "
-            "Set objective.name=combined, whose ranking loss learns only what is decided."
+            f"{tied / total:.0%} of the pairs of candidates in data.train are tied by grades or scores; "
+            "objective.ties=ordered trains them in the order of the first stage. Set objective.ties=tied."
         )
     ordered = total - tied
     if not split.shuffle_passages and pairs.get("as_presented", 0) >= _GOOD_ORDER * ordered > 0:

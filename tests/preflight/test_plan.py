@@ -259,11 +259,8 @@ def test_advice_follows_the_ties_and_the_order_of_the_lists(toy_folder, tmp_path
     assert advice("data.train.shuffle_passages=true") == []
     (ordered,) = advice("data.train.shuffle_passages=true", "objective.ties=ordered")
     assert ordered.startswith("40% of the pairs") and ordered.endswith("Set objective.ties=tied.")
-    pairs = {"tied": 600, "as_presented": 200, "reversed": 200}
-    generation = toy_recipe(toy_folder, "objective.name=generation")
-    (combined,) = data_advice(generation, pairs)
-    assert combined.startswith("60% of the pairs") and "Set objective.name=combined" in combined
-    assert list(data_advice(generation, {kind: number // 2 for kind, number in pairs.items()})) == []  # too few
+    strict = toy_recipe(toy_folder, "objective.ties=ordered")
+    assert list(data_advice(strict, {"tied": 300, "as_presented": 100, "reversed": 100})) == []  # too few
 
 
 def test_suggestions_make_a_run_fit(toy_folder, monkeypatch):
