@@ -127,7 +127,8 @@ def test_smollm2_compares_each_seed_with_the_first_stage_on_every_test_set(
     arguments = ["--wheel", "absent.whl", "--collections", str(tmp_path / "data"), "--folder", str(folder)]
     arguments += ["--known-lists", "8", "--top-k", "10", "--seeds", "1", "--threads", "1"]
     overrides = ["model.config_overrides={num_hidden_layers: 1}", "batch.global_lists=4"]
-    overrides += [f"data.{split}.source.{key}=4" for split in ("train", "eval") for key in ("window", "stride")]
+    overrides += [f"data.{split}.source.window=4" for split in ("train", "eval")] + ["run.max_duration=1ep"]
+    overrides += ["evaluation.interval=1ep", "checkpoint.export.interval=1ep"]
     monkeypatch.setattr(sys, "argv", ["smollm2", *arguments, *overrides])
     smollm2.main()
     printed = capsys.readouterr().out
