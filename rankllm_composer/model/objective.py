@@ -128,7 +128,7 @@ class Named:
 
 
 def find_named(batch: Mapping[str, Any]) -> Named:
-    """Find the identifiers among the target tokens of lists; there are none where they are several tokens."""
+    """Find the single-token identifiers among the target tokens of a microbatch with at least one list."""
     targets, lists = batch["target_ids"], batch["target_lists"]  # (R,)
     first = batch["score_rows"]  # (S,), rows of the lists' first identifiers
     rows = torch.arange(len(targets), device=targets.device)
@@ -139,17 +139,21 @@ def find_named(batch: Mapping[str, Any]) -> Named:
 
 
 def tie_allowance(logits: torch.Tensor, batch: Mapping[str, Any], named: Named) -> torch.Tensor:
-    """Return how many nats less than cross-entropy an answer costs as it may name tied candidates in any order.
+    """Return the nats to subtract from the cross-entropy of each target token, as an answer may name ties in any order.
 
-    At an identifier, every tied candidate that the answer has not named yet is as right: the loss is -log of the sum
-    of their probabilities, which is the cross-entropy less log(sum / own probability). Without ties, that is exactly 0.
+    At an identifier, any tied candidate that the answer has not named yet is equally right, so the loss is -log of the
+    sum of their probabilities: the cross-entropy minus log(sum / probability of the target). Without ties, this is
+    exactly 0.
 
     Args:
         logits: (R, V) at the batch's logit positions.
+        batch: a microbatch of `packing.split_batch` with at least one list.
+        named: its identifiers, of `find_named`.
     Returns:
         (R,) float32, 0 or more.
     """
-    lists, ranks, grades = batch["target_lists"], batch["ranks"], batch["grades"]  # (S, N); those of a list may be NaN
+    lists, ranks = batch["target_lists"], batch["ranks"]  # (R,), (S, N)
+    grades = batch["grades"]  # (S, N), NaN in lists that they do not order
     tied = grades.unsqueeze(2) == grades.unsqueeze(1)  # (S, N, N)
     tied |= grades.isnan().unsqueeze(2) & (ranks.unsqueeze(2) == ranks.unsqueeze(1))
     tied &= batch["candidate_mask"].unsqueeze(1)

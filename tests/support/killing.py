@@ -80,7 +80,7 @@ class Run:
             output.close()
 
     def _copy_terminal(self, output: BinaryIO) -> None:
-        readable = select.poll()  # select.select takes no descriptor above 1,023, which a long session reaches
+        readable = select.poll()  # select.select takes no descriptor above 1,023, which a whole test run can exceed
         readable.register(self._terminal, select.POLLIN)
         with contextlib.suppress(OSError):
             while readable.poll() and (text := os.read(self._terminal, 4096)):
